@@ -1,0 +1,162 @@
+"""Which code computes an operation: the C++ core, the Triton kernels, or the plain PyTorch reference.
+
+Left alone, the choice falls on the fastest one that runs on the tensor's device, and ``backends()`` says
+which those are and why the others don't run. ``use_backend("reference")`` asks for one by name; then a
+missing one is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, Protocol
+
+Name = Literal["cpp", "triton", "reference"]
+NAMES: tuple[Name, ...] = ("cpp", "triton", "reference")
+
+_requested: ContextVar[str] = ContextVar("stn_fast_backend", default="auto")
+
+
+class _Device(Protocol):
+    """What ``choose`` needs of a ``torch.device``."""
+
+    @property
+    def type(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Whether one backend runs here, and either what it runs on or why it doesn't run."""
+
+    available: bool
+    description: str
+
+    def __repr__(self) -> str:
+        return f"{'available' if self.available else 'missing'}: {self.description}"
+
+
+class Backends(dict[str, Backend]):
+    """``{name: Backend}``, printed one backend to a line."""
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name:<10} {status!r}" for name, status in self.items())
+
+
+@cache
+def _import_failure(module: str) -> str | None:
+    """None when ``module`` imports, else the reason why it doesn't; asked once a process, then remembered."""
+    try:
+        # torch comes first, so that the C++ core shares the OpenMP runtime and the threads of torch.
+        importlib.import_module("torch")
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _automatic(device_type: str) -> Name:
+    if device_type == "cpu" and _import_failure("stn_fast._C") is None:
+        return "cpp"
+    if device_type == "cuda" and _import_failure("triton") is None:
+        return "triton"
+    return "reference"
+
+
+def _why_not(name: str, device_type: str) -> str | None:
+    """Why the backend called ``name`` can't serve tensors of this device type; None when it can."""
+    if name == "cpp":
+        if failure := _import_failure("stn_fast._C"):
+            return f"the C++ core stn_fast._C does not import ({failure})"
+        if device_type != "cpu":
+            return f"the C++ core computes on CPU tensors, and this one is on {device_type!r}"
+    if name == "triton":
+        if failure := _import_failure("triton"):
+            return f"Triton does not import ({failure})"
+        if device_type != "cuda" and not _interpreting():
+            return (
+                f"Triton kernels compute on CUDA tensors, and this one is on {device_type!r} "
+                "(TRITON_INTERPRET=1 interprets them on the CPU, slowly, for tests)"
+            )
+    return None
+
+
+def choose(device: _Device) -> Name:
+    """The backend for tensors on ``device``: the one asked for by ``use_backend``, else the fastest here.
+
+    Raises RuntimeError, saying why, when the one asked for can't serve this device. An automatic choice never
+    raises.
+    """
+    name = _requested.get()
+    if name == "auto":
+        return _automatic(device.type)
+    if reason := _why_not(name, device.type):
+        raise RuntimeError(
+            f"backend {name!r} was asked for and can't be used: {reason}. "
+            "use_backend('auto') chooses one that runs."
+        )
+    return name  # type: ignore[return-value]
+
+
+@contextmanager
+def use_backend(name: Literal["auto", "cpp", "triton", "reference"]) -> Iterator[None]:
+    """Within the ``with`` block, operations run on the backend called ``name``; "auto" is the rule elsewhere.
+
+    Belongs to the current thread or task (a ``contextvars`` variable): a thread started inside the block
+    begins at "auto", and so do the threads in which autograd runs a CUDA backward. So call ``backward()`` of
+    CPU tensors inside the block, and don't count on the choice in the backward of CUDA tensors.
+    """
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"backend {name!r} is unknown; use 'auto', {', '.join(map(repr, NAMES))}")
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def _cpp() -> Backend:
+    if failure := _import_failure("stn_fast._C"):
+        return Backend(
+            False, f"stn_fast._C does not import ({failure}); `pip install .` builds it with a C++17 compiler"
+        )
+    core: Any = importlib.import_module("stn_fast._C")
+    torch: Any = importlib.import_module("torch")
+    threads = (
+        f"OpenMP, {torch.get_num_threads()} threads" if core.openmp() else "one thread, built without OpenMP"
+    )
+    return Backend(True, f"CPU tensors, {core.isa()} instructions, {threads}")
+
+
+def _triton() -> Backend:
+    if failure := _import_failure("triton"):
+        return Backend(False, f"Triton does not import ({failure}); `pip install triton` on Linux")
+    triton: Any = importlib.import_module("triton")
+    torch: Any = importlib.import_module("torch")
+    version = f"Triton {triton.__version__}"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return Backend(True, f"CUDA tensors, {version}, {torch.cuda.get_device_name()} (sm_{major}{minor})")
+    if _interpreting():
+        return Backend(True, f"CPU tensors in the interpreter (TRITON_INTERPRET=1), {version}")
+    built_for = torch.version.cuda or torch.version.hip
+    reason = (
+        f"torch is built for {built_for}, but sees no device" if built_for else "this torch is a CPU build"
+    )
+    return Backend(False, f"{version} imports, but there is no CUDA device: {reason}")
+
+
+def backends() -> Backends:
+    """What runs here, and why what doesn't, doesn't: ``{"cpp": ..., "triton": ..., "reference": ...}``."""
+    torch: Any = importlib.import_module("torch")
+    reference = Backend(True, f"every device and dtype, plain PyTorch {torch.__version__}")
+    return Backends(cpp=_cpp(), triton=_triton(), reference=reference)
