@@ -1,0 +1,19 @@
+"""Recipes by name: each module has ``config()``, its defaults, and ``build(config)``, its task."""
+
+from importlib import import_module
+from types import ModuleType
+
+from stn_fast.errors import UserError, did_you_mean
+
+RECIPES = {"digits": "stn_fast.recipes.digits"}
+
+
+def recipe(name: str) -> ModuleType:
+    """The module of the recipe ``name``; importing it imports nothing heavy.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    if name not in RECIPES:
+        raise UserError(f"unknown recipe '{name}': {did_you_mean(name, RECIPES)}")
+    return import_module(RECIPES[name])

@@ -1,0 +1,57 @@
+"""digits: a gated MLP 64-256-256-10 on scikit-learn's digits, from a deliberately bad first guess."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stn_fast.training.config import Config, HyperparameterConfig, MethodConfig, ScheduleConfig
+
+if TYPE_CHECKING:
+    from stn_fast.training.task import Task
+
+SIZES = (64, 256, 256, 10)
+
+
+def config() -> Config:
+    """Five tuned hyperparameters. Dropout and noise start far too high for so small a data set."""
+    dropout = HyperparameterConfig(init=0.3, low=0.0, high=0.9)
+    return Config(
+        recipe="digits",
+        hyperparameters={
+            "input_dropout": dropout,
+            "hidden_dropout_1": dropout,
+            "hidden_dropout_2": dropout,
+            "input_noise": HyperparameterConfig(init=0.3, low=0.0),
+            "weight_decay": HyperparameterConfig(init=1e-3, low=0.0),
+        },
+        method=MethodConfig(warmup_epochs=3),
+        schedule=ScheduleConfig(epochs=120),
+    )
+
+
+def build(config: Config) -> Task:
+    """The task on ``config.device``; weights are drawn from ``config.seed``.
+
+    Raises:
+        UserError: the data are not finite.
+        ValueError: a hyperparameter's range or scale is not one that the space or the layers take.
+    """
+    import torch
+
+    from stn_fast.data import DataSet, digits
+    from stn_fast.models.mlp import mlp
+    from stn_fast.training import task
+    from stn_fast.training.spaces import build_space
+
+    space = build_space(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = mlp(space, SIZES).to(config.device)
+    return task.Task(
+        space=space,
+        model=model,
+        data=DataSet(*(split.to(config.device) for split in digits.load())),
+        training_objective=task.decayed_classification_loss,
+        validation_objective=task.classification_loss,
+        scores=task.classification_scores,
+    )

@@ -1,0 +1,197 @@
+"""What a run is made of: frozen dataclasses, each validated where it is made.
+
+A message names the key (as ``--set`` and a YAML file spell it), the value and what would be right. This module
+imports nothing heavy, so that ``--help`` and ``--print-config`` answer at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Literal
+
+from stn_fast.errors import UserError, did_you_mean
+
+# Keys that have a flag of their own on the command line.
+FLAGS = {
+    "recipe": "the first argument",
+    "method.name": "--method",
+    "method.freeze": "--freeze",
+    "seed": "--seed",
+    "device": "--device",
+    "schedule.epochs": "--epochs",
+    "schedule.max_steps": "--max-steps",
+    "data_root": "--data-root",
+    "run_dir": "--run-dir",
+}
+
+# Keys that may differ when a run is resumed: they decide how far it goes and where its files are, not its numbers.
+FREE_ON_RESUME = ("schedule.epochs", "schedule.max_steps", "schedule.checkpoint_epochs", "data_root", "run_dir")
+
+
+class ConfigError(UserError):
+    """A configuration value that cannot be right: ``key``, ``value``, and ``expected``, which says what would be."""
+
+    def __init__(self, key: str, value: object, expected: str) -> None:
+        self.key, self.value, self.expected = key, value, expected
+        flag = f" ({FLAGS[key]})" if key in FLAGS else ""
+        super().__init__(f"{key}{flag} = {value!r}: {expected}")
+
+    def under(self, section: str) -> "ConfigError":
+        """The same error with its key seen from outside ``section``."""
+        return ConfigError(f"{section}.{self.key}", self.value, self.expected)
+
+
+def _require(right: bool, key: str, value: object, expected: str) -> None:
+    if not right:
+        raise ConfigError(key, value, expected)
+
+
+def _require_at_least(low: float, **values: float | None) -> None:
+    for key, value in values.items():
+        _require(value is None or value >= low, key, value, f"must be at least {low}")
+
+
+def _require_positive(**values: float) -> None:
+    for key, value in values.items():
+        _require(isfinite(value) and value > 0, key, value, "must be a finite number above 0")
+
+
+@dataclass(frozen=True)
+class HyperparameterConfig:
+    """One tuned hyperparameter: its first guess, its open range, and the width of its perturbation.
+
+    ``init`` is in the hyperparameter's own units; ``scale`` is a standard deviation in unconstrained units.
+    """
+
+    init: float
+    low: float | None = None
+    high: float | None = None
+    scale: float = 0.5
+    integer: bool = False
+    per_example: bool = True
+
+    def __post_init__(self) -> None:
+        low = -float("inf") if self.low is None else self.low
+        high = float("inf") if self.high is None else self.high
+        _require(low < high, "high", self.high, f"must be above low = {self.low}")
+        _require(low < self.init < high, "init", self.init, f"must lie strictly between {low} and {high}")
+        _require_positive(scale=self.scale)
+
+
+MethodName = Literal["stn", "fixed"]
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """How hyperparameters are treated: tuned (``stn``), or held at their first guess (``fixed``).
+
+    ``freeze`` keeps the self-tuning network and its perturbations but holds location and scale still: the control
+    that separates the tuning from the extra parameters. After ``warmup_epochs`` of training alone, ``valid_steps``
+    validation steps follow every ``train_steps`` training steps. ``response`` is what the gates see: the shift from
+    the first location (``shifted``), the unconstrained sample (``raw``) or its constrained value (``value``).
+    """
+
+    name: MethodName = "stn"
+    freeze: bool = False
+    train_steps: int = 2
+    valid_steps: int = 1
+    warmup_epochs: int = 3
+    tune_scales: bool = True
+    entropy_weight: float = 1e-3
+    response: Literal["shifted", "raw", "value"] = "shifted"
+
+    def __post_init__(self) -> None:
+        _require(self.name != "delta-stn", "name", self.name, "is not available yet; use stn or fixed")
+        names = ("stn", "fixed")
+        _require(self.name in names, "name", self.name, did_you_mean(str(self.name), names))
+        _require(
+            not (self.freeze and self.name == "fixed"),
+            "freeze",
+            self.freeze,
+            "belongs to --method stn; --method fixed holds its hyperparameters anyway",
+        )
+        _require_at_least(1, train_steps=self.train_steps, valid_steps=self.valid_steps)
+        _require_at_least(0, warmup_epochs=self.warmup_epochs)
+        entropy_is_right = isfinite(self.entropy_weight) and self.entropy_weight >= 0
+        _require(entropy_is_right, "entropy_weight", self.entropy_weight, "must be finite and at least 0")
+        responses = ("shifted", "raw", "value")
+        _require(self.response in responses, "response", self.response, did_you_mean(self.response, responses))
+
+    @property
+    def tunes(self) -> bool:
+        """Whether validation steps move the hyperparameters."""
+        return self.name == "stn" and not self.freeze
+
+    @property
+    def label(self) -> str:
+        """The method's name in file names and legends."""
+        return f"{self.name}-frozen" if self.freeze else self.name
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """SGD with momentum, which trains the weights."""
+
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        _require_positive(learning_rate=self.learning_rate)
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class HyperOptimizerConfig:
+    """Adam, which moves the locations and scales of the hyperparameters."""
+
+    learning_rate: float = 1e-2
+
+    def __post_init__(self) -> None:
+        _require_positive(learning_rate=self.learning_rate)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long a run is and how it is cut into batches.
+
+    ``max_steps`` ends the run early; it counts training and validation steps alike, as ``step`` in
+    ``metrics.jsonl`` does. A checkpoint is written every ``checkpoint_epochs`` and at every new best validation loss.
+    """
+
+    epochs: int = 100
+    max_steps: int | None = None
+    batch_size: int = 100
+    valid_batch_size: int = 100
+    checkpoint_epochs: int = 10
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, epochs=self.epochs, max_steps=self.max_steps)
+        _require_at_least(1, batch_size=self.batch_size, valid_batch_size=self.valid_batch_size)
+        _require_at_least(1, checkpoint_epochs=self.checkpoint_epochs)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. ``run_dir`` defaults to ``runs/<recipe>-<method>-seed<seed>``."""
+
+    recipe: str
+    hyperparameters: Mapping[str, HyperparameterConfig]
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    hyper_optimizer: HyperOptimizerConfig = field(default_factory=HyperOptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    seed: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
+    data_root: str | None = None
+    run_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(len(self.hyperparameters) > 0, "hyperparameters", {}, "needs at least one hyperparameter")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "must be at least 0 and below 2**63")
+        devices = ("cpu", "cuda")
+        _require(self.device in devices, "device", self.device, did_you_mean(self.device, devices))
+
+    @property
+    def directory(self) -> str:
+        """Where the run's files go."""
+        return self.run_dir or f"runs/{self.recipe}-{self.method.label}-seed{self.seed}"

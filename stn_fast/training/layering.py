@@ -1,0 +1,138 @@
+"""One resolved ``Config`` out of layers: a recipe's defaults, a YAML file, ``--set`` pairs, flags; later layers win."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from stn_fast.errors import UserError, did_you_mean
+from stn_fast.training.config import FLAGS, FREE_ON_RESUME, Config, ConfigError
+
+T = TypeVar("T")
+Tree = dict[str, Any]
+
+
+def resolve(
+    defaults: Config, file: str | None = None, pairs: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> Config:
+    """``defaults``, overridden by the YAML ``file``, by ``name=value`` ``pairs``, and by ``flags`` {dotted key: value}."""
+    tree = asdict(defaults)
+    if file is not None:
+        overlay(tree, read_yaml(file), where=f"in {file}")
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {pair}: must be name=value, e.g. --set optimizer.learning_rate=0.1")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {pair}: '{text}' is not a YAML value; quote it") from None
+        overlay(tree, nested(key, value), where="in --set")
+    for key, value in (flags or {}).items():
+        overlay(tree, nested(key, value), where=f"from {FLAGS.get(key, key)}")
+    return build(Config, tree)
+
+
+def nested(key: str, value: object) -> Tree:
+    """``nested("a.b", 1)`` is ``{"a": {"b": 1}}``."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def overlay(tree: Tree, update: Mapping[str, Any], where: str, section: str = "") -> None:
+    """Writes ``update`` over ``tree`` in place. Every key must already be there; ``where`` says who named it."""
+    for key, value in update.items():
+        name = f"{section}{key}"
+        if key not in tree:
+            raise UserError(f"unknown key '{name}' {where}: {did_you_mean(str(key), tree)}")
+        if not isinstance(tree[key], dict):
+            tree[key] = value
+        elif isinstance(value, Mapping):
+            overlay(tree[key], value, where, f"{name}.")
+        else:
+            raise UserError(f"{name} = {value!r} {where}: must be a section with keys {', '.join(tree[key])}")
+
+
+def build(kind: type[T], tree: Mapping[str, Any], section: str = "") -> T:
+    """An instance of the dataclass ``kind`` from nested mappings; errors name the whole dotted key."""
+    hints = get_type_hints(kind)
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    for key in tree:
+        if key not in names:
+            raise UserError(f"unknown key '{section}{key}': {did_you_mean(str(key), names)}")
+    values = {key: convert(hints[key], value, f"{section}{key}") for key, value in tree.items()}
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise (error.under(section[:-1]) if section else error) from None
+    except TypeError:
+        missing = [name for name in names if name not in values]
+        raise UserError(f"{section or 'the configuration'} lacks {', '.join(missing)}") from None
+
+
+def convert(hint: Any, value: Any, key: str) -> Any:
+    """``value`` as the annotated type ``hint``; YAML reads 1e-3 as a string, so numbers may come as text."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return None if value is None else convert(arguments[0], value, key)
+    if origin is Literal:
+        return convert(str, value, key)
+    if is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(key, value, "must be a section of keys")
+        return build(hint, value, f"{key}.")
+    if isinstance(value, Mapping) and origin is not None:
+        return {name: convert(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            raise ConfigError(key, value, "must be a number") from None
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        expected = {int: "a whole number", bool: "true or false", str: "text", float: "a number"}
+        raise ConfigError(key, value, f"must be {expected.get(hint, 'a section of keys')}")
+    return value
+
+
+def read_yaml(path: str) -> Tree:
+    """The mapping in a YAML file; an empty file is an empty mapping."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}; name a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" near line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path} is not valid YAML{line}; --print-config shows the expected form") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping of keys; --print-config shows the expected form")
+    return tree
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, which ``--config`` reads back."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def differences(saved: Config, asked: Config) -> list[str]:
+    """``key: saved -> asked`` for every key that decides results and differs between the two configurations."""
+    old, new = _flatten(asdict(saved)), _flatten(asdict(asked))
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in {**old, **new}
+        if key not in FREE_ON_RESUME and old.get(key) != new.get(key)
+    ]
+
+
+def _flatten(tree: Tree, section: str = "") -> Tree:
+    flat: Tree = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{section}{key}.") if isinstance(value, dict) else {f"{section}{key}": value}
+    return flat

@@ -1,0 +1,224 @@
+"""Methods: what one training step and one validation step do. Usable in a loop of your own.
+
+    method = SelfTuning(model, space, training_objective, validation_objective, seed=0)
+    for step, (train_batch, valid_batch) in enumerate(batches):
+        method.train_step(train_batch, 2 * step)
+        method.valid_step(valid_batch, 2 * step + 1)
+
+``step`` fixes every random draw together with ``seed``, so no two steps of a run should share one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stn_fast.data import Split
+from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
+from stn_fast.training.config import Config
+from stn_fast.training.task import Objective, Task
+
+MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+RESPONSE_PARAMETERS = ("response_weight", "response_bias", "weight_gate", "bias_gate")
+
+default_optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+default_hyper_optimizer = partial(torch.optim.Adam, lr=1e-2)
+
+
+class FixedHyperparameters:
+    """Ordinary training: hyperparameters stay at their first guess and no weight responds to them.
+
+    The response parameters of gated layers (``response_weight``, ``response_bias``, ``weight_gate``,
+    ``bias_gate``) take no part: they are held, and the response input is zero.
+
+    Args:
+        model: called as ``model(inputs, hyper)``.
+        space: its hyperparameters; their initial values are the ones used.
+        training_objective: descended by ``train_step``.
+        optimizer: makes the optimizer from the parameters to train.
+        seed: with ``step``, fixes dropout masks and noise.
+    """
+
+    tunes = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: HyperparameterSpace,
+        training_objective: Objective,
+        *,
+        optimizer: MakeOptimizer = default_optimizer,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.space, self.seed = model, space.with_response("shifted"), seed
+        self.training_objective = training_objective
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] in RESPONSE_PARAMETERS:
+                parameter.requires_grad_(False)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = optimizer(trained)
+        self.location, self.raw_scale = space.initial_state(trained[0].device)
+
+    def train_step(self, batch: Split, step: int | Tensor) -> Tensor:
+        """Updates the weights on one training batch; returns the loss, a detached scalar on the device."""
+        self.model.train()
+        loss = self.training_objective(self.model, batch, self._training_hyper(len(batch.inputs), step))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def valid_step(self, batch: Split, step: int | Tensor) -> Tensor:
+        """Has nothing to do here."""
+        raise RuntimeError(f"{type(self).__name__} does not tune hyperparameters: call train_step alone")
+
+    def unperturbed(self, batch_size: int) -> HyperBatch:
+        """The current hyperparameters, the same for every example: what to evaluate with."""
+        return self.space.at(self.location.detach(), batch_size=batch_size)
+
+    def _training_hyper(self, batch_size: int, step: int | Tensor) -> HyperBatch:
+        return self.space.at(self.location, batch_size=batch_size, seed=self.seed, step=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the next step but the data and the step number."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "location": self.location.detach(),
+            "raw_scale": self.raw_scale.detach(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what ``state_dict`` gave: weights and hyperparameters together."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.location.copy_(state["location"])
+        self.raw_scale.copy_(state["raw_scale"])
+
+
+class SelfTuning(FixedHyperparameters):
+    """A Self-Tuning Network (MacKay et al., ICLR 2019, algorithm 1).
+
+    A training step descends the training objective in all model parameters, each example under its own detached
+    perturbation of the hyperparameters. A validation step descends F(model(x; λ̃)) − τ·entropy(σ) in the location
+    and raw scale alone, through the response; the model is in evaluation mode and no weight gradient is computed.
+
+    Args:
+        model, space, training_objective, optimizer, seed: as for ``FixedHyperparameters``.
+        validation_objective: F, without penalties.
+        hyper_optimizer: makes the optimizer of location and raw scale.
+        entropy_weight: τ.
+        tune_scales: whether σ moves; where it does not, validation steps are unperturbed and use folded weights.
+        freeze: hold location and scale still; perturbation and response are trained as ever.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: HyperparameterSpace,
+        training_objective: Objective,
+        validation_objective: Objective,
+        *,
+        optimizer: MakeOptimizer = default_optimizer,
+        hyper_optimizer: MakeOptimizer = default_hyper_optimizer,
+        entropy_weight: float = 1e-3,
+        tune_scales: bool = True,
+        freeze: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.space, self.seed = model, space, seed
+        self.training_objective, self.validation_objective = training_objective, validation_objective
+        self.entropy_weight, self.tune_scales, self.tunes = entropy_weight, tune_scales, not freeze
+        parameters = list(model.parameters())
+        self.optimizer = optimizer(parameters)
+        self.location, self.raw_scale = space.initial_state(parameters[0].device)
+        self.tuned = [self.location.requires_grad_()]
+        if tune_scales:
+            self.tuned.append(self.raw_scale.requires_grad_())
+        self.hyper_optimizer = hyper_optimizer(self.tuned)
+
+    @torch.no_grad()
+    def _training_hyper(self, batch_size: int, step: int | Tensor) -> HyperBatch:
+        return self._perturbed(batch_size, step)
+
+    def _perturbed(self, batch_size: int, step: int | Tensor) -> HyperBatch:
+        return self.space.sample(
+            self.location, self.raw_scale, batch_size=batch_size, seed=self.seed, step=step
+        )
+
+    def valid_step(self, batch: Split, step: int | Tensor) -> Tensor:
+        """Updates location and raw scale on one validation batch.
+
+        Returns F without its entropy term, a detached scalar on the device. Weights and their ``.grad`` are
+        left as they are.
+        """
+        if not self.tunes:
+            raise RuntimeError("freeze=True holds the hyperparameters: call train_step alone")
+        self.model.eval()
+        size = len(batch.inputs)
+        with held(self.model.parameters()):
+            hyper = (
+                self._perturbed(size, step)
+                if self.tune_scales
+                else self.space.at(self.location, batch_size=size, seed=self.seed, step=step)
+            )
+            loss = self.validation_objective(self.model, batch, hyper)
+            objective = loss - self.entropy_weight * self.space.entropy(self.raw_scale)
+            gradients = torch.autograd.grad(objective, self.tuned)
+        for tensor, gradient in zip(self.tuned, gradients, strict=True):
+            tensor.grad = gradient
+        self.hyper_optimizer.step()
+        self.space.clamp_(self.raw_scale)
+        return loss.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "hyper_optimizer": self.hyper_optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
+
+
+@contextmanager
+def held(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """No gradient is computed for ``parameters`` inside."""
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_()
+
+
+def build_method(config: Config, task: Task) -> FixedHyperparameters:
+    """The method that ``config.method`` names, on ``task``."""
+    optimizer = partial(
+        torch.optim.SGD,
+        lr=config.optimizer.learning_rate,
+        momentum=config.optimizer.momentum,
+    )
+    if config.method.name == "fixed":
+        return FixedHyperparameters(
+            task.model, task.space, task.training_objective, optimizer=optimizer, seed=config.seed
+        )
+    return SelfTuning(
+        task.model,
+        task.space,
+        task.training_objective,
+        task.validation_objective,
+        optimizer=optimizer,
+        hyper_optimizer=partial(torch.optim.Adam, lr=config.hyper_optimizer.learning_rate),
+        entropy_weight=config.method.entropy_weight,
+        tune_scales=config.method.tune_scales,
+        freeze=config.method.freeze,
+        seed=config.seed,
+    )

@@ -1,0 +1,54 @@
+"""What there is to learn: a model, its hyperparameters, its data, and the functions that score it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stn_fast.data import DataSet, Split
+from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
+
+# (model, batch, hyper) -> scalar, a mean over the examples of the batch.
+Objective = Callable[[nn.Module, Split, HyperBatch], Tensor]
+
+# (model, batch, hyper) -> {name: scalar}, each a sum over the examples of the batch.
+Scores = Callable[[nn.Module, Split, HyperBatch], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a recipe builds and a trainer needs.
+
+    ``training_objective`` may carry penalties; ``validation_objective`` must not: the hyperparameters descend it.
+    ``scores`` reports on a split; it must include ``loss``, the validation objective as a sum.
+    """
+
+    space: HyperparameterSpace
+    model: nn.Module
+    data: DataSet
+    training_objective: Objective
+    validation_objective: Objective
+    scores: Scores
+
+
+def classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:
+    """Mean cross entropy in nats of ``model(inputs, hyper)``, logits (B, classes), against class indices (B,)."""
+    return F.cross_entropy(model(batch.inputs, hyper), batch.targets)
+
+
+def decayed_classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:
+    """Cross entropy + ½·weight_decay·‖W_eff‖² averaged over examples, under the hyperparameter ``weight_decay``."""
+    decay = hyper["weight_decay"]
+    layers = [layer for layer in model.modules() if hasattr(layer, "weight_decay_penalty")]
+    penalties = [layer.weight_decay_penalty(hyper, decay) for layer in layers]
+    return classification_loss(model, batch, hyper) + sum(penalties)
+
+
+def classification_scores(model: nn.Module, batch: Split, hyper: HyperBatch) -> dict[str, Tensor]:
+    """Summed cross entropy in nats as ``loss`` and the count of right answers as ``accuracy``."""
+    logits = model(batch.inputs, hyper)
+    right = (logits.argmax(1) == batch.targets).sum()
+    return {"loss": F.cross_entropy(logits, batch.targets, reduction="sum"), "accuracy": right}
