@@ -1,0 +1,61 @@
+# Every target sets up what it needs. PYTHON is the interpreter that .venv is made from; test-gpu and bench-gpu
+# use it directly, with the torch and Triton that it already has.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: help venv train test lint bench test-gpu bench-gpu clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
+
+venv: $(VENV)/.installed  ## .venv with the package, its C++ core and everything below
+
+# Two stamps, so that a change to the C++ rebuilds the core and installs nothing else.
+$(VENV)/.packages: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+	  { echo "stn_fast needs Python 3.10 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c "import venv, ensurepip" 2>/dev/null || \
+	  { echo "$(PYTHON) can't make virtual environments: install its venv package (Debian: apt install python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c "import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path('include') + '/Python.h'))" || \
+	  { echo "$(PYTHON) lacks its C headers: install them (Debian: apt install python3-dev)" >&2; exit 1; }
+	@command -v $${CXX:-g++} >/dev/null || \
+	  { echo "no C++ compiler: install g++, or name one in CXX (Debian: apt install g++)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.packages setup.py $(wildcard csrc/*)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+train: venv  ## train a self-tuning network on scikit-learn's digits (ARGS="--seed 1" adds flags)
+	$(RUN) -m stn_fast.train $(ARGS)
+
+lint: venv  ## style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+test: lint  ## lint, then every test that needs no GPU
+	$(RUN) -m pytest -m "not gpu" $(ARGS)
+
+bench: venv  ## speed on the CPU: compare tables, then ratios to the bare library products
+	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-group-by=group $(ARGS)
+	$(RUN) -m benchmarks.ratios --device cpu --json benchmarks/results/cpu.json
+
+.PHONY: gpu
+gpu:
+	@$(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null || \
+	  { echo "$(PYTHON) has no torch with a CUDA device: run on a machine with a GPU, or name its Python: make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+
+test-gpu: gpu  ## kernels and operations on a CUDA device; no network needed
+	$(PYTHON) -m pytest tests/kernels tests/ops tests/layers $(ARGS)
+
+bench-gpu: gpu  ## ratios on a CUDA device; no network needed
+	$(PYTHON) -m benchmarks.ratios --device cuda --json benchmarks/results/cuda.json $(ARGS)
+
+clean:  ## remove what was built and cached, .venv included; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info stn_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
