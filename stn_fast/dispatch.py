@@ -101,8 +101,7 @@ def choose(device: _Device) -> Name:
         return _automatic(device.type)
     if reason := _why_not(name, device.type):
         raise RuntimeError(
-            f"backend {name!r} was asked for and can't be used: {reason}. "
-            "use_backend('auto') chooses one that runs."
+            f"backend {name!r} was asked for and can't be used: {reason}. use_backend('auto') chooses one that runs."
         )
     return name  # type: ignore[return-value]
 
@@ -131,9 +130,7 @@ def _cpp() -> Backend:
         )
     core: Any = importlib.import_module("stn_fast._C")
     torch: Any = importlib.import_module("torch")
-    threads = (
-        f"OpenMP, {torch.get_num_threads()} threads" if core.openmp() else "one thread, built without OpenMP"
-    )
+    threads = f"OpenMP, {torch.get_num_threads()} threads" if core.openmp() else "one thread, built without OpenMP"
     return Backend(True, f"CPU tensors, {core.isa()} instructions, {threads}")
 
 
@@ -149,9 +146,7 @@ def _triton() -> Backend:
     if _interpreting():
         return Backend(True, f"CPU tensors in the interpreter (TRITON_INTERPRET=1), {version}")
     built_for = torch.version.cuda or torch.version.hip
-    reason = (
-        f"torch is built for {built_for}, but sees no device" if built_for else "this torch is a CPU build"
-    )
+    reason = f"torch is built for {built_for}, but sees no device" if built_for else "this torch is a CPU build"
     return Backend(False, f"{version} imports, but there is no CUDA device: {reason}")
 
 

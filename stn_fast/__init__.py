@@ -1,0 +1,50 @@
+"""Self-Tuning Networks: regularisation hyperparameters tuned inside one training run.
+
+Importing this package loads neither torch nor a kernel; each name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stn_fast import functional as functional
+    from stn_fast.dispatch import backends as backends
+    from stn_fast.dispatch import use_backend as use_backend
+    from stn_fast.hyperparameters import HyperBatch as HyperBatch
+    from stn_fast.hyperparameters import Hyperparameter as Hyperparameter
+    from stn_fast.hyperparameters import HyperparameterSpace as HyperparameterSpace
+    from stn_fast.layers import HyperLinear as HyperLinear
+    from stn_fast.layers import PerExampleDropout as PerExampleDropout
+    from stn_fast.layers import PerExampleNoise as PerExampleNoise
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "backends": "stn_fast.dispatch",
+    "use_backend": "stn_fast.dispatch",
+    "HyperBatch": "stn_fast.hyperparameters",
+    "Hyperparameter": "stn_fast.hyperparameters",
+    "HyperparameterSpace": "stn_fast.hyperparameters",
+    "HyperLinear": "stn_fast.layers",
+    "PerExampleDropout": "stn_fast.layers",
+    "PerExampleNoise": "stn_fast.layers",
+}
+_MODULES = ("data", "functional", "layers", "models", "recipes", "training")
+
+__all__ = ["__version__", *_HOME, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"stn_fast.{name}")
+    raise AttributeError(f"module 'stn_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

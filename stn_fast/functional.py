@@ -1,0 +1,47 @@
+"""The operations as functions, in the spirit of torch.nn.functional."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from stn_fast.ops import gated_linear as _gated_linear
+from stn_fast.ops.dropout import dropout
+from stn_fast.ops.noise import noise
+from stn_fast.ops.perturb import perturb
+from stn_fast.ops.weight_decay import weight_decay_penalty
+
+if TYPE_CHECKING:
+    from stn_fast.hyperparameters import HyperBatch
+
+__all__ = ["dropout", "gated_linear", "noise", "perturb", "weight_decay_penalty"]
+
+
+def response_input(hyper: HyperBatch | Tensor, like: Tensor) -> Tensor:
+    """What the gates of a layer see: (B, n), or (n,) where a HyperBatch's examples share one row.
+
+    A HyperBatch's float32 response is cast to the dtype of `like`; a tensor is taken as it is.
+    """
+    if isinstance(hyper, Tensor):
+        return hyper
+    response = hyper.response[0] if hyper.shared and len(hyper) else hyper.response
+    return response.to(like.dtype)
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    hyper: HyperBatch | Tensor,
+    example_dim: int = 0,
+) -> Tensor:
+    """`stn_fast.ops.gated_linear.gated_linear`, which documents it, taking a HyperBatch or its response."""
+    h = response_input(hyper, weight)
+    return _gated_linear.gated_linear(
+        x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, example_dim=example_dim
+    )

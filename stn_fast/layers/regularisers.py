@@ -1,0 +1,105 @@
+"""Layers whose strength is a hyperparameter of each example: dropout and additive noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from stn_fast import functional
+from stn_fast.hyperparameters import HyperBatch, Hyperparameter
+
+
+class _PerExampleRegulariser(nn.Module):
+    """Looks its strength up in the HyperBatch by name, and does nothing in eval mode.
+
+    Args:
+        name: the hyperparameter that is its strength.
+        stream: at least 1; sets its random draws apart from those of the model's other layers.
+    """
+
+    def __init__(self, name: str, *, stream: int):
+        super().__init__()
+        if stream < 1:
+            raise ValueError(f"{type(self).__name__} wants stream >= 1, distinct for every layer; got {stream}")
+        self.name, self.stream = name, stream
+
+    def _strength(self, x: Tensor, hyper: HyperBatch, example_dim: int) -> Tensor:
+        if x.shape[example_dim] != len(hyper):
+            raise ValueError(
+                f"{type(self).__name__}({self.name!r}): x {tuple(x.shape)} has {x.shape[example_dim]} examples in "
+                f"dimension {example_dim}, the HyperBatch {len(hyper)}"
+            )
+        self._check_range(hyper.space[self.name])
+        return hyper[self.name]
+
+    def _check_range(self, hyperparameter: Hyperparameter) -> None:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.name!r}, stream={self.stream}"
+
+
+class PerExampleDropout(_PerExampleRegulariser):
+    """Inverted dropout, each example at its own rate; `stn_fast.functional.dropout` gives the formula.
+
+    Args:
+        name: hyperparameter that is the rate, with bounds 0 <= low and high < 1.
+        stream: see the base class.
+        shared_dims: dimensions of x along which one mask is used.
+    """
+
+    def __init__(self, name: str, *, stream: int, shared_dims: Sequence[int] = ()):
+        super().__init__(name, stream=stream)
+        self.shared_dims = tuple(shared_dims)
+
+    def _check_range(self, hyperparameter: Hyperparameter) -> None:
+        low, high = hyperparameter.low, hyperparameter.high
+        if low is None or low < 0 or high is None or high >= 1:
+            raise ValueError(
+                f"hyperparameter {self.name!r} is a dropout rate and wants bounds 0 <= low and high < 1; "
+                f"got low={low}, high={high}"
+            )
+
+    def forward(self, x: Tensor, hyper: HyperBatch, example_dim: int = 0) -> Tensor:
+        if not self.training:
+            return x
+        return functional.dropout(
+            x,
+            self._strength(x, hyper, example_dim),
+            seed=hyper.seed,
+            step=hyper.step,
+            stream=self.stream,
+            first_example=hyper.first_example,
+            example_dim=example_dim,
+            shared_dims=self.shared_dims,
+        )
+
+
+class PerExampleNoise(_PerExampleRegulariser):
+    """Additive Gaussian noise, each example at its own standard deviation (in units of x).
+
+    Args:
+        name: hyperparameter that is the standard deviation, with a bound low >= 0.
+        stream: see the base class.
+    """
+
+    def _check_range(self, hyperparameter: Hyperparameter) -> None:
+        if hyperparameter.low is None or hyperparameter.low < 0:
+            raise ValueError(
+                f"hyperparameter {self.name!r} is a noise scale and wants a bound low >= 0; "
+                f"got low={hyperparameter.low}"
+            )
+
+    def forward(self, x: Tensor, hyper: HyperBatch, example_dim: int = 0) -> Tensor:
+        if not self.training:
+            return x
+        return functional.noise(
+            x,
+            self._strength(x, hyper, example_dim),
+            seed=hyper.seed,
+            step=hyper.step,
+            stream=self.stream,
+            first_example=hyper.first_example,
+            example_dim=example_dim,
+        )

@@ -1,0 +1,62 @@
+"""A gated multi-layer perceptron, regularised by whichever hyperparameters its space names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
+from stn_fast.layers import HyperLinear, PerExampleDropout, PerExampleNoise
+
+
+class MLP(nn.Module):
+    """Gated linear layers with ReLU between them. Built by `mlp`."""
+
+    def __init__(
+        self,
+        layers: Sequence[HyperLinear],
+        dropouts: Sequence[PerExampleDropout | None],
+        noise: PerExampleNoise | None,
+    ):
+        super().__init__()
+        self.noise = noise
+        self.dropouts = nn.ModuleList(d if d is not None else nn.Identity() for d in dropouts)
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, hyper: HyperBatch) -> Tensor:
+        """(B, sizes[0]) → logits (B, sizes[-1])."""
+        if self.noise is not None:
+            x = self.noise(x, hyper)
+        for i, (dropout, layer) in enumerate(zip(self.dropouts, self.layers, strict=True)):
+            x = torch.relu(x) if i else x
+            x = dropout(x, hyper) if isinstance(dropout, PerExampleDropout) else x
+            x = layer(x, hyper)
+        return x
+
+
+def mlp(space: HyperparameterSpace, sizes: Sequence[int] = (64, 256, 256, 10)) -> MLP:
+    """An MLP whose regularisers are those that `space` names.
+
+    `input_noise` is the standard deviation of noise on the input, `input_dropout` the rate of dropout on it, and
+    `hidden_dropout_1`, `hidden_dropout_2`, … those behind each hidden layer. Names the network has no use for, such
+    as `weight_decay`, are left to the training objective.
+
+    Args:
+        space: the hyperparameters.
+        sizes: widths from input to logits.
+
+    Raises:
+        ValueError: fewer than two sizes.
+    """
+    if len(sizes) < 2:
+        raise ValueError(f"mlp wants at least two sizes, input and output; got {tuple(sizes)}")
+    layers = [HyperLinear(i, o, num_hyperparameters=len(space)) for i, o in pairwise(sizes)]
+    rates = ["input_dropout", *(f"hidden_dropout_{i}" for i in range(1, len(layers)))]
+    dropouts = [
+        PerExampleDropout(name, stream=i) if name in space.names else None for i, name in enumerate(rates, start=2)
+    ]
+    noise = PerExampleNoise("input_noise", stream=1) if "input_noise" in space.names else None
+    return MLP(layers, dropouts, noise)

@@ -1,0 +1,1 @@
+"""One module per operation: its reference, registration, gradients and choice of backend."""

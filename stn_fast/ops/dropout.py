@@ -1,0 +1,175 @@
+"""dropout: every example under its own rate, its mask drawn from a counter and never stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from stn_fast import random
+from stn_fast.dispatch import choose
+from stn_fast.ops._draw import check_draw
+from stn_fast.ops._transforms import in_transform
+
+
+def reference(x: Tensor, rate: Tensor, uniform: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """The definition, in plain torch: y = x · [u ≥ rate] / (1 − rate), u looked up by element.
+
+    x is seen as (outer, batch, middle, last); uniform (batch, elements) holds u, and position (i, b, j, k) reads
+    element i·strides[0] + j·strides[1] + k·strides[2] of example b.
+    """
+    outer, batch, middle, last = sizes
+    steps = (torch.arange(size, device=x.device) * s for size, s in zip((outer, middle, last), strides, strict=True))
+    i, j, k = steps
+    element = (i[:, None, None] + j[:, None] + k).view(outer, 1, middle, last).expand(sizes)
+    example = torch.arange(batch, device=x.device).view(1, -1, 1, 1)
+    rate = rate.view(1, -1, 1, 1)
+    scale = torch.where(uniform[example, element] >= rate, 1 / (1 - rate.to(x.dtype)), 0)
+    return torch.where(scale == 0, 0, x.view(sizes) * scale).view(x.shape)
+
+
+def _uniform(
+    step: Tensor, seed: int, stream: int, first_example: int, sizes: Sequence[int], strides: Sequence[int]
+) -> Tensor:
+    """u (batch, elements) of every distinct element that the strides reach, from the NumPy generator."""
+    outer, batch, middle, last = sizes
+    elements = 1 + sum((size - 1) * stride for size, stride in zip((outer, middle, last), strides, strict=True))
+    draws = random.uniform(seed, int(step), stream, batch, elements, first_example)
+    return torch.from_numpy(draws).to(step.device)
+
+
+@torch.library.custom_op("stn_fast::dropout", mutates_args=())
+def _dropout(
+    x: Tensor,
+    rate: Tensor,
+    step: Tensor,
+    seed: int,
+    stream: int,
+    first_example: int,
+    sizes: list[int],
+    strides: list[int],
+) -> Tensor:
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    backend = choose(x.device)
+    if backend == "triton":
+        from stn_fast.kernels import dropout as kernels
+
+        return kernels.dropout(x, rate, step, seed, stream, first_example, tuple(sizes), tuple(strides))
+    if backend == "cpp" and x.dtype != torch.float64:
+        from stn_fast import _C
+
+        source = x.float()
+        y = torch.empty_like(source)
+        _C.dropout(
+            source.data_ptr(), rate.data_ptr(), y.data_ptr(), *sizes, *strides,
+            first_example, seed, int(step), stream, torch.get_num_threads(),
+        )  # fmt: skip
+        return y.to(x.dtype)
+    return reference(x, rate, _uniform(step, seed, stream, first_example, sizes, strides), sizes, strides)
+
+
+@_dropout.register_fake
+def _(x, rate, step, seed, stream, first_example, sizes, strides):
+    return torch.empty_like(x)
+
+
+def _setup_context(ctx, inputs, output):
+    _, rate, step, *ctx.draw = inputs
+    ctx.save_for_backward(rate, step)
+
+
+def _backward(ctx, dy):
+    # The rate and step inputs never require grad (see `dropout`), so dy is all there is to map back.
+    return _dropout(dy.contiguous(), *ctx.saved_tensors, *ctx.draw), *[None] * 7
+
+
+_dropout.register_autograd(_backward, setup_context=_setup_context)
+
+
+def mask_layout(shape: Sequence[int], example_dim: int, shared_dims: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Collapses a shape into sizes (outer, batch, middle, last) and the element strides of the other three.
+
+    An element is numbered row by row over the dimensions that are not shared; shared dimensions get stride 0.
+
+    Raises:
+        ValueError: a dimension is out of range or counts examples and is shared, or the shared dimensions
+            alternate with others too often to fit the four groups.
+    """
+    ndim = len(shape)
+    if not -ndim <= example_dim < ndim:
+        raise ValueError(f"example_dim={example_dim} is not a dimension of shape {tuple(shape)}")
+    if any(not -ndim <= dim < ndim for dim in shared_dims):
+        raise ValueError(f"shared_dims={tuple(shared_dims)} are not all dimensions of shape {tuple(shape)}")
+    example_dim %= ndim
+    shared = {dim % ndim for dim in shared_dims}
+    if example_dim in shared:
+        raise ValueError(f"the example dimension {example_dim} can't be one of shared_dims={tuple(shared_dims)}")
+
+    def groups(dims: range, most: int) -> list[tuple[int, bool]]:
+        runs = groupby((d for d in dims if shape[d] != 1), key=lambda d: d in shared)
+        found = [(math.prod(shape[d] for d in run), is_shared) for is_shared, run in runs]
+        if len(found) > most:
+            raise ValueError(
+                f"shared_dims={tuple(shared_dims)} of shape {tuple(shape)} split it into too many groups: one before "
+                "the example dimension and two after it are supported; permute x so that shared dimensions adjoin"
+            )
+        return [(1, False)] * (most - len(found)) + found
+
+    collapsed = [*groups(range(example_dim), 1), *groups(range(example_dim + 1, ndim), 2)]
+    strides: list[int] = []
+    element = 1
+    for size, is_shared in reversed(collapsed):
+        strides.insert(0, 0 if is_shared else element)
+        element *= 1 if is_shared else size
+    outer, middle, last = (size for size, _ in collapsed)
+    return [outer, shape[example_dim], middle, last], strides
+
+
+def dropout(
+    x: Tensor,
+    rate: Tensor,
+    *,
+    seed: int,
+    step: Tensor | int,
+    stream: int,
+    first_example: int = 0,
+    example_dim: int = 0,
+    shared_dims: Sequence[int] = (),
+) -> Tensor:
+    """Inverted dropout with one rate an example.
+
+    y = x · keep / (1 − rate[b]),  keep = [u ≥ rate[b]],  u ~ U[0, 1) from (seed, step, stream, example, element)
+
+    Nothing is stored for backward: dx is the same function of dy, and draws the same mask again. A dropped
+    element is exactly 0, also at rate 1. The mask is no function of the rate that could be differentiated, so
+    the rate must not require a gradient.
+
+    Args:
+        x: floating point, any shape of at least one dimension; dimension `example_dim` counts the B examples.
+        rate: (B,) float32, in [0, 1].
+        seed, step: fix the draw; step may be a 0-dim int64 tensor on x's device.
+        stream: at least 1, distinct for every layer that draws at the same step.
+        first_example: index of the first example in the global batch.
+        shared_dims: dimensions along which one mask is used: (-2, -1) of (B, C, H, W) drops whole channels,
+            the time dimension locks the mask over time (variational dropout).
+
+    Returns:
+        As x.
+
+    Raises:
+        ValueError: a shape, dtype or range does not fit, or rate requires grad; the message names it.
+    """
+    if x.ndim == 0 or not x.is_floating_point():
+        raise ValueError(f"dropout wants a floating point x of at least one dimension; got {tuple(x.shape)} {x.dtype}")
+    sizes, strides = mask_layout(x.shape, example_dim, shared_dims)
+    step = check_draw("dropout", "rate", rate, x, sizes[1], seed, step, stream)
+    if rate.requires_grad:
+        raise ValueError("dropout: rate requires grad, but a mask has no gradient; pass rate.detach()")
+    draw = (rate.contiguous(), step, seed, stream, first_example, sizes, strides)
+    if in_transform():
+        return reference(x, rate, _uniform(step, seed, stream, first_example, sizes, strides), sizes, strides)
+    return _dropout(x.contiguous(), *draw)

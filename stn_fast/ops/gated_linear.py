@@ -1,0 +1,421 @@
+"""gated_linear: a linear layer whose weights respond to each example's hyperparameters."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stn_fast.dispatch import choose
+from stn_fast.ops._transforms import in_transform
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    outer: int = 1,
+    inner: int = 1,
+) -> Tensor:
+    """The definition, in plain torch. Differentiable in every mode; kernels are tested against it.
+
+    Rows of x (outer·B·inner, I) are positions; row m belongs to example (m // inner) mod B of h (B, n).
+    """
+    return _forward_plain(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, outer, inner)[0]
+
+
+def _rows(per_example: Tensor, outer: int, inner: int) -> Tensor:
+    """(B, O) → (outer·B·inner, O): every example's row at each of its positions."""
+    if outer == inner == 1:
+        return per_example
+    batch, outputs = per_example.shape
+    return per_example[None, :, None].expand(outer, batch, inner, outputs).reshape(-1, outputs)
+
+
+def _examples(per_row: Tensor, outer: int, inner: int) -> Tensor:
+    """(outer·B·inner, O) → (B, O): the sum over the positions of every example."""
+    if outer == inner == 1:
+        return per_row
+    return per_row.view(outer, -1, inner, per_row.shape[1]).sum((0, 2))
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """The plain layer that a gated one is at a single h (n,): (W + diag(Gw h) R, b + (Gb h) ⊙ r)."""
+    folded = torch.addcmul(weight, (weight_gate @ h)[:, None], response_weight)
+    if bias is None or response_bias is None or bias_gate is None:
+        return folded, None
+    return folded, bias + (bias_gate @ h) * response_bias
+
+
+class Gradients(NamedTuple):
+    """One entry for every tensor that `gated_linear` takes, in its order; None where not wanted."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    response_weight: Tensor | None
+    response_bias: Tensor | None
+    weight_gate: Tensor | None
+    bias_gate: Tensor | None
+    h: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which of the `Gradients` to compute."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    response_weight: bool
+    response_bias: bool
+    weight_gate: bool
+    bias_gate: bool
+    h: bool
+
+
+def _forward_plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    outer: int,
+    inner: int,
+) -> tuple[Tensor, Tensor]:
+    q = x @ response_weight.T
+    y = F.linear(x, weight, bias) + _rows(h @ weight_gate.T, outer, inner) * q
+    if response_bias is not None and bias_gate is not None:
+        y = y + _rows((h @ bias_gate.T) * response_bias, outer, inner)
+    return y, q
+
+
+def _backward_plain(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    q: Tensor,
+    outer: int,
+    inner: int,
+    wanted: Wanted,
+) -> Gradients:
+    g = dy * _rows(h @ weight_gate.T, outer, inner)
+    ds = _examples(dy * q, outer, inner) if wanted.weight_gate or wanted.h else torch.zeros_like(g)
+    dc = _examples(dy, outer, inner)
+    dh = ds @ weight_gate if wanted.h else None
+    d_response_bias = d_bias_gate = None
+    if response_bias is not None and bias_gate is not None:
+        d_response_bias = (dc * (h @ bias_gate.T)).sum(0) if wanted.response_bias else None
+        d_bias_gate = (dc * response_bias).T @ h if wanted.bias_gate else None
+        dh = dh + (dc * response_bias) @ bias_gate if dh is not None else None
+    return Gradients(
+        x=dy @ weight + g @ response_weight if wanted.x else None,
+        weight=dy.T @ x if wanted.weight else None,
+        bias=dc.sum(0) if wanted.bias else None,
+        response_weight=g.T @ x if wanted.response_weight else None,
+        response_bias=d_response_bias,
+        weight_gate=ds.T @ h if wanted.weight_gate else None,
+        bias_gate=d_bias_gate,
+        h=dh,
+    )
+
+
+def _forward_cpp(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    outer: int,
+    inner: int,
+) -> tuple[Tensor, Tensor]:
+    """Two library products, no copy of the weights, then one fused pass over their results."""
+    from stn_fast import _C
+
+    y, q = torch.mm(x, weight.T), torch.mm(x, response_weight.T)
+    _C.gated_epilogue_forward(
+        y.data_ptr(), q.data_ptr(), h.data_ptr(), weight_gate.data_ptr(),
+        _address(bias), _address(response_bias), _address(bias_gate),
+        outer, h.shape[0], inner, weight.shape[0], h.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
+    return y, q
+
+
+def _backward_cpp(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    q: Tensor,
+    outer: int,
+    inner: int,
+    wanted: Wanted,
+) -> Gradients:
+    """One fused pass over dy and q gives dy ⊙ s and every small gradient; the rest is library products."""
+    from stn_fast import _C
+
+    def out(like: Tensor | None, wants: bool) -> Tensor | None:
+        return torch.empty_like(like) if wants and like is not None else None
+
+    g = out(dy, wanted.x or wanted.response_weight)
+    d_bias = dy.new_empty(dy.shape[1]) if wanted.bias else None
+    d_weight_gate, d_h = out(weight_gate, wanted.weight_gate), out(h, wanted.h)
+    d_response_bias, d_bias_gate = out(response_bias, wanted.response_bias), out(bias_gate, wanted.bias_gate)
+    if any(t is not None for t in (g, d_bias, d_weight_gate, d_h, d_response_bias, d_bias_gate)):
+        _C.gated_epilogue_backward(
+            dy.data_ptr(), q.data_ptr(), h.data_ptr(), weight_gate.data_ptr(),
+            _address(response_bias), _address(bias_gate),
+            _address(g), _address(d_weight_gate), _address(d_bias), _address(d_response_bias),
+            _address(d_bias_gate), _address(d_h),
+            outer, h.shape[0], inner, weight.shape[0], h.shape[1], torch.get_num_threads(),
+        )  # fmt: skip
+    return Gradients(
+        x=torch.mm(dy, weight).addmm_(g, response_weight) if wanted.x and g is not None else None,
+        weight=torch.mm(dy.T, x) if wanted.weight else None,
+        bias=d_bias,
+        response_weight=torch.mm(g.T, x) if wanted.response_weight and g is not None else None,
+        response_bias=d_response_bias,
+        weight_gate=d_weight_gate,
+        bias_gate=d_bias_gate,
+        h=d_h,
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _backend(x: Tensor, weight: Tensor, h: Tensor) -> str:
+    """The C++ core computes in float32; plain torch serves other dtypes on the CPU, and empty tensors."""
+    backend = choose(x.device)
+    if x.numel() == 0 or h.numel() == 0 or weight.numel() == 0:
+        return "reference"
+    if (backend == "cpp" and x.dtype != torch.float32) or (backend == "triton" and x.dtype == torch.float64):
+        return "reference"
+    return backend
+
+
+@torch.library.custom_op("stn_fast::gated_linear", mutates_args=())
+def _gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    outer: int,
+    inner: int,
+    save_response: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, q): q = x Rᵀ is what backward needs for the gates, and empty when nobody will ask."""
+    tensors = (x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
+    backend = _backend(x, weight, h)
+    if backend == "triton":
+        from stn_fast.kernels import gated_linear as kernels
+
+        y, q = kernels.forward(*tensors, outer, inner, save_response)
+    else:
+        y, q = (_forward_cpp if backend == "cpp" else _forward_plain)(*tensors, outer, inner)
+    return y, q if save_response and q is not None else x.new_empty(0)
+
+
+@_gated_linear.register_fake
+def _(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, outer, inner, save_response):
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, torch.empty_like(y) if save_response else x.new_empty(0)
+
+
+@torch.library.custom_op("stn_fast::gated_linear_backward", mutates_args=())
+def _gated_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    q: Tensor,
+    outer: int,
+    inner: int,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """The wanted gradients, in the order of `Gradients`."""
+    asked = Wanted(*wanted)
+    dy = dy.contiguous()
+    backend = _backend(x, weight, h)
+    tensors = (dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q)
+    if backend == "triton":
+        from stn_fast.kernels import gated_linear as kernels
+
+        gradients = kernels.backward(*tensors, outer, inner, asked)
+    else:
+        gradients = (_backward_cpp if backend == "cpp" else _backward_plain)(*tensors, outer, inner, asked)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@_gated_linear_backward.register_fake
+def _(dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q, outer, inner, wanted):
+    bias = dy.new_empty(weight.shape[0])
+    likes = (x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
+    return [torch.empty_like(like) for like, wants in zip(likes, wanted, strict=True) if wants]
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, response_weight, response_bias, weight_gate, bias_gate, h, ctx.outer, ctx.inner, _ = inputs
+    _, q = output
+    ctx.save_for_backward(x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, _):
+    wanted = list(ctx.needs_input_grad[:8])
+    if dy is None or not any(wanted):
+        return (None,) * 11
+    gradients = iter(_gated_linear_backward(dy, *ctx.saved_tensors, ctx.outer, ctx.inner, wanted))
+    return (*(next(gradients) if wants else None for wants in wanted), None, None, None)
+
+
+_gated_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    *,
+    example_dim: int = 0,
+) -> Tensor:
+    """A linear layer whose weights respond to hyperparameters, every example to its own (STN, section 3.1).
+
+    y = x Wᵀ + b + (h Gwᵀ) ⊙ (x Rᵀ) + (h Gbᵀ) ⊙ r
+
+    Args:
+        x: (..., I); dimension `example_dim` counts the B examples, all others are positions of an example.
+        weight, response_weight: W, R (O, I).
+        bias, response_bias: b, r (O,); None for a layer without bias.
+        weight_gate, bias_gate: Gw, Gb (O, n); bias_gate is None when bias is.
+        h: response input, (B, n) with one row an example, or (n,) shared by all of them: then the layer is
+            folded into plain weights and costs one product instead of two.
+        example_dim: the dimension of x that counts examples.
+
+    All tensors are on one device and of one dtype: float32, float64, bfloat16 or float16 (under autocast each
+    is cast to autocast's). Accumulation is in float32 for the 16-bit ones on CUDA. Gradients are computed for
+    those inputs alone that require one. Forward-mode AD and torch.compile are supported; second derivatives in
+    reverse mode are not, and raise.
+
+    Returns:
+        (..., O), dtype and device of x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, response_weight, weight_gate, h = (t.to(dtype) for t in (x, weight, response_weight, weight_gate, h))
+        bias, response_bias, bias_gate = (None if t is None else t.to(dtype) for t in (bias, response_bias, bias_gate))
+    _check(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, example_dim)
+    if h.ndim == 1:
+        folded, folded_bias = fold(weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
+        return F.linear(x, folded, folded_bias)
+    example_dim %= x.ndim
+    outer, inner = math.prod(x.shape[:example_dim]), math.prod(x.shape[example_dim + 1 : -1])
+    rows = x.reshape(-1, x.shape[-1])
+    if in_transform():
+        y = reference(rows, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, outer, inner)
+    else:
+        save_response = torch.is_grad_enabled() and (h.requires_grad or weight_gate.requires_grad)
+        y, _ = _gated_linear(
+            rows.contiguous(), weight.contiguous(), bias, response_weight.contiguous(), response_bias,
+            weight_gate.contiguous(), None if bias_gate is None else bias_gate.contiguous(), h.contiguous(),
+            outer, inner, save_response,
+        )  # fmt: skip
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    example_dim: int,
+) -> None:
+    group = (bias, response_bias, bias_gate)
+    if any(t is None for t in group) and any(t is not None for t in group):
+        raise ValueError("gated_linear: give bias, response_bias and bias_gate together, or none of them")
+    if weight.ndim != 2 or h.ndim not in (1, 2) or x.ndim < 2:
+        raise ValueError(
+            "gated_linear wants x (..., I) of at least two dimensions, weight (O, I) and h (B, n) or (n,); "
+            f"got x {tuple(x.shape)}, weight {tuple(weight.shape)}, h {tuple(h.shape)}"
+        )
+    if not -x.ndim <= example_dim < x.ndim or example_dim % x.ndim == x.ndim - 1:
+        raise ValueError(
+            f"gated_linear: example_dim={example_dim} must name a dimension of x {tuple(x.shape)} other than the last"
+        )
+    outputs, inputs = weight.shape
+    n = h.shape[-1]
+    wanted = {
+        "x": (x, (*x.shape[:-1], inputs)),
+        "response_weight": (response_weight, (outputs, inputs)),
+        "weight_gate": (weight_gate, (outputs, n)),
+        "bias": (bias, (outputs,)),
+        "response_bias": (response_bias, (outputs,)),
+        "bias_gate": (bias_gate, (outputs, n)),
+        "h": (h, (x.shape[example_dim], n) if h.ndim == 2 else (n,)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(
+                f"gated_linear: {name} must be {tuple(shape)} to fit x {tuple(x.shape)}, weight {tuple(weight.shape)}, "
+                f"h {tuple(h.shape)} and example_dim={example_dim}; got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != weight.dtype or tensor.device != weight.device:
+            raise ValueError(
+                f"gated_linear: {name} is {tensor.dtype} on {tensor.device}, "
+                f"weight {weight.dtype} on {weight.device}; they must agree"
+            )
+    if not weight.is_floating_point():
+        raise ValueError(f"gated_linear wants floating point tensors; got {weight.dtype}")

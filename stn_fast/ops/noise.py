@@ -1,0 +1,145 @@
+"""noise: Gaussian noise added to every example at its own scale, drawn from a counter and never stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stn_fast import random
+from stn_fast.dispatch import choose
+from stn_fast.ops._draw import check_draw
+from stn_fast.ops._transforms import in_transform
+
+
+def reference(x: Tensor, scale: Tensor, normal: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The definition, in plain torch: y = x + scale · ε, x seen as (outer, batch, inner), ε (batch, elements)."""
+    scale = scale.to(x.dtype).view(1, -1, 1)
+    return (x.reshape(tuple(sizes)) + scale * _arrange(normal, sizes).to(x.dtype)).view(x.shape)
+
+
+def _arrange(normal: Tensor, sizes: Sequence[int]) -> Tensor:
+    outer, batch, inner = sizes
+    return normal.view(batch, outer, inner).transpose(0, 1)
+
+
+def _normal(step: Tensor, seed: int, stream: int, first_example: int, sizes: Sequence[int]) -> Tensor:
+    outer, batch, inner = sizes
+    draws = random.normal(seed, int(step), stream, batch, outer * inner, first_example)
+    return torch.from_numpy(draws).to(step.device)
+
+
+@torch.library.custom_op("stn_fast::noise", mutates_args=())
+def _noise(
+    x: Tensor, scale: Tensor, step: Tensor, seed: int, stream: int, first_example: int, sizes: list[int]
+) -> Tensor:
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    backend = choose(x.device)
+    if backend == "triton":
+        from stn_fast.kernels import noise as kernels
+
+        return kernels.noise_forward(x, scale, step, seed, stream, first_example, tuple(sizes))
+    if backend == "cpp" and x.dtype != torch.float64:
+        from stn_fast import _C
+
+        source = x.float()
+        y = torch.empty_like(source)
+        _C.noise_forward(
+            source.data_ptr(), scale.data_ptr(), y.data_ptr(), *sizes,
+            first_example, seed, int(step), stream, torch.get_num_threads(),
+        )  # fmt: skip
+        return y.to(x.dtype)
+    return reference(x, scale, _normal(step, seed, stream, first_example, sizes), sizes)
+
+
+@_noise.register_fake
+def _(x, scale, step, seed, stream, first_example, sizes):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("stn_fast::noise_backward", mutates_args=())
+def _noise_backward(dy: Tensor, step: Tensor, seed: int, stream: int, first_example: int, sizes: list[int]) -> Tensor:
+    """d_scale[b] = Σ dy · ε, float32."""
+    if dy.numel() == 0:
+        return dy.new_zeros(sizes[1], dtype=torch.float32)
+    backend = choose(dy.device)
+    if backend == "triton":
+        from stn_fast.kernels import noise as kernels
+
+        return kernels.noise_backward(dy, step, seed, stream, first_example, tuple(sizes))
+    if backend == "cpp" and dy.dtype != torch.float64:
+        from stn_fast import _C
+
+        source = dy.float()
+        d_scale = source.new_empty(sizes[1])
+        _C.noise_backward(
+            source.data_ptr(), d_scale.data_ptr(), *sizes,
+            first_example, seed, int(step), stream, torch.get_num_threads(),
+        )  # fmt: skip
+        return d_scale
+    normal = _arrange(_normal(step, seed, stream, first_example, sizes), sizes)
+    return (dy.view(tuple(sizes)) * normal).sum((0, 2)).float()
+
+
+@_noise_backward.register_fake
+def _(dy, step, seed, stream, first_example, sizes):
+    return dy.new_empty(sizes[1], dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, step, *ctx.draw = inputs
+    ctx.save_for_backward(step)
+
+
+def _backward(ctx, dy):
+    (step,) = ctx.saved_tensors
+    need_x, need_scale, *_ = ctx.needs_input_grad
+    d_scale = _noise_backward(dy.contiguous(), step, *ctx.draw) if need_scale else None
+    return dy if need_x else None, d_scale, *[None] * 5
+
+
+_noise.register_autograd(_backward, setup_context=_setup_context)
+
+
+def noise(
+    x: Tensor,
+    scale: Tensor,
+    *,
+    seed: int,
+    step: Tensor | int,
+    stream: int,
+    first_example: int = 0,
+    example_dim: int = 0,
+) -> Tensor:
+    """Additive Gaussian noise with one standard deviation an example.
+
+    y = x + scale[b] · ε,  ε ~ N(0, 1) from (seed, step, stream, example, element)
+
+    Differentiable to x and to scale; ε is drawn again in backward, not stored.
+
+    Args:
+        x: floating point, at least one dimension; dimension `example_dim` counts the B examples.
+        scale: (B,) float32, in units of x.
+        seed, step, stream, first_example: as for `dropout`.
+
+    Returns:
+        As x.
+
+    Raises:
+        ValueError: a shape, dtype or range does not fit; the message names the argument.
+    """
+    if x.ndim == 0 or not x.is_floating_point():
+        raise ValueError(f"noise wants a floating point x of at least one dimension; got {tuple(x.shape)} {x.dtype}")
+    if not -x.ndim <= example_dim < x.ndim:
+        raise ValueError(f"noise: example_dim={example_dim} is not a dimension of x {tuple(x.shape)}")
+    example_dim %= x.ndim
+    batch = x.shape[example_dim]
+    sizes = [math.prod(x.shape[:example_dim]), batch, math.prod(x.shape[example_dim + 1 :])]
+    step = check_draw("noise", "scale", scale, x, batch, seed, step, stream)
+    draw = (step, seed, stream, first_example, sizes)
+    if in_transform():
+        return reference(x, scale, _normal(step, seed, stream, first_example, sizes), sizes)
+    return _noise(x.contiguous(), scale.contiguous(), *draw)

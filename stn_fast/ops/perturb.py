@@ -1,0 +1,272 @@
+"""perturb: every example's own hyperparameters, sampled, constrained and differentiable, in one call."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stn_fast import random
+from stn_fast.dispatch import choose
+from stn_fast.ops._transforms import in_transform
+
+RAW_SCALE_BOUNDS = (-4.0, 3.0)
+"""Raw scales are clamped into this interval, so that sigma = softplus(raw_scale) stays in [0.0181, 3.0486]."""
+
+NO_BOUND, LOWER_BOUND, UPPER_BOUND, BOTH_BOUNDS = range(4)
+PERTURBATION_STREAM = 0
+
+
+class Table(NamedTuple):
+    """The columns of the (n, 6) float32 table that tells kernels what each hyperparameter is."""
+
+    kind: Tensor
+    low: Tensor
+    high: Tensor
+    integer: Tensor
+    per_example: Tensor
+    responds_with_value: Tensor
+
+
+class Perturbed(NamedTuple):
+    """What `perturb` returns, each (B, n) float32."""
+
+    unconstrained: Tensor
+    values: Tensor
+    response: Tensor
+
+
+def constrain(unconstrained: Tensor, table: Tensor) -> Tensor:
+    """Constrained values of unconstrained (..., n): design of the table's kinds, floor for integers."""
+    columns = Table(*table.to(unconstrained.dtype).unbind(1))
+    low, high = columns.low, columns.high
+    value = torch.where(columns.kind == LOWER_BOUND, low + F.softplus(unconstrained), unconstrained)
+    value = torch.where(columns.kind == UPPER_BOUND, high - F.softplus(-unconstrained), value)
+    value = torch.where(columns.kind == BOTH_BOUNDS, low + (high - low) * unconstrained.sigmoid(), value)
+    return torch.where(columns.integer > 0, value.floor(), value)
+
+
+def _constrain_derivative(unconstrained: Tensor, table: Tensor) -> Tensor:
+    columns = Table(*table.to(unconstrained.dtype).unbind(1))
+    gate = unconstrained.sigmoid()
+    slope = torch.where(columns.kind == LOWER_BOUND, gate, torch.ones_like(gate))
+    slope = torch.where(columns.kind == UPPER_BOUND, 1 - gate, slope)
+    slope = torch.where(columns.kind == BOTH_BOUNDS, (columns.high - columns.low) * gate * (1 - gate), slope)
+    return torch.where(columns.integer > 0, torch.zeros_like(slope), slope)
+
+
+def perturbation_noise(table: Tensor, step: Tensor, seed: int, batch_size: int, first_example: int) -> Tensor:
+    """The standard normal draws eps (B, n) behind a perturbation, from the NumPy reference generator."""
+    n = table.shape[0]
+    draws = random.normal(seed, int(step), PERTURBATION_STREAM, batch_size, n, first_example)
+    shared = random.normal(seed, int(step), PERTURBATION_STREAM, 1, n, 0)
+    noise = torch.from_numpy(draws).to(table.device)
+    return torch.where(table[:, 4] > 0, noise, torch.from_numpy(shared).to(table.device))
+
+
+def reference(location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor, noise: Tensor) -> Perturbed:
+    """The definition, in plain torch. Differentiable in every mode; kernels are tested against it."""
+    unconstrained = location + F.softplus(raw_scale.clamp(*RAW_SCALE_BOUNDS)) * noise
+    values = constrain(unconstrained, table)
+    response = torch.where(table[:, 5] > 0, values, unconstrained - center)
+    return Perturbed(unconstrained, values, response)
+
+
+@torch.library.custom_op("stn_fast::perturb", mutates_args=())
+def _perturb(
+    location: Tensor,
+    raw_scale: Tensor,
+    center: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seed: int,
+    batch_size: int,
+    first_example: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend = choose(location.device)
+    n = table.shape[0]
+    if backend == "triton":
+        from stn_fast.kernels import perturb as kernels
+
+        return kernels.perturb_forward(
+            location, raw_scale, center, table, step, seed, batch_size, first_example, *RAW_SCALE_BOUNDS
+        )
+    if backend == "cpp":
+        from stn_fast import _C
+
+        unconstrained = location.new_empty(batch_size, n)
+        values = location.new_empty(n, batch_size)
+        response = location.new_empty(batch_size, n)
+        _C.perturb_forward(
+            location.data_ptr(), raw_scale.data_ptr(), center.data_ptr(), table.data_ptr(),
+            unconstrained.data_ptr(), values.data_ptr(), response.data_ptr(),
+            n, batch_size, first_example, seed, int(step), *RAW_SCALE_BOUNDS, torch.get_num_threads(),
+        )  # fmt: skip
+        return unconstrained, values, response
+    noise = perturbation_noise(table, step, seed, batch_size, first_example)
+    unconstrained, values, response = reference(location, raw_scale, center, table, noise)
+    return unconstrained, values.T.contiguous(), response
+
+
+@_perturb.register_fake
+def _(location, raw_scale, center, table, step, seed, batch_size, first_example):
+    n = table.shape[0]
+    rows = location.new_empty(batch_size, n)
+    return rows, location.new_empty(n, batch_size), torch.empty_like(rows)
+
+
+@torch.library.custom_op("stn_fast::perturb_backward", mutates_args=())
+def _perturb_backward(
+    d_unconstrained: Tensor | None,
+    d_values: Tensor | None,
+    d_response: Tensor | None,
+    location: Tensor,
+    raw_scale: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seed: int,
+    batch_size: int,
+    first_example: int,
+) -> tuple[Tensor, Tensor]:
+    backend = choose(location.device)
+    n = table.shape[0]
+    upstream = (
+        None if d_unconstrained is None else d_unconstrained.contiguous(),
+        None if d_values is None else d_values.contiguous(),
+        None if d_response is None else d_response.contiguous(),
+    )
+    if backend == "triton":
+        from stn_fast.kernels import perturb as kernels
+
+        return kernels.perturb_backward(
+            *upstream, location, raw_scale, table, step, seed, batch_size, first_example, *RAW_SCALE_BOUNDS
+        )
+    if backend == "cpp":
+        from stn_fast import _C
+
+        d_location, d_raw_scale = torch.empty_like(location), torch.empty_like(raw_scale)
+        _C.perturb_backward(
+            *(0 if d is None else d.data_ptr() for d in upstream),
+            location.data_ptr(), raw_scale.data_ptr(), table.data_ptr(),
+            d_location.data_ptr(), d_raw_scale.data_ptr(),
+            n, batch_size, first_example, seed, int(step), *RAW_SCALE_BOUNDS, torch.get_num_threads(),
+        )  # fmt: skip
+        return d_location, d_raw_scale
+    noise = perturbation_noise(table, step, seed, batch_size, first_example)
+    return _backward_reference(*upstream, location, raw_scale, table, noise)
+
+
+def _backward_reference(
+    d_unconstrained: Tensor | None,
+    d_values: Tensor | None,
+    d_response: Tensor | None,
+    location: Tensor,
+    raw_scale: Tensor,
+    table: Tensor,
+    noise: Tensor,
+) -> tuple[Tensor, Tensor]:
+    clamped = raw_scale.clamp(*RAW_SCALE_BOUNDS)
+    unconstrained = location + F.softplus(clamped) * noise
+    slope = _constrain_derivative(unconstrained, table)
+    upstream = torch.zeros_like(unconstrained)
+    if d_unconstrained is not None:
+        upstream = upstream + d_unconstrained
+    if d_values is not None:
+        upstream = upstream + d_values.T * slope
+    if d_response is not None:
+        upstream = upstream + torch.where(table[:, 5] > 0, d_response * slope, d_response)
+    inside = (clamped == raw_scale).to(raw_scale.dtype)
+    return upstream.sum(0), (upstream * noise).sum(0) * raw_scale.sigmoid() * inside
+
+
+@_perturb_backward.register_fake
+def _(d_unconstrained, d_values, d_response, location, raw_scale, table, step, seed, batch_size, first_example):
+    return torch.empty_like(location), torch.empty_like(raw_scale)
+
+
+def _setup_context(ctx, inputs, output):
+    location, raw_scale, _, table, step, *ctx.draw = inputs
+    ctx.save_for_backward(location, raw_scale, table, step)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, d_unconstrained, d_values, d_response):
+    location, raw_scale, table, step = ctx.saved_tensors
+    d_location, d_raw_scale = _perturb_backward(
+        d_unconstrained, d_values, d_response, location, raw_scale, table, step, *ctx.draw
+    )
+    need_location, need_raw_scale, *_ = ctx.needs_input_grad
+    return (
+        d_location if need_location else None,
+        d_raw_scale if need_raw_scale else None,
+        *[None] * 6,
+    )
+
+
+_perturb.register_autograd(_backward, setup_context=_setup_context)
+
+
+def perturb(
+    location: Tensor,
+    raw_scale: Tensor,
+    center: Tensor,
+    table: Tensor,
+    *,
+    step: Tensor,
+    seed: int,
+    batch_size: int,
+    first_example: int = 0,
+) -> Perturbed:
+    """Samples a batch of hyperparameters around their location (MacKay et al. 2019, section 3.2).
+
+    unconstrained[b, k] = location[k] + softplus(clamp(raw_scale[k])) · eps[b, k],  eps ~ N(0, 1)
+    values[b, k]        = that, mapped into the hyperparameter's range
+    response[b, k]      = unconstrained[b, k] − center[k], or the value where the table says so
+
+    eps is a function of (seed, step, first_example + b, k) alone and is drawn again in backward, not stored.
+    Gradients flow from all three results to location and raw_scale; integers pass none through their value.
+    Most users want `HyperparameterSpace.sample`, which calls this.
+
+    Args:
+        location: (n,) float32, unconstrained.
+        raw_scale: (n,) float32; clamped into RAW_SCALE_BOUNDS.
+        center: (n,) float32, not differentiated.
+        table: (n, 6) float32, columns as in `Table`.
+        step: 0-dim int64 on the device of location.
+        seed: 0 <= seed < 2**63.
+        batch_size: rows to draw.
+        first_example: index of row 0 in the global batch.
+
+    Returns:
+        `Perturbed`: three (B, n) float32 tensors.
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the argument.
+    """
+    n = table.shape[0]
+    for name, tensor in (("location", location), ("raw_scale", raw_scale), ("center", center)):
+        if tensor.shape != (n,) or tensor.dtype != torch.float32:
+            raise ValueError(
+                f"perturb wants {name} ({n},) float32, one entry a hyperparameter; "
+                f"got {tuple(tensor.shape)} {tensor.dtype}"
+            )
+        if tensor.device != table.device:
+            raise ValueError(f"perturb: {name} is on {tensor.device}, the table on {table.device}; move one of them")
+    if batch_size < 0:
+        raise ValueError(f"perturb wants batch_size >= 0; got {batch_size}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"perturb wants 0 <= seed < 2**63; got {seed}")
+    if in_transform():
+        noise = perturbation_noise(table, step, seed, batch_size, first_example)
+        return reference(location, raw_scale, center, table, noise)
+    unconstrained, values, response = _perturb(
+        location.contiguous(),
+        raw_scale.contiguous(),
+        center.contiguous(),
+        table,
+        step,
+        seed,
+        batch_size,
+        first_example,
+    )
+    return Perturbed(unconstrained, values.T, response)
