@@ -162,12 +162,13 @@ class ScheduleConfig:
     max_steps: int | None = None
     batch_size: int = 100
     valid_batch_size: int = 100
+    eval_batch_size: int = 1000
     checkpoint_epochs: int = 10
 
     def __post_init__(self) -> None:
         _require_at_least(1, epochs=self.epochs, max_steps=self.max_steps)
         _require_at_least(1, batch_size=self.batch_size, valid_batch_size=self.valid_batch_size)
-        _require_at_least(1, checkpoint_epochs=self.checkpoint_epochs)
+        _require_at_least(1, eval_batch_size=self.eval_batch_size, checkpoint_epochs=self.checkpoint_epochs)
 
 
 @dataclass(frozen=True)

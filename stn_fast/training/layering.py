@@ -33,6 +33,8 @@ def resolve(
         overlay(tree, nested(key, value), where="in --set")
     for key, value in (flags or {}).items():
         overlay(tree, nested(key, value), where=f"from {FLAGS.get(key, key)}")
+    if tree["recipe"] != defaults.recipe:
+        raise ConfigError("recipe", tree["recipe"], f"the run is of '{defaults.recipe}'; name the recipe on the command line")
     return build(Config, tree)
 
 

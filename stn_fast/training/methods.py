@@ -82,6 +82,10 @@ class FixedHyperparameters:
         """The current hyperparameters, the same for every example: what to evaluate with."""
         return self.space.at(self.location.detach(), batch_size=batch_size)
 
+    def scales(self) -> Tensor:
+        """σ of the perturbation of each hyperparameter, (n,); 0 where there is none."""
+        return torch.zeros_like(self.location)
+
     def _training_hyper(self, batch_size: int, step: int | Tensor) -> HyperBatch:
         return self.space.at(self.location, batch_size=batch_size, seed=self.seed, step=step)
 
@@ -143,6 +147,9 @@ class SelfTuning(FixedHyperparameters):
         if tune_scales:
             self.tuned.append(self.raw_scale.requires_grad_())
         self.hyper_optimizer = hyper_optimizer(self.tuned)
+
+    def scales(self) -> Tensor:
+        return self.space.scales(self.raw_scale.detach())
 
     @torch.no_grad()
     def _training_hyper(self, batch_size: int, step: int | Tensor) -> HyperBatch:

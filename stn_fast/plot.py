@@ -1,0 +1,228 @@
+"""``python -m stn_fast.plot RUN_DIR...``: draws hyperparameter schedules and loss curves of one run or several."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from stn_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from stn_fast.training.config import Config
+
+# Okabe and Ito's palette: eight colours that stay apart for colour-blind readers.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A600")
+GREY = "#555555"
+PANEL = (3.7, 2.5)  # inches
+COLUMNS = 3
+DECADE = 10.0
+
+
+class Run(NamedTuple):
+    """A run directory's configuration and its rows by phase."""
+
+    name: str
+    config: Config
+    rows: dict[str, list[dict[str, Any]]]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The evaluation with the lowest validation loss."""
+        return min(self.rows["eval"], key=lambda row: row["loss"])
+
+
+def read_run(directory: str | Path) -> Run:
+    """What ``directory`` holds.
+
+    Raises:
+        UserError: there is no such directory, it holds no run, or no evaluation has been written yet.
+    """
+    from stn_fast.training.config import Config
+    from stn_fast.training.layering import build, read_yaml
+
+    path = Path(directory)
+    metrics = path / "metrics.jsonl"
+    if not path.is_dir():
+        raise UserError(f"there is no run directory {path}; python -m stn_fast.train makes one under runs/")
+    if not metrics.is_file():
+        raise UserError(f"{path} holds no metrics.jsonl; name a directory that python -m stn_fast.train has written")
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "valid": [], "eval": []}
+    for number, line in enumerate(metrics.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            rows[row["phase"]].append(row)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"line {number} of {metrics} is not a row of metrics; remove it") from None
+    if not rows["eval"]:
+        raise UserError(f"{metrics} holds no evaluation yet; let the run finish its first epoch")
+    return Run(path.name or str(path), build(Config, read_yaml(str(path / "config.yaml"))), rows)
+
+
+def save_schedule(directories: Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Draws the runs over each other into a PNG; by default ``schedule.png`` in the run's own directory.
+
+    Raises:
+        UserError: a directory holds no run, or the picture cannot be written.
+    """
+    runs = [read_run(directory) for directory in directories]
+    single = Path(directories[0]) / "schedule.png"
+    target = Path(output) if output is not None else single if len(runs) == 1 else Path("schedules.png")
+    figure = draw(runs)
+    try:
+        figure.savefig(target, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output {target} cannot be written ({error}); name a .png, .pdf or .svg file") from None
+    return target
+
+
+def draw(runs: Sequence[Run]) -> Figure:
+    """One panel for the losses and one for every hyperparameter, all over epochs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for run in runs for name in run.config.hyperparameters))
+    panels = 1 + len(names)
+    columns = min(COLUMNS, panels)
+    lines = -(-panels // columns)
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
+    draw_losses(axes[0], runs)
+    for axis, name in zip(axes[1:], names, strict=False):
+        draw_hyperparameter(axis, runs, name)
+    for axis in axes[panels:]:
+        axis.set_visible(False)
+    for axis in axes[max(0, panels - columns) : panels]:
+        axis.set_xlabel("epoch")
+        axis.tick_params(labelbottom=True)
+    _title(figure, runs)
+    return figure
+
+
+def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
+    """Training objective, validation loss and test loss in nats; a dot marks the best validation loss."""
+    curves = (("train", "train", "loss", ":"), ("valid", "eval", "loss", "-"), ("test", "eval", "test_loss", "--"))
+    for number, run in enumerate(runs):
+        for index, (label, phase, key, style) in enumerate(curves):
+            rows = [row for row in run.rows[phase] if key in row]
+            colour = COLOURS[number % len(COLOURS)] if len(runs) > 1 else (GREY, *COLOURS)[index]
+            axis.plot(
+                [row["epoch"] for row in rows],
+                [row[key] for row in rows],
+                style,
+                color=colour,
+                linewidth=1.4,
+                label=label if number == 0 else None,
+            )
+        colour = COLOURS[number % len(COLOURS)]
+        axis.plot(run.best["epoch"], run.best["loss"], "o", color=colour, markersize=5, zorder=5)
+    axis.set_yscale("log")
+    _plain_log_labels(axis)
+    axis.set_title("loss (nats)", fontsize=10, loc="left")
+    legend = axis.legend(fontsize=8, frameon=False, loc="upper right", ncols=3, columnspacing=1.0, handlelength=1.6)
+    if len(runs) > 1:
+        for handle in legend.get_lines():
+            handle.set_color(GREY)
+    _finish(axis, runs)
+
+
+def draw_hyperparameter(axis: Axes, runs: Sequence[Run], name: str) -> None:
+    """The constrained value over epochs in the band from λ − σ to λ + σ; the dotted line is the first guess."""
+    for number, run in enumerate(runs):
+        rows = [row for row in run.rows["eval"] if name in row.get("hyperparameters", {})]
+        if not rows:
+            continue
+        epochs = [row["epoch"] for row in rows]
+        low, value, high = (
+            [row[f"hyperparameters{part}"][name] for row in rows] for part in ("_low", "", "_high")
+        )
+        colour = COLOURS[number % len(COLOURS)]
+        axis.fill_between(epochs, low, high, color=colour, alpha=0.16, linewidth=0)
+        axis.plot(epochs, value, color=colour, linewidth=1.7)
+        axis.plot(run.best["epoch"], run.best["hyperparameters"][name], "o", color=colour, markersize=5, zorder=5)
+    entries = [run.config.hyperparameters[name] for run in runs if name in run.config.hyperparameters]
+    for init in {entry.init for entry in entries}:
+        axis.axhline(init, color=GREY, linestyle=":", linewidth=1)
+    _scale(axis, entries)
+    axis.set_title(name.replace("_", " "), fontsize=10, loc="left")
+    _finish(axis, runs)
+
+
+def _scale(axis: Axes, entries: Sequence[Any]) -> None:
+    """A logarithmic axis for what is positive and unbounded, such as weight decay; else from bound to data."""
+    if all(entry.low == 0 and entry.high is None for entry in entries):
+        axis.set_yscale("log")
+        _plain_log_labels(axis)
+    elif all(entry.low is not None and entry.high is not None for entry in entries):
+        axis.set_ylim(bottom=min(entry.low for entry in entries))
+
+
+def _plain_log_labels(axis: Axes) -> None:
+    """Numbers such as 0.05 where a log axis spans less than two decades, and powers of ten else."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    low, high = axis.get_ylim()
+    if high / low < DECADE**2.5:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _finish(axis: Axes, runs: Sequence[Run]) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.tick_params(labelsize=8)
+    axis.set_xlim(left=0)
+    warmups = {run.config.method.warmup_epochs for run in runs if run.config.method.tunes}
+    if len(warmups) == 1 and (warmup := warmups.pop()):
+        axis.axvspan(0, warmup, color="#000000", alpha=0.05, linewidth=0)
+
+
+def _title(figure: Figure, runs: Sequence[Run]) -> None:
+    from matplotlib.lines import Line2D
+
+    note = "line: value, band: ±σ of its perturbation, dot: best validation loss, dotted: first guess, shaded: warm-up"
+    if len(runs) == 1:
+        config, best = runs[0].config, runs[0].best
+        accuracy = f", test accuracy {best['test_accuracy']:.3f}" if "test_accuracy" in best else ""
+        title = f"{config.recipe}, {config.method.label}, seed {config.seed}: validation loss {best['loss']:.3f}{accuracy}"
+        figure.suptitle(f"{title}\n", fontsize=12)
+    else:
+        figure.suptitle("\n", fontsize=12)
+        handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=2.5) for i in range(len(runs))]
+        labels = [f"{run.name} ({run.best['loss']:.3f})" for run in runs]
+        figure.legend(handles, labels, loc="upper center", ncols=min(4, len(runs)), frameon=False, fontsize=9)
+    figure.text(0.5, 1 - 0.52 / figure.get_figheight(), note, ha="center", va="center", fontsize=8, color=GREY)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status: 0, or 2 for a user's error."""
+    it = Parser(prog="python -m stn_fast.plot", description=__doc__, allow_abbrev=False)
+    it.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directories that stn_fast.train has written")
+    output = "PNG, PDF or SVG (default: schedule.png in the run's directory; schedules.png here for several)"
+    it.add_argument("--output", metavar="FILE", help=output)
+    try:
+        flags = it.parse_args(arguments)
+        print(save_schedule(flags.run_dirs, flags.output))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

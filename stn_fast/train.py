@@ -1,0 +1,99 @@
+"""``python -m stn_fast.train``: trains a recipe and leaves a run directory."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from stn_fast.errors import UserError, did_you_mean
+from stn_fast.recipes import RECIPES, recipe
+from stn_fast.training.config import FLAGS
+from stn_fast.training.layering import resolve, to_yaml
+
+PROGRAM = "python -m stn_fast.train"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> Parser:
+    """The flags. Those that override a key of the configuration carry that key as their name."""
+    about = "Trains a self-tuning network, or the same network without the tuning."
+    it = Parser(prog=PROGRAM, description=about, allow_abbrev=False)
+    flag = it.add_argument
+    flag("recipe", nargs="?", default="digits", help=f"what to train: {', '.join(RECIPES)} (default: digits)")
+    flag("--method", dest="method.name", metavar="NAME", help="stn or fixed (default: stn)")
+    flag("--freeze", dest="method.freeze", action="store_true", default=None, help="stn, hyperparameters held still")
+    flag("--seed", type=int, metavar="N", help="fixes everything random (default: 0)")
+    flag("--device", metavar="DEVICE", help="cpu or cuda (default: cpu)")
+    flag("--epochs", dest="schedule.epochs", type=int, metavar="N", help="passes over the training set")
+    flag("--max-steps", dest="schedule.max_steps", type=int, metavar="N", help="stop early after so many steps")
+    flag("--data-root", dest="data_root", metavar="DIR", help="where data sets are (digits needs none)")
+    flag("--run-dir", dest="run_dir", metavar="DIR", help="default: runs/RECIPE-METHOD-seedSEED")
+    flag("--config", metavar="FILE", help="YAML laid over the recipe's defaults; --print-config shows its form")
+    flag("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. optimizer.learning_rate=0.1")
+    flag("--print-config", action="store_true", help="print the resolved configuration as YAML and stop")
+    resume = "go on from the newest checkpoint in the run directory (default); --no-resume starts over"
+    flag("--resume", action=argparse.BooleanOptionalAction, default=True, help=resume)
+    return it
+
+
+def parse(arguments: Sequence[str] | None) -> dict[str, Any]:
+    """The flags that were given, by name; an unknown one is an error that names the nearest right one."""
+    it = parser()
+    known, unknown = it.parse_known_args(arguments)
+    if unknown:
+        options = [option for action in it._actions for option in action.option_strings if option.startswith("--")]
+        raise UserError(f"unknown argument '{unknown[0]}': {did_you_mean(unknown[0].partition('=')[0], options)}")
+    return vars(known)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status: 0, 1, 2 for a user's error, 130 or 143 after a signal."""
+    try:
+        flags = parse(arguments)
+        module = recipe(flags["recipe"])
+        overrides = {key: flags[key] for key in FLAGS if flags.get(key) is not None and key != "recipe"}
+        config = resolve(module.config(), flags["config"], flags["set"], overrides)
+        if flags["print_config"]:
+            print(to_yaml(config), end="")
+            return 0
+        return train(config, module, flags["resume"])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: stopped by Ctrl-C", file=sys.stderr)
+        return 130
+
+
+def train(config: Any, module: Any, resume: bool) -> int:
+    """Runs ``config`` and tells how it went."""
+    from stn_fast.plot import save_schedule
+    from stn_fast.training.progress import Progress, summary
+    from stn_fast.training.run import run
+    from stn_fast.training.signals import Interrupted
+    from stn_fast.training.trainer import Diverged
+
+    try:
+        result = run(config, module.build, resume=resume, progress=Progress(config.schedule.epochs))
+    except Interrupted as stop:
+        print(f"{stop} in {config.directory}; the same command resumes it", file=sys.stderr)
+        return stop.exit_status
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    schedule = save_schedule([config.directory])
+    print(summary(result))
+    print(f"{result['wall_seconds']:.1f} s; everything is in {config.directory}, the schedules in {schedule}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

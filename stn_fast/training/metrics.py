@@ -1,0 +1,94 @@
+"""metrics.jsonl: one JSON object a line, for every epoch a "train", a "valid" and an "eval" row."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stn_fast.errors import UserError
+from stn_fast.hyperparameters import HyperparameterSpace
+
+# These keys alone may differ between two runs of one seed.
+TIMES = ("wall_seconds", "examples_per_second")
+
+
+class MetricsLog:
+    """Appends rows to ``path`` after the first ``rows`` that are there; later ones are cut off.
+
+    Raises:
+        UserError: the file holds fewer rows than that.
+    """
+
+    def __init__(self, path: Path, rows: int = 0) -> None:
+        lines = path.read_bytes().splitlines(keepends=True)[:rows] if rows and path.exists() else []
+        if len(lines) < rows or (lines and not lines[-1].endswith(b"\n")):
+            raise UserError(
+                f"{path} holds fewer than the {rows} rows written before the checkpoint; "
+                "restore it, or start over with --no-resume"
+            )
+        self.rows = rows
+        self._file = path.open("ab")
+        self._file.truncate(sum(map(len, lines)))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Adds one row; on the disk after the next ``sync``."""
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()
+        self.rows += 1
+
+    def sync(self) -> None:
+        """Returns once every row so far is on the disk."""
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+
+class MeanLoss:
+    """The mean loss of the steps since the last report, gathered on the device in float64 without reading it back."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.total, self.steps = torch.zeros((), dtype=torch.float64, device=device), 0
+
+    def add(self, loss: Tensor) -> None:
+        """Counts one step's loss."""
+        self.total += loss
+        self.steps += 1
+
+    def take(self) -> tuple[float, int]:
+        """(mean loss, steps), and starts again from nothing."""
+        mean, steps = self.total.item() / max(self.steps, 1), self.steps
+        self.total.zero_()
+        self.steps = 0
+        return mean, steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total.copy_(state["total"])
+        self.steps = state["steps"]
+
+
+def describe(space: HyperparameterSpace, location: Tensor, scales: Tensor) -> dict[str, dict[str, float]]:
+    """What a row says of the hyperparameters, by name.
+
+    ``hyperparameters`` are constrained values at the location λ, ``scales`` σ in unconstrained units,
+    ``hyperparameters_low`` and ``_high`` the constrained values at λ ∓ σ.
+    """
+    location, scales = location.detach(), scales.detach()
+    return {
+        "hyperparameters": space.values(location),
+        "scales": dict(zip(space.names, scales.tolist(), strict=True)),
+        "hyperparameters_low": space.values(location - scales),
+        "hyperparameters_high": space.values(location + scales),
+    }

@@ -1,0 +1,69 @@
+"""What a run says while it runs, and the table at its end."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+LINES = 12  # about so many progress lines where there is no terminal
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere, nothing if ``quiet``. All of it goes to standard error."""
+
+    def __init__(self, epochs: int = 0, quiet: bool = False) -> None:
+        self.epochs, self.quiet = epochs, quiet
+        self._bar: Any = None
+
+    def say(self, text: str) -> None:
+        """One line of news."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """One line that matters even in silence."""
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Shows a row of metrics.jsonl; evaluations alone are worth a line."""
+        if self.quiet or row["phase"] != "eval":
+            return
+        accuracy = row.get("valid_accuracy")
+        text = f"valid loss {row['loss']:.4f}" + ("" if accuracy is None else f", accuracy {accuracy:.3f}")
+        epoch = row["epoch"]
+        if self._bar is not None:
+            self._bar.n = epoch
+            self._bar.set_postfix_str(text)
+        elif epoch % max(1, self.epochs // LINES) == 0 or epoch == self.epochs:
+            self.say(f"epoch {epoch:4d}/{self.epochs}  step {row['step']:6d}  {row['wall_seconds']:6.1f} s  {text}")
+
+    def __enter__(self) -> Progress:
+        if not self.quiet and sys.stderr.isatty():
+            self._bar = tqdm(total=self.epochs, unit="epoch", file=sys.stderr, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Where each hyperparameter started and stands at the best step, then the scores of that step."""
+    start, best, end = (result[f"hyperparameters{part}"] for part in ("_start", "", "_end"))
+    moved = result["moved_in_initial_scales"]
+    width = max(map(len, best))
+    lines = [f"{'hyperparameter':<{width}}  {'start':>9}  {'best':>9}  {'end':>9}  moved (initial σ)"]
+    lines += [
+        f"{name:<{width}}  {start[name]:9.3g}  {best[name]:9.3g}  {end[name]:9.3g}  {moved[name]:+8.1f}"
+        for name in best
+    ]
+    lines.append(
+        f"best validation loss {result['valid_loss']:.4f} at step {result['best_step']} of {result['steps']}; there, "
+        f"test loss {result['test_loss']:.4f}"
+        + (f", test accuracy {result['test_accuracy']:.4f}" if "test_accuracy" in result else "")
+    )
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""One run from a configuration to a result: set up or resume, fit, evaluate the best, write it down."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import stn_fast
+from stn_fast.errors import UserError
+from stn_fast.training import checkpoint
+from stn_fast.training.config import Config, ConfigError
+from stn_fast.training.methods import build_method
+from stn_fast.training.metrics import MetricsLog
+from stn_fast.training.progress import Progress
+from stn_fast.training.run_directory import RunDirectory
+from stn_fast.training.task import Task
+from stn_fast.training.trainer import Trainer
+
+
+def run(
+    config: Config,
+    build_task: Callable[[Config], Task],
+    *,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Trains as ``config`` says in ``config.directory`` and returns what ``result.json`` holds.
+
+    With ``resume``, a run that is there goes on from its newest whole checkpoint, bit for bit as if it had never
+    stopped; a finished one only gives its result again.
+
+    Raises:
+        UserError: the configuration, the data or the run directory cannot be used.
+        Diverged, Interrupted: as ``Trainer.fit``.
+    """
+    progress = progress or Progress(quiet=True)
+    directory = RunDirectory(config.directory)
+    if not (resume and directory.resumable):
+        directory.clear()
+    else:
+        directory.check_same_run(config)
+        if (result := directory.finished_result(config)) is not None:
+            progress.say(f"{directory.path} is finished; --no-resume would run it again")
+            return result
+    task = checked_task(config, build_task)
+    trainer = Trainer(config, task, build_method(config, task), directory.checkpoints, progress.row)
+    state = checkpoint.read_newest(directory.checkpoints, config.device, progress.warn)
+    if state is not None:
+        trainer.load_state_dict(state)
+        progress.say(f"resuming {directory.path} after step {trainer.step}")
+        if trainer.overrun:
+            raise UserError(
+                f"{directory.path} is already at step {trainer.step}, epoch {trainer.epoch}, further than "
+                "--epochs or --max-steps asks for: ask for more, or choose another --run-dir"
+            )
+    directory.write_config(config)
+    directory.result.unlink(missing_ok=True)
+    directory.schedule.unlink(missing_ok=True)
+    with progress, MetricsLog(directory.metrics, trainer.rows) as log:
+        trainer.fit(log)
+    result = best_result(trainer, task)
+    directory.write_result(result)
+    return result
+
+
+def checked_task(config: Config, build_task: Callable[[Config], Task]) -> Task:
+    """The task, once its device, its batch sizes and a first forward pass have shown that it fits together."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", "cuda", "needs a CUDA device and a CUDA build of torch; use cpu")
+    try:
+        task = build_task(config)
+        for key, split in (("batch_size", task.data.train), ("valid_batch_size", task.data.valid)):
+            size, examples = getattr(config.schedule, key), len(split.inputs)
+            if size > examples:
+                raise ConfigError(f"schedule.{key}", size, f"must be at most {examples}, the examples there are")
+        _rehearse(task)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return task
+
+
+@torch.no_grad()
+def _rehearse(task: Task) -> None:
+    """One forward pass, which raises what layers have to say against the hyperparameters they are given."""
+    first = type(task.data.train)(*(part[:1] for part in task.data.train))
+    location, _ = task.space.initial_state(first.inputs.device)
+    task.training_objective(task.model, first, task.space.at(location, batch_size=1))
+
+
+def best_result(trainer: Trainer, task: Task) -> dict[str, Any]:
+    """Scores of the best checkpoint, read back from the disk, and where its hyperparameters stand."""
+    config, steps, epochs = trainer.config, trainer.step, trainer.epoch
+    last_location = trainer.method.location.detach().clone()
+    try:
+        trainer.restore_best()
+    except checkpoint.DamagedCheckpoint as error:
+        raise UserError(f"the best checkpoint is lost: {error}; start over with --no-resume") from None
+    space, location = trainer.method.space, trainer.method.location.detach()
+    start, raw_scale = space.initial_state(location.device)
+    scales = space.scales(raw_scale)
+    scores = {"valid": trainer.evaluate(task.data.valid), "test": trainer.evaluate(task.data.test)}
+    return {
+        "recipe": config.recipe,
+        "method": config.method.label,
+        "seed": config.seed,
+        "steps": steps,
+        "epochs": epochs,
+        "best_step": trainer.best["step"],
+        "wall_seconds": round(trainer.wall_seconds, 3),
+        **{f"{split}_{name}": value for split, values in scores.items() for name, value in values.items()},
+        "hyperparameters": space.values(location),
+        "hyperparameters_start": space.values(start),
+        "hyperparameters_end": space.values(last_location),
+        "moved_in_initial_scales": dict(zip(space.names, ((location - start) / scales).tolist(), strict=True)),
+        "versions": versions(config.device),
+    }
+
+
+def versions(device: str) -> dict[str, str | int]:
+    """What a result was computed with."""
+    return {
+        "stn_fast": stn_fast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,38 @@
+"""Ctrl-C and SIGTERM ask the loop to stop at the end of its step; a second Ctrl-C stops at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """The run stopped at a signal, with a checkpoint written."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, with a checkpoint")
+        self.exit_status = 128 + number
+
+
+class StopRequest:
+    """While entered, the first signal is noted in ``number`` instead of ending the process."""
+
+    number: int | None = None
+
+    def __enter__(self) -> StopRequest:
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        if self._in_main_thread:
+            self._before = [signal.signal(number, self._note) for number in SIGNALS]
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._in_main_thread:
+            for number, handler in zip(SIGNALS, self._before, strict=True):
+                signal.signal(number, handler)

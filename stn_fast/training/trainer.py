@@ -1,0 +1,238 @@
+"""The loop: steps, cycles of training and validation, epochs, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stn_fast.data import Split
+from stn_fast.training import checkpoint
+from stn_fast.training.batches import Batches
+from stn_fast.training.config import Config
+from stn_fast.training.methods import FixedHyperparameters
+from stn_fast.training.metrics import MeanLoss, MetricsLog, describe
+from stn_fast.training.signals import Interrupted, StopRequest
+from stn_fast.training.task import Task
+
+Row = dict[str, Any]
+
+
+class Diverged(RuntimeError):
+    """A loss is no longer finite."""
+
+
+class Trainer:
+    """Runs ``method`` on ``task`` as ``config`` says and writes rows and checkpoints.
+
+    Everything that decides the next step is in ``state_dict``: batch orders and random draws are pure functions of
+    the seed and of the counts of steps, so nothing else has to be kept.
+
+    Args:
+        config, task, method: what to run.
+        checkpoints: the directory that holds ``step-XXXXXXXX/``.
+        report: called with every row as it is written.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        method: FixedHyperparameters,
+        checkpoints: Path,
+        report: Callable[[Row], None] = lambda row: None,
+    ) -> None:
+        schedule = config.schedule
+        self.config, self.task, self.method, self.checkpoints = config, task, method, checkpoints
+        self.report = report
+        train, valid, _ = task.data
+        self.train_batches = Batches(train, schedule.batch_size, seed=config.seed, stream=0)
+        self.valid_batches = Batches(valid, schedule.valid_batch_size, seed=config.seed, stream=1)
+        self.train_steps = self.valid_steps = 0
+        device = method.location.device
+        self.train_loss, self.valid_loss = MeanLoss(device), MeanLoss(device)
+        self.best: Row = {"valid_loss": math.inf, "step": 0}
+        self.rows, self.wall_seconds, self.reported_at = 0, 0.0, 0.0
+        self._started = time.perf_counter()
+        self._saved_at = -1
+
+    @property
+    def step(self) -> int:
+        """Steps done, training and validation alike; with the seed it fixes the next step's random draws."""
+        return self.train_steps + self.valid_steps
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the training set, the current one included."""
+        return -(-self.train_steps // self.train_batches.per_pass)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the schedule is done."""
+        schedule = self.config.schedule
+        enough_epochs = self.train_steps >= schedule.epochs * self.train_batches.per_pass
+        return self.step >= (schedule.max_steps or math.inf) or (enough_epochs and self._cycle_closed)
+
+    @property
+    def overrun(self) -> bool:
+        """Whether more has been done than the schedule asks for."""
+        schedule = self.config.schedule
+        too_many_epochs = self.train_steps > schedule.epochs * self.train_batches.per_pass
+        return self.step > (schedule.max_steps or math.inf) or too_many_epochs
+
+    @property
+    def _cycle_closed(self) -> bool:
+        """Whether every validation step due after the training steps so far is done."""
+        if not self.method.tunes:
+            return True
+        cycle = self.config.method
+        since_warmup = self.train_steps - cycle.warmup_epochs * self.train_batches.per_pass
+        return self.valid_steps >= max(0, since_warmup) // cycle.train_steps * cycle.valid_steps
+
+    @property
+    def _epoch_closed(self) -> bool:
+        return self.train_steps % self.train_batches.per_pass == 0 and self._cycle_closed
+
+    def fit(self, log: MetricsLog) -> None:
+        """Goes on from where the state is to the end of the schedule.
+
+        Raises:
+            Diverged: a loss is not finite; no checkpoint holds that state.
+            Interrupted: SIGINT or SIGTERM came; a checkpoint of the last whole step is written.
+        """
+        self._started = time.perf_counter() - self.wall_seconds
+        with StopRequest() as stop:
+            if self.rows == 0:
+                self._close_epoch(log)
+            while not self.finished:
+                self._advance()
+                if self._epoch_closed:
+                    self._close_epoch(log)
+                if stop.number is not None:
+                    self._save(log)
+                    raise Interrupted(stop.number, self.step)
+            # The state of an unfinished epoch is kept from before its early report, so that a longer run
+            # continues from it as if it had never stopped.
+            self._save(log)
+            if not self._epoch_closed:
+                self._report_epoch(log)
+
+    def _advance(self) -> None:
+        if self._cycle_closed:
+            self.train_loss.add(self.method.train_step(self.train_batches[self.train_steps], self.step))
+            self.train_steps += 1
+        else:
+            self.valid_loss.add(self.method.valid_step(self.valid_batches[self.valid_steps], self.step))
+            self.valid_steps += 1
+
+    def _close_epoch(self, log: MetricsLog) -> None:
+        is_best = self._report_epoch(log)
+        if is_best or self.epoch % self.config.schedule.checkpoint_epochs == 0:
+            self._save(log)
+
+    def _report_epoch(self, log: MetricsLog) -> bool:
+        """Writes the epoch's rows; whether its validation loss is the best so far."""
+        tuned = describe(self.method.space, self.method.location, self.method.scales())
+        for phase, losses, batches, extra in (
+            ("train", self.train_loss, self.train_batches, {}),
+            ("valid", self.valid_loss, self.valid_batches, tuned),
+        ):
+            if losses.steps:
+                loss, steps = losses.take()
+                self._write(log, phase, loss, steps * batches.batch_size, self.reported_at, extra)
+        began = self._seconds()
+        valid, test = self.evaluate(self.task.data.valid), self.evaluate(self.task.data.test)
+        scores = {f"valid_{name}": value for name, value in valid.items() if name != "loss"}
+        scores |= {f"test_{name}": value for name, value in test.items()}
+        examples = len(self.task.data.valid.inputs) + len(self.task.data.test.inputs)
+        self._write(log, "eval", valid["loss"], examples, began, {**scores, **tuned})
+        self.reported_at = self._seconds()
+        is_best = valid["loss"] < self.best["valid_loss"]
+        if is_best:
+            self.best = {"valid_loss": valid["loss"], "step": self.step}
+        return is_best
+
+    def _write(self, log: MetricsLog, phase: str, loss: float, examples: int, since: float, extra: Row) -> None:
+        if not math.isfinite(loss):
+            self._diverge(phase, loss)
+        now = self._seconds()
+        row = {"step": self.step, "epoch": self.epoch, "phase": phase, "wall_seconds": round(now, 3), "loss": loss}
+        row["examples_per_second"] = round(examples / max(now - since, 1e-9), 1)
+        row |= extra
+        log.write(row)
+        self.rows = log.rows
+        self.report(row)
+
+    def _diverge(self, phase: str, loss: float) -> None:
+        values = self.method.space.values(self.method.location)
+        named = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+        raise Diverged(
+            f"the {phase} loss became {loss} by step {self.step} (epoch {self.epoch}), hyperparameters then: {named}; "
+            f"lower optimizer.learning_rate (now {self.config.optimizer.learning_rate}). "
+            f"The last good checkpoint is {self._last_checkpoint()}"
+        )
+
+    def _last_checkpoint(self) -> Path | str:
+        found = checkpoint.steps(self.checkpoints)
+        return checkpoint.path_of(self.checkpoints, found[-1]) if found else "none: nothing was saved yet"
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Mean scores over all of ``split`` at the unperturbed hyperparameters, on folded weights."""
+        self.method.model.eval()
+        totals: dict[str, torch.Tensor] = {}
+        size = self.config.schedule.eval_batch_size
+        for inputs, targets in zip(split.inputs.split(size), split.targets.split(size), strict=True):
+            batch, hyper = Split(inputs, targets), self.method.unperturbed(len(inputs))
+            for name, value in self.task.scores(self.method.model, batch, hyper).items():
+                totals[name] = totals.get(name, 0) + value.double()
+        return {name: total.item() / len(split.inputs) for name, total in totals.items()}
+
+    def _save(self, log: MetricsLog) -> None:
+        if self._saved_at == self.step:
+            return
+        for phase, losses in (("train", self.train_loss), ("valid", self.valid_loss)):
+            if not math.isfinite(total := losses.total.item()):
+                self._diverge(phase, total)
+        log.sync()
+        self.wall_seconds = self._seconds()
+        checkpoint.write(self.checkpoints, self.step, self.state_dict(), self.best["step"])
+        self._saved_at = self.step
+
+    def restore_best(self) -> None:
+        """Puts back the weights and the hyperparameters of the lowest validation loss, together.
+
+        Raises:
+            DamagedCheckpoint: that checkpoint cannot be read.
+        """
+        path = checkpoint.path_of(self.checkpoints, self.best["step"])
+        self.method.load_state_dict(checkpoint.read(path, self.method.location.device)["method"])
+
+    def state_dict(self) -> Row:
+        """Everything that decides the next step and the next row."""
+        return {
+            "method": self.method.state_dict(),
+            "train_steps": self.train_steps,
+            "valid_steps": self.valid_steps,
+            "train_loss": self.train_loss.state_dict(),
+            "valid_loss": self.valid_loss.state_dict(),
+            "best": self.best,
+            "rows": self.rows,
+            "wall_seconds": self.wall_seconds,
+            "reported_at": self.reported_at,
+        }
+
+    def load_state_dict(self, state: Row) -> None:
+        """Puts back what ``state_dict`` gave."""
+        self.method.load_state_dict(state["method"])
+        self.train_loss.load_state_dict(state["train_loss"])
+        self.valid_loss.load_state_dict(state["valid_loss"])
+        for name in ("train_steps", "valid_steps", "best", "rows", "wall_seconds", "reported_at"):
+            setattr(self, name, state[name])
