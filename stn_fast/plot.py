@@ -22,7 +22,21 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 GREY = "#555555"
 PANEL = (3.7, 2.5)  # inches
 COLUMNS = 3
-DECADE = 10.0
+LEGEND_COLUMNS = 2
+LEGEND: dict[str, Any] = {
+    "ncols": 3,
+    "columnspacing": 0.9,
+    "handlelength": 1.5,
+    "handletextpad": 0.4,
+    "borderaxespad": 0.2,
+    "fontsize": 8,
+    "frameon": False,
+}
+
+
+def colour_of(number: int) -> str:
+    """The colour of run ``number``; they repeat after the last."""
+    return COLOURS[number % len(COLOURS)]
 
 
 class Run(NamedTuple):
@@ -91,8 +105,11 @@ def draw(runs: Sequence[Run]) -> Figure:
     panels = 1 + len(names)
     columns = min(COLUMNS, panels)
     lines = -(-panels // columns)
-    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines + 0.9), layout="constrained")
+    top = 0.35 + 0.25 * -(-len(runs) // LEGEND_COLUMNS)
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines + top))
     FigureCanvasAgg(figure)
+    below_head = (0, 0, 1, 1 - top / figure.get_figheight())
+    figure.set_layout_engine("constrained", rect=below_head, w_pad=0.1, h_pad=0.08)
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
     draw_losses(axes[0], runs)
     for axis, name in zip(axes[1:], names, strict=False):
@@ -102,17 +119,21 @@ def draw(runs: Sequence[Run]) -> Figure:
     for axis in axes[max(0, panels - columns) : panels]:
         axis.set_xlabel("epoch")
         axis.tick_params(labelbottom=True)
-    _title(figure, runs)
+    _head(figure, runs, top)
     return figure
 
 
 def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
     """Training objective, validation loss and test loss in nats; a dot marks the best validation loss."""
-    curves = (("train", "train", "loss", ":"), ("valid", "eval", "loss", "-"), ("test", "eval", "test_loss", "--"))
+    curves = (
+        ("train (regularised)", "train", "loss", ":"),
+        ("valid", "eval", "loss", "-"),
+        ("test", "eval", "test_loss", "--"),
+    )
     for number, run in enumerate(runs):
         for index, (label, phase, key, style) in enumerate(curves):
             rows = [row for row in run.rows[phase] if key in row]
-            colour = COLOURS[number % len(COLOURS)] if len(runs) > 1 else (GREY, *COLOURS)[index]
+            colour = colour_of(number) if len(runs) > 1 else (GREY, *COLOURS)[index]
             axis.plot(
                 [row["epoch"] for row in rows],
                 [row[key] for row in rows],
@@ -121,12 +142,13 @@ def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
                 linewidth=1.4,
                 label=label if number == 0 else None,
             )
-        colour = COLOURS[number % len(COLOURS)]
+        colour = colour_of(number)
         axis.plot(run.best["epoch"], run.best["loss"], "o", color=colour, markersize=5, zorder=5)
     axis.set_yscale("log")
     _plain_log_labels(axis)
-    axis.set_title("loss (nats)", fontsize=10, loc="left")
-    legend = axis.legend(fontsize=8, frameon=False, loc="upper right", ncols=3, columnspacing=1.0, handlelength=1.6)
+    axis.set_title("loss", fontsize=10, loc="left")
+    axis.set_ylabel("nats", fontsize=8)
+    legend = axis.legend(loc="lower right", bbox_to_anchor=(1.02, 1.0), **LEGEND)
     if len(runs) > 1:
         for handle in legend.get_lines():
             handle.set_color(GREY)
@@ -140,10 +162,8 @@ def draw_hyperparameter(axis: Axes, runs: Sequence[Run], name: str) -> None:
         if not rows:
             continue
         epochs = [row["epoch"] for row in rows]
-        low, value, high = (
-            [row[f"hyperparameters{part}"][name] for row in rows] for part in ("_low", "", "_high")
-        )
-        colour = COLOURS[number % len(COLOURS)]
+        low, value, high = ([row[f"hyperparameters{part}"][name] for row in rows] for part in ("_low", "", "_high"))
+        colour = colour_of(number)
         axis.fill_between(epochs, low, high, color=colour, alpha=0.16, linewidth=0)
         axis.plot(epochs, value, color=colour, linewidth=1.7)
         axis.plot(run.best["epoch"], run.best["hyperparameters"][name], "o", color=colour, markersize=5, zorder=5)
@@ -152,6 +172,9 @@ def draw_hyperparameter(axis: Axes, runs: Sequence[Run], name: str) -> None:
         axis.axhline(init, color=GREY, linestyle=":", linewidth=1)
     _scale(axis, entries)
     axis.set_title(name.replace("_", " "), fontsize=10, loc="left")
+    if len(runs) == 1:
+        path = f"{entries[0].init:.2g} → {runs[0].best['hyperparameters'][name]:.2g}"
+        axis.set_title(path, fontsize=9, loc="right", color=GREY)
     _finish(axis, runs)
 
 
@@ -165,14 +188,13 @@ def _scale(axis: Axes, entries: Sequence[Any]) -> None:
 
 
 def _plain_log_labels(axis: Axes) -> None:
-    """Numbers such as 0.05 where a log axis spans less than two decades, and powers of ten else."""
+    """Numbers such as 0.05 on a log axis; between the powers of ten only where few of those are in sight."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     low, high = axis.get_ylim()
-    if high / low < DECADE**2.5:
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _finish(axis: Axes, runs: Sequence[Run]) -> None:
@@ -185,21 +207,28 @@ def _finish(axis: Axes, runs: Sequence[Run]) -> None:
         axis.axvspan(0, warmup, color="#000000", alpha=0.05, linewidth=0)
 
 
-def _title(figure: Figure, runs: Sequence[Run]) -> None:
+def _head(figure: Figure, runs: Sequence[Run], top: float) -> None:
+    """A title or a legend of runs in the uppermost ``top`` inches, and a line that says how to read the panels."""
     from matplotlib.lines import Line2D
 
-    note = "line: value, band: ±σ of its perturbation, dot: best validation loss, dotted: first guess, shaded: warm-up"
+    height = figure.get_figheight()
     if len(runs) == 1:
         config, best = runs[0].config, runs[0].best
-        accuracy = f", test accuracy {best['test_accuracy']:.3f}" if "test_accuracy" in best else ""
-        title = f"{config.recipe}, {config.method.label}, seed {config.seed}: validation loss {best['loss']:.3f}{accuracy}"
-        figure.suptitle(f"{title}\n", fontsize=12)
+        title = f"{config.recipe}, {config.method.label}, seed {config.seed}: best validation loss {best['loss']:.3f}"
+        title += f", test accuracy there {best['test_accuracy']:.3f}" if "test_accuracy" in best else ""
+        figure.text(0.5, 1 - 0.25 / height, title, ha="center", va="center", fontsize=12)
     else:
-        figure.suptitle("\n", fontsize=12)
-        handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=2.5) for i in range(len(runs))]
-        labels = [f"{run.name} ({run.best['loss']:.3f})" for run in runs]
-        figure.legend(handles, labels, loc="upper center", ncols=min(4, len(runs)), frameon=False, fontsize=9)
-    figure.text(0.5, 1 - 0.52 / figure.get_figheight(), note, ha="center", va="center", fontsize=8, color=GREY)
+        handles = [Line2D([], [], color=colour_of(i), linewidth=2.5) for i in range(len(runs))]
+        labels = [f"{run.name}: best validation loss {run.best['loss']:.3f}" for run in runs]
+        place: dict[str, Any] = {
+            "loc": "upper center",
+            "bbox_to_anchor": (0.5, 1 - 0.05 / height),
+            "borderaxespad": 0.0,
+        }
+        figure.legend(handles, labels, ncols=LEGEND_COLUMNS, frameon=False, fontsize=10, **place)
+    note = "line: value    band: ± σ of its perturbation    dot: best validation loss    dotted: first guess"
+    shaded = "    shaded: warm-up" if any(run.config.method.tunes for run in runs) else ""
+    figure.text(0.5, 1 - (top - 0.12) / height, note + shaded, ha="center", va="center", fontsize=8.5, color=GREY)
 
 
 class Parser(argparse.ArgumentParser):

@@ -18,7 +18,7 @@ Tree = dict[str, Any]
 def resolve(
     defaults: Config, file: str | None = None, pairs: Sequence[str] = (), flags: Mapping[str, Any] | None = None
 ) -> Config:
-    """``defaults``, overridden by the YAML ``file``, by ``name=value`` ``pairs``, and by ``flags`` {dotted key: value}."""
+    """``defaults`` under the YAML ``file``, then ``name=value`` ``pairs``, then ``flags`` {dotted key: value}."""
     tree = asdict(defaults)
     if file is not None:
         overlay(tree, read_yaml(file), where=f"in {file}")
@@ -34,7 +34,9 @@ def resolve(
     for key, value in (flags or {}).items():
         overlay(tree, nested(key, value), where=f"from {FLAGS.get(key, key)}")
     if tree["recipe"] != defaults.recipe:
-        raise ConfigError("recipe", tree["recipe"], f"the run is of '{defaults.recipe}'; name the recipe on the command line")
+        raise ConfigError(
+            "recipe", tree["recipe"], f"this runs '{defaults.recipe}'; name another as the first argument"
+        )
     return build(Config, tree)
 
 

@@ -156,9 +156,7 @@ class SelfTuning(FixedHyperparameters):
         return self._perturbed(batch_size, step)
 
     def _perturbed(self, batch_size: int, step: int | Tensor) -> HyperBatch:
-        return self.space.sample(
-            self.location, self.raw_scale, batch_size=batch_size, seed=self.seed, step=step
-        )
+        return self.space.sample(self.location, self.raw_scale, batch_size=batch_size, seed=self.seed, step=step)
 
     def valid_step(self, batch: Split, step: int | Tensor) -> Tensor:
         """Updates location and raw scale on one validation batch.

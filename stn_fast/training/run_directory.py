@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from stn_fast.errors import UserError
 from stn_fast.training import checkpoint
@@ -56,7 +53,7 @@ class RunDirectory:
     def check_same_run(self, config: Config) -> None:
         """Raises UserError where ``config`` would give other numbers than the run that is here."""
         if not self.config.exists():
-            raise UserError(f"{self.path} has checkpoints but no config.yaml; restore it, or start over with --no-resume")
+            raise UserError(f"{self.path} has no config.yaml; restore it, or start over with --no-resume")
         changed = differences(self.saved_config(), config)
         if changed:
             raise UserError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stn_fast.data import DataSet, Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
+from stn_fast.layers import HyperLinear
 
 # (model, batch, hyper) -> scalar, a mean over the examples of the batch.
 Objective = Callable[[nn.Module, Split, HyperBatch], Tensor]
@@ -42,9 +43,11 @@ def classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Te
 def decayed_classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:
     """Cross entropy + ½·weight_decay·‖W_eff‖² averaged over examples, under the hyperparameter ``weight_decay``."""
     decay = hyper["weight_decay"]
-    layers = [layer for layer in model.modules() if hasattr(layer, "weight_decay_penalty")]
-    penalties = [layer.weight_decay_penalty(hyper, decay) for layer in layers]
-    return classification_loss(model, batch, hyper) + sum(penalties)
+    loss = classification_loss(model, batch, hyper)
+    for layer in model.modules():
+        if isinstance(layer, HyperLinear):
+            loss = loss + layer.weight_decay_penalty(hyper, decay)
+    return loss
 
 
 def classification_scores(model: nn.Module, batch: Split, hyper: HyperBatch) -> dict[str, Tensor]:
