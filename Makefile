@@ -11,8 +11,7 @@ help:  ## this list
 
 venv: $(VENV)/.installed  ## .venv with the package, its C++ core and everything below
 
-# Two stamps, so that a change to the C++ rebuilds the core and installs nothing else.
-$(VENV)/.packages: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 	  { echo "stn_fast needs Python 3.10 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c "import venv, ensurepip" 2>/dev/null || \
@@ -23,10 +22,6 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	  { echo "no C++ compiler: install g++, or name one in CXX (Debian: apt install g++)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
-	@touch $@
-
-$(VENV)/.installed: $(VENV)/.packages setup.py $(wildcard csrc/*)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 train: venv  ## train a self-tuning network on scikit-learn's digits (ARGS="--seed 1" adds flags)

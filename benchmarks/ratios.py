@@ -1,0 +1,151 @@
+"""How far from the limit: every operation against its baselines, interleaved, as a table and as rows of JSON.
+
+    python -m benchmarks.ratios --device cpu --json benchmarks/results/cpu.json
+
+All times are in microseconds. benchmarks/README.md says what the columns mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Case, all_cases
+from benchmarks.timing import Timings, interleave, peak_bytes
+
+Row = dict[str, Any]
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the processor and the number of threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line
+        ]
+        name = models[0] if models else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """What took part in the measurement."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for module in ("triton", "stn_fast"):
+        try:
+            found[module] = importlib.import_module(module).__version__
+        except ImportError:
+            found[module] = "missing"
+    found["float32_matmul_precision"] = torch.get_float32_matmul_precision()
+    return found
+
+
+def limit_of(timings: Timings) -> str | None:
+    """The faster of the limits that were timed."""
+    limits = [name for name in timings.names if name.startswith("limit")]
+    return min(limits, key=lambda name: timings.percentile(name, 50), default=None)
+
+
+def measure(case: Case, seconds: float) -> tuple[list[Row], Timings]:
+    """One row for every provider of a case."""
+    providers = case.providers()
+    timings = interleave(providers, case.device, seconds)
+    limit = limit_of(timings)
+    common = {
+        "op": case.op,
+        "mode": case.mode,
+        "shape": list(case.shape),
+        "dtype": str(case.dtype).removeprefix("torch."),
+    }
+    machine = {"device": device_name(case.device), "versions": versions()}
+    rows = []
+    for name, provider in providers.items():
+        measured = {f"p{q}": round(timings.percentile(name, q), 2) for q in (20, 50, 80)}
+        rows.append(
+            common
+            | {"provider": name}
+            | measured
+            | {
+                "ratio_to_limit": round(timings.ratio(name, limit), 4) if limit else None,
+                "ratio_to_eager": round(timings.ratio(name, "eager"), 4),
+                "peak_bytes": peak_bytes(provider, case.device),
+            }
+            | machine
+        )
+    return rows, timings
+
+
+def print_case(case: Case, rows: Sequence[Row], timings: Timings) -> None:
+    """A table of one case, fastest first, and for a validation backward its share of the full one."""
+    print(f"\n{case}   ({len(timings.microseconds)} rounds)", flush=True)
+    print(f"  {'provider':<24}{'p50 µs':>12}{'p20':>12}{'p80':>12}{'/limit':>9}{'/eager':>9}{'peak MB':>10}")
+    for row in sorted(rows, key=lambda row: row["p50"]):
+        to_limit = f"{row['ratio_to_limit']:.3f}" if row["ratio_to_limit"] is not None else "-"
+        print(
+            f"  {row['provider']:<24}{row['p50']:>12.1f}{row['p20']:>12.1f}{row['p80']:>12.1f}{to_limit:>9}"
+            f"{row['ratio_to_eager']:>9.3f}{row['peak_bytes'] / 1e6:>10.2f}"
+        )
+    if case.mode == "valid_backward":
+        print(f"  valid / full backward: {timings.ratio('stn_fast', 'stn_fast_full_backward'):.3f}")
+    if case.op == "perturb":
+        print(f"  eager / stn_fast: {timings.ratio('eager', 'stn_fast'):.1f}")
+    sys.stdout.flush()
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """A JSON array with one row to a line, so that two recordings can be compared with diff."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f"[\n{lines}\n]\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ratios", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="only operations whose names start so")
+    parser.add_argument("--modes", nargs="+", metavar="MODE", help="only these modes")
+    parser.add_argument("--seconds", type=float, default=6.0, help="time for each case, warm-up not counted")
+    parser.add_argument("--threads", type=int, help="threads of torch, instead of its own choice")
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes, nothing compiled: does it run, not how fast"
+    )
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch sees no CUDA device on this machine; use --device cpu", file=sys.stderr)
+        return 2
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    cases = [
+        case
+        for case in all_cases(device, options.quick)
+        if (not options.ops or case.op.startswith(tuple(options.ops)))
+        and (not options.modes or case.mode in options.modes)
+    ]
+    if not cases:
+        print(f"--ops {options.ops} --modes {options.modes}: no case is named so", file=sys.stderr)
+        return 2
+    print(f"{device_name(device)}; " + ", ".join(f"{key} {value}" for key, value in versions().items()))
+    rows: list[Row] = []
+    for case in cases:
+        measured, timings = measure(case, 0.05 if options.quick else options.seconds)
+        print_case(case, measured, timings)
+        rows += measured
+        if options.json:
+            write(options.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
