@@ -13,7 +13,11 @@ _LOW = np.uint64(0xFFFFFFFF)
 
 
 def philox4x32(counters: NDArray[np.integer], keys: NDArray[np.integer]) -> NDArray[np.uint32]:
-    """Ten rounds of Philox: counters (..., 4) and keys (..., 2) uint32 → (..., 4) uint32."""
+    """Ten rounds of Philox 4x32: counters (..., 4) and keys (..., 2), values below 2³², → (..., 4) uint32.
+
+    One round, with 32-bit words c₀..c₃, key k₀, k₁ and 64-bit products p₀ = M₀c₀, p₁ = M₁c₂:
+    (c₀, c₁, c₂, c₃) ← (high(p₁) ⊕ c₁ ⊕ k₀, low(p₁), high(p₀) ⊕ c₃ ⊕ k₁, low(p₀)); then k₀ and k₁ grow by constants.
+    """
     c0, c1, c2, c3 = np.moveaxis(np.asarray(counters, np.uint64), -1, 0)
     k0, k1 = np.moveaxis(np.asarray(keys, np.uint64), -1, 0)
     for _ in range(10):
@@ -24,13 +28,17 @@ def philox4x32(counters: NDArray[np.integer], keys: NDArray[np.integer]) -> NDAr
 
 
 def bits(seed: int, step: int, stream: int, examples: int, elements: int, first_example: int = 0) -> NDArray[np.uint32]:
-    """(examples, elements) uint32: word `element mod 4` of counter (element div 4, example, step, stream)."""
+    """(examples, elements) uint32: word `element mod 4` of counter (element div 4, example, step, stream).
+
+    Row i belongs to example `first_example` + i of the global batch. The key is the 64-bit `seed`, low word first;
+    example, step and stream count modulo 2³².
+    """
     blocks = -(-elements // 4)
     counters = np.empty((examples, blocks, 4), np.uint64)
     counters[..., 0] = np.arange(blocks)
     counters[..., 1] = (np.arange(examples)[:, None] + first_example) & 0xFFFFFFFF
     counters[..., 2] = step & 0xFFFFFFFF
-    counters[..., 3] = stream
+    counters[..., 3] = stream & 0xFFFFFFFF
     keys = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint64)
     return philox4x32(counters, keys).reshape(examples, 4 * blocks)[:, :elements]
 
@@ -48,9 +56,15 @@ def normal(
     """(examples, elements) float32, standard normal by Box–Muller on pairs of uniforms (a, b), computed in float64.
 
     n₀ = sqrt(−2 log(1 − a)) cos(2πb), n₁ = sqrt(−2 log(1 − a)) sin(2πb)
+
+    The angle is first reduced to the nearest quarter turn, which is exact: where a sine is 0, so is the number.
     """
     pairs = -(-elements // 2)
     u = uniform(seed, step, stream, examples, 2 * pairs, first_example).astype(np.float64).reshape(examples, pairs, 2)
-    radius, angle = np.sqrt(-2 * np.log1p(-u[..., 0])), 2 * np.pi * u[..., 1]
-    draws = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+    quarter = np.rint(4 * u[..., 1])
+    rest = 2 * np.pi * (u[..., 1] - quarter / 4)
+    sine, cosine = np.sin(rest), np.cos(rest)
+    turned = [[cosine, -sine, -cosine, sine], [sine, cosine, -sine, -cosine]]
+    direction = [np.choose(quarter.astype(int) % 4, axis) for axis in turned]
+    draws = np.sqrt(-2 * np.log1p(-u[..., 0]))[..., None] * np.stack(direction, axis=-1)
     return draws.reshape(examples, 2 * pairs)[:, :elements].astype(np.float32)

@@ -1,0 +1,116 @@
+#pragma once
+// The small dense products between the response input h of a few examples and the gates of a tile of outputs. The tile of gates
+// lies transposed, (n, kTile), so that the loops over outputs are contiguous.
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+
+#include "isa.h"
+
+namespace stn_fast {
+
+constexpr int kExamples = 8;  // handled at once: every gate loaded serves them all
+constexpr int kTile = 128;    // outputs
+
+using TileRows = float[kExamples][kTile];
+
+// Scratch memory that a thread keeps for its next call: fresh pages would cost more than the work done in them.
+template <int Slot>
+inline float* scratch(std::int64_t size) {
+    thread_local std::unique_ptr<float[]> memory;
+    thread_local std::int64_t capacity = 0;
+    if (size > capacity) {
+        memory.reset(new float[static_cast<std::size_t>(size)]);
+        capacity = size;
+    }
+    return memory.get();
+}
+
+// The columns computed for `width` outputs: whole vectors, of which the last may be padding.
+STN_FAST_INLINE int padded(int width) { return (width + 15) / 16 * 16; }
+
+// The rows that n hyperparameters take in a tile: four are multiplied at once, the last may be zeros.
+STN_FAST_INLINE std::int64_t depth(std::int64_t n) { return (n + 3) / 4 * 4; }
+
+// tile[k][o] = gate[o][k] * factor[o], zero beyond n and `width`; no factor means 1.
+STN_FAST_INLINE void transpose_gate(const float* STN_FAST_RESTRICT gate, const float* STN_FAST_RESTRICT factor, std::int64_t n,
+                                    int width, float* STN_FAST_RESTRICT tile) {
+    const int columns = padded(width);
+    for (std::int64_t k = 0; k < depth(n); ++k) {
+        for (int o = 0; o < columns; ++o) {
+            const bool inside = k < n && o < width;
+            tile[k * kTile + o] = inside ? gate[o * n + k] * (factor ? factor[o] : 1.0f) : 0.0f;
+        }
+    }
+}
+
+// rows[e][k] = h[e][k], zero beyond n and `count`
+STN_FAST_INLINE void copy_response(const float* STN_FAST_RESTRICT h, std::int64_t n, int count, float* STN_FAST_RESTRICT rows) {
+    for (int e = 0; e < kExamples; ++e) {
+        for (std::int64_t k = 0; k < depth(n); ++k) rows[e * depth(n) + k] = e < count && k < n ? h[e * n + k] : 0.0f;
+    }
+}
+
+// out[e][o] = sum_k h[e][k] * tile[k][o]
+STN_FAST_INLINE void times_gate(const float* STN_FAST_RESTRICT h, const float* STN_FAST_RESTRICT tile, std::int64_t n, int width,
+                                TileRows& STN_FAST_RESTRICT out) {
+    const int columns = padded(width);
+    for (int e = 0; e < kExamples; e += 2) {
+        float *STN_FAST_RESTRICT out0 = out[e], *STN_FAST_RESTRICT out1 = out[e + 1];
+        const float *h0 = h + e * depth(n), *h1 = h0 + depth(n);
+        std::fill_n(out0, columns, 0.0f);
+        std::fill_n(out1, columns, 0.0f);
+        for (std::int64_t k = 0; k < n; k += 4) {
+            const float* STN_FAST_RESTRICT gate = tile + k * kTile;
+            const float a0 = h0[k], a1 = h0[k + 1], a2 = h0[k + 2], a3 = h0[k + 3];
+            const float b0 = h1[k], b1 = h1[k + 1], b2 = h1[k + 2], b3 = h1[k + 3];
+#pragma omp simd
+            for (int o = 0; o < columns; ++o) {
+                const float g0 = gate[o], g1 = gate[kTile + o], g2 = gate[2 * kTile + o], g3 = gate[3 * kTile + o];
+                out0[o] = out0[o] + a0 * g0 + a1 * g1 + a2 * g2 + a3 * g3;
+                out1[o] = out1[o] + b0 * g0 + b1 * g1 + b2 * g2 + b3 * g3;
+            }
+        }
+    }
+}
+
+// sums[k][o] += sum_e rows[e][o] * h[e][k]
+STN_FAST_INLINE void add_outer_products(const TileRows& STN_FAST_RESTRICT rows, const float* STN_FAST_RESTRICT h, std::int64_t n,
+                                        int width, float* STN_FAST_RESTRICT sums) {
+    const int columns = padded(width);
+    const std::int64_t stride = depth(n);
+    for (std::int64_t k = 0; k < n; k += 2) {
+        float *STN_FAST_RESTRICT to0 = sums + k * kTile, *STN_FAST_RESTRICT to1 = to0 + kTile;
+        for (int e = 0; e < kExamples; e += 4) {
+            const float *r0 = rows[e], *r1 = rows[e + 1], *r2 = rows[e + 2], *r3 = rows[e + 3];
+            const float* a = h + e * stride + k;
+            const float a0 = a[0], a1 = a[stride], a2 = a[2 * stride], a3 = a[3 * stride];
+            const float b0 = a[1], b1 = a[stride + 1], b2 = a[2 * stride + 1], b3 = a[3 * stride + 1];
+#pragma omp simd
+            for (int o = 0; o < columns; ++o) {
+                to0[o] = to0[o] + r0[o] * a0 + r1[o] * a1 + r2[o] * a2 + r3[o] * a3;
+                to1[o] = to1[o] + r0[o] * b0 + r1[o] * b1 + r2[o] * b2 + r3[o] * b3;
+            }
+        }
+    }
+}
+
+// sum[e] += sum_o rows[e][o] * gate[o], for four examples
+STN_FAST_INLINE void add_dots(const float (*STN_FAST_RESTRICT rows)[kTile], const float* STN_FAST_RESTRICT gate, int width,
+                              float* STN_FAST_RESTRICT sum) {
+    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+    const int columns = padded(width);
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int o = 0; o < columns; ++o) {
+        s0 += rows[0][o] * gate[o];
+        s1 += rows[1][o] * gate[o];
+        s2 += rows[2][o] * gate[o];
+        s3 += rows[3][o] * gate[o];
+    }
+    sum[0] += s0;
+    sum[1] += s1;
+    sum[2] += s2;
+    sum[3] += s3;
+}
+
+}  // namespace stn_fast

@@ -1,0 +1,177 @@
+#include "gate_tile.h"
+#include "gated_linear.h"
+
+namespace stn_fast {
+namespace {
+
+constexpr std::int64_t kSerialWork = 65536;  // rows * outputs below which one thread is faster
+constexpr std::int64_t kMaxChunks = 16;      // of examples: each has sums of its own, added in order at the end
+
+struct Backward {
+    const float *dy, *q, *h, *weight_gate, *response_bias, *bias_gate;
+    float *g, *d_weight_gate, *d_bias, *d_response_bias, *d_bias_gate, *d_h;
+    std::int64_t outer, batch, inner, outputs, n;
+
+    bool wants_gate_sums() const { return d_weight_gate != nullptr; }                       // dS^T h
+    bool wants_bias_sums() const { return d_response_bias || d_bias_gate; }                 // dC^T h
+    bool wants_products() const { return wants_gate_sums() || d_h; }                        // dS
+    bool wants_totals() const { return d_bias || wants_bias_sums() || (d_h && bias_gate); }  // dC
+};
+
+// What one chunk of examples adds to the gradients of one tile of outputs: dS^T h and dC^T h, transposed, and the sum of dC.
+struct Sums {
+    float *gate, *bias_gate, *bias;
+
+    static std::int64_t size(std::int64_t n) { return (2 * depth(n) + 1) * kTile; }
+    Sums(float* memory, std::int64_t n)
+        : gate(memory), bias_gate(memory + depth(n) * kTile), bias(memory + 2 * depth(n) * kTile) {}
+};
+
+// One pass over the positions of one example: g, and the sums dS and dC over them.
+STN_FAST_INLINE void reduce_positions(const Backward& t, std::int64_t b, std::int64_t o0, int width,
+                                      const float* STN_FAST_RESTRICT scale, float* STN_FAST_RESTRICT product,
+                                      float* STN_FAST_RESTRICT total) {
+    const bool products = t.wants_products(), totals = t.wants_totals();
+    std::fill_n(product, kTile, 0.0f);
+    std::fill_n(total, kTile, 0.0f);
+    for (std::int64_t i = 0; i < t.outer; ++i) {
+        for (std::int64_t p = 0; p < t.inner; ++p) {
+            const std::int64_t at = ((i * t.batch + b) * t.inner + p) * t.outputs + o0;
+            const float* STN_FAST_RESTRICT dy = t.dy + at;
+            if (t.g) {
+                float* STN_FAST_RESTRICT g = t.g + at;
+                for (int o = 0; o < width; ++o) g[o] = dy[o] * scale[o];
+            }
+            if (products) {
+                const float* STN_FAST_RESTRICT q = t.q + at;
+                for (int o = 0; o < width; ++o) product[o] += dy[o] * q[o];
+            }
+            if (totals) {
+                for (int o = 0; o < width; ++o) total[o] += dy[o];
+            }
+        }
+    }
+}
+
+// Outputs [o0, o0 + width) of examples [first, last). `sums` belong to this task; rows of d_h too, to which it adds.
+STN_FAST_CLONES void backward_tile(const Backward& t, std::int64_t first, std::int64_t last, std::int64_t o0, int width,
+                                   const Sums& sums, float* memory) {
+    const std::int64_t rows = depth(t.n);
+    float *gates = memory, *bias_gates = gates + rows * kTile, *h = bias_gates + rows * kTile;
+    if (t.g || t.d_h) transpose_gate(t.weight_gate + o0 * t.n, nullptr, t.n, width, gates);
+    if (t.d_h && t.bias_gate) transpose_gate(t.bias_gate + o0 * t.n, t.response_bias + o0, t.n, width, bias_gates);
+    if (t.wants_gate_sums()) std::fill_n(sums.gate, rows * kTile, 0.0f);
+    if (t.wants_bias_sums()) std::fill_n(sums.bias_gate, rows * kTile, 0.0f);
+    if (t.d_bias) std::fill_n(sums.bias, kTile, 0.0f);
+
+    for (std::int64_t b = first; b < last; b += kExamples) {
+        const int count = static_cast<int>(std::min<std::int64_t>(kExamples, last - b));
+        TileRows scale, product, total;
+        copy_response(t.h + b * t.n, t.n, count, h);
+        if (t.g) times_gate(h, gates, t.n, width, scale);
+        for (int e = 0; e < count; ++e) reduce_positions(t, b + e, o0, width, scale[e], product[e], total[e]);
+        for (int e = count; e < kExamples; ++e) {
+            std::fill_n(product[e], kTile, 0.0f);
+            std::fill_n(total[e], kTile, 0.0f);
+        }
+        if (t.wants_gate_sums()) add_outer_products(product, h, t.n, width, sums.gate);
+        if (t.wants_bias_sums()) add_outer_products(total, h, t.n, width, sums.bias_gate);
+        if (t.d_bias) {
+            for (int e = 0; e < kExamples; ++e) {
+                for (int o = 0; o < kTile; ++o) sums.bias[o] += total[e][o];
+            }
+        }
+        if (t.d_h) {
+            for (std::int64_t k = 0; k < t.n; ++k) {
+                float d_h[kExamples] = {};
+                for (int e = 0; e < kExamples; e += 4) {
+                    add_dots(product + e, gates + k * kTile, width, d_h + e);
+                    if (t.bias_gate) add_dots(total + e, bias_gates + k * kTile, width, d_h + e);
+                }
+                for (int e = 0; e < count; ++e) t.d_h[(b + e) * t.n + k] += d_h[e];
+            }
+        }
+    }
+}
+
+// Adds the chunks' sums of one tile in order and writes the gradients of its outputs.
+STN_FAST_CLONES void finish_tile(const Backward& t, const float* memory, std::int64_t chunks, std::int64_t stride,
+                                 std::int64_t o0, int width) {
+    const std::int64_t rows = depth(t.n);
+    float response_bias[kTile] = {};
+    for (std::int64_t k = 0; k < t.n; ++k) {
+        float gate[kTile] = {}, bias_gate[kTile] = {};
+        for (std::int64_t c = 0; c < chunks; ++c) {
+            const float* sums = memory + c * stride + k * kTile;
+            if (t.wants_gate_sums()) {
+                for (int o = 0; o < width; ++o) gate[o] += sums[o];
+            }
+            if (t.wants_bias_sums()) {
+                for (int o = 0; o < width; ++o) bias_gate[o] += sums[rows * kTile + o];
+            }
+        }
+        for (int o = 0; o < width; ++o) {
+            const std::int64_t at = (o0 + o) * t.n + k;
+            if (t.d_weight_gate) t.d_weight_gate[at] = gate[o];
+            if (t.d_bias_gate) t.d_bias_gate[at] = t.response_bias[o0 + o] * bias_gate[o];
+            if (t.d_response_bias) response_bias[o] += bias_gate[o] * t.bias_gate[at];
+        }
+    }
+    if (t.d_response_bias) std::copy_n(response_bias, width, t.d_response_bias + o0);
+    if (t.d_bias) {
+        for (int o = 0; o < width; ++o) {
+            float sum = 0.0f;
+            for (std::int64_t c = 0; c < chunks; ++c) sum += memory[c * stride + 2 * rows * kTile + o];
+            t.d_bias[o0 + o] = sum;
+        }
+    }
+}
+
+}  // namespace
+
+void gated_epilogue_backward(const float* dy, const float* q, const float* h, const float* weight_gate,
+                             const float* response_bias, const float* bias_gate, float* g, float* d_weight_gate, float* d_bias,
+                             float* d_response_bias, float* d_bias_gate, float* d_h, std::int64_t outer, std::int64_t batch,
+                             std::int64_t inner, std::int64_t outputs, std::int64_t n, int threads) {
+    const Backward task{dy, q, h, weight_gate, response_bias, bias_gate, g, d_weight_gate, d_bias, d_response_bias, d_bias_gate, d_h,
+                        outer, batch, inner, outputs, n};
+    const std::int64_t positions = outer * inner;
+    const std::int64_t tiles = (outputs + kTile - 1) / kTile;
+    const bool sums_wanted = task.wants_gate_sums() || task.wants_bias_sums() || d_bias;
+    const bool parallel = positions * batch * outputs > kSerialWork;
+    // The grid is the same for any number of threads, so the sums are too. A chunk is large enough to pay for its sums, and
+    // where tiles can be shared out instead (without d_h, whose rows belong to a chunk) there are fewer.
+    std::int64_t chunks = std::min({kMaxChunks, (batch + kExamples - 1) / kExamples, (positions * batch + 31) / 32});
+    if (!d_h && tiles > 0) chunks = std::min(chunks, (2 * kMaxChunks + tiles - 1) / tiles);
+    chunks = std::max<std::int64_t>(chunks, 1);
+    const std::int64_t step = ((batch + chunks - 1) / chunks + kExamples - 1) / kExamples * kExamples;
+    const std::int64_t stride = Sums::size(n);
+    float* memory = scratch<0>(sums_wanted ? tiles * chunks * stride : 0);
+    if (d_h) std::fill_n(d_h, batch * n, 0.0f);
+
+    const auto run = [&](std::int64_t tile, std::int64_t chunk) {
+        const std::int64_t first = std::min(chunk * step, batch), last = std::min(first + step, batch);
+        const int width = static_cast<int>(std::min<std::int64_t>(kTile, outputs - tile * kTile));
+        const Sums sums(sums_wanted ? memory + (tile * chunks + chunk) * stride : nullptr, n);
+        backward_tile(task, first, last, tile * kTile, width, sums, scratch<1>(depth(n) * (2 * kTile + kExamples)));
+    };
+    if (d_h) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (parallel)
+        for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+            for (std::int64_t tile = 0; tile < tiles; ++tile) run(tile, chunk);
+        }
+    } else {
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static) if (parallel)
+        for (std::int64_t tile = 0; tile < tiles; ++tile) {
+            for (std::int64_t chunk = 0; chunk < chunks; ++chunk) run(tile, chunk);
+        }
+    }
+    if (!sums_wanted) return;
+#pragma omp parallel for num_threads(threads) schedule(static) if (parallel)
+    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+        const int width = static_cast<int>(std::min<std::int64_t>(kTile, outputs - tile * kTile));
+        finish_tile(task, memory + tile * chunks * stride, chunks, stride, tile * kTile, width);
+    }
+}
+
+}  // namespace stn_fast

@@ -1,0 +1,277 @@
+#include "perturb.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "random.h"
+
+namespace stn_fast {
+namespace {
+
+constexpr int kGroup = 4;              // hyperparameters that share a Philox counter
+constexpr std::int64_t kChunk = 256;   // examples; sums are made per chunk and then in order, whatever the threads
+constexpr std::int64_t kSerial = 512;  // examples below which one thread is faster
+
+enum class Kind { none, lower, upper, both };
+
+struct Row {
+    Kind kind;
+    float low, high;
+    bool integer, per_example, responds_with_value;
+
+    Row(const float* table, std::int64_t k)
+        : kind(static_cast<Kind>(static_cast<int>(table[6 * k]))),
+          low(table[6 * k + 1]),
+          high(table[6 * k + 2]),
+          integer(table[6 * k + 3] != 0.0f),
+          per_example(table[6 * k + 4] != 0.0f),
+          responds_with_value(table[6 * k + 5] != 0.0f) {}
+};
+
+struct Task {
+    const float* location;
+    const float* scale;
+    const float* table;
+    std::int64_t n, batch;
+    std::uint32_t first_example;
+    Generator generator;
+};
+
+struct Forward {
+    const float* center;
+    float* unconstrained;
+    float* values;
+    float* response;
+};
+
+struct Backward {
+    const float* d_unconstrained;
+    const float* d_values;
+    const float* d_response;
+    double* sums;  // (chunks, n, 2): of d_lam and of d_lam * eps
+};
+
+using Tile = float[kGroup][kLanes];  // one row per hyperparameter of a group, one column per example
+
+STN_FAST_INLINE void draw(const Generator& g, std::int64_t group, std::uint32_t example, std::uint32_t stride, Tile& eps) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const Words w = words_at(g, static_cast<std::uint32_t>(group), example + stride * static_cast<std::uint32_t>(lane));
+        normals_of(w.w0, w.w1, eps[0][lane], eps[1][lane]);
+        normals_of(w.w2, w.w3, eps[2][lane], eps[3][lane]);
+    }
+}
+
+// The kind is the same for all lanes, so it is chosen outside of the loops over them.
+STN_FAST_INLINE void constrain(const Row& row, const float* STN_FAST_RESTRICT lam, float* STN_FAST_RESTRICT value) {
+    switch (row.kind) {
+        case Kind::lower:
+#pragma omp simd
+            for (int lane = 0; lane < kLanes; ++lane) value[lane] = row.low + softplus(lam[lane]);
+            break;
+        case Kind::upper:
+#pragma omp simd
+            for (int lane = 0; lane < kLanes; ++lane) value[lane] = row.high - softplus(-lam[lane]);
+            break;
+        case Kind::both:
+#pragma omp simd
+            for (int lane = 0; lane < kLanes; ++lane) value[lane] = row.low + (row.high - row.low) * sigmoid(lam[lane]);
+            break;
+        default:
+            std::copy_n(lam, kLanes, value);
+    }
+    if (row.integer) {
+        for (int lane = 0; lane < kLanes; ++lane) value[lane] = std::floor(value[lane]);
+    }
+}
+
+STN_FAST_INLINE void constrain_derivative(const Row& row, const float* STN_FAST_RESTRICT lam, float* STN_FAST_RESTRICT slope) {
+    if (row.integer) {
+        std::fill_n(slope, kLanes, 0.0f);
+        return;
+    }
+    switch (row.kind) {
+        case Kind::lower:
+#pragma omp simd
+            for (int lane = 0; lane < kLanes; ++lane) slope[lane] = sigmoid(lam[lane]);
+            break;
+        case Kind::upper:
+#pragma omp simd
+            for (int lane = 0; lane < kLanes; ++lane) slope[lane] = sigmoid(-lam[lane]);
+            break;
+        case Kind::both:
+#pragma omp simd
+            for (int lane = 0; lane < kLanes; ++lane) slope[lane] = (row.high - row.low) * sigmoid_derivative(lam[lane]);
+            break;
+        default:
+            std::fill_n(slope, kLanes, 1.0f);
+    }
+}
+
+// Between a tile and up to 16 rows of a (batch, n) matrix, in which a group is 4 neighbouring columns or fewer.
+STN_FAST_INLINE void store_rows(const Tile& tile, float* STN_FAST_RESTRICT matrix, std::int64_t n, int members, int count) {
+    if (members == kGroup) {
+        for (int lane = 0; lane < count; ++lane) {
+            for (int j = 0; j < kGroup; ++j) matrix[lane * n + j] = tile[j][lane];
+        }
+    } else {
+        for (int lane = 0; lane < count; ++lane) {
+            for (int j = 0; j < members; ++j) matrix[lane * n + j] = tile[j][lane];
+        }
+    }
+}
+
+STN_FAST_INLINE void load_rows(const float* STN_FAST_RESTRICT matrix, std::int64_t n, int members, int count, Tile& tile) {
+    if (matrix == nullptr || count < kLanes || members < kGroup) {
+        for (int j = 0; j < kGroup; ++j) std::fill_n(tile[j], kLanes, 0.0f);
+    }
+    if (matrix == nullptr) return;
+    if (members == kGroup) {
+        for (int lane = 0; lane < count; ++lane) {
+            for (int j = 0; j < kGroup; ++j) tile[j][lane] = matrix[lane * n + j];
+        }
+    } else {
+        for (int lane = 0; lane < count; ++lane) {
+            for (int j = 0; j < members; ++j) tile[j][lane] = matrix[lane * n + j];
+        }
+    }
+}
+
+// Calls body(first hyperparameter, members, first example, count, eps of each hyperparameter) for every tile of a chunk.
+template <typename Body>
+STN_FAST_INLINE void for_each_tile(const Task& task, std::int64_t first, std::int64_t k0, Body body) {
+    const int members = static_cast<int>(std::min<std::int64_t>(kGroup, task.n - k0));
+    bool any_shared = false, any_own = false;
+    for (int j = 0; j < members; ++j) (Row(task.table, k0 + j).per_example ? any_own : any_shared) = true;
+    Tile own, shared;
+    const float* eps[kGroup];
+    for (int j = 0; j < members; ++j) eps[j] = Row(task.table, k0 + j).per_example ? own[j] : shared[j];
+    if (any_shared) draw(task.generator, k0 / kGroup, 0, 0, shared);
+    const std::int64_t last = std::min(first + kChunk, task.batch);
+    for (std::int64_t b = first; b < last; b += kLanes) {
+        if (any_own) draw(task.generator, k0 / kGroup, task.first_example + static_cast<std::uint32_t>(b), 1, own);
+        body(members, b, static_cast<int>(std::min<std::int64_t>(kLanes, last - b)), eps);
+    }
+}
+
+STN_FAST_CLONES void forward_chunk(const Task& task, const Forward& out, std::int64_t first) {
+    for (std::int64_t k0 = 0; k0 < task.n; k0 += kGroup) {
+        for_each_tile(task, first, k0, [&](int members, std::int64_t b, int count, const float* const* eps) STN_FAST_INLINE_LAMBDA {
+            Tile lam, response;
+            for (int j = 0; j < members; ++j) {
+                const Row row(task.table, k0 + j);
+                const float location = task.location[k0 + j], scale = task.scale[k0 + j], center = out.center[k0 + j];
+                float value[kLanes];
+                for (int lane = 0; lane < kLanes; ++lane) lam[j][lane] = location + scale * eps[j][lane];
+                constrain(row, lam[j], value);
+                if (row.responds_with_value) {
+                    std::copy_n(value, kLanes, response[j]);
+                } else {
+                    for (int lane = 0; lane < kLanes; ++lane) response[j][lane] = lam[j][lane] - center;
+                }
+                std::copy_n(value, count, out.values + (k0 + j) * task.batch + b);
+            }
+            store_rows(lam, out.unconstrained + b * task.n + k0, task.n, members, count);
+            store_rows(response, out.response + b * task.n + k0, task.n, members, count);
+        });
+    }
+}
+
+STN_FAST_CLONES void backward_chunk(const Task& task, const Backward& in, std::int64_t first) {
+    for (std::int64_t k0 = 0; k0 < task.n; k0 += kGroup) {
+        Tile sum = {}, sum_eps = {};
+        for_each_tile(task, first, k0, [&](int members, std::int64_t b, int count, const float* const* eps) STN_FAST_INLINE_LAMBDA {
+            Tile d_lam, d_response;
+            const std::int64_t corner = b * task.n + k0;
+            load_rows(in.d_unconstrained ? in.d_unconstrained + corner : nullptr, task.n, members, count, d_lam);
+            load_rows(in.d_response ? in.d_response + corner : nullptr, task.n, members, count, d_response);
+            for (int j = 0; j < members; ++j) {
+                const Row row(task.table, k0 + j);
+                const float location = task.location[k0 + j], scale = task.scale[k0 + j];
+                float d_value[kLanes] = {}, lam[kLanes], slope[kLanes];
+                if (in.d_values) std::copy_n(in.d_values + (k0 + j) * task.batch + b, count, d_value);
+                float* STN_FAST_RESTRICT responds = row.responds_with_value ? d_value : d_lam[j];
+                for (int lane = 0; lane < kLanes; ++lane) responds[lane] += d_response[j][lane];
+                for (int lane = 0; lane < kLanes; ++lane) lam[lane] = location + scale * eps[j][lane];
+                constrain_derivative(row, lam, slope);
+                for (int lane = 0; lane < kLanes; ++lane) {
+                    const float d = d_lam[j][lane] + d_value[lane] * slope[lane];
+                    sum[j][lane] += d;
+                    sum_eps[j][lane] += d * eps[j][lane];
+                }
+            }
+        });
+        double* to = in.sums + 2 * ((first / kChunk) * task.n + k0);
+        for (std::int64_t j = 0; j < std::min<std::int64_t>(kGroup, task.n - k0); ++j) {
+            double total = 0.0, total_eps = 0.0;
+            for (int lane = 0; lane < kLanes; ++lane) {
+                total += sum[j][lane];
+                total_eps += sum_eps[j][lane];
+            }
+            to[2 * j] = total;
+            to[2 * j + 1] = total_eps;
+        }
+    }
+}
+
+std::vector<float> scales(const float* raw_scale, std::int64_t n, float rho_min, float rho_max) {
+    std::vector<float> scale(static_cast<std::size_t>(n));
+    for (std::int64_t k = 0; k < n; ++k) {
+        const double rho = std::min(std::max(raw_scale[k], rho_min), rho_max);
+        scale[k] = static_cast<float>(std::max(rho, 0.0) + std::log1p(std::exp(-std::abs(rho))));
+    }
+    return scale;
+}
+
+}  // namespace
+
+void perturb_forward(const float* location, const float* raw_scale, const float* center, const float* table,
+                     float* unconstrained, float* values, float* response, std::int64_t n, std::int64_t batch,
+                     std::uint64_t first_example, std::uint64_t seed, std::uint64_t step, float rho_min, float rho_max,
+                     int threads) {
+    const std::vector<float> scale = scales(raw_scale, n, rho_min, rho_max);
+    const Task task{location,
+                    scale.data(),
+                    table,
+                    n,
+                    batch,
+                    static_cast<std::uint32_t>(first_example),
+                    Generator(seed, step, 0)};
+    const Forward out{center, unconstrained, values, response};
+#pragma omp parallel for num_threads(threads) schedule(static) if (batch > kSerial)
+    for (std::int64_t first = 0; first < batch; first += kChunk) forward_chunk(task, out, first);
+}
+
+void perturb_backward(const float* d_unconstrained, const float* d_values, const float* d_response, const float* location,
+                      const float* raw_scale, const float* table, float* d_location, float* d_raw_scale, std::int64_t n,
+                      std::int64_t batch, std::uint64_t first_example, std::uint64_t seed, std::uint64_t step, float rho_min,
+                      float rho_max, int threads) {
+    const std::vector<float> scale = scales(raw_scale, n, rho_min, rho_max);
+    const std::int64_t chunks = (batch + kChunk - 1) / kChunk;
+    std::vector<double> sums(static_cast<std::size_t>(2 * chunks * n));
+    const Task task{location,
+                    scale.data(),
+                    table,
+                    n,
+                    batch,
+                    static_cast<std::uint32_t>(first_example),
+                    Generator(seed, step, 0)};
+    const Backward in{d_unconstrained, d_values, d_response, sums.data()};
+#pragma omp parallel for num_threads(threads) schedule(static) if (batch > kSerial)
+    for (std::int64_t first = 0; first < batch; first += kChunk) backward_chunk(task, in, first);
+
+    for (std::int64_t k = 0; k < n; ++k) {
+        double sum = 0.0, sum_eps = 0.0;
+        for (std::int64_t c = 0; c < chunks; ++c) {
+            sum += sums[2 * (c * n + k)];
+            sum_eps += sums[2 * (c * n + k) + 1];
+        }
+        const double rho = raw_scale[k];
+        const bool inside = raw_scale[k] >= rho_min && raw_scale[k] <= rho_max;
+        if (d_location) d_location[k] = static_cast<float>(sum);
+        if (d_raw_scale) d_raw_scale[k] = inside ? static_cast<float>(sum_eps / (1.0 + std::exp(-rho))) : 0.0f;
+    }
+}
+
+}  // namespace stn_fast

@@ -1,0 +1,150 @@
+"""The C++ core. Tensors travel as addresses (`data_ptr()`) of contiguous float32, 0 for one that is absent or not wanted.
+
+Nothing is checked here: the operations in `stn_fast.ops` validate and allocate. The GIL is released; results don't
+depend on `threads`. Formulas are in the headers of csrc/.
+"""
+
+def isa() -> str:
+    """The instruction set in use: "x86-64-v4" (AVX-512), "x86-64-v3" (AVX2) or "baseline"."""
+
+def openmp() -> bool:
+    """Whether the core was built to use several threads."""
+
+def philox(counters: int, keys: int, out: int, count: int, threads: int) -> None:
+    """Philox 4x32-10 of uint32 counters (count, 4) and keys (count, 2)."""
+
+def uniform(
+    out: int, examples: int, elements: int, first_example: int, seed: int, step: int, stream: int, threads: int
+) -> None:
+    """Uniforms in [0, 1) into out (examples, elements)."""
+
+def normal(
+    out: int, examples: int, elements: int, first_example: int, seed: int, step: int, stream: int, threads: int
+) -> None:
+    """Standard normals into out (examples, elements)."""
+
+def perturb_forward(
+    location: int,
+    raw_scale: int,
+    center: int,
+    table: int,
+    unconstrained: int,
+    values: int,
+    response: int,
+    n: int,
+    batch: int,
+    first_example: int,
+    seed: int,
+    step: int,
+    rho_min: float,
+    rho_max: float,
+    threads: int,
+) -> None:
+    """Every example's own hyperparameters: unconstrained and response (batch, n), values (n, batch)."""
+
+def perturb_backward(
+    d_unconstrained: int,
+    d_values: int,
+    d_response: int,
+    location: int,
+    raw_scale: int,
+    table: int,
+    d_location: int,
+    d_raw_scale: int,
+    n: int,
+    batch: int,
+    first_example: int,
+    seed: int,
+    step: int,
+    rho_min: float,
+    rho_max: float,
+    threads: int,
+) -> None:
+    """Gradients of location and raw_scale (n,); the perturbations are drawn again."""
+
+def dropout(
+    x: int,
+    rate: int,
+    y: int,
+    outer: int,
+    batch: int,
+    middle: int,
+    last: int,
+    e_outer: int,
+    e_middle: int,
+    e_last: int,
+    first_example: int,
+    seed: int,
+    step: int,
+    stream: int,
+    threads: int,
+) -> None:
+    """y = x · keep / (1 − rate of the example) over (outer, batch, middle, last); also the backward pass, given dy."""
+
+def noise_forward(
+    x: int,
+    scale: int,
+    y: int,
+    outer: int,
+    batch: int,
+    inner: int,
+    first_example: int,
+    seed: int,
+    step: int,
+    stream: int,
+    threads: int,
+) -> None:
+    """y = x + scale of the example · normal, over (outer, batch, inner)."""
+
+def noise_backward(
+    dy: int,
+    d_scale: int,
+    outer: int,
+    batch: int,
+    inner: int,
+    first_example: int,
+    seed: int,
+    step: int,
+    stream: int,
+    threads: int,
+) -> None:
+    """d_scale (batch,) = sum of dy · normal over each example; the normals are drawn again."""
+
+def gated_epilogue_forward(
+    y: int,
+    q: int,
+    h: int,
+    weight_gate: int,
+    bias: int,
+    response_bias: int,
+    bias_gate: int,
+    outer: int,
+    batch: int,
+    inner: int,
+    outputs: int,
+    n: int,
+    threads: int,
+) -> None:
+    """y ← y + bias + (h Gwᵀ) ⊙ q + (h Gbᵀ) ⊙ r, in place."""
+
+def gated_epilogue_backward(
+    dy: int,
+    q: int,
+    h: int,
+    weight_gate: int,
+    response_bias: int,
+    bias_gate: int,
+    g: int,
+    d_weight_gate: int,
+    d_bias: int,
+    d_response_bias: int,
+    d_bias_gate: int,
+    d_h: int,
+    outer: int,
+    batch: int,
+    inner: int,
+    outputs: int,
+    n: int,
+    threads: int,
+) -> None:
+    """g = dy ⊙ (h Gwᵀ) and the wanted gradients of gates, biases and h, in one pass over dy and q."""
