@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -27,8 +25,9 @@ def reference(x: Tensor, rate: Tensor, uniform: Tensor, sizes: Sequence[int], st
     element = (i[:, None, None] + j[:, None] + k).view(outer, 1, middle, last).expand(sizes)
     example = torch.arange(batch, device=x.device).view(1, -1, 1, 1)
     rate = rate.view(1, -1, 1, 1)
-    scale = torch.where(uniform[example, element] >= rate, 1 / (1 - rate.to(x.dtype)), 0)
-    return torch.where(scale == 0, 0, x.view(sizes) * scale).view(x.shape)
+    keep = uniform[example, element] >= rate
+    scale = (1 / (1 - rate.double())).to(x.dtype)
+    return torch.where(keep, x.reshape(tuple(sizes)) * scale, 0).view(x.shape)
 
 
 def _uniform(
@@ -110,8 +109,15 @@ def mask_layout(shape: Sequence[int], example_dim: int, shared_dims: Sequence[in
         raise ValueError(f"the example dimension {example_dim} can't be one of shared_dims={tuple(shared_dims)}")
 
     def groups(dims: range, most: int) -> list[tuple[int, bool]]:
-        runs = groupby((d for d in dims if shape[d] != 1), key=lambda d: d in shared)
-        found = [(math.prod(shape[d] for d in run), is_shared) for is_shared, run in runs]
+        found: list[tuple[int, bool]] = []
+        for dim in dims:
+            is_shared = dim in shared
+            if shape[dim] == 1:
+                continue
+            if found and found[-1][1] == is_shared:
+                found[-1] = (found[-1][0] * shape[dim], is_shared)
+            else:
+                found.append((shape[dim], is_shared))
         if len(found) > most:
             raise ValueError(
                 f"shared_dims={tuple(shared_dims)} of shape {tuple(shape)} split it into too many groups: one before "

@@ -37,14 +37,14 @@ def _rows(per_example: Tensor, outer: int, inner: int) -> Tensor:
     if outer == inner == 1:
         return per_example
     batch, outputs = per_example.shape
-    return per_example[None, :, None].expand(outer, batch, inner, outputs).reshape(-1, outputs)
+    return per_example[None, :, None].expand(outer, batch, inner, outputs).reshape(outer * batch * inner, outputs)
 
 
-def _examples(per_row: Tensor, outer: int, inner: int) -> Tensor:
+def _examples(per_row: Tensor, outer: int, batch: int, inner: int) -> Tensor:
     """(outer·B·inner, O) → (B, O): the sum over the positions of every example."""
     if outer == inner == 1:
         return per_row
-    return per_row.view(outer, -1, inner, per_row.shape[1]).sum((0, 2))
+    return per_row.view(outer, batch, inner, per_row.shape[1]).sum((0, 2))
 
 
 def fold(
@@ -123,8 +123,8 @@ def _backward_plain(
     wanted: Wanted,
 ) -> Gradients:
     g = dy * _rows(h @ weight_gate.T, outer, inner)
-    ds = _examples(dy * q, outer, inner) if wanted.weight_gate or wanted.h else torch.zeros_like(g)
-    dc = _examples(dy, outer, inner)
+    ds = _examples(dy * q, outer, len(h), inner) if wanted.weight_gate or wanted.h else torch.zeros_like(g)
+    dc = _examples(dy, outer, len(h), inner)
     dh = ds @ weight_gate if wanted.h else None
     d_response_bias = d_bias_gate = None
     if response_bias is not None and bias_gate is not None:
@@ -357,7 +357,7 @@ def gated_linear(
         return F.linear(x, folded, folded_bias)
     example_dim %= x.ndim
     outer, inner = math.prod(x.shape[:example_dim]), math.prod(x.shape[example_dim + 1 : -1])
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if in_transform():
         y = reference(rows, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, outer, inner)
     else:

@@ -1,0 +1,51 @@
+import pytest
+import torch
+from numerics import relative_error
+
+from stn_fast.ops.weight_decay import weight_decay_penalty
+
+
+def operands(shape=(6, 5), batch=4, n=3):
+    torch.manual_seed(0)
+    drawn = torch.randn(*shape), torch.randn(*shape), torch.randn(shape[0], n), torch.randn(batch, n), torch.rand(batch)
+    return [t.double().requires_grad_() for t in drawn]
+
+
+def one_example_at_a_time(weight, response_weight, weight_gate, h, decay):
+    """½ · mean of decay · ‖W_eff‖², every example's weights built in full."""
+    gates = (h @ weight_gate.T).view(len(h), -1, *[1] * (weight.ndim - 1))
+    effective = weight + gates * response_weight
+    return 0.5 * (decay * effective.flatten(1).square().sum(1)).mean()
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (1, 1), (6, 3, 2, 2)])
+def test_closed_form_equals_every_examples_own_weights(shape):
+    tensors = operands(shape)
+    got, want = weight_decay_penalty(*tensors), one_example_at_a_time(*tensors)
+    assert relative_error(got, want) < 1e-14
+    for one, other in zip(torch.autograd.grad(got, tensors), torch.autograd.grad(want, tensors), strict=True):
+        assert relative_error(one, other) < 1e-12
+
+
+def test_follows_torchs_convention_where_the_response_is_zero():
+    """SGD with weight_decay adds decay · W to the gradient; so must the penalty."""
+    weight, response_weight, weight_gate, h, decay = operands()
+    penalty = weight_decay_penalty(
+        weight, response_weight, weight_gate, torch.zeros_like(h), torch.full_like(decay, 0.3)
+    )
+    assert relative_error(torch.autograd.grad(penalty, weight)[0], 0.3 * weight) < 1e-14
+
+
+def test_one_shared_row_is_that_row_for_all():
+    weight, response_weight, weight_gate, h, decay = operands()
+    shared = weight_decay_penalty(weight, response_weight, weight_gate, h[0], decay)
+    rows = weight_decay_penalty(weight, response_weight, weight_gate, h[:1].expand(4, -1), decay)
+    assert relative_error(shared, rows) < 1e-14
+
+
+def test_misfits_are_named():
+    weight, response_weight, weight_gate, h, decay = operands()
+    with pytest.raises(ValueError, match=r"decay \(B,\); got .*\(4, 3\), \(3,\)"):
+        weight_decay_penalty(weight, response_weight, weight_gate, h, decay[:3])
+    with pytest.raises(ValueError, match="empty batch"):
+        weight_decay_penalty(weight, response_weight, weight_gate, h[:0], decay[:0])
