@@ -42,6 +42,12 @@ def gated_linear(
 ) -> Tensor:
     """`stn_fast.ops.gated_linear.gated_linear`, which documents it, taking a HyperBatch or its response."""
     h = response_input(hyper, weight)
+    in_range = -x.ndim <= example_dim < x.ndim
+    if not isinstance(hyper, Tensor) and in_range and x.shape[example_dim] != len(hyper):
+        raise ValueError(
+            f"gated_linear: the HyperBatch has {len(hyper)} examples, but x {tuple(x.shape)} has "
+            f"{x.shape[example_dim]} in dimension {example_dim}"
+        )
     return _gated_linear.gated_linear(
         x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, example_dim=example_dim
     )
