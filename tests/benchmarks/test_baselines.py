@@ -83,7 +83,7 @@ def test_the_limit_does_the_arithmetic_of_its_products_and_no_more(limit, produc
 
 def test_the_limit_is_no_more_than_the_large_products_of_eager(limit: Limit) -> None:
     """All that eager does beyond it are the products with the gates, of n columns."""
-    inputs, dy = gated_linear_inputs(CASE)
+    inputs, _ = gated_linear_inputs(CASE)
     batch, _, outputs = CASE.shape
     n = inputs[7].shape[1]
     with FlopCounterMode(display=False) as bare:
