@@ -123,23 +123,30 @@ def _backward_plain(
     wanted: Wanted,
 ) -> Gradients:
     g = dy * _rows(h @ weight_gate.T, outer, inner)
-    ds = _examples(dy * q, outer, len(h), inner) if wanted.weight_gate or wanted.h else torch.zeros_like(g)
-    dc = _examples(dy, outer, len(h), inner)
-    dh = ds @ weight_gate if wanted.h else None
+    # Sums over positions, then over examples: 16-bit operands would be rounded twice, so these run in float32.
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    h, gate = h.to(wide), weight_gate.to(wide)
+    dc = _examples(dy.to(wide), outer, len(h), inner)
+    ds = _examples(dy.to(wide) * q, outer, len(h), inner) if wanted.weight_gate or wanted.h else torch.zeros_like(dc)
+    dh = ds @ gate
     d_response_bias = d_bias_gate = None
     if response_bias is not None and bias_gate is not None:
-        d_response_bias = (dc * (h @ bias_gate.T)).sum(0) if wanted.response_bias else None
-        d_bias_gate = (dc * response_bias).T @ h if wanted.bias_gate else None
-        dh = dh + (dc * response_bias) @ bias_gate if dh is not None else None
+        d_response_bias = (dc * (h @ bias_gate.to(wide).T)).sum(0)
+        d_bias_gate = (dc * response_bias).T @ h
+        dh = dh + (dc * response_bias) @ bias_gate.to(wide)
+
+    def out(gradient: Tensor | None, wants: bool) -> Tensor | None:
+        return gradient.to(dy.dtype) if wants and gradient is not None else None
+
     return Gradients(
         x=dy @ weight + g @ response_weight if wanted.x else None,
         weight=dy.T @ x if wanted.weight else None,
-        bias=dc.sum(0) if wanted.bias else None,
+        bias=out(dc.sum(0), wanted.bias),
         response_weight=g.T @ x if wanted.response_weight else None,
-        response_bias=d_response_bias,
-        weight_gate=ds.T @ h if wanted.weight_gate else None,
-        bias_gate=d_bias_gate,
-        h=dh,
+        response_bias=out(d_response_bias, wanted.response_bias),
+        weight_gate=out(ds.T @ h, wanted.weight_gate),
+        bias_gate=out(d_bias_gate, wanted.bias_gate),
+        h=out(dh, wanted.h),
     )
 
 
@@ -362,11 +369,8 @@ def gated_linear(
         y = reference(rows, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, outer, inner)
     else:
         save_response = torch.is_grad_enabled() and (h.requires_grad or weight_gate.requires_grad)
-        y, _ = _gated_linear(
-            rows.contiguous(), weight.contiguous(), bias, response_weight.contiguous(), response_bias,
-            weight_gate.contiguous(), None if bias_gate is None else bias_gate.contiguous(), h.contiguous(),
-            outer, inner, save_response,
-        )  # fmt: skip
+        tensors = (rows, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
+        y, _ = _gated_linear(*(None if t is None else t.contiguous() for t in tensors), outer, inner, save_response)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
