@@ -62,7 +62,7 @@ def write(root: Path, step: int, state: dict[str, Any], best_step: int) -> Path:
     partial.rename(target)
     _sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
-    _prune(root, best_step)
+    _prune(root, step, best_step)
     return target
 
 
@@ -117,12 +117,13 @@ def _best_step(path: Path) -> int | None:
         return None
 
 
-def _prune(root: Path, best_step: int) -> None:
-    last = steps(root)[-KEPT:]
-    wanted = {best_step, *last, *(_best_step(path_of(root, step)) for step in last)}
-    for step in steps(root):
-        if step not in wanted:
-            shutil.rmtree(path_of(root, step), ignore_errors=True)
+def _prune(root: Path, step: int, best_step: int) -> None:
+    """A checkpoint from beyond ``step`` is a damaged one that the run fell back from: it goes too."""
+    last = [other for other in steps(root) if other <= step][-KEPT:]
+    wanted = {best_step, *last, *(_best_step(path_of(root, other)) for other in last)}
+    for other in steps(root):
+        if other not in wanted:
+            shutil.rmtree(path_of(root, other), ignore_errors=True)
 
 
 def _write_through(path: Path, contents: bytes) -> None:

@@ -38,17 +38,17 @@ def run(
     """
     progress = progress or Progress(quiet=True)
     directory = RunDirectory(config.directory)
-    if not (resume and directory.resumable):
-        directory.clear()
-    else:
+    resume = resume and directory.resumable
+    if resume:
         directory.check_same_run(config)
         if (result := directory.finished_result(config)) is not None:
             progress.say(f"{directory.path} is finished; --no-resume would run it again")
             return result
     task = checked_task(config, build_task)
     trainer = Trainer(config, task, build_method(config, task), directory.checkpoints, progress.row)
-    state = checkpoint.read_newest(directory.checkpoints, config.device, progress.warn)
-    if state is not None:
+    if not resume:
+        directory.clear()
+    elif state := checkpoint.read_newest(directory.checkpoints, config.device, progress.warn):
         trainer.load_state_dict(state)
         progress.say(f"resuming {directory.path} after step {trainer.step}")
         if trainer.overrun:

@@ -120,6 +120,7 @@ class Trainer:
             self._save(log)
             if not self._epoch_closed:
                 self._report_epoch(log)
+        self.wall_seconds = self._seconds()
 
     def _advance(self) -> None:
         if self._cycle_closed:

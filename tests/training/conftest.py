@@ -1,0 +1,59 @@
+"""A run of the digits recipe short enough for a test, and the means to compare two runs."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stn_fast.recipes import digits
+from stn_fast.training.config import Config
+from stn_fast.training.layering import resolve
+from stn_fast.training.metrics import TIMES
+from stn_fast.training.run import run
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """make_config("key=value", ..., name="a"): two epochs of warm-up, six in all, in tmp_path/name."""
+
+    def make(*pairs: str, name: str = "run") -> Config:
+        short = ("schedule.epochs=6", "method.warmup_epochs=2", "schedule.checkpoint_epochs=2")
+        return replace(resolve(digits.config(), None, [*short, *pairs]), run_dir=str(tmp_path / name))
+
+    return make
+
+
+@pytest.fixture
+def train(make_config):
+    """Runs the digits recipe under ``make_config``'s arguments; the run directory."""
+
+    def train(*pairs: str, name: str = "run", resume: bool = True) -> Path:
+        config = make_config(*pairs, name=name)
+        run(config, digits.build, resume=resume)
+        return Path(config.directory)
+
+    return train
+
+
+def rows(directory: Path, timeless: bool = True) -> list[dict]:
+    """The rows of metrics.jsonl, without their times."""
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not (timeless and key in TIMES)} for row in found]
+
+
+def result(directory: Path) -> dict:
+    """result.json without its times."""
+    found = json.loads((directory / "result.json").read_text())
+    return {key: value for key, value in found.items() if key not in TIMES}
+
+
+@pytest.fixture
+def same_run():
+    """Asserts that two run directories hold the same numbers, bit for bit."""
+
+    def same_run(one: Path, other: Path) -> None:
+        assert rows(one) == rows(other)
+        assert result(one) == result(other)
+
+    return same_run

@@ -1,0 +1,94 @@
+"""Checkpoints: whole or absent, never silently damaged, and no more of them than needed."""
+
+import pytest
+import torch
+
+from stn_fast.errors import UserError
+from stn_fast.training import checkpoint
+
+
+def state(step):
+    return {"weights": torch.full((3,), float(step)), "step": step, "nested": {"none": None, "text": "x"}}
+
+
+def damage(path):
+    contents = bytearray((path / checkpoint.STATE).read_bytes())
+    contents[len(contents) // 2] ^= 1
+    (path / checkpoint.STATE).write_bytes(contents)
+
+
+def no_warning(text):
+    raise AssertionError(text)
+
+
+def test_a_state_reads_back_as_it_was_written(tmp_path):
+    back = checkpoint.read(checkpoint.write(tmp_path, 7, state(7), best_step=7))
+    assert torch.equal(back.pop("weights"), state(7)["weights"])
+    assert back == {"step": 7, "nested": {"none": None, "text": "x"}}
+
+
+def test_the_last_two_stay_and_the_best_of_each(tmp_path):
+    for step, best in [(1, 1), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5)]:
+        checkpoint.write(tmp_path, step, state(step), best)
+    assert checkpoint.steps(tmp_path) == [5, 6]
+    checkpoint.write(tmp_path, 7, state(7), 7)
+    assert checkpoint.steps(tmp_path) == [5, 6, 7]
+
+
+def test_nothing_partial_is_taken_for_a_checkpoint(tmp_path):
+    checkpoint.write(tmp_path, 1, state(1), 1)
+    torch.save(state(2), tmp_path / "stray.pt")
+    (tmp_path / ".step-00000002.partial").mkdir()
+    assert checkpoint.steps(tmp_path) == [1]
+    checkpoint.write(tmp_path, 2, state(2), 1)
+    assert checkpoint.read_newest(tmp_path, "cpu", no_warning)["step"] == 2
+
+
+def test_a_write_that_is_cut_short_leaves_the_one_before(tmp_path, monkeypatch):
+    checkpoint.write(tmp_path, 1, state(1), 1)
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "_write_through", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write(tmp_path, 2, state(2), 2)
+    assert checkpoint.read_newest(tmp_path, "cpu", no_warning)["step"] == 1
+
+
+def test_damage_is_found_and_the_one_before_is_taken(tmp_path):
+    for step in (1, 2):
+        path = checkpoint.write(tmp_path, step, state(step), 1)
+    damage(path)
+    warnings = []
+    assert checkpoint.read_newest(tmp_path, "cpu", warnings.append)["step"] == 1
+    assert len(warnings) == 1
+    assert "step-00000002" in warnings[0]
+    assert "falling back" in warnings[0]
+
+
+@pytest.mark.parametrize("file", [checkpoint.STATE, checkpoint.MANIFEST])
+def test_a_missing_file_is_damage(tmp_path, file):
+    path = checkpoint.write(tmp_path, 1, state(1), 1)
+    (path / file).unlink()
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="cannot be read"):
+        checkpoint.read(path)
+
+
+def test_when_all_are_damaged_the_error_names_the_cure(tmp_path):
+    for step in (1, 2):
+        damage(checkpoint.write(tmp_path, step, state(step), 1))
+    with pytest.raises(UserError, match=r"every checkpoint under .* is damaged.*--no-resume"):
+        checkpoint.read_newest(tmp_path, "cpu", lambda text: None)
+
+
+def test_a_damaged_one_goes_when_the_run_has_fallen_back_from_it(tmp_path):
+    for step in (1, 2, 4):
+        path = checkpoint.write(tmp_path, step, state(step), 1)
+    damage(path)
+    checkpoint.write(tmp_path, 3, state(3), 1)
+    assert checkpoint.steps(tmp_path) == [1, 2, 3]
+
+
+def test_no_checkpoint_is_not_an_error(tmp_path):
+    assert checkpoint.read_newest(tmp_path / "absent", "cpu", no_warning) is None

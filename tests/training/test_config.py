@@ -1,0 +1,119 @@
+"""Configuration: every wrong value is refused by name, and layers override one another in order."""
+
+import pytest
+import yaml
+
+from stn_fast.errors import UserError
+from stn_fast.recipes import digits, recipe
+from stn_fast.training.config import Config, HyperparameterConfig, MethodConfig
+from stn_fast.training.layering import differences, resolve, to_yaml
+
+
+@pytest.mark.parametrize(
+    ("pair", "says"),
+    [
+        ("schedule.epochs=0", r"schedule.epochs \(--epochs\) = 0: must be at least 1"),
+        ("schedule.max_steps=-1", "schedule.max_steps"),
+        ("schedule.batch_size=1.5", "schedule.batch_size = 1.5: must be a whole number"),
+        ("schedule.batch_size=true", "must be a whole number"),
+        ("optimizer.learning_rate=0", "optimizer.learning_rate = 0.0: must be a finite number above 0"),
+        ("optimizer.learning_rate=.inf", "must be a finite number above 0"),
+        ("optimizer.learning_rate=.nan", "must be a finite number above 0"),
+        ("optimizer.learning_rate=fast", "must be a number"),
+        ("optimizer.momentum=1", "must be at least 0 and below 1"),
+        ("hyper_optimizer.learning_rate=-1", "hyper_optimizer.learning_rate"),
+        ("method.name=delta-stn", r"method.name \(--method\) = 'delta-stn': is not available yet"),
+        ("method.name=stm", "did you mean 'stn'"),
+        ("method.train_steps=0", "method.train_steps"),
+        ("method.valid_steps=0", "method.valid_steps"),
+        ("method.warmup_epochs=-1", "method.warmup_epochs"),
+        ("method.entropy_weight=-1", "method.entropy_weight"),
+        ("method.response=shift", "did you mean 'shifted'"),
+        ("method.freeze=perhaps", "must be true or false"),
+        ("hyperparameters.input_dropout.init=0.95", "hyperparameters.input_dropout.init = 0.95: must lie strictly"),
+        ("hyperparameters.input_dropout.init=.nan", "must lie strictly"),
+        ("hyperparameters.input_dropout.low=2", "hyperparameters.input_dropout.high"),
+        ("hyperparameters.weight_decay.scale=0", "hyperparameters.weight_decay.scale"),
+        ("seed=-1", r"seed \(--seed\)"),
+        ("device=gpu", "did you mean 'cpu'"),
+        ("recipe=ptb", "recipe"),
+        ("schedule=3", "must be a section with keys epochs"),
+        ("schedule.epoch=3", "unknown key 'schedule.epoch' in --set: did you mean 'epochs'"),
+        ("sheduel.epochs=3", "did you mean 'schedule'"),
+        ("hyperparameters.hidden_dropout_3.init=.1", "did you mean 'hidden_dropout_"),
+        ("seed", "must be name=value"),
+        ("seed=[1", "is not a YAML value"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(pair, says):
+    with pytest.raises(UserError, match=says):
+        resolve(digits.config(), None, [pair])
+
+
+def test_fixed_hyperparameters_cannot_also_be_frozen():
+    with pytest.raises(UserError, match="--freeze"):
+        resolve(digits.config(), None, ["method.name=fixed"], {"method.freeze": True})
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(UserError, match="unknown recipe 'digit': did you mean 'digits'"):
+        recipe("digit")
+
+
+def test_a_config_needs_hyperparameters():
+    with pytest.raises(UserError, match="at least one"):
+        Config(recipe="digits", hyperparameters={})
+
+
+def test_layers_override_one_another_in_order(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("seed: 1\nschedule: {epochs: 1, batch_size: 1}\noptimizer: {learning_rate: 1e-3}\n")
+    config = resolve(digits.config(), str(file), ["seed=2", "schedule.epochs=2"], {"seed": 3})
+    assert (config.seed, config.schedule.epochs, config.schedule.batch_size) == (3, 2, 1)
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.optimizer.momentum == digits.config().optimizer.momentum
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- 1\n", "must hold a mapping"),
+        ("a: [1\n", "not valid YAML"),
+        ("shedule: {}\n", "unknown key 'shedule' in .*: did you mean 'schedule'"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path, text, says):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=says):
+        resolve(digits.config(), str(file))
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"absent.yaml: No such file"):
+        resolve(digits.config(), str(tmp_path / "absent.yaml"))
+
+
+def test_the_resolved_configuration_reads_back_as_itself(tmp_path):
+    config = resolve(digits.config(), None, ["optimizer.learning_rate=1e-7", "hyperparameters.input_noise.high=3"])
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert resolve(digits.config(), str(file)) == config
+    assert yaml.safe_load(to_yaml(config))["hyperparameters"]["input_noise"]["high"] == 3.0
+
+
+def test_only_what_decides_results_counts_as_a_difference():
+    ours = digits.config()
+    longer = resolve(ours, None, ["schedule.epochs=999", "schedule.max_steps=5", "run_dir=x", "data_root=y"])
+    assert differences(ours, longer) == []
+    other = resolve(ours, None, ["seed=5", "hyperparameters.input_noise.init=0.1"])
+    assert differences(ours, other) == ["hyperparameters.input_noise.init: 0.3 -> 0.1", "seed: 0 -> 5"]
+
+
+def test_run_directories_of_different_methods_do_not_collide():
+    labels = {MethodConfig().label, MethodConfig(freeze=True).label, MethodConfig(name="fixed").label}
+    assert len(labels) == 3
+
+
+def test_a_bound_that_is_absent_bounds_nothing():
+    assert HyperparameterConfig(init=-1e9).low is None

@@ -1,0 +1,162 @@
+"""Methods: which tensors each kind of step may move, against plain torch where there is a plain counterpart."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stn_fast.data import Split
+from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
+from stn_fast.models.mlp import mlp
+from stn_fast.training.methods import RESPONSE_PARAMETERS, FixedHyperparameters, SelfTuning
+from stn_fast.training.task import classification_loss, decayed_classification_loss
+
+SPACE = HyperparameterSpace(
+    [
+        Hyperparameter("hidden_dropout_1", low=0.0, high=0.9, init=0.3),
+        Hyperparameter("weight_decay", low=0.0, init=1e-2),
+    ]
+)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return mlp(SPACE, (6, 16, 4))
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return Split(torch.randn(32, 6, generator=generator), torch.randint(4, (32,), generator=generator))
+
+
+def self_tuning(model, **options):
+    return SelfTuning(model, SPACE, decayed_classification_loss, classification_loss, **options)
+
+
+def snapshot(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def moved(before, model):
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+def test_a_training_step_moves_every_weight_and_no_hyperparameter(model, batch):
+    method = self_tuning(model)
+    before, location, raw_scale = snapshot(model), method.location.clone(), method.raw_scale.clone()
+    method.train_step(batch, 0)
+    assert moved(before, model) == set(before)
+    assert torch.equal(method.location, location)
+    assert torch.equal(method.raw_scale, raw_scale)
+    assert method.location.grad is None
+
+
+def test_a_validation_step_moves_location_and_scale_and_touches_no_weight(model, batch):
+    method = self_tuning(model)
+    method.train_step(batch, 0)
+    before, location, raw_scale = snapshot(model), method.location.detach().clone(), method.raw_scale.detach().clone()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    method.valid_step(batch, 1)
+    assert moved(before, model) == set()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, gradients[name])
+        assert parameter.requires_grad
+    assert (method.location != location).all()
+    assert (method.raw_scale != raw_scale).all()
+
+
+def test_a_validation_step_uses_no_dropout_and_no_penalty(model, batch):
+    method = self_tuning(model, entropy_weight=0.0)
+    hyper = SPACE.sample(method.location.detach(), method.raw_scale.detach(), batch_size=32, seed=0, step=5)
+    expected = F.cross_entropy(model.eval()(batch.inputs, hyper), batch.targets)
+    model.train()
+    torch.testing.assert_close(method.valid_step(batch, 5), expected)
+
+
+def test_the_entropy_alone_widens_a_scale_that_the_loss_does_not_see(model, batch):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate"):
+                parameter.zero_()
+    method = self_tuning(model, entropy_weight=1e-3)
+    before = method.scales()
+    method.valid_step(batch, 0)
+    assert (method.scales() > before).all()
+    assert torch.equal(method.location, SPACE.initial_state()[0])
+
+
+def test_scales_stay_within_their_bounds(model, batch):
+    method = self_tuning(model, entropy_weight=1e3, hyper_optimizer=lambda tensors: torch.optim.SGD(tensors, lr=1e3))
+    method.valid_step(batch, 0)
+    bounded = method.raw_scale.detach().clone()
+    assert torch.equal(bounded, SPACE.clamp_(bounded.clone()))
+
+
+def test_untuned_scales_stay_and_validation_is_unperturbed(model, batch):
+    method = self_tuning(model, tune_scales=False)
+    expected = F.cross_entropy(model.eval()(batch.inputs, method.unperturbed(32)), batch.targets)
+    raw_scale, location = method.raw_scale.clone(), method.location.detach().clone()
+    torch.testing.assert_close(method.valid_step(batch, 0), expected)
+    assert torch.equal(method.raw_scale, raw_scale)
+    assert (method.location != location).all()
+
+
+def test_freezing_holds_hyperparameters_but_trains_the_response(model, batch):
+    method = self_tuning(model, freeze=True)
+    before, location = snapshot(model), method.location.detach().clone()
+    method.train_step(batch, 0)
+    assert moved(before, model) == set(before)
+    assert torch.equal(method.location, location)
+    assert not method.tunes
+    with pytest.raises(RuntimeError, match="train_step alone"):
+        method.valid_step(batch, 1)
+
+
+def test_a_frozen_run_still_perturbs(model, batch):
+    frozen = self_tuning(copy.deepcopy(model), freeze=True)
+    tuned = self_tuning(model)
+    assert torch.equal(frozen.train_step(batch, 3), tuned.train_step(batch, 3))
+
+
+def test_fixed_hyperparameters_leave_the_response_out(model, batch):
+    before = snapshot(model)
+    method = FixedHyperparameters(model, SPACE, decayed_classification_loss)
+    method.train_step(batch, 0)
+    plain = {name for name in before if name.rpartition(".")[2] not in RESPONSE_PARAMETERS}
+    assert moved(before, model) == plain
+    assert all(p.grad is None for name, p in model.named_parameters() if name not in plain)
+    with pytest.raises(RuntimeError, match="does not tune"):
+        method.valid_step(batch, 1)
+
+
+def test_fixed_hyperparameters_without_dropout_are_plain_torch_training(batch):
+    space = HyperparameterSpace([Hyperparameter("weight_decay", low=0.0, init=1e-2, response="raw")])
+    torch.manual_seed(0)
+    model = mlp(space, (6, 16, 4))
+    weights = [copy.deepcopy(layer.weight) for layer in model.layers]
+    biases = [copy.deepcopy(layer.bias) for layer in model.layers]
+    plain = [{"params": weights, "weight_decay": 1e-2}, {"params": biases}]
+    optimizer = torch.optim.SGD(plain, lr=0.05, momentum=0.9)
+    method = FixedHyperparameters(model, space, decayed_classification_loss)
+    for step in range(5):
+        method.train_step(batch, step)
+        hidden = F.relu(F.linear(batch.inputs, weights[0], biases[0]))
+        optimizer.zero_grad()
+        F.cross_entropy(F.linear(hidden, weights[1], biases[1]), batch.targets).backward()
+        optimizer.step()
+    for layer, weight, bias in zip(model.layers, weights, biases, strict=True):
+        torch.testing.assert_close(layer.weight, weight)
+        torch.testing.assert_close(layer.bias, bias)
+
+
+def test_steps_draw_by_number_not_by_history(model, batch):
+    again = copy.deepcopy(model)
+    one, other = self_tuning(model), self_tuning(again)
+    one.train_step(batch, 0)
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    assert torch.equal(one.train_step(batch, 1), other.train_step(batch, 1))
+    assert torch.equal(one.valid_step(batch, 2), other.valid_step(batch, 2))
+    assert torch.equal(one.location, other.location)
