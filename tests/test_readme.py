@@ -1,0 +1,65 @@
+"""Every command and every line of Python in the README runs, and every file it points to exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The lines of the shell blocks, without their comments, and the commands named in the text."""
+    lines = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    named = re.findall(r"`((?:make|python|pip) [^`]+)`", prose)
+    return [line for line in [*lines, *named] if line]
+
+
+def test_the_readme_has_commands_and_python() -> None:
+    assert {"make train", "make test"} <= set(commands())
+    assert blocks("python")
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_runs(command: str, tmp_path: Path) -> None:
+    """make: the target exists and all it needs is there (`make -n`); what `make train` starts runs, in short."""
+    if command.startswith("make "):
+        planned = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert planned.returncode == 0, planned.stderr
+        if command != "make train":
+            return
+        (line,) = [line for line in planned.stdout.splitlines() if "stn_fast.train" in line]
+        command = line.partition("python ")[1] + line.partition("python ")[2]
+        command += f" --epochs 1 --run-dir {tmp_path / 'run'}"
+    if command.startswith("pip "):
+        pytest.skip("tests/test_packaging.py builds and installs the package")
+    program, *arguments = command.split()
+    assert program == "python"
+    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    if "stn_fast.train" in command and "--help" not in command:
+        assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_runs_from_any_folder(code: str, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert "dropout" in result.stdout
+
+
+def test_every_file_it_points_to_exists() -> None:
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith("http")]
+    assert targets
+    missing = [target for target in targets if not (ROOT / target).exists()]
+    assert not missing
