@@ -37,7 +37,7 @@ STN_FAST_INLINE void transpose_gate(const float* STN_FAST_RESTRICT gate, const f
                                     int width, float* STN_FAST_RESTRICT tile) {
     const int columns = padded(width);
     for (std::int64_t k = 0; k < depth(n); ++k) {
-        for (int o = 0; o < columns; ++o) {
+        for (std::int64_t o = 0; o < columns; ++o) {
             const bool inside = k < n && o < width;
             tile[k * kTile + o] = inside ? gate[o * n + k] * (factor ? factor[o] : 1.0f) : 0.0f;
         }
@@ -61,12 +61,12 @@ STN_FAST_INLINE void times_gate(const float* STN_FAST_RESTRICT h, const float* S
         std::fill_n(out0, columns, 0.0f);
         std::fill_n(out1, columns, 0.0f);
         for (std::int64_t k = 0; k < n; k += 4) {
-            const float* STN_FAST_RESTRICT gate = tile + k * kTile;
+            const float *gate0 = tile + k * kTile, *gate1 = gate0 + kTile, *gate2 = gate1 + kTile, *gate3 = gate2 + kTile;
             const float a0 = h0[k], a1 = h0[k + 1], a2 = h0[k + 2], a3 = h0[k + 3];
             const float b0 = h1[k], b1 = h1[k + 1], b2 = h1[k + 2], b3 = h1[k + 3];
 #pragma omp simd
-            for (int o = 0; o < columns; ++o) {
-                const float g0 = gate[o], g1 = gate[kTile + o], g2 = gate[2 * kTile + o], g3 = gate[3 * kTile + o];
+            for (std::int64_t o = 0; o < columns; ++o) {
+                const float g0 = gate0[o], g1 = gate1[o], g2 = gate2[o], g3 = gate3[o];
                 out0[o] = out0[o] + a0 * g0 + a1 * g1 + a2 * g2 + a3 * g3;
                 out1[o] = out1[o] + b0 * g0 + b1 * g1 + b2 * g2 + b3 * g3;
             }
@@ -87,7 +87,7 @@ STN_FAST_INLINE void add_outer_products(const TileRows& STN_FAST_RESTRICT rows, 
             const float a0 = a[0], a1 = a[stride], a2 = a[2 * stride], a3 = a[3 * stride];
             const float b0 = a[1], b1 = a[stride + 1], b2 = a[2 * stride + 1], b3 = a[3 * stride + 1];
 #pragma omp simd
-            for (int o = 0; o < columns; ++o) {
+            for (std::int64_t o = 0; o < columns; ++o) {
                 to0[o] = to0[o] + r0[o] * a0 + r1[o] * a1 + r2[o] * a2 + r3[o] * a3;
                 to1[o] = to1[o] + r0[o] * b0 + r1[o] * b1 + r2[o] * b2 + r3[o] * b3;
             }
@@ -95,22 +95,37 @@ STN_FAST_INLINE void add_outer_products(const TileRows& STN_FAST_RESTRICT rows, 
     }
 }
 
-// sum[e] += sum_o rows[e][o] * gate[o], for four examples
-STN_FAST_INLINE void add_dots(const float (*STN_FAST_RESTRICT rows)[kTile], const float* STN_FAST_RESTRICT gate, int width,
-                              float* STN_FAST_RESTRICT sum) {
-    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+// sums[e][k] = sum_o rows[e][o] * tile[k][o], plus the same of a second pair if there is one: two k for four e at a time, so that
+// a number loaded is used more than once, and the sum over lanes at the end, the dear part, is shared by both pairs.
+template <bool Second>
+STN_FAST_INLINE void times_gate_transposed(const TileRows& rows, const float* tile, const TileRows& second_rows,
+                                           const float* second_tile, std::int64_t n, int width,
+                                           float* STN_FAST_RESTRICT sums) {
     const int columns = padded(width);
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int o = 0; o < columns; ++o) {
-        s0 += rows[0][o] * gate[o];
-        s1 += rows[1][o] * gate[o];
-        s2 += rows[2][o] * gate[o];
-        s3 += rows[3][o] * gate[o];
+    const std::int64_t stride = depth(n);
+    for (std::int64_t k = 0; k < n; k += 2) {
+        const float *g = tile + k * kTile, *next_g = g + kTile;
+        const float *f = second_tile + k * kTile, *next_f = f + kTile;
+        for (int e = 0; e < kExamples; e += 4) {
+            const float *r0 = rows[e], *r1 = rows[e + 1], *r2 = rows[e + 2], *r3 = rows[e + 3];
+            const float *q0 = second_rows[e], *q1 = second_rows[e + 1], *q2 = second_rows[e + 2], *q3 = second_rows[e + 3];
+            float a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
+#pragma omp simd reduction(+ : a0, a1, a2, a3, b0, b1, b2, b3)
+            for (std::int64_t o = 0; o < columns; ++o) {
+                a0 += r0[o] * g[o] + (Second ? q0[o] * f[o] : 0.0f);
+                a1 += r1[o] * g[o] + (Second ? q1[o] * f[o] : 0.0f);
+                a2 += r2[o] * g[o] + (Second ? q2[o] * f[o] : 0.0f);
+                a3 += r3[o] * g[o] + (Second ? q3[o] * f[o] : 0.0f);
+                b0 += r0[o] * next_g[o] + (Second ? q0[o] * next_f[o] : 0.0f);
+                b1 += r1[o] * next_g[o] + (Second ? q1[o] * next_f[o] : 0.0f);
+                b2 += r2[o] * next_g[o] + (Second ? q2[o] * next_f[o] : 0.0f);
+                b3 += r3[o] * next_g[o] + (Second ? q3[o] * next_f[o] : 0.0f);
+            }
+            float* to = sums + e * stride + k;
+            to[0] = a0, to[stride] = a1, to[2 * stride] = a2, to[3 * stride] = a3;
+            to[1] = b0, to[stride + 1] = b1, to[2 * stride + 1] = b2, to[3 * stride + 1] = b3;
+        }
     }
-    sum[0] += s0;
-    sum[1] += s1;
-    sum[2] += s2;
-    sum[3] += s3;
 }
 
 }  // namespace stn_fast

@@ -40,14 +40,14 @@ STN_FAST_INLINE void reduce_positions(const Backward& t, std::int64_t b, std::in
             const float* STN_FAST_RESTRICT dy = t.dy + at;
             if (t.g) {
                 float* STN_FAST_RESTRICT g = t.g + at;
-                for (int o = 0; o < width; ++o) g[o] = dy[o] * scale[o];
+                for (std::int64_t o = 0; o < width; ++o) g[o] = dy[o] * scale[o];
             }
             if (products) {
                 const float* STN_FAST_RESTRICT q = t.q + at;
-                for (int o = 0; o < width; ++o) product[o] += dy[o] * q[o];
+                for (std::int64_t o = 0; o < width; ++o) product[o] += dy[o] * q[o];
             }
             if (totals) {
-                for (int o = 0; o < width; ++o) total[o] += dy[o];
+                for (std::int64_t o = 0; o < width; ++o) total[o] += dy[o];
             }
         }
     }
@@ -58,6 +58,7 @@ STN_FAST_CLONES void backward_tile(const Backward& t, std::int64_t first, std::i
                                    const Sums& sums, float* memory) {
     const std::int64_t rows = depth(t.n);
     float *gates = memory, *bias_gates = gates + rows * kTile, *h = bias_gates + rows * kTile;
+    float* d_h = h + kExamples * rows;
     if (t.g || t.d_h) transpose_gate(t.weight_gate + o0 * t.n, nullptr, t.n, width, gates);
     if (t.d_h && t.bias_gate) transpose_gate(t.bias_gate + o0 * t.n, t.response_bias + o0, t.n, width, bias_gates);
     if (t.wants_gate_sums()) std::fill_n(sums.gate, rows * kTile, 0.0f);
@@ -78,17 +79,17 @@ STN_FAST_CLONES void backward_tile(const Backward& t, std::int64_t first, std::i
         if (t.wants_bias_sums()) add_outer_products(total, h, t.n, width, sums.bias_gate);
         if (t.d_bias) {
             for (int e = 0; e < kExamples; ++e) {
-                for (int o = 0; o < kTile; ++o) sums.bias[o] += total[e][o];
+                for (std::int64_t o = 0; o < kTile; ++o) sums.bias[o] += total[e][o];
             }
         }
         if (t.d_h) {
-            for (std::int64_t k = 0; k < t.n; ++k) {
-                float d_h[kExamples] = {};
-                for (int e = 0; e < kExamples; e += 4) {
-                    add_dots(product + e, gates + k * kTile, width, d_h + e);
-                    if (t.bias_gate) add_dots(total + e, bias_gates + k * kTile, width, d_h + e);
-                }
-                for (int e = 0; e < count; ++e) t.d_h[(b + e) * t.n + k] += d_h[e];
+            if (t.bias_gate) {
+                times_gate_transposed<true>(product, gates, total, bias_gates, t.n, width, d_h);
+            } else {
+                times_gate_transposed<false>(product, gates, product, gates, t.n, width, d_h);
+            }
+            for (int e = 0; e < count; ++e) {
+                for (std::int64_t k = 0; k < t.n; ++k) t.d_h[(b + e) * t.n + k] += d_h[e * rows + k];
             }
         }
     }
@@ -104,13 +105,13 @@ STN_FAST_CLONES void finish_tile(const Backward& t, const float* memory, std::in
         for (std::int64_t c = 0; c < chunks; ++c) {
             const float* sums = memory + c * stride + k * kTile;
             if (t.wants_gate_sums()) {
-                for (int o = 0; o < width; ++o) gate[o] += sums[o];
+                for (std::int64_t o = 0; o < width; ++o) gate[o] += sums[o];
             }
             if (t.wants_bias_sums()) {
-                for (int o = 0; o < width; ++o) bias_gate[o] += sums[rows * kTile + o];
+                for (std::int64_t o = 0; o < width; ++o) bias_gate[o] += sums[rows * kTile + o];
             }
         }
-        for (int o = 0; o < width; ++o) {
+        for (std::int64_t o = 0; o < width; ++o) {
             const std::int64_t at = (o0 + o) * t.n + k;
             if (t.d_weight_gate) t.d_weight_gate[at] = gate[o];
             if (t.d_bias_gate) t.d_bias_gate[at] = t.response_bias[o0 + o] * bias_gate[o];
@@ -119,7 +120,7 @@ STN_FAST_CLONES void finish_tile(const Backward& t, const float* memory, std::in
     }
     if (t.d_response_bias) std::copy_n(response_bias, width, t.d_response_bias + o0);
     if (t.d_bias) {
-        for (int o = 0; o < width; ++o) {
+        for (std::int64_t o = 0; o < width; ++o) {
             float sum = 0.0f;
             for (std::int64_t c = 0; c < chunks; ++c) sum += memory[c * stride + 2 * rows * kTile + o];
             t.d_bias[o0 + o] = sum;
@@ -153,7 +154,7 @@ void gated_epilogue_backward(const float* dy, const float* q, const float* h, co
         const std::int64_t first = std::min(chunk * step, batch), last = std::min(first + step, batch);
         const int width = static_cast<int>(std::min<std::int64_t>(kTile, outputs - tile * kTile));
         const Sums sums(sums_wanted ? memory + (tile * chunks + chunk) * stride : nullptr, n);
-        backward_tile(task, first, last, tile * kTile, width, sums, scratch<1>(depth(n) * (2 * kTile + kExamples)));
+        backward_tile(task, first, last, tile * kTile, width, sums, scratch<1>(depth(n) * (2 * kTile + 2 * kExamples)));
     };
     if (d_h) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (parallel)

@@ -33,9 +33,9 @@ STN_FAST_CLONES void forward_tile(const Forward& t, std::int64_t first, std::int
                     const float* STN_FAST_RESTRICT q = t.q + at;
                     if (t.bias) {
                         const float* STN_FAST_RESTRICT bias = t.bias + o0;
-                        for (int o = 0; o < width; ++o) y[o] += scale[e][o] * q[o] + (shift[e][o] + bias[o]);
+                        for (std::int64_t o = 0; o < width; ++o) y[o] += scale[e][o] * q[o] + (shift[e][o] + bias[o]);
                     } else {
-                        for (int o = 0; o < width; ++o) y[o] += scale[e][o] * q[o];
+                        for (std::int64_t o = 0; o < width; ++o) y[o] += scale[e][o] * q[o];
                     }
                 }
             }

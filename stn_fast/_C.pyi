@@ -1,4 +1,4 @@
-"""The C++ core. Tensors travel as addresses (`data_ptr()`) of contiguous float32, 0 for one that is absent or not wanted.
+"""The C++ core. Tensors travel as addresses (`data_ptr()`) of contiguous float32; 0 is an absent or unwanted one.
 
 Nothing is checked here: the operations in `stn_fast.ops` validate and allocate. The GIL is released; results don't
 depend on `threads`. Formulas are in the headers of csrc/.
