@@ -1,0 +1,1 @@
+"""Triton kernels and the host functions that launch them; installed as stn_fast.kernels."""

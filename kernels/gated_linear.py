@@ -1,0 +1,341 @@
+"""Gated linear layers on a GPU: y = x Wᵀ + b + (h Gwᵀ) ⊙ (x Rᵀ) + (h Gbᵀ) ⊙ r and its gradients.
+
+Two ways to compute each pair of products, and the autotuner chooses: two library products with one fused pass beside them
+("library"), or one Triton kernel with the gates inside. One product alone is always the library's.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import triton
+from torch import Tensor
+
+from .autotune import size_bucket, tuner
+from .gated_linear_epilogue import (
+    BWD_GATES_CONFIG,
+    BWD_ROWS_CONFIG,
+    EPILOGUE_CONFIG,
+    FINISH_CONFIG,
+    gated_linear_epilogue_bwd_gates_kernel,
+    gated_linear_epilogue_bwd_rows_kernel,
+    gated_linear_epilogue_fwd_kernel,
+    gated_linear_gates_finish_kernel,
+)
+from .gated_linear_matmul import (
+    configs,
+    gated_linear_bwd_dw_kernel,
+    gated_linear_bwd_dx_kernel,
+    gated_linear_fwd_kernel,
+)
+from .launch import device_guard
+
+LIBRARY = "library"
+Choice = str | triton.Config
+Gradients = tuple[Tensor | None, ...]
+
+# Programs that a reduction is split into, at least, where there is that much to do: twice the multiprocessors of large
+# devices. A constant, so that results don't depend on the device.
+REDUCTION_PROGRAMS = 264
+
+
+def config_name(config: triton.Config) -> str:
+    tile = "x".join(str(config.kwargs[axis]) for axis in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    return f"{tile}-w{config.num_warps}-s{config.num_stages}"
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies float32, as torch's own products do; 16-bit ones are exact either way."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+class _Problem:
+    """The sizes of one call and what follows from them, shared by every launch."""
+
+    def __init__(self, x: Tensor, weight: Tensor, h: Tensor, inner: int) -> None:
+        (self.M, self.I), self.O = x.shape, weight.shape[0]
+        self.batch, self.n = h.shape
+        self.inner = inner
+        if max(self.M, self.I, self.O) > 2**31 - 1024:
+            raise ValueError(f"gated_linear: row and column numbers are 32 bits wide; got x {tuple(x.shape)}")
+        self.aligned = self.I % 16 == 0 and self.O % 16 == 0
+        self.options = {
+            "PRECISION": _precision(x.dtype),
+            "N_PAD": max(16, triton.next_power_of_2(self.n)),
+        }
+        capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+        self.configs = {
+            config_name(config): config for config in configs(x.dtype, self.aligned, capability)
+        }
+        sizes = " ".join(size_bucket(size) for size in (self.M, self.I, self.O))
+        self.key = f"{x.dtype} {self.options['PRECISION']} {sizes} n{self.options['N_PAD']}"
+
+    def named(self, choice: Choice) -> str:
+        """The name of a choice; a configuration of the caller's own is added to the list."""
+        if isinstance(choice, triton.Config):
+            self.configs[config_name(choice)] = choice
+            return config_name(choice)
+        if choice != LIBRARY and choice not in self.configs:
+            raise ValueError(f"config={choice!r} is none of {[LIBRARY, *self.configs]}")
+        return choice
+
+
+def _matrix_options(
+    problem: _Problem, config: triton.Config, rows: int, columns: int, summed: int
+) -> tuple[tuple[int], dict[str, object]]:
+    """Grid and keyword arguments of a matrix kernel."""
+    meta = config.kwargs
+    grid = (triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]),)
+    options = problem.options | meta | {"EVEN_K": summed % meta["BLOCK_K"] == 0}
+    return grid, options | {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def _pass_options(problem: _Problem, config: triton.Config) -> dict[str, object]:
+    return problem.options | config.kwargs | {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def _split(programs: int, tiles: int) -> tuple[int, int]:
+    """(splits, tiles in each), so that `programs` times the splits fill a device."""
+    splits = min(tiles, triton.cdiv(REDUCTION_PROGRAMS, programs))
+    each = triton.cdiv(tiles, splits)
+    return triton.cdiv(tiles, each), each
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    outer: int,
+    inner: int,
+    save_response: bool,
+    config: Choice | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, q): x (outer·B·inner, I) of examples h (B, n), all contiguous and of one dtype; q = x Rᵀ where it is to be saved.
+
+    config fixes "library", a configuration's name or a configuration; by default the autotuner chooses.
+    """
+    problem = _Problem(x, weight, h, inner)
+
+    def library() -> tuple[Tensor, Tensor]:
+        y, q = torch.mm(x, weight.T), torch.mm(x, response_weight.T)
+        tile = EPILOGUE_CONFIG.kwargs
+        grid = (triton.cdiv(problem.M, tile["BLOCK_M"]) * triton.cdiv(problem.O, tile["BLOCK_N"]),)
+        gated_linear_epilogue_fwd_kernel[grid](
+            y, q, h, weight_gate, bias, response_bias, bias_gate,
+            problem.M, problem.O, problem.n, problem.batch, inner,
+            HAS_BIAS=bias is not None, **_pass_options(problem, EPILOGUE_CONFIG),
+        )  # fmt: skip
+        return y, q
+
+    def fused(chosen: triton.Config) -> tuple[Tensor, Tensor | None]:
+        y = x.new_empty(problem.M, problem.O)
+        q = torch.empty_like(y) if save_response else None
+        grid, options = _matrix_options(problem, chosen, problem.M, problem.O, problem.I)
+        gated_linear_fwd_kernel[grid](
+            x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, y, q,
+            problem.M, problem.I, problem.O, problem.n, problem.batch, inner,
+            HAS_BIAS=bias is not None, STORE_Q=save_response, **options,
+        )  # fmt: skip
+        return y, q
+
+    with device_guard(x):
+        if config is None:
+            candidates: dict[str, Callable[[], object]] = {LIBRARY: library}
+            candidates |= {name: partial(fused, choice) for name, choice in problem.configs.items()}
+            key = f"gated_linear forward {problem.key} bias={bias is not None} save={save_response}"
+            config = tuner.choose(key, candidates, LIBRARY, x.device)
+        name = problem.named(config)
+        y, q = library() if name == LIBRARY else fused(problem.configs[name])
+    return y, q if save_response else None
+
+
+class _Backward:
+    """One backward pass: its inputs, and g = dy ⊙ s once somebody has needed it."""
+
+    def __init__(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        response_weight: Tensor,
+        response_bias: Tensor | None,
+        weight_gate: Tensor,
+        bias_gate: Tensor | None,
+        h: Tensor,
+        q: Tensor | None,
+        problem: _Problem,
+    ) -> None:
+        self.dy, self.x, self.weight, self.response_weight = dy, x, weight, response_weight
+        self.response_bias, self.weight_gate, self.bias_gate = response_bias, weight_gate, bias_gate
+        self.h, self.q, self.problem = h, q, problem
+        self.g: Tensor | None = None
+
+    def dx(self, name: str) -> Tensor:
+        problem = self.problem
+        if name == LIBRARY:
+            return torch.mm(self.dy, self.weight).addmm_(self.gated_dy(), self.response_weight)
+        dx = torch.empty_like(self.x)
+        grid, options = _matrix_options(problem, problem.configs[name], problem.M, problem.I, problem.O)
+        gated_linear_bwd_dx_kernel[grid](
+            self.dy, self.weight, self.response_weight, self.weight_gate, self.h, dx,
+            problem.M, problem.I, problem.O, problem.n, problem.batch, problem.inner, **options,
+        )  # fmt: skip
+        return dx
+
+    def dw(self, name: str) -> tuple[Tensor, Tensor]:
+        problem = self.problem
+        if name == LIBRARY:
+            return torch.mm(self.dy.T, self.x), torch.mm(self.gated_dy().T, self.x)
+        d_weight, d_response_weight = torch.empty_like(self.weight), torch.empty_like(self.weight)
+        grid, options = _matrix_options(problem, problem.configs[name], problem.O, problem.I, problem.M)
+        gated_linear_bwd_dw_kernel[grid](
+            self.dy, self.x, self.weight_gate, self.h, d_weight, d_response_weight,
+            problem.M, problem.I, problem.O, problem.n, problem.batch, problem.inner, **options,
+        )  # fmt: skip
+        return d_weight, d_response_weight
+
+    def gated_dy(self) -> Tensor:
+        if self.g is None:
+            self.rows(want_g=True, want_h=False)
+        assert self.g is not None
+        return self.g
+
+    def rows(self, want_g: bool, want_h: bool) -> Tensor | None:
+        """One pass that leaves g behind, returns dh, or both."""
+        problem, tile = self.problem, BWD_ROWS_CONFIG.kwargs
+        row_tiles = triton.cdiv(problem.M, tile["BLOCK_M"])
+        splits, each = _split(row_tiles, triton.cdiv(problem.O, tile["BLOCK_N"]))
+        if want_g:
+            self.g = torch.empty_like(self.dy)
+        partial_dh = None
+        if want_h:
+            partial_dh = self.dy.new_empty(splits, problem.M, problem.n, dtype=torch.float32)
+        gated_linear_epilogue_bwd_rows_kernel[(row_tiles, splits)](
+            self.dy, self.q, self.h, self.weight_gate, self.response_bias, self.bias_gate, self.g, partial_dh,
+            problem.M, problem.O, problem.n, problem.batch, problem.inner, each,
+            HAS_BIAS=self.response_bias is not None, STORE_G=want_g, WANT_H=want_h,
+            **_pass_options(problem, BWD_ROWS_CONFIG),
+        )  # fmt: skip
+        if partial_dh is None:
+            return None
+        return partial_dh.view(-1, problem.batch, problem.inner, problem.n).sum((0, 2)).to(self.h.dtype)
+
+    def gates(self, want_g: bool, want_s: bool, want_c: bool) -> Gradients:
+        """(db, dr, dGw, dGb) as far as wanted: `want_s` dGw, `want_c` the other three. Leaves g behind if wanted."""
+        problem, tile = self.problem, BWD_GATES_CONFIG.kwargs
+        output_tiles = triton.cdiv(problem.O, tile["BLOCK_N"])
+        splits, each = _split(output_tiles, triton.cdiv(problem.M, tile["BLOCK_M"]))
+        if want_g:
+            self.g = torch.empty_like(self.dy)
+        new = partial(self.dy.new_empty, dtype=torch.float32)
+        s_partial = new(splits, problem.O, problem.n) if want_s else None
+        c_partial = new(splits, problem.O, problem.n) if want_c else None
+        bias_partial = new(splits, problem.O) if want_c else None
+        gated_linear_epilogue_bwd_gates_kernel[(output_tiles, splits)](
+            self.dy, self.q, self.h, self.weight_gate, self.g, s_partial, c_partial, bias_partial,
+            problem.M, problem.O, problem.n, problem.batch, problem.inner, each,
+            STORE_G=want_g, WANT_S=want_s, WANT_C=want_c, **_pass_options(problem, BWD_GATES_CONFIG),
+        )  # fmt: skip
+        d_weight_gate = torch.empty_like(self.weight_gate) if want_s else None
+        d_bias = self.dy.new_empty(problem.O) if want_c else None
+        d_response_bias = torch.empty_like(d_bias) if d_bias is not None else None
+        d_bias_gate = torch.empty_like(self.weight_gate) if want_c else None
+        finish = FINISH_CONFIG
+        gated_linear_gates_finish_kernel[(triton.cdiv(problem.O, finish.kwargs["BLOCK_N"]),)](
+            s_partial, c_partial, bias_partial, self.response_bias, self.bias_gate,
+            d_weight_gate, d_bias, d_response_bias, d_bias_gate, problem.O, problem.n, splits,
+            WANT_S=want_s, WANT_C=want_c, N_PAD=problem.options["N_PAD"],
+            num_warps=finish.num_warps, **finish.kwargs,
+        )  # fmt: skip
+        return d_bias, d_response_bias, d_weight_gate, d_bias_gate
+
+
+def _choose(run: _Backward, pair_x: bool, pair_w: bool, pass_is_needed: bool) -> tuple[str, str]:
+    """How to compute dx, and dW with dR. First the best Triton kernel of each, then the ways to combine them."""
+    problem = run.problem
+
+    def best(op: str, compute: Callable[[str], object]) -> str:
+        candidates = {name: partial(compute, name) for name in problem.configs}
+        first = next(iter(candidates))
+        return tuner.choose(f"gated_linear {op} {problem.key}", candidates, first, run.dy.device)
+
+    names_x = [LIBRARY, best("dx", run.dx)] if pair_x else [LIBRARY]
+    names_w = [LIBRARY, best("dw", run.dw)] if pair_w else [LIBRARY]
+
+    def both(name_x: str, name_w: str) -> None:
+        # g costs little where a pass over dy is made anyway; then it isn't held against the library.
+        run.g = torch.empty_like(run.dy) if pass_is_needed else None
+        if pair_x:
+            run.dx(name_x)
+        if pair_w:
+            run.dw(name_w)
+        run.g = None
+
+    candidates = {f"{a}+{b}": partial(both, a, b) for a in names_x for b in names_w}
+    key = f"gated_linear backward x={pair_x} w={pair_w} pass={pass_is_needed} {problem.key}"
+    name_x, name_w = tuner.choose(key, candidates, f"{LIBRARY}+{LIBRARY}", run.dy.device).split("+")
+    return name_x, name_w
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    q: Tensor | None,
+    outer: int,
+    inner: int,
+    wanted: Sequence[bool],
+    config: Choice | tuple[Choice, Choice] | None = None,
+) -> Gradients:
+    """(dx, dW, db, dR, dr, dGw, dGb, dh), None where `wanted`, in the same order, says so. q is needed for dGw and dh.
+
+    config fixes how dx, and how dW with dR, are computed, as in `forward`; a pair fixes each; by default the autotuner chooses.
+    """
+    want_x, want_w, want_b, want_r, want_rb, want_gw, want_gb, want_h = wanted
+    problem = _Problem(x, weight, h, inner)
+    run = _Backward(dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q, problem)
+    pair_w = want_w and want_r
+    want_c = want_b or want_rb or want_gb
+    needs_gates = want_gw or want_c
+    with device_guard(x):
+        name_x = name_w = LIBRARY
+        if config is not None:
+            pair = config if isinstance(config, tuple) else (config, config)
+            name_x, name_w = (problem.named(choice) for choice in pair)
+        elif want_x or pair_w:
+            name_x, name_w = _choose(run, want_x, pair_w, needs_gates or want_h)
+        needs_g = (want_x and name_x == LIBRARY) or (want_r and (name_w == LIBRARY or not pair_w))
+
+        d_bias = d_response_bias = d_weight_gate = d_bias_gate = dh = None
+        if needs_gates:
+            d_bias, d_response_bias, d_weight_gate, d_bias_gate = run.gates(needs_g, want_gw, want_c)
+        if want_h or (needs_g and run.g is None):
+            dh = run.rows(want_g=needs_g and run.g is None, want_h=want_h)
+        dx = run.dx(name_x) if want_x else None
+        d_weight = d_response_weight = None
+        if pair_w:
+            d_weight, d_response_weight = run.dw(name_w)
+        elif want_w:
+            d_weight = torch.mm(dy.T, x)
+        elif want_r:
+            d_response_weight = torch.mm(run.gated_dy().T, x)
+    return (
+        dx,
+        d_weight,
+        d_bias if want_b else None,
+        d_response_weight,
+        d_response_bias if want_rb else None,
+        d_weight_gate,
+        d_bias_gate if want_gb else None,
+        dh,
+    )

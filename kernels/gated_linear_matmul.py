@@ -1,0 +1,290 @@
+"""Gated linear layers as matrix kernels: each pair of products in one pass, gates computed in registers.
+
+Rows of x are (outer, batch, inner) positions; row m belongs to example (m // inner) % batch. With gates s = h Gwᵀ:
+y = x Wᵀ + b + s ⊙ (x Rᵀ) + (h Gbᵀ) ⊙ r · dx = dy W + (dy ⊙ s) R · dW = dyᵀ x · dR = (dy ⊙ s)ᵀ x.
+Row indices are 32 bits wide, addresses 64.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import INTERPRETED, narrow
+
+
+def _config(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:
+    kwargs = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
+    return triton.Config(kwargs, num_warps=warps, num_stages=stages)
+
+
+# Every configuration that may ship; tests/kernels/test_compile_ahead.py builds each. BLOCK_M by BLOCK_N is the tile of the
+# result, BLOCK_K the length of a step along the sum. All three kernels share them.
+HOPPER_CONFIGS = [
+    _config(128, 128, 64, 8, 3),
+    _config(128, 64, 64, 8, 3),
+    _config(64, 128, 64, 8, 3),
+    _config(64, 64, 64, 4, 4),
+    _config(64, 32, 64, 4, 4),
+]
+# Two accumulators of 128 by 128 spill with mma.sync.
+AMPERE_CONFIGS = [
+    _config(128, 64, 32, 8, 4),
+    _config(64, 128, 32, 8, 3),
+    _config(64, 64, 32, 4, 4),
+    _config(64, 32, 32, 4, 3),
+]
+# Rows that don't begin at 16 bytes are read number by number, through registers: larger tiles spill.
+UNALIGNED_CONFIGS = [_config(64, 64, 32, 8, 3), _config(64, 32, 32, 4, 3)]
+# float32 products run on the ordinary units unless TF32 is allowed: registers limit a tile, not shared memory.
+FLOAT32_CONFIGS = [_config(64, 64, 16, 8, 3), _config(64, 32, 16, 4, 3), _config(32, 32, 16, 4, 3)]
+
+
+def configs(dtype: torch.dtype, aligned: bool, capability: tuple[int, int]) -> list[triton.Config]:
+    """What may run: `aligned` says that I and O are multiples of 16, as Triton's specialisation wants them."""
+    if dtype == torch.float32:
+        return FLOAT32_CONFIGS
+    if not aligned:
+        return UNALIGNED_CONFIGS
+    return HOPPER_CONFIGS if capability >= (9, 0) else AMPERE_CONFIGS
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b. The interpreter holds bfloat16 as bare bits and multiplies those, so it's given float32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tile_order(i_program, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Tiles in bands of GROUP_M rows, so that programs at work together share operands in the L2 cache."""
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    band = i_program // (GROUP_M * tiles_n)
+    first = band * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    within = i_program % (GROUP_M * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def response_input(p_h, i_m, in_m, batch, inner, n, N_PAD: tl.constexpr):
+    """h of the example that each row belongs to: (rows, N_PAD)."""
+    i_n = tl.arange(0, N_PAD)
+    i_example = ((i_m // inner) % batch).to(tl.int64)
+    return tl.load(p_h + i_example[:, None] * n + i_n[None, :], mask=in_m[:, None] & (i_n < n)[None, :], other=0.0)
+
+
+@triton.jit
+def gate_columns(p_gate, i_o, in_o, n, N_PAD: tl.constexpr):
+    """A gate matrix (O, n), transposed: (N_PAD, outputs), ready to be multiplied by rows of h."""
+    i_n = tl.arange(0, N_PAD)
+    p_gates = p_gate + i_o.to(tl.int64)[None, :] * n + i_n[:, None]
+    return tl.load(p_gates, mask=(i_n < n)[:, None] & in_o[None, :], other=0.0)
+
+
+@triton.jit
+def halves(b_tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right columns of a tile; registers are renamed, nothing moves."""
+    return tl.split(tl.permute(tl.reshape(b_tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def gated_linear_fwd_kernel(
+    p_x,
+    p_weight,
+    p_bias,
+    p_response_weight,
+    p_response_bias,
+    p_weight_gate,
+    p_bias_gate,
+    p_h,
+    p_y,
+    p_q,
+    M,
+    I,
+    O,
+    n,
+    batch,
+    inner,
+    HAS_BIAS: tl.constexpr,
+    STORE_Q: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    N_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    i_tile_m, i_tile_o = tile_order(tl.program_id(0), M, O, BLOCK_M, BLOCK_N, 8)
+    i_m = i_tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_o = i_tile_o * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_m, in_o = i_m < M, i_o < O
+    i_k = tl.arange(0, BLOCK_K)
+    # Rows and outputs past the end read the first ones instead of being masked: what they give isn't stored.
+    safe_m = tl.where(in_m, i_m, 0).to(tl.int64)
+    safe_o = tl.where(in_o, i_o, 0).to(tl.int64)
+    p_x_tile = p_x + safe_m[:, None] * I + i_k[None, :]
+    i_weight = safe_o[None, :] * I + i_k[:, None]
+    p_weight_tile, p_response_tile = p_weight + i_weight, p_response_weight + i_weight
+
+    b_p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    b_q = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, I, BLOCK_K):
+        if EVEN_K:
+            b_x = tl.load(p_x_tile)
+            b_weight = tl.load(p_weight_tile)
+            b_response = tl.load(p_response_tile)
+        else:
+            in_k = i_k < I - k
+            b_x = tl.load(p_x_tile, mask=in_k[None, :], other=0.0)
+            b_weight = tl.load(p_weight_tile, mask=in_k[:, None], other=0.0)
+            b_response = tl.load(p_response_tile, mask=in_k[:, None], other=0.0)
+        b_p = dot(b_x, b_weight, b_p, PRECISION)
+        b_q = dot(b_x, b_response, b_q, PRECISION)
+        p_x_tile += BLOCK_K
+        p_weight_tile += BLOCK_K
+        p_response_tile += BLOCK_K
+
+    # The tile of gates is a third accumulator; in two halves it fits the registers that the products leave.
+    b_h = response_input(p_h, i_m, in_m, batch, inner, n, N_PAD)
+    b_p0, b_p1 = halves(b_p, BLOCK_M, BLOCK_N)
+    b_q0, b_q1 = halves(b_q, BLOCK_M, BLOCK_N)
+    for half in tl.static_range(2):
+        i_o = i_tile_o * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        in_o = i_o < O
+        b_y, b_z = (b_p0, b_q0) if half == 0 else (b_p1, b_q1)
+        inside = in_m[:, None] & in_o[None, :]
+        i_y = i_m.to(tl.int64)[:, None] * O + i_o[None, :]
+        if STORE_Q:
+            tl.store(p_q + i_y, narrow(b_z, p_q.dtype.element_ty), mask=inside)
+        zero = tl.zeros((BLOCK_M, BLOCK_N // 2), tl.float32)
+        b_y += b_z * dot(b_h, gate_columns(p_weight_gate, i_o, in_o, n, N_PAD), zero, PRECISION)
+        if HAS_BIAS:
+            b_bias = tl.load(p_bias + i_o, mask=in_o, other=0.0).to(tl.float32)
+            b_response_bias = tl.load(p_response_bias + i_o, mask=in_o, other=0.0).to(tl.float32)
+            b_bias_gate = dot(b_h, gate_columns(p_bias_gate, i_o, in_o, n, N_PAD), zero, PRECISION)
+            b_y += b_bias[None, :] + b_bias_gate * b_response_bias[None, :]
+        tl.store(p_y + i_y, narrow(b_y, p_y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_linear_bwd_dx_kernel(
+    p_dy,
+    p_weight,
+    p_response_weight,
+    p_weight_gate,
+    p_h,
+    p_dx,
+    M,
+    I,
+    O,
+    n,
+    batch,
+    inner,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    N_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dx = dy W + (dy ⊙ s) R, one accumulator for both; the sum runs over outputs."""
+    i_tile_m, i_tile_i = tile_order(tl.program_id(0), M, I, BLOCK_M, BLOCK_N, 8)
+    i_m = i_tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_i = i_tile_i * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_m, in_i = i_m < M, i_i < I
+    safe_m = tl.where(in_m, i_m, 0).to(tl.int64)
+    i_k = tl.arange(0, BLOCK_K)
+    p_dy_tile = p_dy + safe_m[:, None] * O + i_k[None, :]
+    i_weight = i_k.to(tl.int64)[:, None] * I + i_i[None, :]
+    p_weight_tile, p_response_tile = p_weight + i_weight, p_response_weight + i_weight
+    b_h = response_input(p_h, i_m, in_m, batch, inner, n, N_PAD)
+
+    b_gate = gate_columns(p_weight_gate, i_k, i_k < O, n, N_PAD)
+
+    b_dx = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, O, BLOCK_K):
+        if EVEN_K:
+            b_dy = tl.load(p_dy_tile)
+            b_weight = tl.load(p_weight_tile, mask=in_i[None, :], other=0.0)
+            b_response = tl.load(p_response_tile, mask=in_i[None, :], other=0.0)
+        else:
+            in_k = i_k < O - k
+            inside = in_k[:, None] & in_i[None, :]
+            b_dy = tl.load(p_dy_tile, mask=in_k[None, :], other=0.0)
+            b_weight = tl.load(p_weight_tile, mask=inside, other=0.0)
+            b_response = tl.load(p_response_tile, mask=inside, other=0.0)
+        b_dx = dot(b_dy, b_weight, b_dx, PRECISION)
+        b_s = dot(b_h, b_gate, tl.zeros((BLOCK_M, BLOCK_K), tl.float32), PRECISION)
+        # Rows of n numbers are too short for asynchronous copies: the next are asked for a step ahead by hand.
+        b_gate = gate_columns(p_weight_gate, k + BLOCK_K + i_k, i_k < O - k - BLOCK_K, n, N_PAD)
+        b_g = narrow(b_dy.to(tl.float32) * b_s, p_dy.dtype.element_ty)
+        b_dx = dot(b_g, b_response, b_dx, PRECISION)
+        p_dy_tile += BLOCK_K
+        p_weight_tile += BLOCK_K * tl.cast(I, tl.int64)
+        p_response_tile += BLOCK_K * tl.cast(I, tl.int64)
+
+    i_dx = i_m.to(tl.int64)[:, None] * I + i_i[None, :]
+    tl.store(p_dx + i_dx, narrow(b_dx, p_dx.dtype.element_ty), mask=in_m[:, None] & in_i[None, :])
+
+
+@triton.jit
+def gated_linear_bwd_dw_kernel(
+    p_dy,
+    p_x,
+    p_weight_gate,
+    p_h,
+    p_d_weight,
+    p_d_response_weight,
+    M,
+    I,
+    O,
+    n,
+    batch,
+    inner,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    N_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dW = dyᵀ x and dR = (dy ⊙ s)ᵀ x; tiles of outputs by inputs, the sum runs over rows.
+
+    The sum is not split among programs. That would pay where O * I gives fewer tiles than the device has multiprocessors while
+    there are many rows, such as 256 by 256 weights under 10^5 rows.
+    """
+    i_tile_o, i_tile_i = tile_order(tl.program_id(0), O, I, BLOCK_M, BLOCK_N, 8)
+    i_o = i_tile_o * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_i = i_tile_i * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_o, in_i = i_o < O, i_i < I
+    i_k = tl.arange(0, BLOCK_K)
+    p_dy_tile = p_dy + i_k.to(tl.int64)[None, :] * O + i_o[:, None]
+    p_x_tile = p_x + i_k.to(tl.int64)[:, None] * I + i_i[None, :]
+    b_gate = tl.trans(gate_columns(p_weight_gate, i_o, in_o, n, N_PAD))
+    b_h = response_input(p_h, i_k, i_k < M, batch, inner, n, N_PAD)
+
+    b_d_weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    b_d_response = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, M, BLOCK_K):
+        if EVEN_K:
+            b_dy = tl.load(p_dy_tile, mask=in_o[:, None], other=0.0)
+            b_x = tl.load(p_x_tile, mask=in_i[None, :], other=0.0)
+        else:
+            in_k = i_k < M - k
+            b_dy = tl.load(p_dy_tile, mask=in_o[:, None] & in_k[None, :], other=0.0)
+            b_x = tl.load(p_x_tile, mask=in_k[:, None] & in_i[None, :], other=0.0)
+        b_d_weight = dot(b_dy, b_x, b_d_weight, PRECISION)
+        b_s = dot(b_gate, tl.trans(b_h), tl.zeros((BLOCK_M, BLOCK_K), tl.float32), PRECISION)
+        # A step ahead, as in dx.
+        b_h = response_input(p_h, k + BLOCK_K + i_k, i_k < M - k - BLOCK_K, batch, inner, n, N_PAD)
+        b_g = narrow(b_dy.to(tl.float32) * b_s, p_dy.dtype.element_ty)
+        b_d_response = dot(b_g, b_x, b_d_response, PRECISION)
+        p_dy_tile += BLOCK_K * tl.cast(O, tl.int64)
+        p_x_tile += BLOCK_K * tl.cast(I, tl.int64)
+
+    i_dw = i_o.to(tl.int64)[:, None] * I + i_i[None, :]
+    inside = in_o[:, None] & in_i[None, :]
+    tl.store(p_d_weight + i_dw, narrow(b_d_weight, p_d_weight.dtype.element_ty), mask=inside)
+    tl.store(p_d_response_weight + i_dw, narrow(b_d_response, p_d_response_weight.dtype.element_ty), mask=inside)
