@@ -2,5 +2,6 @@
 
 import os
 
-# Peak memory on the CPU is read from torch.profiler, whose start and stop messages would bury the tables.
+# Peak memory on the CPU is read from torch.profiler, whose messages would bury the tables.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

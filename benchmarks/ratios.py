@@ -56,10 +56,10 @@ def limit_of(timings: Timings) -> str | None:
     return min(limits, key=lambda name: timings.percentile(name, 50), default=None)
 
 
-def measure(case: Case, seconds: float) -> tuple[list[Row], Timings]:
+def measure(case: Case, seconds: float, min_rounds: int) -> tuple[list[Row], Timings]:
     """One row for every provider of a case."""
     providers = case.providers()
-    timings = interleave(providers, case.device, seconds)
+    timings = interleave(providers, case.device, seconds, min_rounds)
     limit = limit_of(timings)
     common = {
         "op": case.op,
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{device_name(device)}; " + ", ".join(f"{key} {value}" for key, value in versions().items()))
     rows: list[Row] = []
     for case in cases:
-        measured, timings = measure(case, 0.05 if options.quick else options.seconds)
+        measured, timings = measure(case, *((0.05, 3) if options.quick else (options.seconds, 15)))
         print_case(case, measured, timings)
         rows += measured
         if options.json:
