@@ -101,13 +101,13 @@ STN_FAST_INLINE float log1p_unit(float t) {
 
 STN_FAST_INLINE float absolute(float x) { return as_float(as_int(x) & 0x7fffffff); }
 
-// log(1 + exp(x)), without overflow or cancellation.
+// log(1 + exp(x)) for finite x, without overflow or cancellation; here and below x - x makes a NaN stay one.
 STN_FAST_INLINE float softplus(float x) {
     const float positive_part = as_float(as_int(x) & ~(as_int(x) >> 31));
-    return positive_part + log1p_unit(exp_minus(absolute(x)));
+    return positive_part + log1p_unit(exp_minus(absolute(x))) + (x - x);
 }
 
-// 1 / (1 + exp(-x)), which doesn't overflow either; x - x makes a NaN stay one.
+// 1 / (1 + exp(-x)), which doesn't overflow either.
 STN_FAST_INLINE float sigmoid(float x) {
     const float t = exp_minus(absolute(x));
     const std::int32_t negative = as_int(x) >> 31;  // all ones or none
