@@ -1,15 +1,14 @@
 """A run of the digits recipe short enough for a test, and the means to compare two runs."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from run_files import result, rows
 
 from stn_fast.recipes import digits
 from stn_fast.training.config import Config
 from stn_fast.training.layering import resolve
-from stn_fast.training.metrics import TIMES
 from stn_fast.training.run import run
 
 
@@ -34,18 +33,6 @@ def train(make_config):
         return Path(config.directory)
 
     return train
-
-
-def rows(directory: Path, timeless: bool = True) -> list[dict]:
-    """The rows of metrics.jsonl, without their times."""
-    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not (timeless and key in TIMES)} for row in found]
-
-
-def result(directory: Path) -> dict:
-    """result.json without its times."""
-    found = json.loads((directory / "result.json").read_text())
-    return {key: value for key, value in found.items() if key not in TIMES}
 
 
 @pytest.fixture

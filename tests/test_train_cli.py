@@ -1,0 +1,193 @@
+"""python -m stn_fast.train: exit statuses, one-line errors, signals, and what it leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stn_fast import train
+from stn_fast.training.metrics import TIMES
+from stn_fast.training.trainer import Trainer
+
+SHORT = ["--epochs", "4", "--set", "method.warmup_epochs=1", "--set", "schedule.checkpoint_epochs=2"]
+
+KILL_AT_STEP = """
+import os, signal, sys
+from stn_fast import train
+from stn_fast.training.trainer import Trainer
+advance = Trainer._advance
+def advance_and_die(trainer):
+    advance(trainer)
+    if trainer.step == 31:
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainer._advance = advance_and_die
+train.main(sys.argv[1:])
+"""
+
+
+def python(*arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, **options)
+
+
+def signal_at(monkeypatch, step, number):
+    advance = Trainer._advance
+
+    def advance_and_signal(trainer):
+        advance(trainer)
+        if trainer.step == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Trainer, "_advance", advance_and_signal)
+
+
+def rows(directory):
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in found]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of SHORT that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main([*SHORT, "--run-dir", str(directory)]) == 0
+    return directory
+
+
+@pytest.mark.parametrize("module", ["stn_fast.train", "stn_fast.plot"])
+def test_help_loads_nothing_heavy(module):
+    script = (
+        f"import sys, runpy; sys.argv = ['x', '--help']\n"
+        f"try:\n    runpy.run_module('{module}', run_name='__main__')\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "heavy = {'torch', 'triton', 'numpy', 'matplotlib', 'sklearn', 'scipy', 'tqdm', 'optuna'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
+
+
+def test_printing_the_configuration_loads_nothing_heavy(capsys):
+    assert train.main(["--print-config", "--seed", "3", "--method", "fixed"]) == 0
+    said = capsys.readouterr().out
+    assert "seed: 3" in said
+    assert "name: fixed" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--epoch", "3"], "unknown argument '--epoch': did you mean '--epochs'?"),
+        (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["digit"], "unknown recipe 'digit': did you mean 'digits'?"),
+        (["--method", "delta-stn"], "not available yet"),
+        (["--set", "optimiser.learning_rate=1"], "did you mean 'optimizer'?"),
+        (["--config", "absent.yaml"], "absent.yaml: No such file"),
+        (["--epochs", "0"], "schedule.epochs (--epochs) = 0: must be at least 1"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_status_2(arguments, says, capsys):
+    assert train.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+def test_a_run_directory_that_cannot_be_is_one_line_and_status_2(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    for directory, says in ((file, "is a file"), (file / "below", "cannot be written (Not a directory)")):
+        assert train.main(["--run-dir", str(directory)]) == 2
+        said = capsys.readouterr().err
+        assert says in said
+        assert said.count("\n") == 1
+
+
+def test_data_that_are_not_finite_are_one_line_and_status_2(tmp_path, capsys, monkeypatch):
+    import sklearn.datasets
+
+    pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
+    pixels[5, 7] = float("nan")
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda return_X_y: (pixels, labels))
+    assert train.main(["--run-dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "split holds nan in inputs" in said
+    assert said.count("\n") == 1
+
+
+def test_a_run_leaves_everything_it_should(whole):
+    left = {path.name for path in whole.iterdir()}
+    assert left == {"config.yaml", "metrics.jsonl", "result.json", "schedule.png", "checkpoints"}
+    result = json.loads((whole / "result.json").read_text())
+    wanted = {"recipe", "method", "seed", "steps", "wall_seconds", "valid_loss", "test_loss", "test_accuracy"}
+    assert wanted | {"hyperparameters", "best_step", "versions"} <= result.keys()
+    assert {"stn_fast", "torch", "python", "platform", "threads"} <= result["versions"].keys()
+    assert (result["recipe"], result["method"], result["seed"]) == ("digits", "stn", 0)
+    assert (whole / "schedule.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_saved_configuration_repeats_the_run(whole, tmp_path):
+    again = tmp_path / "again"
+    assert train.main(["--config", str(whole / "config.yaml"), "--run-dir", str(again)]) == 0
+    assert rows(again) == rows(whole)
+
+
+def test_the_end_is_a_table_of_where_the_hyperparameters_went(whole, capsys):
+    assert train.main([*SHORT, "--run-dir", str(whole)]) == 0
+    said = capsys.readouterr()
+    assert "is finished" in said.err
+    for name in ("input_dropout", "weight_decay", "best validation loss", "test accuracy", str(whole)):
+        assert name in said.out
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("step", [14, 22])
+def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(whole, tmp_path, capsys, number, status, step):
+    directory = tmp_path / "stopped"
+    arguments = [*SHORT, "--run-dir", str(directory)]
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, step, number)
+        assert train.main(arguments) == status
+    said = capsys.readouterr().err
+    assert "resumes it" in said
+    assert (directory / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert not (directory / "result.json").exists()
+    assert train.main(arguments) == 0
+    assert f"after step {step}" in capsys.readouterr().err
+    assert rows(directory) == rows(whole)
+
+
+def test_signal_handlers_are_put_back(whole):
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_process_killed_outright_resumes_to_the_same_numbers(whole, tmp_path):
+    directory = tmp_path / "killed"
+    arguments = [*SHORT, "--run-dir", str(directory)]
+    assert python("-c", KILL_AT_STEP, *arguments).returncode == -signal.SIGKILL
+    done = python("-m", "stn_fast.train", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stderr
+    assert rows(directory) == rows(whole)
+
+
+def test_divergence_is_status_1_and_one_line(tmp_path, capsys):
+    hot = ["--set", "optimizer.learning_rate=1e6", "--set", "optimizer.momentum=0"]
+    assert train.main([*SHORT, *hot, "--run-dir", str(tmp_path / "hot")]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: the ")
+    assert "lower optimizer.learning_rate" in said
+
+
+def test_a_run_with_other_settings_in_the_directory_is_status_2(whole, capsys):
+    assert train.main([*SHORT, "--run-dir", str(whole), "--seed", "9"]) == 2
+    said = capsys.readouterr().err
+    assert "seed: 0 -> 9" in said
+    assert "--no-resume" in said

@@ -1,0 +1,18 @@
+"""What a run leaves, without what may differ between two runs of one seed."""
+
+import json
+from pathlib import Path
+
+from stn_fast.training.metrics import TIMES
+
+
+def rows(directory: Path, timeless: bool = True) -> list[dict]:
+    """The rows of metrics.jsonl, without their times."""
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not (timeless and key in TIMES)} for row in found]
+
+
+def result(directory: Path) -> dict:
+    """result.json without its times."""
+    found = json.loads((directory / "result.json").read_text())
+    return {key: value for key, value in found.items() if key not in TIMES}

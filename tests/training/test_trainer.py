@@ -1,0 +1,229 @@
+"""Runs of the trainer: determinism, resuming, the best checkpoint, divergence, and that self-tuning pays."""
+
+import json
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from run_files import result, rows
+
+from stn_fast.errors import UserError
+from stn_fast.recipes import digits
+from stn_fast.training import checkpoint
+from stn_fast.training.methods import build_method
+from stn_fast.training.progress import Progress
+from stn_fast.training.run import run
+from stn_fast.training.trainer import Diverged, Trainer
+
+
+class Killed(BaseException):
+    """Ends a run between two steps as abruptly as a signal that cannot be caught."""
+
+
+def kill_at(monkeypatch, step):
+    advance = Trainer._advance
+
+    def advance_or_die(trainer):
+        if trainer.step == step:
+            raise Killed
+        advance(trainer)
+
+    monkeypatch.setattr(Trainer, "_advance", advance_or_die)
+
+
+def damage(directory, step):
+    (checkpoint.path_of(directory / "checkpoints", step) / checkpoint.STATE).write_bytes(b"not a checkpoint")
+
+
+def test_two_runs_of_one_seed_give_the_same_rows(train, same_run):
+    same_run(train(name="one"), train(name="other"))
+
+
+def test_another_seed_gives_other_rows(train):
+    assert rows(train(name="one")) != rows(train("seed=1", name="other"))
+
+
+def test_rows_carry_what_they_should(train):
+    found = rows(train(), timeless=False)
+    always = {"step", "epoch", "phase", "wall_seconds", "loss", "examples_per_second"}
+    assert all(always <= row.keys() for row in found)
+    tuned = {"hyperparameters", "scales", "hyperparameters_low", "hyperparameters_high"}
+    assert all(tuned <= row.keys() for row in found if row["phase"] in ("valid", "eval"))
+    phases = [(row["epoch"], row["phase"]) for row in found]
+    warmup = [(epoch, phase) for epoch in (1, 2) for phase in ("train", "eval")]
+    tuning = [(epoch, phase) for epoch in (3, 4, 5, 6) for phase in ("train", "valid", "eval")]
+    assert phases == [(0, "eval"), *warmup, *tuning]
+    # 900 examples in batches of 100, one validation step after every two training steps past 18 of warm-up.
+    assert found[-1]["step"] == 54 + (54 - 18) // 2
+
+
+@pytest.mark.parametrize("step", [5, 9, 25, 40, 71])
+def test_a_run_killed_anywhere_and_resumed_equals_one_never_killed(train, same_run, step):
+    whole = train(name="whole")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, step)
+        with pytest.raises(Killed):
+            train(name="killed")
+    killed = whole.with_name("killed")
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9')
+    train(name="killed")
+    same_run(whole, killed)
+
+
+@pytest.mark.parametrize("first", ["schedule.max_steps=31", "schedule.max_steps=45", "schedule.epochs=3"])
+def test_a_finished_run_that_is_asked_for_more_equals_one_that_never_stopped(train, same_run, first):
+    whole = train(name="whole")
+    short = train(first, name="short")
+    assert result(short)["steps"] < result(whole)["steps"]
+    same_run(whole, train(name="short"))
+
+
+def test_a_finished_run_asked_again_gives_its_result_without_training(train, make_config, monkeypatch):
+    directory = train()
+    before = json.loads((directory / "result.json").read_text())
+    kill_at(monkeypatch, 0)
+    assert run(make_config(), digits.build) == before
+
+
+def test_a_run_that_went_further_than_asked_is_refused(train):
+    train()
+    with pytest.raises(UserError, match=r"already at step 72, epoch 6, further than"):
+        train("schedule.epochs=3")
+    with pytest.raises(UserError, match="further than"):
+        train("schedule.max_steps=3")
+
+
+def test_resuming_with_other_settings_names_them_and_the_cure(train):
+    train("schedule.max_steps=3")
+    says = r"optimizer.learning_rate: 0.05 -> 0.1; seed: 0 -> 4.*another --run-dir.*--no-resume"
+    with pytest.raises(UserError, match=says):
+        train("optimizer.learning_rate=0.1", "seed=4")
+
+
+def test_starting_over_forgets_the_run_that_was_there(train, same_run):
+    fresh = train(name="fresh")
+    train("seed=7", name="again")
+    same_run(fresh, train(name="again", resume=False))
+
+
+def test_a_mistaken_restart_loses_nothing(train):
+    directory = train()
+    before = rows(directory)
+    with pytest.raises(UserError, match="batch_size"):
+        train("schedule.batch_size=1000", resume=False)
+    assert rows(directory) == before
+    assert checkpoint.steps(directory / "checkpoints")
+
+
+def test_the_best_checkpoint_holds_weights_and_hyperparameters_of_the_best_row(train, make_config):
+    directory = train("schedule.epochs=12", "optimizer.learning_rate=0.2")
+    found = [row for row in rows(directory) if row["phase"] == "eval"]
+    best = min(found, key=lambda row: row["loss"])
+    got = result(directory)
+    assert (got["best_step"], got["valid_loss"]) == (best["step"], best["loss"])
+    assert got["test_loss"] == best["test_loss"]
+    assert got["hyperparameters"] == best["hyperparameters"]
+    config = make_config("schedule.epochs=12", "optimizer.learning_rate=0.2")
+    task = digits.build(config)
+    trainer = Trainer(config, task, build_method(config, task), directory / "checkpoints")
+    trainer.best = {"step": got["best_step"], "valid_loss": got["valid_loss"]}
+    trainer.restore_best()
+    assert trainer.evaluate(task.data.valid)["loss"] == best["loss"]
+    assert task.space.values(trainer.method.location.detach()) == best["hyperparameters"]
+
+
+def test_a_damaged_last_checkpoint_falls_back_and_says_so(train, same_run, capfd):
+    whole = train(name="whole")
+    directory = train("schedule.max_steps=50", name="hurt")
+    last = checkpoint.steps(directory / "checkpoints")[-1]
+    damage(directory, last)
+    train(name="hurt")
+    assert f"step-{last:08d}" in (said := capfd.readouterr().err)
+    assert "falling back" in said
+    same_run(whole, directory)
+
+
+def test_when_every_checkpoint_is_damaged_the_error_names_the_cure(train):
+    directory = train("schedule.max_steps=50")
+    for step in checkpoint.steps(directory / "checkpoints"):
+        damage(directory, step)
+    with pytest.raises(UserError, match=r"every checkpoint under .*--no-resume"):
+        train()
+
+
+def test_a_lost_metrics_file_is_noticed(train):
+    directory = train("schedule.max_steps=50")
+    (directory / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics.jsonl holds fewer than the \d+ rows.*--no-resume"):
+        train()
+
+
+def test_a_lost_config_is_noticed(train):
+    directory = train("schedule.max_steps=50")
+    (directory / "config.yaml").unlink()
+    with pytest.raises(UserError, match="has no config"):
+        train()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_no_checkpoint_holds_it(train, make_config):
+    pairs = ("optimizer.learning_rate=1e6", "optimizer.momentum=0")
+    with pytest.raises(Diverged, match=r"loss became .* by step .*input_dropout 0.3.*lower optimizer.learning_rate"):
+        train(*pairs)
+    root = make_config(*pairs).directory
+    state = checkpoint.read_newest(checkpoint.Path(root) / "checkpoints", "cpu", print)
+    assert all(torch.isfinite(weight).all() for weight in state["method"]["model"].values())
+
+
+def test_a_device_that_is_not_there_is_refused(make_config):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(UserError, match=r"device \(--device\) = 'cuda'"):
+        run(make_config("device=cuda"), digits.build)
+
+
+@pytest.mark.parametrize(
+    ("pair", "says"),
+    [
+        ("schedule.valid_batch_size=401", "schedule.valid_batch_size = 401: must be at most 400"),
+        ("hyperparameters.input_dropout.high=1", "'input_dropout' is a dropout rate"),
+        ("hyperparameters.input_noise.scale=9", "scale=9"),
+    ],
+)
+def test_what_the_model_or_the_data_cannot_take_is_a_users_error(train, pair, says):
+    with pytest.raises(UserError, match=says):
+        train(pair)
+
+
+def test_a_run_reports_on_every_row(make_config):
+    said = []
+    progress = Progress(quiet=True)
+    progress.row = said.append
+    config = make_config("schedule.epochs=1")
+    run(config, digits.build, progress=progress)
+    assert [row["phase"] for row in said] == ["eval", "train", "eval"]
+
+
+@pytest.mark.parametrize("response", ["raw", "value"])
+def test_the_published_responses_train_too(train, response):
+    found = rows(train(f"method.response={response}", "optimizer.learning_rate=0.01"))
+    assert found[-1]["loss"] < found[0]["loss"]
+
+
+def test_self_tuning_beats_fixed_and_frozen_hyperparameters(train):
+    longer = partial(train, "schedule.epochs=40", "schedule.checkpoint_epochs=40")
+    tuned, fixed = result(longer(name="stn")), result(longer("method.name=fixed", name="fixed"))
+    frozen = result(longer("method.freeze=true", name="frozen"))
+    assert tuned["valid_loss"] < 0.6 * fixed["valid_loss"]
+    assert tuned["valid_loss"] < 0.6 * frozen["valid_loss"]
+    assert sum(abs(moved) > 1 for moved in tuned["moved_in_initial_scales"].values()) >= 3
+    assert set(fixed["moved_in_initial_scales"].values()) == {0.0}
+    assert set(frozen["moved_in_initial_scales"].values()) == {0.0}
+
+
+def test_a_copied_run_directory_resumes_like_the_original(train, same_run, make_config):
+    whole = train(name="whole")
+    short = train("schedule.max_steps=31", name="short")
+    shutil.copytree(short, short.with_name("copy"))
+    same_run(whole, train(name="copy"))
