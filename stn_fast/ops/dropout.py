@@ -61,10 +61,12 @@ def _dropout(
     if backend == "cpp" and x.dtype != torch.float64:
         from stn_fast import _C
 
+        outer, batch, middle, last = sizes
+        e_outer, e_middle, e_last = strides
         source = x.float()
         y = torch.empty_like(source)
         _C.dropout(
-            source.data_ptr(), rate.data_ptr(), y.data_ptr(), *sizes, *strides,
+            source.data_ptr(), rate.data_ptr(), y.data_ptr(), outer, batch, middle, last, e_outer, e_middle, e_last,
             first_example, seed, int(step), stream, torch.get_num_threads(),
         )  # fmt: skip
         return y.to(x.dtype)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stn_fast.dispatch import choose
+from stn_fast.ops._core import address
 from stn_fast.ops._transforms import in_transform
 
 
@@ -168,7 +169,7 @@ def _forward_cpp(
     y, q = torch.mm(x, weight.T), torch.mm(x, response_weight.T)
     _C.gated_epilogue_forward(
         y.data_ptr(), q.data_ptr(), h.data_ptr(), weight_gate.data_ptr(),
-        _address(bias), _address(response_bias), _address(bias_gate),
+        address(bias), address(response_bias), address(bias_gate),
         outer, h.shape[0], inner, weight.shape[0], h.shape[1], torch.get_num_threads(),
     )  # fmt: skip
     return y, q
@@ -201,9 +202,9 @@ def _backward_cpp(
     if any(t is not None for t in (g, d_bias, d_weight_gate, d_h, d_response_bias, d_bias_gate)):
         _C.gated_epilogue_backward(
             dy.data_ptr(), q.data_ptr(), h.data_ptr(), weight_gate.data_ptr(),
-            _address(response_bias), _address(bias_gate),
-            _address(g), _address(d_weight_gate), _address(d_bias), _address(d_response_bias),
-            _address(d_bias_gate), _address(d_h),
+            address(response_bias), address(bias_gate),
+            address(g), address(d_weight_gate), address(d_bias), address(d_response_bias),
+            address(d_bias_gate), address(d_h),
             outer, h.shape[0], inner, weight.shape[0], h.shape[1], torch.get_num_threads(),
         )  # fmt: skip
     return Gradients(
@@ -216,10 +217,6 @@ def _backward_cpp(
         bias_gate=d_bias_gate,
         h=d_h,
     )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _backend(x: Tensor, weight: Tensor, h: Tensor) -> str:

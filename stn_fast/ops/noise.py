@@ -45,10 +45,11 @@ def _noise(
     if backend == "cpp" and x.dtype != torch.float64:
         from stn_fast import _C
 
+        outer, batch, inner = sizes
         source = x.float()
         y = torch.empty_like(source)
         _C.noise_forward(
-            source.data_ptr(), scale.data_ptr(), y.data_ptr(), *sizes,
+            source.data_ptr(), scale.data_ptr(), y.data_ptr(), outer, batch, inner,
             first_example, seed, int(step), stream, torch.get_num_threads(),
         )  # fmt: skip
         return y.to(x.dtype)
@@ -73,10 +74,11 @@ def _noise_backward(dy: Tensor, step: Tensor, seed: int, stream: int, first_exam
     if backend == "cpp" and dy.dtype != torch.float64:
         from stn_fast import _C
 
+        outer, batch, inner = sizes
         source = dy.float()
         d_scale = source.new_empty(sizes[1])
         _C.noise_backward(
-            source.data_ptr(), d_scale.data_ptr(), *sizes,
+            source.data_ptr(), d_scale.data_ptr(), outer, batch, inner,
             first_example, seed, int(step), stream, torch.get_num_threads(),
         )  # fmt: skip
         return d_scale

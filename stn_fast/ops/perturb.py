@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stn_fast import random
 from stn_fast.dispatch import choose
+from stn_fast.ops._core import address
 from stn_fast.ops._transforms import in_transform
 
 RAW_SCALE_BOUNDS = (-4.0, 3.0)
@@ -146,7 +147,7 @@ def _perturb_backward(
 
         d_location, d_raw_scale = torch.empty_like(location), torch.empty_like(raw_scale)
         _C.perturb_backward(
-            *(0 if d is None else d.data_ptr() for d in upstream),
+            address(upstream[0]), address(upstream[1]), address(upstream[2]),
             location.data_ptr(), raw_scale.data_ptr(), table.data_ptr(),
             d_location.data_ptr(), d_raw_scale.data_ptr(),
             n, batch_size, first_example, seed, int(step), *RAW_SCALE_BOUNDS, torch.get_num_threads(),
