@@ -39,7 +39,8 @@ STN_FAST_INLINE float log_positive(float x) {
     return (f + (f2 * (f * p - 0.5f) + e * -2.12194440e-4f)) + e * 0.693359375f;
 }
 
-// sin and cos of 2 pi turns, where turns = steps / 2^24. Reduced exactly: to the nearest quarter and what is left, in [-1/8, 1/8].
+// sin and cos of 2 pi turns, where turns = steps / 2^24. Reduced exactly: to the nearest quarter, and what is left is
+// in [-1/8, 1/8].
 STN_FAST_INLINE void sincos_turns(std::int32_t steps, float& sine, float& cosine) {
     const std::int32_t quarter = (steps + (1 << 21)) >> 22;
     const float f = static_cast<float>(steps - quarter * (1 << 22)) * 0x1p-24f;

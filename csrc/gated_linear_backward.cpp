@@ -134,7 +134,8 @@ void gated_epilogue_backward(const float* dy, const float* q, const float* h, co
                              const float* response_bias, const float* bias_gate, float* g, float* d_weight_gate, float* d_bias,
                              float* d_response_bias, float* d_bias_gate, float* d_h, std::int64_t outer, std::int64_t batch,
                              std::int64_t inner, std::int64_t outputs, std::int64_t n, int threads) {
-    const Backward task{dy, q, h, weight_gate, response_bias, bias_gate, g, d_weight_gate, d_bias, d_response_bias, d_bias_gate, d_h,
+    const Backward task{dy, q, h, weight_gate, response_bias, bias_gate,
+                        g, d_weight_gate, d_bias, d_response_bias, d_bias_gate, d_h,
                         outer, batch, inner, outputs, n};
     const std::int64_t positions = outer * inner;
     const std::int64_t tiles = (outputs + kTile - 1) / kTile;

@@ -25,7 +25,8 @@ STN_FAST_INLINE void for_normals(const Generator& g, std::uint32_t example, std:
 
 STN_FAST_CLONES void add_noise(const Generator& g, std::uint32_t example, std::int64_t element, std::int64_t count, float scale,
                                const float* x, float* y) {
-    for_normals(g, example, element, count, [&](std::int64_t at, std::int64_t width, const float* normals) STN_FAST_INLINE_LAMBDA {
+    for_normals(g, example, element, count, [&](std::int64_t at, std::int64_t width,
+                                                const float* normals) STN_FAST_INLINE_LAMBDA {
 #pragma omp simd
         for (std::int64_t c = 0; c < width; ++c) y[at + c] = x[at + c] + scale * normals[c];
     });
@@ -34,7 +35,8 @@ STN_FAST_CLONES void add_noise(const Generator& g, std::uint32_t example, std::i
 STN_FAST_CLONES double dot_with_noise(const Generator& g, std::uint32_t example, std::int64_t element, std::int64_t count,
                                       const float* dy) {
     float sums[kDraws] = {};
-    for_normals(g, example, element, count, [&](std::int64_t at, std::int64_t width, const float* normals) STN_FAST_INLINE_LAMBDA {
+    for_normals(g, example, element, count, [&](std::int64_t at, std::int64_t width,
+                                                const float* normals) STN_FAST_INLINE_LAMBDA {
 #pragma omp simd
         for (std::int64_t c = 0; c < width; ++c) sums[c] += dy[at + c] * normals[c];
     });

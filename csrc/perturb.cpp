@@ -10,6 +10,7 @@ namespace stn_fast {
 namespace {
 
 constexpr int kGroup = 4;              // hyperparameters that share a Philox counter
+constexpr int kExamples = 4 * kLanes;  // handled at once
 constexpr std::int64_t kChunk = 256;   // examples; sums are made per chunk and then in order, whatever the threads
 constexpr std::int64_t kSerial = 512;  // examples below which one thread is faster
 
@@ -52,14 +53,17 @@ struct Backward {
     double* sums;  // (chunks, n, 2): of d_lam and of d_lam * eps
 };
 
-using Tile = float[kGroup][kLanes];  // one row per hyperparameter of a group, one column per example
+using Tile = float[kGroup][kExamples];  // one row per hyperparameter of a group, one column per example
 
 STN_FAST_INLINE void draw(const Generator& g, std::int64_t group, std::uint32_t example, std::uint32_t stride, Tile& eps) {
+    WordTile words;
+    for (int start = 0; start < kExamples; start += kLanes) {
+        draw_tile(g, static_cast<std::uint32_t>(group), 0, example + stride * static_cast<std::uint32_t>(start), stride, words);
 #pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-        const Words w = words_at(g, static_cast<std::uint32_t>(group), example + stride * static_cast<std::uint32_t>(lane));
-        normals_of(w.w0, w.w1, eps[0][lane], eps[1][lane]);
-        normals_of(w.w2, w.w3, eps[2][lane], eps[3][lane]);
+        for (int lane = 0; lane < kLanes; ++lane) {
+            normals_of(words[0][lane], words[1][lane], eps[0][start + lane], eps[1][start + lane]);
+            normals_of(words[2][lane], words[3][lane], eps[2][start + lane], eps[3][start + lane]);
+        }
     }
 }
 
@@ -68,48 +72,48 @@ STN_FAST_INLINE void constrain(const Row& row, const float* STN_FAST_RESTRICT la
     switch (row.kind) {
         case Kind::lower:
 #pragma omp simd
-            for (int lane = 0; lane < kLanes; ++lane) value[lane] = row.low + softplus(lam[lane]);
+            for (int lane = 0; lane < kExamples; ++lane) value[lane] = row.low + softplus(lam[lane]);
             break;
         case Kind::upper:
 #pragma omp simd
-            for (int lane = 0; lane < kLanes; ++lane) value[lane] = row.high - softplus(-lam[lane]);
+            for (int lane = 0; lane < kExamples; ++lane) value[lane] = row.high - softplus(-lam[lane]);
             break;
         case Kind::both:
 #pragma omp simd
-            for (int lane = 0; lane < kLanes; ++lane) value[lane] = row.low + (row.high - row.low) * sigmoid(lam[lane]);
+            for (int lane = 0; lane < kExamples; ++lane) value[lane] = row.low + (row.high - row.low) * sigmoid(lam[lane]);
             break;
         default:
-            std::copy_n(lam, kLanes, value);
+            std::copy_n(lam, kExamples, value);
     }
     if (row.integer) {
-        for (int lane = 0; lane < kLanes; ++lane) value[lane] = std::floor(value[lane]);
+        for (int lane = 0; lane < kExamples; ++lane) value[lane] = std::floor(value[lane]);
     }
 }
 
 STN_FAST_INLINE void constrain_derivative(const Row& row, const float* STN_FAST_RESTRICT lam, float* STN_FAST_RESTRICT slope) {
     if (row.integer) {
-        std::fill_n(slope, kLanes, 0.0f);
+        std::fill_n(slope, kExamples, 0.0f);
         return;
     }
     switch (row.kind) {
         case Kind::lower:
 #pragma omp simd
-            for (int lane = 0; lane < kLanes; ++lane) slope[lane] = sigmoid(lam[lane]);
+            for (int lane = 0; lane < kExamples; ++lane) slope[lane] = sigmoid(lam[lane]);
             break;
         case Kind::upper:
 #pragma omp simd
-            for (int lane = 0; lane < kLanes; ++lane) slope[lane] = sigmoid(-lam[lane]);
+            for (int lane = 0; lane < kExamples; ++lane) slope[lane] = sigmoid(-lam[lane]);
             break;
         case Kind::both:
 #pragma omp simd
-            for (int lane = 0; lane < kLanes; ++lane) slope[lane] = (row.high - row.low) * sigmoid_derivative(lam[lane]);
+            for (int lane = 0; lane < kExamples; ++lane) slope[lane] = (row.high - row.low) * sigmoid_derivative(lam[lane]);
             break;
         default:
-            std::fill_n(slope, kLanes, 1.0f);
+            std::fill_n(slope, kExamples, 1.0f);
     }
 }
 
-// Between a tile and up to 16 rows of a (batch, n) matrix, in which a group is 4 neighbouring columns or fewer.
+// Between a tile and up to 64 rows of a (batch, n) matrix, in which a group is 4 neighbouring columns or fewer.
 STN_FAST_INLINE void store_rows(const Tile& tile, float* STN_FAST_RESTRICT matrix, std::int64_t n, int members, int count) {
     if (members == kGroup) {
         for (int lane = 0; lane < count; ++lane) {
@@ -123,8 +127,8 @@ STN_FAST_INLINE void store_rows(const Tile& tile, float* STN_FAST_RESTRICT matri
 }
 
 STN_FAST_INLINE void load_rows(const float* STN_FAST_RESTRICT matrix, std::int64_t n, int members, int count, Tile& tile) {
-    if (matrix == nullptr || count < kLanes || members < kGroup) {
-        for (int j = 0; j < kGroup; ++j) std::fill_n(tile[j], kLanes, 0.0f);
+    if (matrix == nullptr || count < kExamples || members < kGroup) {
+        for (int j = 0; j < kGroup; ++j) std::fill_n(tile[j], kExamples, 0.0f);
     }
     if (matrix == nullptr) return;
     if (members == kGroup) {
@@ -149,26 +153,27 @@ STN_FAST_INLINE void for_each_tile(const Task& task, std::int64_t first, std::in
     for (int j = 0; j < members; ++j) eps[j] = Row(task.table, k0 + j).per_example ? own[j] : shared[j];
     if (any_shared) draw(task.generator, k0 / kGroup, 0, 0, shared);
     const std::int64_t last = std::min(first + kChunk, task.batch);
-    for (std::int64_t b = first; b < last; b += kLanes) {
+    for (std::int64_t b = first; b < last; b += kExamples) {
         if (any_own) draw(task.generator, k0 / kGroup, task.first_example + static_cast<std::uint32_t>(b), 1, own);
-        body(members, b, static_cast<int>(std::min<std::int64_t>(kLanes, last - b)), eps);
+        body(members, b, static_cast<int>(std::min<std::int64_t>(kExamples, last - b)), eps);
     }
 }
 
 STN_FAST_CLONES void forward_chunk(const Task& task, const Forward& out, std::int64_t first) {
     for (std::int64_t k0 = 0; k0 < task.n; k0 += kGroup) {
-        for_each_tile(task, first, k0, [&](int members, std::int64_t b, int count, const float* const* eps) STN_FAST_INLINE_LAMBDA {
+        for_each_tile(task, first, k0, [&](int members, std::int64_t b, int count,
+                                           const float* const* eps) STN_FAST_INLINE_LAMBDA {
             Tile lam, response;
             for (int j = 0; j < members; ++j) {
                 const Row row(task.table, k0 + j);
                 const float location = task.location[k0 + j], scale = task.scale[k0 + j], center = out.center[k0 + j];
-                float value[kLanes];
-                for (int lane = 0; lane < kLanes; ++lane) lam[j][lane] = location + scale * eps[j][lane];
+                float value[kExamples];
+                for (int lane = 0; lane < kExamples; ++lane) lam[j][lane] = location + scale * eps[j][lane];
                 constrain(row, lam[j], value);
                 if (row.responds_with_value) {
-                    std::copy_n(value, kLanes, response[j]);
+                    std::copy_n(value, kExamples, response[j]);
                 } else {
-                    for (int lane = 0; lane < kLanes; ++lane) response[j][lane] = lam[j][lane] - center;
+                    for (int lane = 0; lane < kExamples; ++lane) response[j][lane] = lam[j][lane] - center;
                 }
                 std::copy_n(value, count, out.values + (k0 + j) * task.batch + b);
             }
@@ -181,7 +186,8 @@ STN_FAST_CLONES void forward_chunk(const Task& task, const Forward& out, std::in
 STN_FAST_CLONES void backward_chunk(const Task& task, const Backward& in, std::int64_t first) {
     for (std::int64_t k0 = 0; k0 < task.n; k0 += kGroup) {
         Tile sum = {}, sum_eps = {};
-        for_each_tile(task, first, k0, [&](int members, std::int64_t b, int count, const float* const* eps) STN_FAST_INLINE_LAMBDA {
+        for_each_tile(task, first, k0, [&](int members, std::int64_t b, int count,
+                                           const float* const* eps) STN_FAST_INLINE_LAMBDA {
             Tile d_lam, d_response;
             const std::int64_t corner = b * task.n + k0;
             load_rows(in.d_unconstrained ? in.d_unconstrained + corner : nullptr, task.n, members, count, d_lam);
@@ -189,13 +195,13 @@ STN_FAST_CLONES void backward_chunk(const Task& task, const Backward& in, std::i
             for (int j = 0; j < members; ++j) {
                 const Row row(task.table, k0 + j);
                 const float location = task.location[k0 + j], scale = task.scale[k0 + j];
-                float d_value[kLanes] = {}, lam[kLanes], slope[kLanes];
+                float d_value[kExamples] = {}, lam[kExamples], slope[kExamples];
                 if (in.d_values) std::copy_n(in.d_values + (k0 + j) * task.batch + b, count, d_value);
                 float* STN_FAST_RESTRICT responds = row.responds_with_value ? d_value : d_lam[j];
-                for (int lane = 0; lane < kLanes; ++lane) responds[lane] += d_response[j][lane];
-                for (int lane = 0; lane < kLanes; ++lane) lam[lane] = location + scale * eps[j][lane];
+                for (int lane = 0; lane < kExamples; ++lane) responds[lane] += d_response[j][lane];
+                for (int lane = 0; lane < kExamples; ++lane) lam[lane] = location + scale * eps[j][lane];
                 constrain_derivative(row, lam, slope);
-                for (int lane = 0; lane < kLanes; ++lane) {
+                for (int lane = 0; lane < kExamples; ++lane) {
                     const float d = d_lam[j][lane] + d_value[lane] * slope[lane];
                     sum[j][lane] += d;
                     sum_eps[j][lane] += d * eps[j][lane];
@@ -205,7 +211,7 @@ STN_FAST_CLONES void backward_chunk(const Task& task, const Backward& in, std::i
         double* to = in.sums + 2 * ((first / kChunk) * task.n + k0);
         for (std::int64_t j = 0; j < std::min<std::int64_t>(kGroup, task.n - k0); ++j) {
             double total = 0.0, total_eps = 0.0;
-            for (int lane = 0; lane < kLanes; ++lane) {
+            for (int lane = 0; lane < kExamples; ++lane) {
                 total += sum[j][lane];
                 total_eps += sum_eps[j][lane];
             }

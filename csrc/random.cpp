@@ -7,6 +7,38 @@ namespace {
 
 constexpr std::int64_t kSerialElements = 8192;  // below this, starting threads costs more than it saves
 
+template <typename Rounds>
+STN_FAST_INLINE void fill_tile(Rounds rounds, const Generator& g, std::uint32_t quad, std::uint32_t quad_step,
+                               std::uint32_t example, std::uint32_t example_step, WordTile& words) {
+#pragma omp simd
+    for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
+        const Words w = rounds(Words{quad + lane * quad_step, example + lane * example_step, g.step, g.stream}, g.key0, g.key1);
+        words[0][lane] = w.w0;
+        words[1][lane] = w.w1;
+        words[2][lane] = w.w2;
+        words[3][lane] = w.w3;
+    }
+}
+
+STN_FAST_CLONES void draw_tile_narrow(const Generator& g, std::uint32_t quad, std::uint32_t quad_step, std::uint32_t example,
+                                      std::uint32_t example_step, WordTile& words) {
+    const auto rounds = [](Words c, std::uint32_t k0, std::uint32_t k1) STN_FAST_INLINE_LAMBDA { return philox(c, k0, k1); };
+    fill_tile(rounds, g, quad, quad_step, example, example_step, words);
+}
+
+#if STN_FAST_HAS_CLONES
+__attribute__((target("arch=x86-64-v4"))) void draw_tile_wide(const Generator& g, std::uint32_t quad, std::uint32_t quad_step,
+                                                              std::uint32_t example, std::uint32_t example_step,
+                                                              WordTile& words) {
+    const auto rounds = [](Words c, std::uint32_t k0, std::uint32_t k1) STN_FAST_INLINE_LAMBDA { return philox_wide(c, k0, k1); };
+    fill_tile(rounds, g, quad, quad_step, example, example_step, words);
+}
+
+const auto chosen_draw_tile = __builtin_cpu_supports("x86-64-v4") ? draw_tile_wide : draw_tile_narrow;
+#else
+constexpr auto chosen_draw_tile = draw_tile_narrow;
+#endif
+
 STN_FAST_CLONES void uniform_row(const Generator& g, std::uint32_t example, float* out, std::int64_t elements) {
     std::uint32_t words[kDraws];
     for (std::int64_t start = 0; start < elements; start += kDraws) {
@@ -34,6 +66,11 @@ void for_each_row(Row row, float* out, std::int64_t examples, std::int64_t eleme
 }
 
 }  // namespace
+
+void draw_tile(const Generator& g, std::uint32_t quad, std::uint32_t quad_step, std::uint32_t example,
+               std::uint32_t example_step, WordTile& words) {
+    chosen_draw_tile(g, quad, quad_step, example, example_step, words);
+}
 
 void philox(const std::uint32_t* counters, const std::uint32_t* keys, std::uint32_t* out, std::int64_t count, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (4 * count > kSerialElements)
