@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from stn_fast import random
 from stn_fast.dispatch import choose
 from stn_fast.ops._draw import check_draw
+from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._transforms import in_transform
 
 
@@ -40,8 +42,7 @@ def _uniform(
     return torch.from_numpy(draws).to(step.device)
 
 
-@torch.library.custom_op("stn_fast::dropout", mutates_args=())
-def _dropout(
+def _compute(
     x: Tensor,
     rate: Tensor,
     step: Tensor,
@@ -73,6 +74,9 @@ def _dropout(
     return reference(x, rate, _uniform(step, seed, stream, first_example, sizes, strides), sizes, strides)
 
 
+_dropout = torch.library.custom_op("stn_fast::dropout", _compute, mutates_args=())
+
+
 @_dropout.register_fake
 def _(x, rate, step, seed, stream, first_example, sizes, strides):
     return torch.empty_like(x)
@@ -83,12 +87,13 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(rate, step)
 
 
-def _backward(ctx, dy):
+def _backward(compute, ctx, dy):
     # The rate and step inputs never require grad (see `dropout`), so dy is all there is to map back.
-    return _dropout(dy.contiguous(), *ctx.saved_tensors, *ctx.draw), *[None] * 7
+    return compute(dy.contiguous(), *ctx.saved_tensors, *ctx.draw), *[None] * 7
 
 
-_dropout.register_autograd(_backward, setup_context=_setup_context)
+_dropout.register_autograd(partial(_backward, _dropout), setup_context=_setup_context)
+_eager = eager_function(_compute, _setup_context, _backward, _compute, _dropout)
 
 
 def mask_layout(shape: Sequence[int], example_dim: int, shared_dims: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -180,4 +185,4 @@ def dropout(
     draw = (rate.contiguous(), step, seed, stream, first_example, sizes, strides)
     if in_transform():
         return reference(x, rate, _uniform(step, seed, stream, first_example, sizes, strides), sizes, strides)
-    return _dropout(x.contiguous(), *draw)
+    return (_dropout if traced(x, rate) else _eager)(x.contiguous(), *draw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from stn_fast.dispatch import choose
 from stn_fast.ops._core import address
+from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._transforms import in_transform
 
 
@@ -229,8 +231,7 @@ def _backend(x: Tensor, weight: Tensor, h: Tensor) -> str:
     return backend
 
 
-@torch.library.custom_op("stn_fast::gated_linear", mutates_args=())
-def _gated_linear(
+def _compute(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -255,14 +256,16 @@ def _gated_linear(
     return y, q if save_response and q is not None else x.new_empty(0)
 
 
+_gated_linear = torch.library.custom_op("stn_fast::gated_linear", _compute, mutates_args=())
+
+
 @_gated_linear.register_fake
 def _(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, outer, inner, save_response):
     y = x.new_empty(x.shape[0], weight.shape[0])
     return y, torch.empty_like(y) if save_response else x.new_empty(0)
 
 
-@torch.library.custom_op("stn_fast::gated_linear_backward", mutates_args=())
-def _gated_linear_backward(
+def _compute_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -290,6 +293,9 @@ def _gated_linear_backward(
     return [gradient for gradient in gradients if gradient is not None]
 
 
+_gated_linear_backward = torch.library.custom_op("stn_fast::gated_linear_backward", _compute_backward, mutates_args=())
+
+
 @_gated_linear_backward.register_fake
 def _(dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q, outer, inner, wanted):
     bias = dy.new_empty(weight.shape[0])
@@ -304,15 +310,16 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, _):
+def _backward(compute, ctx, dy, _):
     wanted = list(ctx.needs_input_grad[:8])
     if dy is None or not any(wanted):
         return (None,) * 11
-    gradients = iter(_gated_linear_backward(dy, *ctx.saved_tensors, ctx.outer, ctx.inner, wanted))
+    gradients = iter(compute(dy, *ctx.saved_tensors, ctx.outer, ctx.inner, wanted))
     return (*(next(gradients) if wants else None for wants in wanted), None, None, None)
 
 
-_gated_linear.register_autograd(_backward, setup_context=_setup_context)
+_gated_linear.register_autograd(partial(_backward, _gated_linear_backward), setup_context=_setup_context)
+_eager = eager_function(_compute, _setup_context, _backward, _compute_backward, _gated_linear_backward)
 
 
 def gated_linear(
@@ -367,7 +374,8 @@ def gated_linear(
     else:
         save_response = torch.is_grad_enabled() and (h.requires_grad or weight_gate.requires_grad)
         tensors = (rows, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
-        y, _ = _gated_linear(*(None if t is None else t.contiguous() for t in tensors), outer, inner, save_response)
+        run = _gated_linear if traced(x, weight, h) else _eager
+        y, _ = run(*(None if t is None else t.contiguous() for t in tensors), outer, inner, save_response)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

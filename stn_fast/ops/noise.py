@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from stn_fast import random
 from stn_fast.dispatch import choose
 from stn_fast.ops._draw import check_draw
+from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._transforms import in_transform
 
 
@@ -31,8 +33,7 @@ def _normal(step: Tensor, seed: int, stream: int, first_example: int, sizes: Seq
     return torch.from_numpy(draws).to(step.device)
 
 
-@torch.library.custom_op("stn_fast::noise", mutates_args=())
-def _noise(
+def _compute(
     x: Tensor, scale: Tensor, step: Tensor, seed: int, stream: int, first_example: int, sizes: list[int]
 ) -> Tensor:
     if x.numel() == 0:
@@ -56,13 +57,15 @@ def _noise(
     return reference(x, scale, _normal(step, seed, stream, first_example, sizes), sizes)
 
 
+_noise = torch.library.custom_op("stn_fast::noise", _compute, mutates_args=())
+
+
 @_noise.register_fake
 def _(x, scale, step, seed, stream, first_example, sizes):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("stn_fast::noise_backward", mutates_args=())
-def _noise_backward(dy: Tensor, step: Tensor, seed: int, stream: int, first_example: int, sizes: list[int]) -> Tensor:
+def _compute_backward(dy: Tensor, step: Tensor, seed: int, stream: int, first_example: int, sizes: list[int]) -> Tensor:
     """d_scale[b] = Σ dy · ε, float32."""
     if dy.numel() == 0:
         return dy.new_zeros(sizes[1], dtype=torch.float32)
@@ -86,6 +89,9 @@ def _noise_backward(dy: Tensor, step: Tensor, seed: int, stream: int, first_exam
     return (dy.view(tuple(sizes)) * normal).sum((0, 2)).float()
 
 
+_noise_backward = torch.library.custom_op("stn_fast::noise_backward", _compute_backward, mutates_args=())
+
+
 @_noise_backward.register_fake
 def _(dy, step, seed, stream, first_example, sizes):
     return dy.new_empty(sizes[1], dtype=torch.float32)
@@ -96,14 +102,15 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(step)
 
 
-def _backward(ctx, dy):
+def _backward(compute, ctx, dy):
     (step,) = ctx.saved_tensors
     need_x, need_scale, *_ = ctx.needs_input_grad
-    d_scale = _noise_backward(dy.contiguous(), step, *ctx.draw) if need_scale else None
+    d_scale = compute(dy.contiguous(), step, *ctx.draw) if need_scale else None
     return dy if need_x else None, d_scale, *[None] * 5
 
 
-_noise.register_autograd(_backward, setup_context=_setup_context)
+_noise.register_autograd(partial(_backward, _noise_backward), setup_context=_setup_context)
+_eager = eager_function(_compute, _setup_context, _backward, _compute_backward, _noise_backward)
 
 
 def noise(
@@ -144,4 +151,4 @@ def noise(
     draw = (step, seed, stream, first_example, sizes)
     if in_transform():
         return reference(x, scale, _normal(step, seed, stream, first_example, sizes), sizes)
-    return _noise(x.contiguous(), scale.contiguous(), *draw)
+    return (_noise if traced(x, scale) else _eager)(x.contiguous(), scale.contiguous(), *draw)

@@ -1,5 +1,6 @@
 """perturb: every example's own hyperparameters, sampled, constrained and differentiable, in one call."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from stn_fast import random
 from stn_fast.dispatch import choose
 from stn_fast.ops._core import address
+from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._transforms import in_transform
 
 RAW_SCALE_BOUNDS = (-4.0, 3.0)
@@ -73,8 +75,7 @@ def reference(location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor
     return Perturbed(unconstrained, values, response)
 
 
-@torch.library.custom_op("stn_fast::perturb", mutates_args=())
-def _perturb(
+def _compute(
     location: Tensor,
     raw_scale: Tensor,
     center: Tensor,
@@ -109,6 +110,9 @@ def _perturb(
     return unconstrained, values.T.contiguous(), response
 
 
+_perturb = torch.library.custom_op("stn_fast::perturb", _compute, mutates_args=())
+
+
 @_perturb.register_fake
 def _(location, raw_scale, center, table, step, seed, batch_size, first_example):
     n = table.shape[0]
@@ -116,8 +120,7 @@ def _(location, raw_scale, center, table, step, seed, batch_size, first_example)
     return rows, location.new_empty(n, batch_size), torch.empty_like(rows)
 
 
-@torch.library.custom_op("stn_fast::perturb_backward", mutates_args=())
-def _perturb_backward(
+def _compute_backward(
     d_unconstrained: Tensor | None,
     d_values: Tensor | None,
     d_response: Tensor | None,
@@ -180,6 +183,9 @@ def _backward_reference(
     return upstream.sum(0), (upstream * noise).sum(0) * raw_scale.sigmoid() * inside
 
 
+_perturb_backward = torch.library.custom_op("stn_fast::perturb_backward", _compute_backward, mutates_args=())
+
+
 @_perturb_backward.register_fake
 def _(d_unconstrained, d_values, d_response, location, raw_scale, table, step, seed, batch_size, first_example):
     return torch.empty_like(location), torch.empty_like(raw_scale)
@@ -191,9 +197,9 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, d_unconstrained, d_values, d_response):
+def _backward(compute, ctx, d_unconstrained, d_values, d_response):
     location, raw_scale, table, step = ctx.saved_tensors
-    d_location, d_raw_scale = _perturb_backward(
+    d_location, d_raw_scale = compute(
         d_unconstrained, d_values, d_response, location, raw_scale, table, step, *ctx.draw
     )
     need_location, need_raw_scale, *_ = ctx.needs_input_grad
@@ -204,7 +210,8 @@ def _backward(ctx, d_unconstrained, d_values, d_response):
     )
 
 
-_perturb.register_autograd(_backward, setup_context=_setup_context)
+_perturb.register_autograd(partial(_backward, _perturb_backward), setup_context=_setup_context)
+_eager = eager_function(_compute, _setup_context, _backward, _compute_backward, _perturb_backward)
 
 
 def perturb(
@@ -260,7 +267,8 @@ def perturb(
     if in_transform():
         noise = perturbation_noise(table, step, seed, batch_size, first_example)
         return reference(location, raw_scale, center, table, noise)
-    unconstrained, values, response = _perturb(
+    run = _perturb if traced(location, raw_scale) else _eager
+    unconstrained, values, response = run(
         location.contiguous(),
         raw_scale.contiguous(),
         center.contiguous(),

@@ -143,6 +143,11 @@ def test_compiles_without_graph_break_to_the_same_numbers():
     )
 
 
+def test_second_derivatives_are_right():
+    x, rate = torch.randn(5, 6, dtype=torch.float64, requires_grad=True), torch.full((5,), 0.5)
+    assert torch.autograd.gradgradcheck(lambda x_: dropout(x_, rate, **WHERE).pow(3), x)
+
+
 def test_forward_mode_tangent_is_not_silently_zero():
     x, rate = torch.randn(5, 6), torch.full((5,), 0.5)
     y, tangent = torch.func.jvp(lambda x_: dropout(x_, rate, **WHERE), (x,), (2 * x,))
