@@ -13,8 +13,8 @@ from .launch import narrow
 
 # (BLOCK_M, BLOCK_N) tiles of rows by outputs, one shape that fits every dtype.
 EPILOGUE_CONFIG = triton.Config({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=2)
-BWD_ROWS_CONFIG = triton.Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2)
-BWD_GATES_CONFIG = triton.Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2)
+BWD_ROWS_CONFIG = triton.Config({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=2)
+BWD_GATES_CONFIG = triton.Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=1)
 FINISH_CONFIG = triton.Config({"BLOCK_N": 32}, num_warps=4, num_stages=2)
 
 

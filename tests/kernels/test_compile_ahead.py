@@ -1,0 +1,158 @@
+"""Every kernel in every shipped configuration is compiled for real GPUs here, on a machine without one, and must fit it.
+
+No stack means no spilled register; the matrix kernels must use tensor cores. With -s the registers and shared memory of each are shown.
+"""
+
+import itertools
+import os
+
+import pytest
+import torch
+from compile_ahead import SHARED_MEMORY, Job, Usage, compile_all
+
+from stn_fast.kernels import gated_linear_epilogue as epilogue
+from stn_fast.kernels import gated_linear_matmul as matmul
+from stn_fast.kernels.gated_linear import config_name
+from stn_fast.kernels.perturb import NUM_WARPS, PROGRAM_ELEMENTS
+from stn_fast.kernels.tiles import TILES
+
+CAPABILITIES = (80, 90)
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BOOLS = (False, True)
+
+
+def typed(floats, *integers, **others):
+    """Argument types: pointers to one dtype, 32-bit integers, and what differs."""
+    return {**{name: f"*{floats}" for name in POINTERS}, **dict.fromkeys(integers, "i32"), **others}
+
+
+POINTERS = [
+    *["p_x", "p_y", "p_q", "p_h", "p_dy", "p_dx", "p_g", "p_out", "p_weight", "p_bias", "p_response_weight"],
+    *["p_response_bias", "p_weight_gate", "p_bias_gate", "p_d_weight", "p_d_bias", "p_d_response_weight"],
+    *["p_d_response_bias", "p_d_weight_gate", "p_d_bias_gate"],
+]
+PARTIAL = dict.fromkeys(["p_dh_partial", "p_s_partial", "p_c_partial", "p_bias_partial"], "*fp32")
+DRAW = {"p_step": "*i64", "first_example": "i64", "seed": "i64", "stream": "i32"}
+SIZES = ("M", "I", "O", "n", "batch", "inner")
+
+
+def matrix_jobs():
+    for capability, floats, aligned in itertools.product(CAPABILITIES, FLOATS, BOOLS):
+        shipped = matmul.configs(FLOATS[floats], aligned, divmod(capability, 10))
+        # Up to 16 hyperparameters, with masks along the sum and without; up to 32; and TF32. float16 compiles like bfloat16.
+        variants = [("ieee", 16, False)]
+        if floats != "fp16":
+            variants += [("ieee", 16, True)] if aligned else []
+            variants += [("tf32", 16, False) if floats == "fp32" else ("ieee", 32, False)]
+        for config, (precision, n_pad, even) in itertools.product(shipped, variants):
+            common = {"PRECISION": precision, "N_PAD": n_pad, "EVEN_K": even, **config.kwargs}
+            for name, extra in (("fwd", {"HAS_BIAS": True, "STORE_Q": True}), ("bwd_dx", {}), ("bwd_dw", {})):
+                yield Job(
+                    f"stn_fast.kernels.gated_linear_matmul:gated_linear_{name}_kernel",
+                    f"{name}-sm{capability}-{floats}-{precision}-n{n_pad}-{config_name(config)}"
+                    f"{'-aligned' if aligned else ''}{'-even' if even else ''}",
+                    capability,
+                    typed(floats, *SIZES),
+                    common | extra,
+                    config.num_warps,
+                    config.num_stages,
+                    frozenset("IO") if aligned else frozenset(),
+                )
+
+
+def epilogue_jobs():
+    kernels = [
+        ("fwd", epilogue.EPILOGUE_CONFIG, {"HAS_BIAS": True}),
+        ("bwd_rows", epilogue.BWD_ROWS_CONFIG, {"HAS_BIAS": True, "STORE_G": True, "WANT_H": True}),
+        ("bwd_gates", epilogue.BWD_GATES_CONFIG, {"STORE_G": True, "WANT_S": True, "WANT_C": True}),
+    ]
+    variants = [(16, False), (16, True), (32, False)]
+    for capability, floats, (n_pad, aligned) in itertools.product(CAPABILITIES, FLOATS, variants):
+        for name, config, extra in kernels:
+            yield Job(
+                f"stn_fast.kernels.gated_linear_epilogue:gated_linear_epilogue_{name}_kernel",
+                f"epilogue_{name}-sm{capability}-{floats}-n{n_pad}{'-aligned' if aligned else ''}",
+                capability,
+                typed(floats, *SIZES, tiles_each="i32", **PARTIAL),
+                {"PRECISION": "ieee", "N_PAD": n_pad, **config.kwargs, **extra},
+                config.num_warps,
+                config.num_stages,
+                frozenset("O") if aligned else frozenset(),
+            )
+    for capability, floats in itertools.product(CAPABILITIES, FLOATS):
+        config = epilogue.FINISH_CONFIG
+        yield Job(
+            "stn_fast.kernels.gated_linear_epilogue:gated_linear_gates_finish_kernel",
+            f"gates_finish-sm{capability}-{floats}",
+            capability,
+            typed(floats, "O", "n", "splits", **PARTIAL),
+            {"WANT_S": True, "WANT_C": True, "N_PAD": 16, **config.kwargs},
+            config.num_warps,
+        )
+
+
+def random_jobs():
+    for capability, floats, tile in itertools.product(CAPABILITIES, FLOATS, TILES):
+        suffix = f"sm{capability}-{floats}-{tile.kwargs['COLS']} columns"
+        rows = dict.fromkeys(["rows", "batch", "columns", "e_outer", "column_tiles"], "i32") | DRAW
+        for mode in (0, 1, 2, 3):
+            yield Job(
+                "stn_fast.kernels.dropout:dropout_kernel",
+                f"dropout-mode{mode}-{suffix}",
+                capability,
+                typed(floats, "middle", "e_middle", "e_last", **rows, p_rate="*fp32"),
+                {"MODE": mode, **tile.kwargs},
+                tile.num_warps,
+                divisible=frozenset() if mode % 2 else frozenset({"columns"}),
+            )
+        for backward, mode in itertools.product(BOOLS, (0, 1)):
+            types = typed(floats, **rows, p_scale="*fp32")
+            yield Job(
+                "stn_fast.kernels.noise:noise_kernel",
+                f"noise{'-backward' if backward else ''}-mode{mode}-{suffix}",
+                capability,
+                types | {"p_out": "*fp32"} if backward else types,
+                {"BACKWARD": backward, "MODE": mode, **tile.kwargs},
+                tile.num_warps,
+                divisible=frozenset() if mode % 2 else frozenset({"columns"}),
+            )
+    names = ["p_location", "p_raw_scale", "p_center", "p_table", "p_unconstrained", "p_values", "p_response"]
+    names += ["p_d_unconstrained", "p_d_values", "p_d_response", "p_partial"]
+    types = dict.fromkeys(names, "*fp32") | dict.fromkeys(["rho_min", "rho_max"], "fp32") | DRAW
+    for capability, backward, n_pad in itertools.product(CAPABILITIES, BOOLS, (4, 16, 64)):
+        given = {f"HAS_D_{name}": backward for name in ("UNCONSTRAINED", "VALUES", "RESPONSE")}
+        yield Job(
+            "stn_fast.kernels.perturb:perturb_kernel",
+            f"perturb{'-backward' if backward else ''}-sm{capability}-n{n_pad}",
+            capability,
+            {**types, "n": "i32", "batch": "i32"},
+            {"BACKWARD": backward, **given, "N_PAD": n_pad, "ROWS": PROGRAM_ELEMENTS // n_pad},
+            NUM_WARPS,
+        )
+
+
+JOBS = {job.label: job for job in itertools.chain(matrix_jobs(), epilogue_jobs(), random_jobs())}
+
+
+@pytest.fixture(scope="session")
+def usages():
+    labels = list(JOBS)
+    compiled = compile_all([JOBS[label] for label in labels], processes=max(2, (os.cpu_count() or 2) // 2))
+    return dict(zip(labels, compiled, strict=True))
+
+
+@pytest.mark.parametrize("label", JOBS)
+def test_configuration_compiles_without_spilling(label, usages):
+    usage, job = usages[label], JOBS[label]
+    assert isinstance(usage, Usage), usage
+    print(f"{label}: {usage.registers} registers, {usage.shared} B shared, {usage.tensor_cores or 'no tensor cores'}")
+    assert (usage.stack, usage.local) == (0, 0)
+    assert usage.shared <= SHARED_MEMORY[job.capability]
+
+
+SIXTEEN_BIT = [job.label for job in matrix_jobs() if job.types["p_h"] != "*fp32"]
+
+
+@pytest.mark.parametrize("label", SIXTEEN_BIT)
+def test_matrix_kernel_runs_on_tensor_cores(label, usages):
+    assert usages[label].tensor_cores == ("wgmma" if JOBS[label].capability == 90 else "mma.sync")
