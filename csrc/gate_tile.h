@@ -10,7 +10,8 @@
 namespace stn_fast {
 
 constexpr int kExamples = 8;  // handled at once: every gate loaded serves them all
-constexpr int kTile = 128;    // outputs
+constexpr int kTile = 256;    // outputs: long rows for the caches, gates and sums that stay in them
+constexpr int kColumns = 16;  // outputs that a register, or a few, hold
 
 using TileRows = float[kExamples][kTile];
 
@@ -27,10 +28,10 @@ inline float* scratch(std::int64_t size) {
 }
 
 // The columns computed for `width` outputs: whole vectors, of which the last may be padding.
-STN_FAST_INLINE int padded(int width) { return (width + 15) / 16 * 16; }
+STN_FAST_INLINE int padded(int width) { return (width + kColumns - 1) / kColumns * kColumns; }
 
-// The rows that n hyperparameters take in a tile: four are multiplied at once, the last may be zeros.
-STN_FAST_INLINE std::int64_t depth(std::int64_t n) { return (n + 3) / 4 * 4; }
+// The rows that n hyperparameters take in a tile: even, as they are taken two at a time; the last may be zeros.
+STN_FAST_INLINE std::int64_t depth(std::int64_t n) { return (n + 1) / 2 * 2; }
 
 // tile[k][o] = gate[o][k] * factor[o], zero beyond n and `width`; no factor means 1.
 STN_FAST_INLINE void transpose_gate(const float* STN_FAST_RESTRICT gate, const float* STN_FAST_RESTRICT factor, std::int64_t n,
@@ -51,25 +52,23 @@ STN_FAST_INLINE void copy_response(const float* STN_FAST_RESTRICT h, std::int64_
     }
 }
 
-// out[e][o] = sum_k h[e][k] * tile[k][o]
+// out[e][o] = sum_k h[e][k] * tile[k][o]; four examples by 16 outputs stay in registers while k runs.
 STN_FAST_INLINE void times_gate(const float* STN_FAST_RESTRICT h, const float* STN_FAST_RESTRICT tile, std::int64_t n, int width,
                                 TileRows& STN_FAST_RESTRICT out) {
-    const int columns = padded(width);
-    for (int e = 0; e < kExamples; e += 2) {
-        float *STN_FAST_RESTRICT out0 = out[e], *STN_FAST_RESTRICT out1 = out[e + 1];
-        const float *h0 = h + e * depth(n), *h1 = h0 + depth(n);
-        std::fill_n(out0, columns, 0.0f);
-        std::fill_n(out1, columns, 0.0f);
-        for (std::int64_t k = 0; k < n; k += 4) {
-            const float *gate0 = tile + k * kTile, *gate1 = gate0 + kTile, *gate2 = gate1 + kTile, *gate3 = gate2 + kTile;
-            const float a0 = h0[k], a1 = h0[k + 1], a2 = h0[k + 2], a3 = h0[k + 3];
-            const float b0 = h1[k], b1 = h1[k + 1], b2 = h1[k + 2], b3 = h1[k + 3];
+    constexpr int kHeld = 4;
+    for (int o = 0; o < padded(width); o += kColumns) {
+        for (int first = 0; first < kExamples; first += kHeld) {
+            float sums[kHeld][kColumns] = {};
+            for (std::int64_t k = 0; k < n; ++k) {
+                const float* gate = tile + k * kTile + o;
+#pragma GCC unroll 4
+                for (int e = 0; e < kHeld; ++e) {
+                    const float factor = h[(first + e) * depth(n) + k];
 #pragma omp simd
-            for (std::int64_t o = 0; o < columns; ++o) {
-                const float g0 = gate0[o], g1 = gate1[o], g2 = gate2[o], g3 = gate3[o];
-                out0[o] = out0[o] + a0 * g0 + a1 * g1 + a2 * g2 + a3 * g3;
-                out1[o] = out1[o] + b0 * g0 + b1 * g1 + b2 * g2 + b3 * g3;
+                    for (int c = 0; c < kColumns; ++c) sums[e][c] += factor * gate[c];
+                }
             }
+            for (int e = 0; e < kHeld; ++e) std::copy_n(sums[e], kColumns, out[first + e] + o);
         }
     }
 }

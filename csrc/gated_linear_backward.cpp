@@ -32,8 +32,7 @@ STN_FAST_INLINE void reduce_positions(const Backward& t, std::int64_t b, std::in
                                       const float* STN_FAST_RESTRICT scale, float* STN_FAST_RESTRICT product,
                                       float* STN_FAST_RESTRICT total) {
     const bool products = t.wants_products(), totals = t.wants_totals();
-    std::fill_n(product, kTile, 0.0f);
-    std::fill_n(total, kTile, 0.0f);
+    bool started = false;
     for (std::int64_t i = 0; i < t.outer; ++i) {
         for (std::int64_t p = 0; p < t.inner; ++p) {
             const std::int64_t at = ((i * t.batch + b) * t.inner + p) * t.outputs + o0;
@@ -44,11 +43,20 @@ STN_FAST_INLINE void reduce_positions(const Backward& t, std::int64_t b, std::in
             }
             if (products) {
                 const float* STN_FAST_RESTRICT q = t.q + at;
-                for (std::int64_t o = 0; o < width; ++o) product[o] += dy[o] * q[o];
+                if (started) {
+                    for (std::int64_t o = 0; o < width; ++o) product[o] += dy[o] * q[o];
+                } else {
+                    for (std::int64_t o = 0; o < width; ++o) product[o] = dy[o] * q[o];
+                }
             }
             if (totals) {
-                for (std::int64_t o = 0; o < width; ++o) total[o] += dy[o];
+                if (started) {
+                    for (std::int64_t o = 0; o < width; ++o) total[o] += dy[o];
+                } else {
+                    std::copy_n(dy, width, total);
+                }
             }
+            started = true;
         }
     }
 }
@@ -65,9 +73,9 @@ STN_FAST_CLONES void backward_tile(const Backward& t, std::int64_t first, std::i
     if (t.wants_bias_sums()) std::fill_n(sums.bias_gate, rows * kTile, 0.0f);
     if (t.d_bias) std::fill_n(sums.bias, kTile, 0.0f);
 
+    TileRows scale, product = {}, total = {};  // the padding beyond `width` stays zero
     for (std::int64_t b = first; b < last; b += kExamples) {
         const int count = static_cast<int>(std::min<std::int64_t>(kExamples, last - b));
-        TileRows scale, product, total;
         copy_response(t.h + b * t.n, t.n, count, h);
         if (t.g) times_gate(h, gates, t.n, width, scale);
         for (int e = 0; e < count; ++e) reduce_positions(t, b + e, o0, width, scale[e], product[e], total[e]);
@@ -78,8 +86,9 @@ STN_FAST_CLONES void backward_tile(const Backward& t, std::int64_t first, std::i
         if (t.wants_gate_sums()) add_outer_products(product, h, t.n, width, sums.gate);
         if (t.wants_bias_sums()) add_outer_products(total, h, t.n, width, sums.bias_gate);
         if (t.d_bias) {
-            for (int e = 0; e < kExamples; ++e) {
-                for (std::int64_t o = 0; o < kTile; ++o) sums.bias[o] += total[e][o];
+            for (std::int64_t o = 0; o < padded(width); ++o) {
+                sums.bias[o] += ((total[0][o] + total[1][o]) + (total[2][o] + total[3][o])) +
+                                ((total[4][o] + total[5][o]) + (total[6][o] + total[7][o]));
             }
         }
         if (t.d_h) {
