@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
+from run_files import one_thread, rows
 
 from stn_fast import train
-from stn_fast.training.metrics import TIMES
 from stn_fast.training.trainer import Trainer
+
+one_thread_always = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 SHORT = ["--epochs", "4", "--set", "method.warmup_epochs=1", "--set", "schedule.checkpoint_epochs=2"]
 
@@ -30,7 +31,7 @@ train.main(sys.argv[1:])
 
 
 def python(*arguments, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, **options)
 
 
@@ -43,11 +44,6 @@ def signal_at(monkeypatch, step, number):
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Trainer, "_advance", advance_and_signal)
-
-
-def rows(directory):
-    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in found]
 
 
 @pytest.fixture(scope="module")

@@ -202,6 +202,9 @@ class Trainer:
         for phase, losses in (("train", self.train_loss), ("valid", self.valid_loss)):
             if not math.isfinite(total := losses.total.item()):
                 self._diverge(phase, total)
+        learnt = (*self.method.model.parameters(), self.method.location)
+        if not all(torch.isfinite(tensor).all() for tensor in learnt):
+            self._diverge("next", math.nan)
         log.sync()
         self.wall_seconds = self._seconds()
         checkpoint.write(self.checkpoints, self.step, self.state_dict(), self.best["step"])
