@@ -49,6 +49,7 @@ struct Forward {
 struct Backward {
     const float* d_unconstrained;
     const float* d_values;
+    bool d_values_in_rows;
     const float* d_response;
     double* sums;  // (chunks, n, 2): of d_lam and of d_lam * eps
 };
@@ -188,16 +189,21 @@ STN_FAST_CLONES void backward_chunk(const Task& task, const Backward& in, std::i
         Tile sum = {}, sum_eps = {};
         for_each_tile(task, first, k0, [&](int members, std::int64_t b, int count,
                                            const float* const* eps) STN_FAST_INLINE_LAMBDA {
-            Tile d_lam, d_response;
+            Tile d_lam, d_response, d_values;
             const std::int64_t corner = b * task.n + k0;
             load_rows(in.d_unconstrained ? in.d_unconstrained + corner : nullptr, task.n, members, count, d_lam);
             load_rows(in.d_response ? in.d_response + corner : nullptr, task.n, members, count, d_response);
+            if (in.d_values_in_rows) load_rows(in.d_values + corner, task.n, members, count, d_values);
             for (int j = 0; j < members; ++j) {
                 const Row row(task.table, k0 + j);
                 const float location = task.location[k0 + j], scale = task.scale[k0 + j];
-                float d_value[kExamples] = {}, lam[kExamples], slope[kExamples];
-                if (in.d_values) std::copy_n(in.d_values + (k0 + j) * task.batch + b, count, d_value);
-                float* STN_FAST_RESTRICT responds = row.responds_with_value ? d_value : d_lam[j];
+                float lam[kExamples], slope[kExamples];
+                float* STN_FAST_RESTRICT d_value = d_values[j];
+                if (!in.d_values_in_rows) {
+                    std::fill_n(d_value, kExamples, 0.0f);
+                    if (in.d_values) std::copy_n(in.d_values + (k0 + j) * task.batch + b, count, d_value);
+                }
+                float* responds = row.responds_with_value ? d_value : d_lam[j];
                 for (int lane = 0; lane < kExamples; ++lane) responds[lane] += d_response[j][lane];
                 for (int lane = 0; lane < kExamples; ++lane) lam[lane] = location + scale * eps[j][lane];
                 constrain_derivative(row, lam, slope);
@@ -249,10 +255,10 @@ void perturb_forward(const float* location, const float* raw_scale, const float*
     for (std::int64_t first = 0; first < batch; first += kChunk) forward_chunk(task, out, first);
 }
 
-void perturb_backward(const float* d_unconstrained, const float* d_values, const float* d_response, const float* location,
-                      const float* raw_scale, const float* table, float* d_location, float* d_raw_scale, std::int64_t n,
-                      std::int64_t batch, std::uint64_t first_example, std::uint64_t seed, std::uint64_t step, float rho_min,
-                      float rho_max, int threads) {
+void perturb_backward(const float* d_unconstrained, const float* d_values, bool d_values_in_rows, const float* d_response,
+                      const float* location, const float* raw_scale, const float* table, float* d_location,
+                      float* d_raw_scale, std::int64_t n, std::int64_t batch, std::uint64_t first_example, std::uint64_t seed,
+                      std::uint64_t step, float rho_min, float rho_max, int threads) {
     const std::vector<float> scale = scales(raw_scale, n, rho_min, rho_max);
     const std::int64_t chunks = (batch + kChunk - 1) / kChunk;
     std::vector<double> sums(static_cast<std::size_t>(2 * chunks * n));
@@ -263,7 +269,7 @@ void perturb_backward(const float* d_unconstrained, const float* d_values, const
                     batch,
                     static_cast<std::uint32_t>(first_example),
                     Generator(seed, step, 0)};
-    const Backward in{d_unconstrained, d_values, d_response, sums.data()};
+    const Backward in{d_unconstrained, d_values, d_values && d_values_in_rows, d_response, sums.data()};
 #pragma omp parallel for num_threads(threads) schedule(static) if (batch > kSerial)
     for (std::int64_t first = 0; first < batch; first += kChunk) backward_chunk(task, in, first);
 

@@ -12,10 +12,10 @@ void perturb_forward(const float* location, const float* raw_scale, const float*
                      int threads);
 
 // d_location[k] = sum over examples of d_lam, d_raw_scale[k] = sum of d_lam * eps * sigmoid(raw_scale) inside [rho_min, rho_max],
-// where eps is drawn again. Any of the three incoming gradients may be absent (null), and either result unwanted.
-void perturb_backward(const float* d_unconstrained, const float* d_values, const float* d_response, const float* location,
-                      const float* raw_scale, const float* table, float* d_location, float* d_raw_scale, std::int64_t n,
-                      std::int64_t batch, std::uint64_t first_example, std::uint64_t seed, std::uint64_t step, float rho_min,
-                      float rho_max, int threads);
+// where eps is drawn again. d_values is (n, batch) like `values`, or (batch, n) where it lies in rows. Any of the three incoming gradients may be absent (null), and either result unwanted.
+void perturb_backward(const float* d_unconstrained, const float* d_values, bool d_values_in_rows, const float* d_response,
+                      const float* location, const float* raw_scale, const float* table, float* d_location,
+                      float* d_raw_scale, std::int64_t n, std::int64_t batch, std::uint64_t first_example, std::uint64_t seed,
+                      std::uint64_t step, float rho_min, float rho_max, int threads);
 
 }  // namespace stn_fast

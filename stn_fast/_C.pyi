@@ -45,6 +45,7 @@ def perturb_forward(
 def perturb_backward(
     d_unconstrained: int,
     d_values: int,
+    d_values_in_rows: bool,
     d_response: int,
     location: int,
     raw_scale: int,

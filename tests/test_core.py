@@ -72,12 +72,17 @@ def perturb_forward(location, raw_scale, center, table, batch, first_example=0, 
     return out
 
 
-def perturb_backward(gradients, location, raw_scale, table, batch, first_example=0, seed=3, step=4, threads=1):
+def perturb_backward(
+    gradients, location, raw_scale, table, batch, first_example=0, seed=3, step=4, threads=1, in_rows=False
+):
     n = len(table)
     out = poisoned(n), poisoned(n)
     table = torch.tensor(table, dtype=torch.float32)
-    inputs = (*gradients, location, raw_scale, table)
-    _C.perturb_backward(*map(address, inputs + out), n, batch, first_example, seed, step, *RHO, threads)
+    d_unconstrained, d_values, d_response = map(address, gradients)
+    rest = map(address, (location, raw_scale, table, *out))
+    _C.perturb_backward(
+        d_unconstrained, d_values, in_rows, d_response, *rest, n, batch, first_example, seed, step, *RHO, threads
+    )
     return out
 
 
@@ -118,15 +123,15 @@ def test_perturbation_of_every_kind_follows_the_formulas(table, batch, first_exa
     batch=st.integers(1, 600),
     wanted=st.tuples(*[st.booleans()] * 3).filter(any),
     first_example=st.integers(0, 9),
+    in_rows=st.booleans(),
 )
-def test_gradients_of_location_and_scale_match_float64_autograd(table, batch, wanted, first_example):
+def test_gradients_of_location_and_scale_match_float64_autograd(table, batch, wanted, first_example, in_rows):
     generator, n = seeded(1), len(table)
     location, raw_scale = normals(generator, n), 3 * normals(generator, n)
     d_unconstrained, d_values, d_response = (normals(generator, batch, n) for _ in range(3))
-    given_in = [
-        d if w else None for d, w in zip((d_unconstrained, d_values.T.contiguous(), d_response), wanted, strict=True)
-    ]
-    got = perturb_backward(given_in, location, raw_scale, table, batch, first_example)
+    laid_out = d_values if in_rows else d_values.T.contiguous()
+    given_in = [d if w else None for d, w in zip((d_unconstrained, laid_out, d_response), wanted, strict=True)]
+    got = perturb_backward(given_in, location, raw_scale, table, batch, first_example, in_rows=in_rows)
 
     leaves = [location.double().requires_grad_(), raw_scale.double().requires_grad_()]
     outputs = plain_perturb(*leaves, torch.zeros(n), table, perturbations(table, batch, first_example))

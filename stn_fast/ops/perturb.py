@@ -90,9 +90,10 @@ def _compute(
     if backend == "triton":
         from stn_fast.kernels import perturb as kernels
 
-        return kernels.perturb_forward(
+        unconstrained, values, response = kernels.perturb_forward(
             location, raw_scale, center, table, step, seed, batch_size, first_example, *RAW_SCALE_BOUNDS
         )
+        return unconstrained, values.T, response
     if backend == "cpp":
         from stn_fast import _C
 
@@ -104,10 +105,10 @@ def _compute(
             unconstrained.data_ptr(), values.data_ptr(), response.data_ptr(),
             n, batch_size, first_example, seed, int(step), *RAW_SCALE_BOUNDS, torch.get_num_threads(),
         )  # fmt: skip
-        return unconstrained, values, response
+        return unconstrained, values.T, response
     noise = perturbation_noise(table, step, seed, batch_size, first_example)
     unconstrained, values, response = reference(location, raw_scale, center, table, noise)
-    return unconstrained, values.T.contiguous(), response
+    return unconstrained, values.T.contiguous().T, response
 
 
 _perturb = torch.library.custom_op("stn_fast::perturb", _compute, mutates_args=())
@@ -117,7 +118,7 @@ _perturb = torch.library.custom_op("stn_fast::perturb", _compute, mutates_args=(
 def _(location, raw_scale, center, table, step, seed, batch_size, first_example):
     n = table.shape[0]
     rows = location.new_empty(batch_size, n)
-    return rows, location.new_empty(n, batch_size), torch.empty_like(rows)
+    return rows, location.new_empty(n, batch_size).T, torch.empty_like(rows)
 
 
 def _compute_backward(
@@ -134,30 +135,33 @@ def _compute_backward(
 ) -> tuple[Tensor, Tensor]:
     backend = choose(location.device)
     n = table.shape[0]
-    upstream = (
-        None if d_unconstrained is None else d_unconstrained.contiguous(),
-        None if d_values is None else d_values.contiguous(),
-        None if d_response is None else d_response.contiguous(),
-    )
+    if d_unconstrained is not None:
+        d_unconstrained = d_unconstrained.contiguous()
+    if d_response is not None:
+        d_response = d_response.contiguous()
     if backend == "triton":
         from stn_fast.kernels import perturb as kernels
 
+        by_column = None if d_values is None else d_values.T.contiguous()
         return kernels.perturb_backward(
-            *upstream, location, raw_scale, table, step, seed, batch_size, first_example, *RAW_SCALE_BOUNDS
-        )
+            d_unconstrained, by_column, d_response,
+            location, raw_scale, table, step, seed, batch_size, first_example, *RAW_SCALE_BOUNDS,
+        )  # fmt: skip
     if backend == "cpp":
         from stn_fast import _C
 
+        in_rows = d_values is not None and d_values.is_contiguous()
+        by_column = None if d_values is None or in_rows else d_values.T.contiguous()
         d_location, d_raw_scale = torch.empty_like(location), torch.empty_like(raw_scale)
         _C.perturb_backward(
-            address(upstream[0]), address(upstream[1]), address(upstream[2]),
+            address(d_unconstrained), address(d_values if in_rows else by_column), in_rows, address(d_response),
             location.data_ptr(), raw_scale.data_ptr(), table.data_ptr(),
             d_location.data_ptr(), d_raw_scale.data_ptr(),
             n, batch_size, first_example, seed, int(step), *RAW_SCALE_BOUNDS, torch.get_num_threads(),
         )  # fmt: skip
         return d_location, d_raw_scale
     noise = perturbation_noise(table, step, seed, batch_size, first_example)
-    return _backward_reference(*upstream, location, raw_scale, table, noise)
+    return _backward_reference(d_unconstrained, d_values, d_response, location, raw_scale, table, noise)
 
 
 def _backward_reference(
@@ -176,7 +180,7 @@ def _backward_reference(
     if d_unconstrained is not None:
         upstream = upstream + d_unconstrained
     if d_values is not None:
-        upstream = upstream + d_values.T * slope
+        upstream = upstream + d_values * slope
     if d_response is not None:
         upstream = upstream + torch.where(table[:, 5] > 0, d_response * slope, d_response)
     inside = (clamped == raw_scale).to(raw_scale.dtype)
@@ -268,14 +272,5 @@ def perturb(
         noise = perturbation_noise(table, step, seed, batch_size, first_example)
         return reference(location, raw_scale, center, table, noise)
     run = _perturb if traced(location, raw_scale) else _eager
-    unconstrained, values, response = run(
-        location.contiguous(),
-        raw_scale.contiguous(),
-        center.contiguous(),
-        table,
-        step,
-        seed,
-        batch_size,
-        first_example,
-    )
-    return Perturbed(unconstrained, values.T, response)
+    draw = (table, step, seed, batch_size, first_example)
+    return Perturbed(*run(location.contiguous(), raw_scale.contiguous(), center.contiguous(), *draw))
