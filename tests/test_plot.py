@@ -1,14 +1,11 @@
 """python -m stn_fast.plot: every panel drawn and labelled, every error one line."""
 
 import pytest
-from run_files import one_thread
 
 from stn_fast import plot
 from stn_fast.recipes import digits
 from stn_fast.training.layering import resolve
 from stn_fast.training.run import run
-
-one_thread_always = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 
 @pytest.fixture(scope="module")

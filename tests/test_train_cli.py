@@ -7,12 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from run_files import one_thread, rows
+from run_files import rows
 
 from stn_fast import train
 from stn_fast.training.trainer import Trainer
-
-one_thread_always = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 SHORT = ["--epochs", "4", "--set", "method.warmup_epochs=1", "--set", "schedule.checkpoint_epochs=2"]
 
@@ -31,8 +29,7 @@ train.main(sys.argv[1:])
 
 
 def python(*arguments, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, **options)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
 
 
 def signal_at(monkeypatch, step, number):

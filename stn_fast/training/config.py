@@ -173,7 +173,10 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. ``run_dir`` defaults to ``runs/<recipe>-<method>-seed<seed>``."""
+    """A whole run. ``run_dir`` defaults to ``runs/<recipe>-<method>-seed<seed>``.
+
+    ``threads`` is how many CPU threads it uses; without one, as many as torch is set to. Rounding may depend on it.
+    """
 
     recipe: str
     hyperparameters: Mapping[str, HyperparameterConfig]
@@ -183,12 +186,14 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
+    threads: int | None = None
     data_root: str | None = None
     run_dir: str | None = None
 
     def __post_init__(self) -> None:
         _require(len(self.hyperparameters) > 0, "hyperparameters", {}, "needs at least one hyperparameter")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be at least 0 and below 2**63")
+        _require_at_least(1, threads=self.threads)
         devices = ("cpu", "cuda")
         _require(self.device in devices, "device", self.device, did_you_mean(self.device, devices))
 

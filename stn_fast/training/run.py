@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,13 @@ def run(
         if (result := directory.finished_result(config)) is not None:
             progress.say(f"{directory.path} is finished; --no-resume would run it again")
             return result
+    with using_threads(config.threads):
+        return _train(config, build_task, directory, resume, progress)
+
+
+def _train(
+    config: Config, build_task: Callable[[Config], Task], directory: RunDirectory, resume: bool, progress: Progress
+) -> dict[str, Any]:
     task = checked_task(config, build_task)
     trainer = Trainer(config, task, build_method(config, task), directory.checkpoints, progress.row)
     if not resume:
@@ -64,6 +72,17 @@ def run(
     result = best_result(trainer, task)
     directory.write_result(result)
     return result
+
+
+@contextmanager
+def using_threads(count: int | None) -> Iterator[None]:
+    """torch, and with it the C++ core, on ``count`` CPU threads inside; None leaves the setting as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def checked_task(config: Config, build_task: Callable[[Config], Task]) -> Task:

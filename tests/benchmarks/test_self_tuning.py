@@ -2,12 +2,7 @@
 
 import json
 
-import pytest
-from run_files import one_thread
-
 from benchmarks import self_tuning
-
-one_thread_always = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 
 def test_it_prints_every_run_the_medians_and_the_ratio(tmp_path, capsys):

@@ -4,15 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from run_files import one_thread, result, rows
+from run_files import result, rows
 
 from stn_fast.recipes import digits
 from stn_fast.training.config import Config
 from stn_fast.training.layering import resolve
 from stn_fast.training.run import run
-
-# Every test here is under it.
-one_thread_always = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 
 @pytest.fixture

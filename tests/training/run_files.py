@@ -1,19 +1,9 @@
-"""For tests that train: one thread, and what a run leaves, without what may differ between two runs of one seed."""
+"""What a run leaves, without what may differ between two runs of one seed."""
 
 import json
 from pathlib import Path
 
-import torch
-
 from stn_fast.training.metrics import TIMES
-
-
-def one_thread():
-    """So small a network gains nothing from more, and two spinning threads on a busy machine are far slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rows(directory: Path, timeless: bool = True) -> list[dict]:

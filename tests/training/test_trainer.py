@@ -13,7 +13,7 @@ from stn_fast.recipes import digits
 from stn_fast.training import checkpoint
 from stn_fast.training.methods import build_method
 from stn_fast.training.progress import Progress
-from stn_fast.training.run import run
+from stn_fast.training.run import run, using_threads
 from stn_fast.training.trainer import Diverged, Trainer
 
 
@@ -130,7 +130,8 @@ def test_the_best_checkpoint_holds_weights_and_hyperparameters_of_the_best_row(t
     trainer = Trainer(config, task, build_method(config, task), directory / "checkpoints")
     trainer.best = {"step": got["best_step"], "valid_loss": got["valid_loss"]}
     trainer.restore_best()
-    assert trainer.evaluate(task.data.valid)["loss"] == best["loss"]
+    with using_threads(config.threads):
+        assert trainer.evaluate(task.data.valid)["loss"] == best["loss"]
     assert task.space.values(trainer.method.location.detach()) == best["hyperparameters"]
 
 
@@ -174,6 +175,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_no_checkpoint_holds_it(trai
     root = make_config(*pairs).directory
     state = checkpoint.read_newest(checkpoint.Path(root) / "checkpoints", "cpu", print)
     assert all(torch.isfinite(weight).all() for weight in state["method"]["model"].values())
+
+
+def test_a_run_leaves_the_number_of_threads_as_it_was(train):
+    before = torch.get_num_threads()
+    directory = train("schedule.epochs=1", f"threads={before + 1}")
+    assert torch.get_num_threads() == before
+    assert result(directory)["versions"]["threads"] == before + 1
 
 
 def test_a_device_that_is_not_there_is_refused(make_config):
