@@ -108,7 +108,7 @@ class Hyperparameter:
         return value
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class HyperBatch:
     """A batch of hyperparameters, one row an example: what a self-tuning model is called with.
 

@@ -197,14 +197,15 @@ def _(d_unconstrained, d_values, d_response, location, raw_scale, table, step, s
 
 def _setup_context(ctx, inputs, output):
     location, raw_scale, _, table, step, *ctx.draw = inputs
-    ctx.save_for_backward(location, raw_scale, table, step)
+    ctx.save_for_backward(location, raw_scale, step)
+    ctx.table = table  # a constant of the space
     ctx.set_materialize_grads(False)
 
 
 def _backward(compute, ctx, d_unconstrained, d_values, d_response):
-    location, raw_scale, table, step = ctx.saved_tensors
+    location, raw_scale, step = ctx.saved_tensors
     d_location, d_raw_scale = compute(
-        d_unconstrained, d_values, d_response, location, raw_scale, table, step, *ctx.draw
+        d_unconstrained, d_values, d_response, location, raw_scale, ctx.table, step, *ctx.draw
     )
     need_location, need_raw_scale, *_ = ctx.needs_input_grad
     return (
@@ -255,6 +256,16 @@ def perturb(
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
     """
+    _check(location, raw_scale, center, table, seed, batch_size)
+    if in_transform():
+        noise = perturbation_noise(table, step, seed, batch_size, first_example)
+        return reference(location, raw_scale, center, table, noise)
+    run = _perturb if traced(location, raw_scale) else _eager
+    draw = (table, step, seed, batch_size, first_example)
+    return Perturbed(*run(location.contiguous(), raw_scale.contiguous(), center.contiguous(), *draw))
+
+
+def _check(location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor, seed: int, batch_size: int) -> None:
     n = table.shape[0]
     for name, tensor in (("location", location), ("raw_scale", raw_scale), ("center", center)):
         if tensor.shape != (n,) or tensor.dtype != torch.float32:
@@ -268,9 +279,3 @@ def perturb(
         raise ValueError(f"perturb wants batch_size >= 0; got {batch_size}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"perturb wants 0 <= seed < 2**63; got {seed}")
-    if in_transform():
-        noise = perturbation_noise(table, step, seed, batch_size, first_example)
-        return reference(location, raw_scale, center, table, noise)
-    run = _perturb if traced(location, raw_scale) else _eager
-    draw = (table, step, seed, batch_size, first_example)
-    return Perturbed(*run(location.contiguous(), raw_scale.contiguous(), center.contiguous(), *draw))
