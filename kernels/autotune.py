@@ -52,9 +52,7 @@ class Autotuner:
         self._path = path
         self._choices: dict[str, str] | None = None
 
-    def choose(
-        self, key: str, candidates: Mapping[str, Candidate], default: str, device: torch.device
-    ) -> str:
+    def choose(self, key: str, candidates: Mapping[str, Candidate], default: str, device: torch.device) -> str:
         """The name of the candidate to use for this problem."""
         if len(candidates) == 1 or os.environ.get("STN_FAST_AUTOTUNE") == "0":
             return default

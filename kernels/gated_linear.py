@@ -64,9 +64,7 @@ class _Problem:
             "N_PAD": max(16, triton.next_power_of_2(self.n)),
         }
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-        self.configs = {
-            config_name(config): config for config in configs(x.dtype, self.aligned, capability)
-        }
+        self.configs = {config_name(config): config for config in configs(x.dtype, self.aligned, capability)}
         sizes = " ".join(size_bucket(size) for size in (self.M, self.I, self.O))
         self.key = f"{x.dtype} {self.options['PRECISION']} {sizes} n{self.options['N_PAD']}"
 

@@ -174,9 +174,7 @@ def philox_bits(counters: Tensor, keys: Tensor) -> Tensor:
     out = torch.empty_like(counters)
     if counters.shape[0]:
         with device_guard(counters):
-            philox_kernel[(triton.cdiv(counters.shape[0], 256),)](
-                counters, keys, out, counters.shape[0], BLOCK=256
-            )
+            philox_kernel[(triton.cdiv(counters.shape[0], 256),)](counters, keys, out, counters.shape[0], BLOCK=256)
     return out
 
 

@@ -9,7 +9,6 @@ import os
 import pytest
 import torch
 from compile_ahead import SHARED_MEMORY, Job, Usage, compile_all
-
 from stn_fast.kernels import gated_linear_epilogue as epilogue
 from stn_fast.kernels import gated_linear_matmul as matmul
 from stn_fast.kernels.gated_linear import config_name
@@ -23,7 +22,7 @@ BOOLS = (False, True)
 
 def typed(floats, *integers, **others):
     """Argument types: pointers to one dtype, 32-bit integers, and what differs."""
-    return {**{name: f"*{floats}" for name in POINTERS}, **dict.fromkeys(integers, "i32"), **others}
+    return {**dict.fromkeys(POINTERS, f"*{floats}"), **dict.fromkeys(integers, "i32"), **others}
 
 
 POINTERS = [

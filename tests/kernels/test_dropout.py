@@ -3,10 +3,10 @@
 import pytest
 import torch
 from numerics import assert_twice_as_good
-
-from stn_fast import random
 from stn_fast.kernels import tiles
 from stn_fast.kernels.dropout import dropout
+
+from stn_fast import random
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -70,7 +70,11 @@ def test_a_dropped_element_is_zero_at_any_rate_and_value():
 
 def test_half_a_batch_draws_its_half_of_the_masks():
     sizes, strides = (1, 6, 1, 11), (0, 0, 1)
-    x, rate, step = torch.ones(sizes, device=DEVICE), torch.full((6,), 0.5, device=DEVICE), torch.tensor(1, device=DEVICE)
+    x, rate, step = (
+        torch.ones(sizes, device=DEVICE),
+        torch.full((6,), 0.5, device=DEVICE),
+        torch.tensor(1, device=DEVICE),
+    )
     whole = dropout(x, rate, step, 3, 1, 0, sizes, strides)
     half = dropout(x[:, 4:].contiguous(), rate[4:], step, 3, 1, 4, (1, 2, 1, 11), strides)
     assert torch.equal(whole[:, 4:], half)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from numerics import assert_twice_as_good
+from stn_fast.kernels.noise import noise_backward, noise_forward
 
 from stn_fast import random
-from stn_fast.kernels.noise import noise_backward, noise_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -18,7 +18,9 @@ def case(sizes, dtype):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(sizes, generator=generator).to(dtype)
     scale = torch.rand(batch, generator=generator) + 0.1
-    normals = torch.from_numpy(random.normal(DRAW["seed"], 4, DRAW["stream"], batch, outer * inner, DRAW["first_example"]))
+    normals = torch.from_numpy(
+        random.normal(DRAW["seed"], 4, DRAW["stream"], batch, outer * inner, DRAW["first_example"])
+    )
     return x, scale, normals.view(batch, outer, inner).transpose(0, 1)
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_twice_as_good
+from stn_fast.kernels.perturb import perturb_backward, perturb_forward
 
 from stn_fast import random
-from stn_fast.kernels.perturb import perturb_backward, perturb_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RHO = dict(rho_min=-4.0, rho_max=3.0)
@@ -75,7 +75,9 @@ def test_gradients_are_as_exact_as_plain_torch(batch, n, given):
         location, raw_scale, center, table = (t.to(dtype) for t in inputs)
         leaves = location.requires_grad_(), raw_scale.requires_grad_()
         outputs = formulas(*leaves, center, table, eps.to(dtype))
-        loss = sum((y * dy.to(dtype)).sum() for y, dy, is_given in zip(outputs, upstream, given, strict=True) if is_given)
+        loss = sum(
+            (y * dy.to(dtype)).sum() for y, dy, is_given in zip(outputs, upstream, given, strict=True) if is_given
+        )
         if not loss.requires_grad:  # only integers were given
             return [torch.zeros_like(leaf) for leaf in leaves]
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)

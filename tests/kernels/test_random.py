@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from stn_fast.kernels import random as kernels
 
 from stn_fast import random as reference
-from stn_fast.kernels import random as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ONES = 0xFFFFFFFF
@@ -31,9 +31,7 @@ def test_philox_gives_the_published_answers(counter, key, answer):
 
 def test_philox_agrees_with_the_reference_on_any_counter():
     words = np.random.default_rng(0).integers(0, 2**32, (300, 6), dtype=np.uint32)
-    counters, keys = (
-        torch.from_numpy(np.ascontiguousarray(part)).to(DEVICE) for part in (words[:, :4], words[:, 4:])
-    )
+    counters, keys = (torch.from_numpy(np.ascontiguousarray(part)).to(DEVICE) for part in (words[:, :4], words[:, 4:]))
     got = kernels.philox_bits(counters, keys).cpu().numpy()
     np.testing.assert_array_equal(got, reference.philox4x32(words[:, :4], words[:, 4:]))
 
@@ -50,7 +48,7 @@ def test_draws_are_bit_for_bit_those_of_the_reference(kind, draw):
     np.testing.assert_array_equal(*both(kind, *draw))
 
 
-@pytest.mark.parametrize("draw", [*DRAWS, (64, 4096, 3, 5, 7, 11)])
+@pytest.mark.parametrize("draw", [*DRAWS, (16, 4096, 3, 5, 7, 11)])
 def test_normals_are_within_a_few_ulp_of_the_reference(draw):
     got, want = both("normal", *draw)
     np.testing.assert_array_max_ulp(got, want, maxulp=8)

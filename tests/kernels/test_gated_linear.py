@@ -1,0 +1,166 @@
+"""Gated linear kernels, every way to compute them, against plain torch in float64."""
+
+import pytest
+import torch
+from numerics import assert_twice_as_good
+from stn_fast.kernels import gated_linear as kernels
+from stn_fast.kernels import gated_linear_matmul as matmul
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NAMES = ("x", "weight", "bias", "response_weight", "response_bias", "weight_gate", "bias_gate", "h")
+EVERYTHING = (True,) * 8
+# batch, inputs, outputs, n, outer, inner
+SHAPES = [
+    (1, 1, 37, 1, 1, 1),
+    (29, 3, 1, 1, 1, 1),
+    (13, 17, 23, 5, 1, 1),
+    (3, 67, 131, 17, 3, 2),
+    (70, 64, 32, 15, 1, 1),
+    (2, 5, 3, 2, 7, 11),
+]
+CONFIGS = {
+    kernels.config_name(config): config
+    for config in [
+        *matmul.HOPPER_CONFIGS,
+        *matmul.AMPERE_CONFIGS,
+        *matmul.UNALIGNED_CONFIGS,
+        *matmul.FLOAT32_CONFIGS,
+    ]
+}
+SMALL = matmul.FLOAT32_CONFIGS[-1]
+
+
+def runs_here(config, dtype):
+    """On a GPU a configuration runs in the dtype and on the chip it's made for; the interpreter runs all of them."""
+    if DEVICE == "cpu":
+        return True
+    capability = torch.cuda.get_device_capability()
+    return any(config in matmul.configs(dtype, aligned, capability) for aligned in (True, False))
+
+
+def operands(batch, inputs, outputs, n, outer, inner, dtype, bias=True):
+    """The eight tensors in the order of NAMES and dy, on the CPU, drawn in float64 and rounded."""
+    generator = torch.Generator().manual_seed(batch + inputs + outputs)
+    rows = outer * batch * inner
+    shapes = [(rows, inputs), (outputs, inputs), (outputs,), (outputs, inputs), (outputs,), (outputs, n), (outputs, n)]
+    shapes += [(batch, n), (rows, outputs)]
+    *tensors, dy = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    if not bias:
+        tensors[2] = tensors[4] = tensors[6] = None
+    return tensors, dy
+
+
+def plain(tensors, outer, inner):
+    """y = x Wᵀ + b + (h Gwᵀ) ⊙ (x Rᵀ) + (h Gbᵀ) ⊙ r, every product written out."""
+    x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h = tensors
+    i_example = torch.arange(x.shape[0]) // inner % h.shape[0]
+    y = x @ weight.T + (h @ weight_gate.T)[i_example] * (x @ response_weight.T)
+    return y if bias is None else y + bias + ((h @ bias_gate.T) * response_bias)[i_example]
+
+
+def plain_gradients(tensors, dy, outer, inner, dtype):
+    leaves = [None if t is None else t.to(dtype).requires_grad_() for t in tensors]
+    given = [leaf for leaf in leaves if leaf is not None]
+    gradients = iter(torch.autograd.grad(plain(leaves, outer, inner), given, dy.to(dtype)))
+    return [None if leaf is None else next(gradients) for leaf in leaves]
+
+
+def on_device(*tensors):
+    return [None if t is None else t.to(DEVICE) for t in tensors]
+
+
+def assert_forward(tensors, outer, inner, config, save_response=True):
+    y, q = kernels.forward(*on_device(*tensors), outer, inner, save_response, config=config)
+    exact = [None if t is None else t.double() for t in tensors]
+    assert_twice_as_good(y, plain(tensors, outer, inner), plain(exact, outer, inner))
+    if not save_response:
+        assert q is None
+        return
+    assert_twice_as_good(q, tensors[0] @ tensors[3].T, exact[0] @ exact[3].T, "q")
+
+
+def assert_gradients(tensors, dy, outer, inner, config, wanted=EVERYTHING):
+    x, weight, _, response_weight, response_bias, weight_gate, bias_gate, h = on_device(*tensors)
+    q = x @ response_weight.T if wanted[5] or wanted[7] else x.new_empty(0)
+    got = kernels.backward(
+        dy.to(DEVICE), x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q,
+        outer, inner, wanted, config=config,
+    )  # fmt: skip
+    in_dtype, exact = (plain_gradients(tensors, dy, outer, inner, dtype) for dtype in (dy.dtype, torch.float64))
+    for name, wants, gradient, *references in zip(NAMES, wanted, got, in_dtype, exact, strict=True):
+        assert (gradient is not None) == wants, name
+        if wants:
+            assert gradient.dtype == dy.dtype
+            assert_twice_as_good(gradient, *references, name=name)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("config", ["library", "fused"])
+def test_every_shape_obeys_the_2x_rule(config, shape, dtype, bias):
+    tensors, dy = operands(*shape, dtype, bias)
+    config = config if config == "library" else SMALL
+    wanted = EVERYTHING if bias else (True, True, False, True, False, True, False, True)
+    assert_forward(tensors, *shape[4:], config)
+    assert_gradients(tensors, dy, *shape[4:], config, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(65, 67, 131, 3, 1, 2), (33, 64, 128, 15, 2, 1)], ids=str)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_configuration_obeys_the_2x_rule(config, shape, dtype):
+    """Sizes that leave every tile part-filled, and sizes that fill them."""
+    if not runs_here(CONFIGS[config], dtype):
+        config = matmul.configs(dtype, False, torch.cuda.get_device_capability())[0]
+    tensors, dy = operands(*shape, dtype)
+    config = CONFIGS[config] if isinstance(config, str) else config
+    assert_forward(tensors, *shape[4:], config)
+    assert_gradients(tensors, dy, *shape[4:], config, (True, True, *[False] * 1, True, *[False] * 4))
+
+
+@pytest.mark.parametrize("config", ["library", "fused"])
+def test_one_of_everything_is_right_in_float32(config):
+    tensors, dy = operands(1, 1, 1, 1, 1, 1, torch.float32)
+    config = config if config == "library" else SMALL
+    assert_forward(tensors, 1, 1, config)
+    assert_gradients(tensors, dy, 1, 1, config)
+
+
+SUBSETS = [
+    *(tuple(i == one for i in range(8)) for one in range(8)),
+    *(tuple(i != one for i in range(8)) for one in range(8)),
+    (False,) * 8,
+    (True, *[False] * 6, True),  # a validation step
+    (False, *[True] * 6, False),  # the first layer in a training step
+]
+
+
+@pytest.mark.parametrize("ways", ["library", "fused", "library for dx", "library for dw"])
+def test_only_wanted_gradients_are_computed_and_right(ways):
+    config = {"library": "library", "fused": SMALL, "library for dx": ("library", SMALL)}.get(ways, (SMALL, "library"))
+    shape = (5, 7, 6, 3, 2, 2)
+    tensors, dy = operands(*shape, torch.float32)
+    for wanted in SUBSETS:
+        assert_gradients(tensors, dy, *shape[4:], config, wanted)
+
+
+@pytest.mark.parametrize("config", ["library", "fused"])
+def test_response_is_saved_only_when_asked_for(config):
+    tensors, _ = operands(5, 7, 6, 3, 1, 1, torch.float32)
+    assert_forward(tensors, 1, 1, config if config == "library" else SMALL, save_response=False)
+
+
+def test_reductions_are_split_and_still_right():
+    """Many rows by few outputs, and few rows by many outputs: both reductions take several programs."""
+    for shape in ((700, 3, 5, 4, 1, 1), (3, 3, 700, 4, 1, 1)):
+        tensors, dy = operands(*shape, torch.float32)
+        wanted = (False, False, True, False, True, True, True, True)
+        assert_gradients(tensors, dy, 1, 1, "library", wanted)
+
+
+def test_an_unknown_configuration_is_named_with_the_known_ones():
+    tensors, _ = operands(5, 7, 6, 3, 1, 1, torch.float32)
+    with pytest.raises(ValueError, match=r"config='fastest' is none of \['library', '64x64x16-w8-s3'"):
+        kernels.forward(*on_device(*tensors), 1, 1, False, config="fastest")
