@@ -1,10 +1,11 @@
 """Picks the fastest of several ways to compute the same thing, once per problem, and remembers it.
 
-The first time a problem is seen on a CUDA device its candidates are timed there, and the choice is kept in memory and in a JSON file
-under STN_FAST_CACHE (default ~/.cache/stn_fast), so that later runs on the same machine choose alike. The default candidate is
-taken, and nothing is timed, where STN_FAST_AUTOTUNE=0, on the CPU, while a CUDA graph is being captured (a remembered choice
-still holds there), and under torch.use_deterministic_algorithms, which ignores remembered choices as well: what is fastest
-may differ from one machine to the next, and results with it by rounding.
+The first time a problem is seen on a CUDA device its candidates are timed there, and the choice is kept in memory
+and in a JSON file under STN_FAST_CACHE (default ~/.cache/stn_fast), so that later runs on the same machine choose
+alike. The default candidate is taken, and nothing is timed, where STN_FAST_AUTOTUNE=0, on the CPU, while a CUDA
+graph is being captured (a remembered choice still holds there), and under torch.use_deterministic_algorithms,
+which ignores remembered choices as well: what is fastest may differ from one machine to the next, and results with
+it by rounding.
 """
 
 import json
@@ -63,7 +64,7 @@ class Autotuner:
         if self._choices is None:
             self._choices = self._read()
         known = self._choices.get(key)
-        if known in candidates:
+        if known is not None and known in candidates:
             return known
         if _capturing():
             return default

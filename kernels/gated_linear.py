@@ -1,11 +1,12 @@
 """Gated linear layers on a GPU: y = x Wᵀ + b + (h Gwᵀ) ⊙ (x Rᵀ) + (h Gbᵀ) ⊙ r and its gradients.
 
-Two ways to compute each pair of products, and the autotuner chooses: two library products with one fused pass beside them
-("library"), or one Triton kernel with the gates inside. One product alone is always the library's.
+Two ways to compute each pair of products, and the autotuner chooses: two library products with one fused pass beside
+them ("library"), or one Triton kernel with the gates inside. One product alone is always the library's.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import torch
 import triton
@@ -31,8 +32,8 @@ from .gated_linear_matmul import (
 from .launch import device_guard
 
 LIBRARY = "library"
-Choice = str | triton.Config
-Gradients = tuple[Tensor | None, ...]
+Choice: TypeAlias = str | triton.Config
+Gradients: TypeAlias = tuple[Tensor | None, ...]
 
 # Programs that a reduction is split into, at least, where there is that much to do: twice the multiprocessors of large
 # devices. A constant, so that results don't depend on the device.
@@ -113,7 +114,7 @@ def forward(
     save_response: bool,
     config: Choice | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, q): x (outer·B·inner, I) of examples h (B, n), all contiguous and of one dtype; q = x Rᵀ where it is to be saved.
+    """(y, q): x (outer·B·inner, I) of examples h (B, n), contiguous and of one dtype; q = x Rᵀ where it is to be saved.
 
     config fixes "library", a configuration's name or a configuration; by default the autotuner chooses.
     """
@@ -297,7 +298,7 @@ def backward(
 ) -> Gradients:
     """(dx, dW, db, dR, dr, dGw, dGb, dh), None where `wanted`, in the same order, says so. q is needed for dGw and dh.
 
-    config fixes how dx, and how dW with dR, are computed, as in `forward`; a pair fixes each; by default the autotuner chooses.
+    config fixes how dx, and how dW with dR, are computed, as in `forward`; a pair fixes each.
     """
     want_x, want_w, want_b, want_r, want_rb, want_gw, want_gb, want_h = wanted
     problem = _Problem(x, weight, h, inner)

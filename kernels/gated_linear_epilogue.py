@@ -1,9 +1,11 @@
 """Gated linear layers around library products: what is left once P = x Wᵀ and Q = x Rᵀ are there.
 
-Each kernel is one pass over dy, P or Q, with rows as in gated_linear_matmul. Sums over positions are not taken before the products with
-h and the gates: n is small, so on tensor cores those products cost 16 / I of dW, less than writing a sum per example
-in float32 and reading it back would. Sums across programs go through partial buffers, added in a fixed order.
+Each kernel is one pass over dy, P or Q, with rows as in gated_linear_matmul. Sums over positions are not taken
+before the products with h and the gates: n is small, so on tensor cores those products cost 16 / I of dW, less
+than writing a sum per example in float32 and reading it back. Sums across programs go through partial buffers,
+added in a fixed order.
 """
+# ruff: noqa: E741 (I inputs, O outputs)
 
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from .launch import narrow
 # (BLOCK_M, BLOCK_N) tiles of rows by outputs, one shape that fits every dtype.
 EPILOGUE_CONFIG = triton.Config({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=2)
 BWD_ROWS_CONFIG = triton.Config({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=2)
-BWD_GATES_CONFIG = triton.Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=1)
+BWD_GATES_CONFIG = triton.Config({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=1)
 FINISH_CONFIG = triton.Config({"BLOCK_N": 32}, num_warps=4, num_stages=2)
 
 
@@ -82,7 +84,7 @@ def gated_linear_epilogue_bwd_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """g = dy ⊙ s, and per row (dy ⊙ q) Gw + (dy ⊙ r) Gb over `tiles_each` tiles of outputs: (splits, M, n) partial sums."""
+    """g = dy ⊙ s, and per row (dy ⊙ q) Gw + (dy ⊙ r) Gb over `tiles_each` tiles of outputs (splits, M, n)."""
     i_split = tl.program_id(1)
     i_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_m = i_m < M

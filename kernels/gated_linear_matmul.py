@@ -4,6 +4,7 @@ Rows of x are (outer, batch, inner) positions; row m belongs to example (m // in
 y = x Wᵀ + b + s ⊙ (x Rᵀ) + (h Gbᵀ) ⊙ r · dx = dy W + (dy ⊙ s) R · dW = dyᵀ x · dR = (dy ⊙ s)ᵀ x.
 Row indices are 32 bits wide, addresses 64.
 """
+# ruff: noqa: E741 (I inputs, O outputs)
 
 import torch
 import triton
@@ -17,8 +18,8 @@ def _config(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:
     return triton.Config(kwargs, num_warps=warps, num_stages=stages)
 
 
-# Every configuration that may ship; tests/kernels/test_compile_ahead.py builds each. BLOCK_M by BLOCK_N is the tile of the
-# result, BLOCK_K the length of a step along the sum. All three kernels share them.
+# Every configuration that may ship; tests/kernels/test_compile_ahead.py builds each. BLOCK_M by BLOCK_N is the tile of
+# the result, BLOCK_K the length of a step along the sum. All three kernels share them.
 HOPPER_CONFIGS = [
     _config(128, 128, 64, 8, 3),
     _config(128, 64, 64, 8, 3),
@@ -36,13 +37,13 @@ AMPERE_CONFIGS = [
 # Rows that don't begin at 16 bytes are read number by number, through registers: larger tiles spill.
 UNALIGNED_CONFIGS = [_config(64, 64, 32, 8, 3), _config(64, 32, 32, 4, 3)]
 # float32 products run on the ordinary units unless TF32 is allowed: registers limit a tile, not shared memory.
-FLOAT32_CONFIGS = [_config(64, 64, 16, 8, 3), _config(64, 32, 16, 4, 3), _config(32, 32, 16, 4, 3)]
+FLOAT32_CONFIGS = [_config(64, 64, 16, 8, 3), _config(64, 32, 16, 8, 3), _config(32, 32, 16, 4, 3)]
 
 
 def configs(dtype: torch.dtype, aligned: bool, capability: tuple[int, int]) -> list[triton.Config]:
     """What may run: `aligned` says that I and O are multiples of 16, as Triton's specialisation wants them."""
     if dtype == torch.float32:
-        return FLOAT32_CONFIGS
+        return FLOAT32_CONFIGS if aligned else FLOAT32_CONFIGS[1:]
     if not aligned:
         return UNALIGNED_CONFIGS
     return HOPPER_CONFIGS if capability >= (9, 0) else AMPERE_CONFIGS
@@ -252,8 +253,8 @@ def gated_linear_bwd_dw_kernel(
 ):
     """dW = dyᵀ x and dR = (dy ⊙ s)ᵀ x; tiles of outputs by inputs, the sum runs over rows.
 
-    The sum is not split among programs. That would pay where O * I gives fewer tiles than the device has multiprocessors while
-    there are many rows, such as 256 by 256 weights under 10^5 rows.
+    The sum is not split among programs. That would pay where O * I gives fewer tiles than there are
+    multiprocessors, and there are many rows, such as 256 by 256 weights under 10^5 rows.
     """
     i_tile_o, i_tile_i = tile_order(tl.program_id(0), O, I, BLOCK_M, BLOCK_N, 8)
     i_o = i_tile_o * BLOCK_M + tl.arange(0, BLOCK_M)

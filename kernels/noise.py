@@ -1,4 +1,4 @@
-"""Gaussian noise with one scale per example: y = x + scale[b] * normal(element); d_scale[b] = sum dy * normal(element)."""
+"""Gaussian noise, one scale per example: y = x + scale[b] * normal(element); d_scale[b] = sum dy * normal(element)."""
 
 import torch
 import triton
@@ -100,7 +100,7 @@ def noise_forward(
     first_example: int,
     sizes: tuple[int, int, int],
 ) -> Tensor:
-    """y for x contiguous and seen as (outer, batch, inner) = `sizes`; scale (batch,); element = i_outer * inner + i_inner."""
+    """y for x contiguous, (outer, batch, inner) = `sizes`, and scale (batch,); element = i_outer * inner + i_inner."""
     y = torch.empty_like(x)
     if x.numel():
         _launch(x, scale, y, step, seed, stream, first_example, _rows(sizes), backward=False)

@@ -1,8 +1,8 @@
-"""Perturbation of hyperparameters and what it makes of them: unconstrained, constrained value and response, per example.
+"""Perturbation of hyperparameters: each example's unconstrained value, constrained value and response.
 
 For example b and hyperparameter k, with eps standard normal and sigma = softplus(clamp(rho, rho_min, rho_max)):
-unconstrained = location + sigma * eps; value = its image between the bounds; response = value or unconstrained - center.
-A row of the table holds kind (0 no bound, 1 lower, 2 upper, 3 both), low, high, integer, per_example, responds_with_value.
+unconstrained = location + sigma * eps; value = its image within bounds; response = value or unconstrained - center.
+A row of the table: kind (0 no bound, 1 lower, 2 upper, 3 both), low, high, integer, per_example, responds_with_value.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from .launch import device_guard, words_in_range
 from .random import draw_words, normals_in_order
 
-PROGRAM_ELEMENTS = 1024
+PROGRAM_ELEMENTS = 512
 NUM_WARPS = 4
 
 
@@ -174,7 +174,7 @@ def perturb_forward(
     rho_min: float,
     rho_max: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(unconstrained (B, n), values (n, B), response (B, n)), float32, of location, raw_scale, center (n,) and table (n, 6)."""
+    """(unconstrained (B, n), values (n, B), response (B, n)); location, raw_scale, center (n,), table (n, 6)."""
     n = location.shape[0]
     unconstrained = torch.empty(batch_size, n, dtype=torch.float32, device=location.device)
     values = torch.empty(n, batch_size, dtype=torch.float32, device=location.device)
@@ -227,7 +227,7 @@ def perturb_backward(
     rho_min: float,
     rho_max: float,
 ) -> tuple[Tensor, Tensor]:
-    """(d_location (n,), d_raw_scale (n,)) from the gradients that there are; shapes as in the forward, eps drawn again."""
+    """(d_location (n,), d_raw_scale (n,)) from those gradients that are given, shaped as in the forward."""
     n = location.shape[0]
     if not batch_size * n:
         return torch.zeros_like(location), torch.zeros_like(raw_scale)

@@ -181,7 +181,7 @@ def philox_bits(counters: Tensor, keys: Tensor) -> Tensor:
 def draw(
     kind: str, examples: int, elements: int, step: Tensor, seed: int, stream: int, first_example: int = 0
 ) -> Tensor:
-    """`kind` numbers ("bits" uint32, "uniform" or "normal" float32) of each element of each example: (examples, elements)."""
+    """(examples, elements) numbers of one kind: "bits" uint32, "uniform" or "normal" float32."""
     dtype = torch.uint32 if kind == "bits" else torch.float32
     out = torch.empty(examples, elements, dtype=dtype, device=step.device)
     first_example, stream = words_in_range(first_example, stream)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import triton
 
-# Few columns, many rows, or the reverse: 2048 numbers a program, 16 a thread. The first that holds a whole row is taken.
+# Few columns, many rows, or the reverse: 2048 numbers a program, 16 a thread. The first to hold a whole row is taken.
 TILES = [
     triton.Config({"ROWS": 128, "COLS": 16}, num_warps=4),
     triton.Config({"ROWS": 16, "COLS": 128}, num_warps=4),

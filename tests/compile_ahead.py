@@ -1,7 +1,7 @@
 """Compiles kernels for real GPUs on a machine without one, in processes of their own.
 
-The processes are new because the tests' own runs Triton's interpreter, where every jit function, nested ones included, has become
-an interpreted one. Nothing here imports triton before TRITON_INTERPRET is set.
+The processes are new because the tests' own runs Triton's interpreter, where every jit function, nested ones included,
+has become an interpreted one. Nothing here imports triton before TRITON_INTERPRET is set.
 """
 
 import importlib

@@ -70,7 +70,7 @@ def test_a_damaged_file_is_reported_and_replaced(content):
 def test_a_directory_that_cannot_be_written_costs_a_warning_only(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("STN_FAST_CACHE", str(tmp_path / "file" / "below"))
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match=r"file/below/autotune\.json"):
         assert choose(Autotuner(Clock())) == "fast"
 
 

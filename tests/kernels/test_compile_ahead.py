@@ -1,6 +1,7 @@
-"""Every kernel in every shipped configuration is compiled for real GPUs here, on a machine without one, and must fit it.
+"""Every kernel in every shipped configuration is compiled for real GPUs here, on a machine without one, and must fit.
 
-No stack means no spilled register; the matrix kernels must use tensor cores. With -s the registers and shared memory of each are shown.
+No stack means no spilled register; the matrix kernels must use tensor cores. With -s the registers and the shared
+memory of each are shown.
 """
 
 import itertools
@@ -38,7 +39,7 @@ SIZES = ("M", "I", "O", "n", "batch", "inner")
 def matrix_jobs():
     for capability, floats, aligned in itertools.product(CAPABILITIES, FLOATS, BOOLS):
         shipped = matmul.configs(FLOATS[floats], aligned, divmod(capability, 10))
-        # Up to 16 hyperparameters, with masks along the sum and without; up to 32; and TF32. float16 compiles like bfloat16.
+        # Up to 16 hyperparameters, with masks along the sum or none; up to 32; TF32. float16 compiles like bfloat16.
         variants = [("ieee", 16, False)]
         if floats != "fp16":
             variants += [("ieee", 16, True)] if aligned else []

@@ -12,8 +12,6 @@ NAMES = ("x", "weight", "bias", "response_weight", "response_bias", "weight_gate
 EVERYTHING = (True,) * 8
 # batch, inputs, outputs, n, outer, inner
 SHAPES = [
-    (1, 1, 37, 1, 1, 1),
-    (29, 3, 1, 1, 1, 1),
     (13, 17, 23, 5, 1, 1),
     (3, 67, 131, 17, 3, 2),
     (70, 64, 32, 15, 1, 1),
@@ -120,12 +118,17 @@ def test_every_configuration_obeys_the_2x_rule(config, shape, dtype):
     assert_gradients(tensors, dy, *shape[4:], config, (True, True, *[False] * 1, True, *[False] * 4))
 
 
+ONES = [(1, 1, 1, 1, 1, 1), (1, 1, 37, 1, 1, 1), (29, 3, 1, 1, 1, 1), (1, 2, 3, 1, 5, 1)]
+
+
+@pytest.mark.parametrize("shape", ONES, ids=str)
 @pytest.mark.parametrize("config", ["library", "fused"])
-def test_one_of_everything_is_right_in_float32(config):
-    tensors, dy = operands(1, 1, 1, 1, 1, 1, torch.float32)
+def test_sizes_of_one_are_right(config, shape):
+    """In float32: of two 16-bit results of a few numbers, either may be by far the closer by chance."""
+    tensors, dy = operands(*shape, torch.float32)
     config = config if config == "library" else SMALL
-    assert_forward(tensors, 1, 1, config)
-    assert_gradients(tensors, dy, 1, 1, config)
+    assert_forward(tensors, *shape[4:], config)
+    assert_gradients(tensors, dy, *shape[4:], config)
 
 
 SUBSETS = [
@@ -162,5 +165,5 @@ def test_reductions_are_split_and_still_right():
 
 def test_an_unknown_configuration_is_named_with_the_known_ones():
     tensors, _ = operands(5, 7, 6, 3, 1, 1, torch.float32)
-    with pytest.raises(ValueError, match=r"config='fastest' is none of \['library', '64x64x16-w8-s3'"):
+    with pytest.raises(ValueError, match=r"config='fastest' is none of \['library', '64x32x16-w8-s3'"):
         kernels.forward(*on_device(*tensors), 1, 1, False, config="fastest")
