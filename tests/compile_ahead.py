@@ -54,7 +54,7 @@ def compile_job(job: Job) -> Usage | str:
     source = ASTSource(
         fn=function,
         signature=signature,
-        constexprs={(names.index(n),): value for n, value in job.constants.items()},
+        constexprs={(names.index(n),): value for n, value in job.constants.items() if n in names},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in multiples if signature[n] != "constexpr"},
     )
     options = {"num_warps": job.num_warps, "num_stages": job.num_stages}

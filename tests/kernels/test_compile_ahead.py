@@ -6,6 +6,7 @@ memory of each are shown.
 
 import itertools
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,7 +132,38 @@ def random_jobs():
         )
 
 
-JOBS = {job.label: job for job in itertools.chain(matrix_jobs(), epilogue_jobs(), random_jobs())}
+def corner_jobs():
+    """As Triton specialises sizes of 1 and absent tensors: they become constants. One of each kernel is enough."""
+    absent = {
+        "HAS_BIAS": ["p_bias", "p_response_bias", "p_bias_gate"],
+        "STORE_Q": ["p_q"],
+        "STORE_G": ["p_g"],
+        "WANT_H": ["p_dh_partial"],
+        "WANT_S": ["p_s_partial", "p_d_weight_gate"],
+        "HAS_D_UNCONSTRAINED": ["p_d_unconstrained"],
+        "HAS_D_VALUES": ["p_d_values"],
+        "HAS_D_RESPONSE": ["p_d_response"],
+    }
+    drawn = {"first_example", "seed", "stream"}  # never specialised
+    of_kernel = {}
+    for job in itertools.chain(matrix_jobs(), epilogue_jobs(), random_jobs()):
+        if job.capability == 90 and job.types.get("p_x") != "*fp32":
+            of_kernel.setdefault((job.kernel, job.constants.get("BACKWARD"), job.constants.get("MODE")), job)
+    for (kernel, backward, mode), job in of_kernel.items():
+        label = (
+            f"{kernel.split(':')[1]}{'' if backward is None else f'-{backward}'}{'' if mode is None else f'-{mode}'}"
+        )
+        sizes = [name for name, kind in job.types.items() if kind == "i32" and name not in drawn]
+        flags = [flag for flag in absent if flag in job.constants]
+        ones = dict.fromkeys(sizes, 1)
+        yield replace(job, label=f"{label}-ones", constants=job.constants | ones)
+        yield replace(job, label=f"{label}-inner one", constants=job.constants | {"inner": 1, "middle": 1, "splits": 1})
+        for flag in flags:
+            missing = {flag: False, **dict.fromkeys(absent[flag], None)}
+            yield replace(job, label=f"{label}-without {flag}", constants=job.constants | missing)
+
+
+JOBS = {job.label: job for job in itertools.chain(matrix_jobs(), epilogue_jobs(), random_jobs(), corner_jobs())}
 
 
 @pytest.fixture(scope="session")
