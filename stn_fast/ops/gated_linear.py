@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stn_fast.dispatch import choose
-from stn_fast.ops._core import address
 from stn_fast.ops._eager import eager_function, traced
+from stn_fast.ops._gated_linear_cpu import Wanted, backward_core, backward_plain, forward_core, forward_plain
 from stn_fast.ops._transforms import in_transform
 
 
@@ -32,22 +31,7 @@ def reference(
 
     Rows of x (outer·B·inner, I) are positions; row m belongs to example (m // inner) mod B of h (B, n).
     """
-    return _forward_plain(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, outer, inner)[0]
-
-
-def _rows(per_example: Tensor, outer: int, inner: int) -> Tensor:
-    """(B, O) → (outer·B·inner, O): every example's row at each of its positions."""
-    if outer == inner == 1:
-        return per_example
-    batch, outputs = per_example.shape
-    return per_example[None, :, None].expand(outer, batch, inner, outputs).reshape(outer * batch * inner, outputs)
-
-
-def _examples(per_row: Tensor, outer: int, batch: int, inner: int) -> Tensor:
-    """(outer·B·inner, O) → (B, O): the sum over the positions of every example."""
-    if outer == inner == 1:
-        return per_row
-    return per_row.view(outer, batch, inner, per_row.shape[1]).sum((0, 2))
+    return forward_plain(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, outer, inner)[0]
 
 
 def fold(
@@ -64,161 +48,6 @@ def fold(
     if bias is None or response_bias is None or bias_gate is None:
         return folded, None
     return folded, bias + (bias_gate @ h) * response_bias
-
-
-class Gradients(NamedTuple):
-    """One entry for every tensor that `gated_linear` takes, in its order; None where not wanted."""
-
-    x: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    response_weight: Tensor | None
-    response_bias: Tensor | None
-    weight_gate: Tensor | None
-    bias_gate: Tensor | None
-    h: Tensor | None
-
-
-class Wanted(NamedTuple):
-    """Which of the `Gradients` to compute."""
-
-    x: bool
-    weight: bool
-    bias: bool
-    response_weight: bool
-    response_bias: bool
-    weight_gate: bool
-    bias_gate: bool
-    h: bool
-
-
-def _forward_plain(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    response_weight: Tensor,
-    response_bias: Tensor | None,
-    weight_gate: Tensor,
-    bias_gate: Tensor | None,
-    h: Tensor,
-    outer: int,
-    inner: int,
-) -> tuple[Tensor, Tensor]:
-    q = x @ response_weight.T
-    y = F.linear(x, weight, bias) + _rows(h @ weight_gate.T, outer, inner) * q
-    if response_bias is not None and bias_gate is not None:
-        y = y + _rows((h @ bias_gate.T) * response_bias, outer, inner)
-    return y, q
-
-
-def _backward_plain(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    response_weight: Tensor,
-    response_bias: Tensor | None,
-    weight_gate: Tensor,
-    bias_gate: Tensor | None,
-    h: Tensor,
-    q: Tensor,
-    outer: int,
-    inner: int,
-    wanted: Wanted,
-) -> Gradients:
-    g = dy * _rows(h @ weight_gate.T, outer, inner)
-    # Sums over positions, then over examples: 16-bit operands would be rounded twice, so these run in float32.
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    h, gate = h.to(wide), weight_gate.to(wide)
-    dc = _examples(dy.to(wide), outer, len(h), inner)
-    ds = _examples(dy.to(wide) * q, outer, len(h), inner) if wanted.weight_gate or wanted.h else torch.zeros_like(dc)
-    dh = ds @ gate
-    d_response_bias = d_bias_gate = None
-    if response_bias is not None and bias_gate is not None:
-        d_response_bias = (dc * (h @ bias_gate.to(wide).T)).sum(0)
-        d_bias_gate = (dc * response_bias).T @ h
-        dh = dh + (dc * response_bias) @ bias_gate.to(wide)
-
-    def out(gradient: Tensor | None, wants: bool) -> Tensor | None:
-        return gradient.to(dy.dtype) if wants and gradient is not None else None
-
-    return Gradients(
-        x=dy @ weight + g @ response_weight if wanted.x else None,
-        weight=dy.T @ x if wanted.weight else None,
-        bias=out(dc.sum(0), wanted.bias),
-        response_weight=g.T @ x if wanted.response_weight else None,
-        response_bias=out(d_response_bias, wanted.response_bias),
-        weight_gate=out(ds.T @ h, wanted.weight_gate),
-        bias_gate=out(d_bias_gate, wanted.bias_gate),
-        h=out(dh, wanted.h),
-    )
-
-
-def _forward_cpp(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    response_weight: Tensor,
-    response_bias: Tensor | None,
-    weight_gate: Tensor,
-    bias_gate: Tensor | None,
-    h: Tensor,
-    outer: int,
-    inner: int,
-) -> tuple[Tensor, Tensor]:
-    """Two library products, no copy of the weights, then one fused pass over their results."""
-    from stn_fast import _C
-
-    y, q = torch.mm(x, weight.T), torch.mm(x, response_weight.T)
-    _C.gated_epilogue_forward(
-        y.data_ptr(), q.data_ptr(), h.data_ptr(), weight_gate.data_ptr(),
-        address(bias), address(response_bias), address(bias_gate),
-        outer, h.shape[0], inner, weight.shape[0], h.shape[1], torch.get_num_threads(),
-    )  # fmt: skip
-    return y, q
-
-
-def _backward_cpp(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    response_weight: Tensor,
-    response_bias: Tensor | None,
-    weight_gate: Tensor,
-    bias_gate: Tensor | None,
-    h: Tensor,
-    q: Tensor,
-    outer: int,
-    inner: int,
-    wanted: Wanted,
-) -> Gradients:
-    """One fused pass over dy and q gives dy ⊙ s and every small gradient; the rest is library products."""
-    from stn_fast import _C
-
-    def out(like: Tensor | None, wants: bool) -> Tensor | None:
-        return torch.empty_like(like) if wants and like is not None else None
-
-    g = out(dy, wanted.x or wanted.response_weight)
-    d_bias = dy.new_empty(dy.shape[1]) if wanted.bias else None
-    d_weight_gate, d_h = out(weight_gate, wanted.weight_gate), out(h, wanted.h)
-    d_response_bias, d_bias_gate = out(response_bias, wanted.response_bias), out(bias_gate, wanted.bias_gate)
-    if any(t is not None for t in (g, d_bias, d_weight_gate, d_h, d_response_bias, d_bias_gate)):
-        _C.gated_epilogue_backward(
-            dy.data_ptr(), q.data_ptr(), h.data_ptr(), weight_gate.data_ptr(),
-            address(response_bias), address(bias_gate),
-            address(g), address(d_weight_gate), address(d_bias), address(d_response_bias),
-            address(d_bias_gate), address(d_h),
-            outer, h.shape[0], inner, weight.shape[0], h.shape[1], torch.get_num_threads(),
-        )  # fmt: skip
-    return Gradients(
-        x=torch.mm(dy, weight).addmm_(g, response_weight) if wanted.x and g is not None else None,
-        weight=torch.mm(dy.T, x) if wanted.weight else None,
-        bias=d_bias,
-        response_weight=torch.mm(g.T, x) if wanted.response_weight and g is not None else None,
-        response_bias=d_response_bias,
-        weight_gate=d_weight_gate,
-        bias_gate=d_bias_gate,
-        h=d_h,
-    )
 
 
 def _backend(x: Tensor, weight: Tensor, h: Tensor) -> str:
@@ -252,7 +81,7 @@ def _compute(
 
         y, q = kernels.forward(*tensors, outer, inner, save_response)
     else:
-        y, q = (_forward_cpp if backend == "cpp" else _forward_plain)(*tensors, outer, inner)
+        y, q = (forward_core if backend == "cpp" else forward_plain)(*tensors, outer, inner)
     return y, q if save_response and q is not None else x.new_empty(0)
 
 
@@ -289,7 +118,7 @@ def _compute_backward(
 
         gradients = kernels.backward(*tensors, outer, inner, asked)
     else:
-        gradients = (_backward_cpp if backend == "cpp" else _backward_plain)(*tensors, outer, inner, asked)
+        gradients = (backward_core if backend == "cpp" else backward_plain)(*tensors, outer, inner, asked)
     return [gradient for gradient in gradients if gradient is not None]
 
 

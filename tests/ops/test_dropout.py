@@ -50,7 +50,7 @@ def test_masks_are_bit_for_bit_those_of_the_generator(backend, layout):
     assert torch.equal(y == 0, ~keep)
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 7), features=st.integers(1, 150), first=st.integers(0, 2**32 - 1), step=st.integers(0, 2**40),
     seed=st.integers(0, 2**63 - 1),

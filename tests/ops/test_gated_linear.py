@@ -11,7 +11,10 @@ from stn_fast.ops.gated_linear import fold, gated_linear, reference
 
 NAMES = ("x", "weight", "bias", "response_weight", "response_bias", "weight_gate", "bias_gate", "h")
 sizes = st.integers(1, 70)
-property_test = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Drawn alike at every run: a sum of one number may cancel to less than its rounding, and pass or fail by chance.
+property_test = settings(
+    derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def operands(batch, inputs, outputs, n, *, outer=1, inner=1, bias=True, dtype=torch.float32, device="cpu", seed=0):
@@ -52,10 +55,12 @@ def gradients(function, tensors, dy):
 def assert_as_good_as_plain_torch(tensors, wanted=(True,) * 8):
     """Output and every wanted gradient, by the 2x rule."""
     exact, plain, ours = (leaves(tensors, d, wanted) for d in (torch.float64, None, None))
-    assert_twice_as_good(apply(gated_linear, ours), apply(reference, plain), apply(reference, exact))
+    exact_y = apply(reference, exact)
+    assert_twice_as_good(apply(gated_linear, ours), apply(reference, plain), exact_y)
     if not any(t is not None and t.requires_grad for t in ours):
         return
-    dy = torch.randn_like(apply(reference, exact))
+    dy = torch.randn(exact_y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    dy = dy.to(exact_y.device)
     for name, *three in zip(
         [n for n, t in zip(NAMES, ours, strict=True) if t is not None and t.requires_grad],
         gradients(gated_linear, ours, dy.to(tensors[0].dtype)),

@@ -1,0 +1,242 @@
+"""gated_linear on the CPU: in plain torch for any dtype, and around the C++ core for float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stn_fast.ops._core import address
+
+
+class Gradients(NamedTuple):
+    """One entry for every tensor that `gated_linear` takes, in its order; None where not wanted."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    response_weight: Tensor | None
+    response_bias: Tensor | None
+    weight_gate: Tensor | None
+    bias_gate: Tensor | None
+    h: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which of the `Gradients` to compute."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    response_weight: bool
+    response_bias: bool
+    weight_gate: bool
+    bias_gate: bool
+    h: bool
+
+
+def _rows(per_example: Tensor, outer: int, inner: int) -> Tensor:
+    """(B, O) → (outer·B·inner, O): every example's row at each of its positions."""
+    if outer == inner == 1:
+        return per_example
+    batch, outputs = per_example.shape
+    return per_example[None, :, None].expand(outer, batch, inner, outputs).reshape(outer * batch * inner, outputs)
+
+
+def _examples(per_row: Tensor, outer: int, batch: int, inner: int) -> Tensor:
+    """(outer·B·inner, O) → (B, O): the sum over the positions of every example."""
+    if outer == inner == 1:
+        return per_row
+    return per_row.view(outer, batch, inner, per_row.shape[1]).sum((0, 2))
+
+
+def forward_plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    outer: int,
+    inner: int,
+) -> tuple[Tensor, Tensor]:
+    q = x @ response_weight.T
+    y = F.linear(x, weight, bias) + _rows(h @ weight_gate.T, outer, inner) * q
+    if response_bias is not None and bias_gate is not None:
+        y = y + _rows((h @ bias_gate.T) * response_bias, outer, inner)
+    return y, q
+
+
+def backward_plain(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    q: Tensor,
+    outer: int,
+    inner: int,
+    wanted: Wanted,
+) -> Gradients:
+    g = dy * _rows(h @ weight_gate.T, outer, inner)
+    # Sums over positions, then over examples: 16-bit operands would be rounded twice, so these run in float32.
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    h, gate = h.to(wide), weight_gate.to(wide)
+    dc = _examples(dy.to(wide), outer, len(h), inner)
+    ds = _examples(dy.to(wide) * q, outer, len(h), inner) if wanted.weight_gate or wanted.h else torch.zeros_like(dc)
+    dh = ds @ gate
+    d_response_bias = d_bias_gate = None
+    if response_bias is not None and bias_gate is not None:
+        d_response_bias = (dc * (h @ bias_gate.to(wide).T)).sum(0)
+        d_bias_gate = (dc * response_bias).T @ h
+        dh = dh + (dc * response_bias) @ bias_gate.to(wide)
+
+    def out(gradient: Tensor | None, wants: bool) -> Tensor | None:
+        return gradient.to(dy.dtype) if wants and gradient is not None else None
+
+    return Gradients(
+        x=dy @ weight + g @ response_weight if wanted.x else None,
+        weight=dy.T @ x if wanted.weight else None,
+        bias=out(dc.sum(0), wanted.bias),
+        response_weight=g.T @ x if wanted.response_weight else None,
+        response_bias=out(d_response_bias, wanted.response_bias),
+        weight_gate=out(ds.T @ h, wanted.weight_gate),
+        bias_gate=out(d_bias_gate, wanted.bias_gate),
+        h=out(dh, wanted.h),
+    )
+
+
+def forward_core(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    outer: int,
+    inner: int,
+) -> tuple[Tensor, Tensor]:
+    """Two library products, no copy of the weights, then one fused pass over their results."""
+    from stn_fast import _C
+
+    y, q = torch.mm(x, weight.T), torch.mm(x, response_weight.T)
+    _C.gated_epilogue_forward(
+        y.data_ptr(), q.data_ptr(), h.data_ptr(), weight_gate.data_ptr(),
+        address(bias), address(response_bias), address(bias_gate),
+        outer, h.shape[0], inner, weight.shape[0], h.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
+    return y, q
+
+
+def backward_core(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    q: Tensor,
+    outer: int,
+    inner: int,
+    wanted: Wanted,
+) -> Gradients:
+    """One fused pass over dy and q for the gradients of gates, biases and h; library products for the rest."""
+    from stn_fast import _C
+
+    def out(like: Tensor | None, wants: bool) -> Tensor | None:
+        return torch.empty_like(like) if wants and like is not None else None
+
+    d_bias = dy.new_empty(dy.shape[1]) if wanted.bias else None
+    d_weight_gate, d_h = out(weight_gate, wanted.weight_gate), out(h, wanted.h)
+    d_response_bias, d_bias_gate = out(response_bias, wanted.response_bias), out(bias_gate, wanted.bias_gate)
+    if any(t is not None for t in (d_bias, d_weight_gate, d_h, d_response_bias, d_bias_gate)):
+        _C.gated_epilogue_backward(
+            dy.data_ptr(), q.data_ptr(), h.data_ptr(), weight_gate.data_ptr(),
+            address(response_bias), address(bias_gate),
+            0, address(d_weight_gate), address(d_bias), address(d_response_bias), address(d_bias_gate), address(d_h),
+            outer, h.shape[0], inner, weight.shape[0], h.shape[1], torch.get_num_threads(),
+        )  # fmt: skip
+    dx = torch.mm(dy, weight) if wanted.x else None
+    d_weight = torch.mm(dy.T, x) if wanted.weight else None
+    d_response_weight = out(response_weight, wanted.response_weight)
+    if dx is not None or d_response_weight is not None:
+        _add_response_products(dx, d_response_weight, dy, x, response_weight, weight_gate, h, outer, inner)
+    return Gradients(
+        x=dx,
+        weight=d_weight,
+        bias=d_bias,
+        response_weight=d_response_weight,
+        response_bias=d_response_bias,
+        weight_gate=d_weight_gate,
+        bias_gate=d_bias_gate,
+        h=d_h,
+    )
+
+
+def _add_response_products(
+    dx: Tensor | None,
+    d_response_weight: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    response_weight: Tensor,
+    weight_gate: Tensor,
+    h: Tensor,
+    outer: int,
+    inner: int,
+) -> None:
+    """dx += g R and dR = gᵀ x, with g = dy ⊙ s made block by block in a buffer that stays in the cache.
+
+    A whole g is fresh memory every time, and the faults of its pages cost more than the arithmetic on it. A block
+    holds at least twice what dR does, so that adding up dR costs less than g would have.
+    """
+    from stn_fast import _C
+
+    outputs = dy.shape[1]
+    most = max(_BLOCK, 2 * response_weight.numel()) // outputs
+    buffer = dy.new_empty(min(dy.shape[0], max(most, inner)), outputs)
+    for rows, examples, turns in row_blocks(outer, h.shape[0], inner, most):
+        of_dy, of_h, first = dy[rows], h[examples], rows.start == 0
+        g = buffer[: len(of_dy)]
+        _C.gated_epilogue_backward(
+            of_dy.data_ptr(), 0, of_h.data_ptr(), weight_gate.data_ptr(), 0, 0, g.data_ptr(), 0, 0, 0, 0, 0,
+            turns, len(of_h), inner, outputs, h.shape[1], torch.get_num_threads(),
+        )  # fmt: skip
+        if dx is not None:
+            dx[rows].addmm_(g, response_weight)
+        if d_response_weight is not None and first:
+            torch.mm(g.T, x[rows], out=d_response_weight)
+        elif d_response_weight is not None:
+            d_response_weight.addmm_(g.T, x[rows])
+
+
+_BLOCK = 1 << 18  # numbers: 1 MiB, what a core's cache holds
+
+
+def row_blocks(outer: int, batch: int, inner: int, most: int) -> Iterator[tuple[slice, slice, int]]:
+    """Consecutive (rows, their examples, how often those repeat) of about `most` rows of (outer, batch, inner).
+
+    Whole turns through the batch where at least one fits, else some examples of one turn.
+    """
+    turn = batch * inner
+    if turn <= most:
+        for first in range(0, outer, most // turn):
+            turns = min(most // turn, outer - first)
+            yield slice(first * turn, (first + turns) * turn), slice(0, batch), turns
+        return
+    step = max(1, most // inner)
+    for first in range(0, outer * turn, turn):
+        for b in range(0, batch, step):
+            last = min(b + step, batch)
+            yield slice(first + b * inner, first + last * inner), slice(b, last), 1
