@@ -17,10 +17,11 @@ void gated_epilogue_forward(float* y, const float* q, const float* h, const floa
 // With dS = sum over an example's positions of dy * q and dC that of dy:
 //     g = dy * (h Gw^T), d_weight_gate = dS^T h, d_bias = sum dC, d_bias_gate = r * (dC^T h),
 //     d_response_bias = sum dC * (h Gb^T), d_h = dS Gw + (dC * r) Gb.
-// A null output isn't computed; q is needed for d_weight_gate and d_h alone.
+// A null output isn't computed; q is needed for d_weight_gate and d_h alone. Where `accumulate`, all but g are added to what the
+// outputs hold, so that a caller may go through the rows in blocks.
 void gated_epilogue_backward(const float* dy, const float* q, const float* h, const float* weight_gate,
                              const float* response_bias, const float* bias_gate, float* g, float* d_weight_gate, float* d_bias,
                              float* d_response_bias, float* d_bias_gate, float* d_h, std::int64_t outer, std::int64_t batch,
-                             std::int64_t inner, std::int64_t outputs, std::int64_t n, int threads);
+                             std::int64_t inner, std::int64_t outputs, std::int64_t n, bool accumulate, int threads);
 
 }  // namespace stn_fast

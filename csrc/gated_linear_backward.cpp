@@ -11,6 +11,7 @@ struct Backward {
     const float *dy, *q, *h, *weight_gate, *response_bias, *bias_gate;
     float *g, *d_weight_gate, *d_bias, *d_response_bias, *d_bias_gate, *d_h;
     std::int64_t outer, batch, inner, outputs, n;
+    bool accumulate;
 
     bool wants_gate_sums() const { return d_weight_gate != nullptr; }                       // dS^T h
     bool wants_bias_sums() const { return d_response_bias || d_bias_gate; }                 // dC^T h
@@ -122,15 +123,21 @@ STN_FAST_CLONES void finish_tile(const Backward& t, const float* memory, std::in
         }
         for (std::int64_t o = 0; o < width; ++o) {
             const std::int64_t at = (o0 + o) * t.n + k;
-            if (t.d_weight_gate) t.d_weight_gate[at] = gate[o];
-            if (t.d_bias_gate) t.d_bias_gate[at] = t.response_bias[o0 + o] * bias_gate[o];
+            if (t.d_weight_gate) t.d_weight_gate[at] = gate[o] + (t.accumulate ? t.d_weight_gate[at] : 0.0f);
+            if (t.d_bias_gate) {
+                t.d_bias_gate[at] = t.response_bias[o0 + o] * bias_gate[o] + (t.accumulate ? t.d_bias_gate[at] : 0.0f);
+            }
             if (t.d_response_bias) response_bias[o] += bias_gate[o] * t.bias_gate[at];
         }
     }
-    if (t.d_response_bias) std::copy_n(response_bias, width, t.d_response_bias + o0);
+    if (t.d_response_bias) {
+        for (std::int64_t o = 0; o < width; ++o) {
+            t.d_response_bias[o0 + o] = response_bias[o] + (t.accumulate ? t.d_response_bias[o0 + o] : 0.0f);
+        }
+    }
     if (t.d_bias) {
         for (std::int64_t o = 0; o < width; ++o) {
-            float sum = 0.0f;
+            float sum = t.accumulate ? t.d_bias[o0 + o] : 0.0f;
             for (std::int64_t c = 0; c < chunks; ++c) sum += memory[c * stride + 2 * rows * kTile + o];
             t.d_bias[o0 + o] = sum;
         }
@@ -142,10 +149,10 @@ STN_FAST_CLONES void finish_tile(const Backward& t, const float* memory, std::in
 void gated_epilogue_backward(const float* dy, const float* q, const float* h, const float* weight_gate,
                              const float* response_bias, const float* bias_gate, float* g, float* d_weight_gate, float* d_bias,
                              float* d_response_bias, float* d_bias_gate, float* d_h, std::int64_t outer, std::int64_t batch,
-                             std::int64_t inner, std::int64_t outputs, std::int64_t n, int threads) {
+                             std::int64_t inner, std::int64_t outputs, std::int64_t n, bool accumulate, int threads) {
     const Backward task{dy, q, h, weight_gate, response_bias, bias_gate,
                         g, d_weight_gate, d_bias, d_response_bias, d_bias_gate, d_h,
-                        outer, batch, inner, outputs, n};
+                        outer, batch, inner, outputs, n, accumulate};
     const std::int64_t positions = outer * inner;
     const std::int64_t tiles = (outputs + kTile - 1) / kTile;
     const bool sums_wanted = task.wants_gate_sums() || task.wants_bias_sums() || d_bias;
@@ -158,7 +165,7 @@ void gated_epilogue_backward(const float* dy, const float* q, const float* h, co
     const std::int64_t step = ((batch + chunks - 1) / chunks + kExamples - 1) / kExamples * kExamples;
     const std::int64_t stride = Sums::size(n);
     float* memory = scratch<0>(sums_wanted ? tiles * chunks * stride : 0);
-    if (d_h) std::fill_n(d_h, batch * n, 0.0f);
+    if (d_h && !accumulate) std::fill_n(d_h, batch * n, 0.0f);
 
     const auto run = [&](std::int64_t tile, std::int64_t chunk) {
         const std::int64_t first = std::min(chunk * step, batch), last = std::min(first + step, batch);

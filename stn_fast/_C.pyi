@@ -146,6 +146,7 @@ def gated_epilogue_backward(
     inner: int,
     outputs: int,
     n: int,
+    accumulate: bool,
     threads: int,
 ) -> None:
     """g = dy ⊙ (h Gwᵀ) and the wanted gradients of gates, biases and h, in one pass over dy and q."""

@@ -78,7 +78,7 @@ class Epilogue:
         out = {name: poisoned(*shapes[name]) if name in wanted and name in shapes else None for name in GRADIENTS}
         q = self.q if "d_weight_gate" in wanted or "d_h" in wanted else None
         inputs = self.dy, q, self.h, self.weight_gate, self.response_bias, self.bias_gate
-        _C.gated_epilogue_backward(*map(address, (*inputs, *out.values())), *self.sizes, threads)
+        _C.gated_epilogue_backward(*map(address, (*inputs, *out.values())), *self.sizes, False, threads)
         return {name: gradient for name, gradient in out.items() if gradient is not None}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -152,27 +152,45 @@ def backward_core(
     inner: int,
     wanted: Wanted,
 ) -> Gradients:
-    """One fused pass over dy and q for the gradients of gates, biases and h; library products for the rest."""
+    """Block by block of rows, one fused pass over dy and q and then the products that use them.
+
+    A block's dy, g = dy ⊙ s, x and dx are used again while they are in the cache, and g never fills memory of its
+    own: as a whole it is fresh pages every time, whose faults cost more than the arithmetic on them. A block holds
+    at least twice what dR does, so that adding up dW and dR costs less than g would have.
+    """
     from stn_fast import _C
 
     def out(like: Tensor | None, wants: bool) -> Tensor | None:
         return torch.empty_like(like) if wants and like is not None else None
 
-    d_bias = dy.new_empty(dy.shape[1]) if wanted.bias else None
-    d_weight_gate, d_h = out(weight_gate, wanted.weight_gate), out(h, wanted.h)
-    d_response_bias, d_bias_gate = out(response_bias, wanted.response_bias), out(bias_gate, wanted.bias_gate)
-    if any(t is not None for t in (d_bias, d_weight_gate, d_h, d_response_bias, d_bias_gate)):
-        _C.gated_epilogue_backward(
-            dy.data_ptr(), q.data_ptr(), h.data_ptr(), weight_gate.data_ptr(),
-            address(response_bias), address(bias_gate),
-            0, address(d_weight_gate), address(d_bias), address(d_response_bias), address(d_bias_gate), address(d_h),
-            outer, h.shape[0], inner, weight.shape[0], h.shape[1], torch.get_num_threads(),
-        )  # fmt: skip
-    dx = torch.mm(dy, weight) if wanted.x else None
-    d_weight = torch.mm(dy.T, x) if wanted.weight else None
+    outputs = dy.shape[1]
+    most = max(_BLOCK, 2 * weight.numel()) // outputs
+    d_bias = dy.new_empty(outputs) if wanted.bias else None
+    d_weight_gate, d_bias_gate = out(weight_gate, wanted.weight_gate), out(bias_gate, wanted.bias_gate)
+    d_response_bias, d_h = out(response_bias, wanted.response_bias), out(h, wanted.h)
+    dx, d_weight = out(x, wanted.x), out(weight, wanted.weight)
     d_response_weight = out(response_weight, wanted.response_weight)
-    if dx is not None or d_response_weight is not None:
-        _add_response_products(dx, d_response_weight, dy, x, response_weight, weight_gate, h, outer, inner)
+    needs_g = wanted.x or wanted.response_weight
+    buffer = dy.new_empty(min(len(dy), max(most, inner)), outputs) if needs_g else None
+
+    sums = tuple(address(t) for t in (d_weight_gate, d_bias, d_response_bias, d_bias_gate))
+    constants = (weight_gate.data_ptr(), address(response_bias), address(bias_gate))
+    epilogue: Callable[..., None] = _C.gated_epilogue_backward
+    for rows, examples, turns in row_blocks(outer, len(h), inner, most):
+        of_dy, of_x, of_h, of_q = dy[rows], x[rows], h[examples], q[rows]
+        g = None if buffer is None else buffer[: len(of_dy)]
+        inputs = (of_dy.data_ptr(), of_q.data_ptr(), of_h.data_ptr(), *constants)
+        sizes = (turns, len(of_h), inner, outputs, h.shape[1])
+        if g is not None or any(sums):
+            epilogue(*inputs, address(g), *sums, 0, *sizes, rows.start > 0, torch.get_num_threads())
+        if d_h is not None:  # apart from the sums, which would crowd its tiles out of the cache
+            again = rows.start >= len(h) * inner
+            epilogue(*inputs, 0, 0, 0, 0, 0, d_h[examples].data_ptr(), *sizes, again, torch.get_num_threads())
+        if dx is not None and g is not None:
+            torch.mm(of_dy, weight, out=dx[rows]).addmm_(g, response_weight)
+        for total, factor in ((d_weight, of_dy), (d_response_weight, g)):
+            if total is not None and factor is not None:
+                torch.addmm(total, factor.T, of_x, beta=rows.start > 0, out=total)
     return Gradients(
         x=dx,
         weight=d_weight,
@@ -185,43 +203,7 @@ def backward_core(
     )
 
 
-def _add_response_products(
-    dx: Tensor | None,
-    d_response_weight: Tensor | None,
-    dy: Tensor,
-    x: Tensor,
-    response_weight: Tensor,
-    weight_gate: Tensor,
-    h: Tensor,
-    outer: int,
-    inner: int,
-) -> None:
-    """dx += g R and dR = gᵀ x, with g = dy ⊙ s made block by block in a buffer that stays in the cache.
-
-    A whole g is fresh memory every time, and the faults of its pages cost more than the arithmetic on it. A block
-    holds at least twice what dR does, so that adding up dR costs less than g would have.
-    """
-    from stn_fast import _C
-
-    outputs = dy.shape[1]
-    most = max(_BLOCK, 2 * response_weight.numel()) // outputs
-    buffer = dy.new_empty(min(dy.shape[0], max(most, inner)), outputs)
-    for rows, examples, turns in row_blocks(outer, h.shape[0], inner, most):
-        of_dy, of_h, first = dy[rows], h[examples], rows.start == 0
-        g = buffer[: len(of_dy)]
-        _C.gated_epilogue_backward(
-            of_dy.data_ptr(), 0, of_h.data_ptr(), weight_gate.data_ptr(), 0, 0, g.data_ptr(), 0, 0, 0, 0, 0,
-            turns, len(of_h), inner, outputs, h.shape[1], torch.get_num_threads(),
-        )  # fmt: skip
-        if dx is not None:
-            dx[rows].addmm_(g, response_weight)
-        if d_response_weight is not None and first:
-            torch.mm(g.T, x[rows], out=d_response_weight)
-        elif d_response_weight is not None:
-            d_response_weight.addmm_(g.T, x[rows])
-
-
-_BLOCK = 1 << 18  # numbers: 1 MiB, what a core's cache holds
+_BLOCK = 1 << 19  # numbers: 1 MiB, what a core's cache holds
 
 
 def row_blocks(outer: int, batch: int, inner: int, most: int) -> Iterator[tuple[slice, slice, int]]:
