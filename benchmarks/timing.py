@@ -1,8 +1,9 @@
 """Interleaved timing: what is compared takes turns in one process, so a noisy machine is fair to all.
 
-Round after round, each provider runs once, in an order that rotates by one every round. A ratio is formed
-within a round, where both sides saw the same machine, and its median over the rounds is what counts. Warm-up
-(compilation, autotuning, first touches of memory) is left out.
+Round after round, each provider has a turn, in an order that rotates by one every round. A turn is one call, or as
+many as fill a millisecond, back to back as in a loop, and counts as their mean. A ratio is formed within a round,
+where both sides saw the same machine, and its median over the rounds is what counts. Warm-up (compilation, autotuning,
+first touches of memory) is left out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 
 # The GPU is kept busy this long while the host queues the work to be timed: events then time the device alone.
 QUEUE_AHEAD_CYCLES = 4_000_000
+# A turn shorter than this is filled with more calls.
+TURN_MICROSECONDS = 1000.0
+MAX_CALLS = 100
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Timings:
-    """Microseconds of every call: one row per round, one column per provider in the order of ``names``."""
+    """Microseconds of a call: one row per round, one column per provider in the order of ``names``."""
 
     names: tuple[str, ...]
     microseconds: NDArray[np.float64]
@@ -48,23 +52,29 @@ class Timings:
         return float(np.median(self.of(name) / self.of(to)))
 
 
-def time_call(provider: Provider, device: torch.device) -> float:
-    """Microseconds of one call: wall time on the CPU, time between two events of the stream on CUDA."""
-    state = provider.prepare()
+def time_call(provider: Provider, device: torch.device, calls: int = 1) -> float:
+    """Microseconds of a call, the mean of `calls`: wall time on the CPU, time between two events on CUDA."""
+    states = [provider.prepare() for _ in range(calls)]
     if device.type != "cuda":
         start = time.perf_counter_ns()
-        result = provider.call(state)
-        elapsed = time.perf_counter_ns() - start
-        del result
-        return elapsed / 1e3
+        for state in states:
+            provider.call(state)
+        return (time.perf_counter_ns() - start) / 1e3 / calls
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
     torch.cuda._sleep(QUEUE_AHEAD_CYCLES)
     begin.record()
-    provider.call(state)
+    for state in states:
+        provider.call(state)
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) * 1e3
+    return begin.elapsed_time(end) * 1e3 / calls
+
+
+def calls_in_a_turn(provider: Provider, device: torch.device, warmup: int) -> int:
+    """Warms the provider up and says how many calls fill a turn."""
+    shortest = min(time_call(provider, device) for _ in range(warmup))
+    return max(1, min(MAX_CALLS, round(TURN_MICROSECONDS / max(shortest, 1e-3))))
 
 
 def interleave(
@@ -81,9 +91,7 @@ def interleave(
     ``trace`` is told the name of every provider as its timed turn comes.
     """
     names = tuple(providers)
-    for provider in providers.values():
-        for _ in range(warmup):
-            time_call(provider, device)
+    calls = [calls_in_a_turn(provider, device, warmup) for provider in providers.values()]
     rows: list[list[float]] = []
     collecting = gc.isenabled()
     gc.disable()
@@ -96,7 +104,7 @@ def interleave(
                 column = (first + turn) % len(names)
                 if trace is not None:
                     trace(names[column])
-                row[column] = time_call(providers[names[column]], device)
+                row[column] = time_call(providers[names[column]], device, calls[column])
             rows.append(row)
     finally:
         if collecting:
