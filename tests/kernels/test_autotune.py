@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from stn_fast.kernels import autotune
 from stn_fast.kernels.autotune import Autotuner
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from compile_ahead import SHARED_MEMORY, Job, Usage, compile_all
+
 from stn_fast.kernels import gated_linear_epilogue as epilogue
 from stn_fast.kernels import gated_linear_matmul as matmul
 from stn_fast.kernels.gated_linear import config_name

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from numerics import assert_twice_as_good
-from stn_fast.kernels import tiles
-from stn_fast.kernels.dropout import dropout
 
 from stn_fast import random
+from stn_fast.kernels import tiles
+from stn_fast.kernels.dropout import dropout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from numerics import assert_twice_as_good
+
 from stn_fast.kernels import gated_linear as kernels
 from stn_fast.kernels import gated_linear_matmul as matmul
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from numerics import assert_twice_as_good
+
 from stn_fast.kernels import autotune
 from stn_fast.kernels import gated_linear as gated
 from stn_fast.kernels import random as draws

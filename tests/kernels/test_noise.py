@@ -3,9 +3,9 @@
 import pytest
 import torch
 from numerics import assert_twice_as_good
-from stn_fast.kernels.noise import noise_backward, noise_forward
 
 from stn_fast import random
+from stn_fast.kernels.noise import noise_backward, noise_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_twice_as_good
-from stn_fast.kernels.perturb import perturb_backward, perturb_forward
 
 from stn_fast import random
+from stn_fast.kernels.perturb import perturb_backward, perturb_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RHO = dict(rho_min=-4.0, rho_max=3.0)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from stn_fast.kernels import random as kernels
 
 from stn_fast import random as reference
+from stn_fast.kernels import random as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ONES = 0xFFFFFFFF
