@@ -22,6 +22,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	  { echo "no C++ compiler: install g++, or name one in CXX (Debian: apt install g++)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	@# The clone may have the package's name: from its parent folder it would be taken for a namespace package before the
+	@# editable install is asked. An entry of its own on the path comes first.
+	@$(RUN) -c "import pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'stn_fast_clone.pth').write_text('$(CURDIR)\n')"
 	@touch $@
 
 train: venv  ## train a self-tuning network on scikit-learn's digits (ARGS="--seed 1" adds flags)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from stn_fast.ops._draw import check_coordinates
 from stn_fast.ops.perturb import (
     BOTH_BOUNDS,
     LOWER_BOUND,
@@ -57,9 +58,10 @@ class Hyperparameter:
     """
 
     name: str
+    _: KW_ONLY
+    init: float
     low: float | None = None
     high: float | None = None
-    init: float = 0.0
     scale: float = 0.5
     integer: bool = False
     per_example: bool = True
@@ -70,8 +72,8 @@ class Hyperparameter:
             raise ValueError(f"a Hyperparameter wants a name, a non-empty string; got {self.name!r}")
         for field in ("low", "high", "init", "scale"):
             value = getattr(self, field)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"hyperparameter {self.name!r}: {field}={value} is not finite")
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+                raise ValueError(f"hyperparameter {self.name!r}: {field}={value!r} is not a finite number")
         low = -math.inf if self.low is None else self.low
         high = math.inf if self.high is None else self.high
         if low >= high:
@@ -164,7 +166,6 @@ pytree.register_pytree_node(
     _flatten,
     _unflatten,
     flatten_with_keys_fn=_flatten_with_keys,
-    serialized_type_name="stn_fast.HyperBatch",
 )
 
 
@@ -180,6 +181,9 @@ class HyperparameterSpace:
 
     def __init__(self, hyperparameters: Sequence[Hyperparameter]):
         self.hyperparameters = tuple(hyperparameters)
+        for hyperparameter in self.hyperparameters:
+            if not isinstance(hyperparameter, Hyperparameter):
+                raise TypeError(f"a HyperparameterSpace wants Hyperparameter objects; got {hyperparameter!r}")
         if not self.hyperparameters:
             raise ValueError("a HyperparameterSpace wants at least one Hyperparameter; got none")
         self.names = tuple(h.name for h in self.hyperparameters)
@@ -216,6 +220,12 @@ class HyperparameterSpace:
 
     def __getitem__(self, name: str) -> Hyperparameter:
         return self.hyperparameters[self.index(name)]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HyperparameterSpace) and self.hyperparameters == other.hyperparameters
+
+    def __hash__(self) -> int:
+        return hash(self.hyperparameters)
 
     def __repr__(self) -> str:
         return f"HyperparameterSpace({list(self.hyperparameters)})"
@@ -273,7 +283,7 @@ class HyperparameterSpace:
             ValueError: a shape, dtype or range does not fit; the message names the argument.
         """
         table, default_center = self._constants(location.device)
-        step = self._step(step, location.device)
+        step = check_coordinates("sample", location.device, seed, step, first_example)
         unconstrained, values, response = perturb(
             location,
             raw_scale,
@@ -307,20 +317,8 @@ class HyperparameterSpace:
         response = torch.where(table[:, 5] > 0, values, shift)
         columns = values[:, None].expand(-1, batch_size).contiguous().T
         rows = location.expand(batch_size, -1), columns, response.expand(batch_size, -1)
-        return HyperBatch(*rows, self._step(step, location.device), seed, first_example, self, shared=True)
-
-    @staticmethod
-    def _step(step: int | Tensor, device: torch.device) -> Tensor:
-        if isinstance(step, Tensor):
-            if step.ndim != 0 or step.dtype != torch.int64 or step.device != device:
-                raise ValueError(
-                    f"step wants an int or a 0-dim int64 tensor on {device}; "
-                    f"got {tuple(step.shape)} {step.dtype} on {step.device}"
-                )
-            return step
-        if step < 0:
-            raise ValueError(f"step wants an int >= 0; got {step}")
-        return torch.full((), step, dtype=torch.int64, device=device)
+        step = check_coordinates("at", location.device, seed, step, first_example)
+        return HyperBatch(*rows, step, seed, first_example, self, shared=True)
 
     def scales(self, raw_scale: Tensor) -> Tensor:
         """σ = softplus(clamp(ρ)), (n,), in units of the unconstrained λ."""

@@ -1,5 +1,7 @@
 """How close is close enough: relative errors and the 2x rule."""
 
+from math import isfinite
+
 import torch
 
 
@@ -17,4 +19,6 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 def assert_twice_as_good(kernel: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, name: str = "output") -> None:
     """The 2x rule: at most twice the error of plain torch in the same dtype, both against float64."""
     ours, theirs = relative_error(kernel, exact), relative_error(plain, exact)
+    assert isfinite(ours), f"{name}: NaN, infinite or of the wrong shape"
+    assert isfinite(theirs), f"{name}: plain torch is NaN, infinite or of the wrong shape; nothing to compare with"
     assert ours <= 2 * theirs + 1e-6, f"{name}: relative error {ours:.3g}, plain torch {theirs:.3g}"

@@ -110,6 +110,16 @@ def test_hyperbatch_is_a_pytree_of_its_four_tensors():
     assert torch.equal(halved["dropout"], hyper["dropout"][:2])
 
 
+def test_spaces_of_equal_hyperparameters_are_equal():
+    """So that the pytrees of two HyperBatches fit together after pickling."""
+    assert space() == space()
+    assert hash(space()) == hash(space())
+    assert space() != space().with_response("raw")
+    location, raw_scale = space().initial_state()
+    specs = [pytree.tree_structure(space().sample(location, raw_scale, batch_size=2, seed=0, step=0)) for _ in range(2)]
+    assert specs[0] == specs[1]
+
+
 def test_hyperbatch_passes_through_compile_func_and_data_parallel():
     one = space()
     location, raw_scale = one.initial_state()
@@ -161,17 +171,18 @@ def test_columns_are_contiguous_and_looked_up_by_name():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(name=""), "wants a name"),
+        (dict(name="", init=0.0), "wants a name"),
         (dict(name="p", low=0.0, high=0.9, init=0.0), r"'p': init=0.0 must lie strictly inside \(0.0, 0.9\)"),
         (dict(name="p", low=0.0, high=0.9, init=0.9), "init=0.9 must lie strictly inside"),
         (dict(name="p", low=0.0, init=-1.0), r"inside \(0.0, inf\)"),
         (dict(name="p", high=0.0, init=1.0), r"inside \(-inf, 0.0\)"),
         (dict(name="p", low=1.0, high=0.0, init=0.5), "low=1.0 must be below high=0.0"),
-        (dict(name="p", init=math.nan), "init=nan is not finite"),
-        (dict(name="p", init=0.0, high=math.inf), "high=inf is not finite"),
-        (dict(name="p", scale=0.0), r"scale=0.0 must lie in \[0.0181, 3.0486\]"),
-        (dict(name="p", scale=4.0), "scale=4.0 must lie in"),
-        (dict(name="p", response="shfted"), "'shfted' must be 'shifted', 'raw' or 'value'"),
+        (dict(name="p", init=math.nan), "init=nan is not a finite number"),
+        (dict(name="p", init="0.3"), "init='0.3' is not a finite number"),
+        (dict(name="p", init=0.0, high=math.inf), "high=inf is not a finite number"),
+        (dict(name="p", init=0.0, scale=0.0), r"scale=0.0 must lie in \[0.0181, 3.0486\]"),
+        (dict(name="p", init=0.0, scale=4.0), "scale=4.0 must lie in"),
+        (dict(name="p", init=0.0, response="shfted"), "'shfted' must be 'shifted', 'raw' or 'value'"),
     ],
 )
 def test_a_bad_hyperparameter_is_refused_by_name(arguments, message):
@@ -182,19 +193,27 @@ def test_a_bad_hyperparameter_is_refused_by_name(arguments, message):
 def test_a_bad_space_is_refused_by_name():
     with pytest.raises(ValueError, match="at least one Hyperparameter"):
         stn.HyperparameterSpace([])
+    with pytest.raises(TypeError, match="wants Hyperparameter objects; got 'p'"):
+        stn.HyperparameterSpace(["p"])
     with pytest.raises(ValueError, match="given twice: p"):
-        stn.HyperparameterSpace([stn.Hyperparameter("p"), stn.Hyperparameter("q"), stn.Hyperparameter("p")])
+        stn.HyperparameterSpace(
+            [stn.Hyperparameter("p", init=0.0), stn.Hyperparameter("q", init=0.0), stn.Hyperparameter("p", init=0.0)]
+        )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (dict(location=torch.zeros(3)), r"location \(4,\) float32.*got \(3,\)"),
-        (dict(step=-1), "step wants an int >= 0; got -1"),
+        (dict(step=-1), "step >= 0, or a tensor; got -1"),
+        (dict(first_example=-1), "first_example >= 0; got -1"),
         (dict(step=torch.zeros(2, dtype=torch.int64)), "0-dim int64"),
         (dict(step=torch.zeros(())), "0-dim int64 tensor on cpu; got .*float32"),
         (dict(batch_size=-2), "batch_size >= 0"),
         (dict(seed=-1), "0 <= seed"),
+        (dict(seed=0.5), "wants an int 0 <= seed.*got 0.5"),
+        (dict(step=1.9), "int step >= 0.*got 1.9"),
+        (dict(batch_size=1.5), "int batch_size >= 0; got 1.5"),
     ],
 )
 def test_bad_arguments_to_sample_are_named(change, message):

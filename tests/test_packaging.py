@@ -161,3 +161,11 @@ def test_continuous_integration_runs_make_test() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert "make test" in script.read_text()
+
+
+def test_a_folder_with_the_packages_name_does_not_hide_it(tmp_path: Path) -> None:
+    """As the parent folder of a clone has one: without __init__.py it passes for a namespace package."""
+    (tmp_path / "stn_fast").mkdir()
+    code = "import stn_fast; print(stn_fast.__version__)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr

@@ -72,6 +72,14 @@ class HyperLinear(nn.Module):
 
     def forward(self, x: Tensor, hyper: HyperBatch | Tensor, example_dim: int = 0) -> Tensor:
         """(..., I) → (..., O); `hyper` is a HyperBatch or its response, `example_dim` as in functional.gated_linear."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"HyperLinear has in_features={self.in_features}; got x {tuple(x.shape)}")
+        response = hyper if isinstance(hyper, Tensor) else hyper.response
+        if response.shape[-1] != self.num_hyperparameters:
+            raise ValueError(
+                f"HyperLinear has num_hyperparameters={self.num_hyperparameters}; got {response.shape[-1]} of them "
+                "(num_hyperparameters=len(space) fits)"
+            )
         return functional.gated_linear(
             x,
             self.weight,

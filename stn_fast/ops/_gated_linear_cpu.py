@@ -86,31 +86,39 @@ def backward_plain(
     inner: int,
     wanted: Wanted,
 ) -> Gradients:
-    g = dy * _rows(h @ weight_gate.T, outer, inner)
+    """The formulas, and of them only what is wanted."""
+    dx = d_bias = d_response_weight = d_response_bias = d_weight_gate = d_bias_gate = dh = None
+    if wanted.x or wanted.response_weight:
+        g = dy * _rows(h @ weight_gate.T, outer, inner)
+        dx = dy @ weight + g @ response_weight if wanted.x else None
+        d_response_weight = g.T @ x if wanted.response_weight else None
     # Sums over positions, then over examples: 16-bit operands would be rounded twice, so these run in float32.
     wide = torch.promote_types(dy.dtype, torch.float32)
-    h, gate = h.to(wide), weight_gate.to(wide)
-    dc = _examples(dy.to(wide), outer, len(h), inner)
-    ds = _examples(dy.to(wide) * q, outer, len(h), inner) if wanted.weight_gate or wanted.h else torch.zeros_like(dc)
-    dh = ds @ gate
-    d_response_bias = d_bias_gate = None
-    if response_bias is not None and bias_gate is not None:
-        d_response_bias = (dc * (h @ bias_gate.to(wide).T)).sum(0)
-        d_bias_gate = (dc * response_bias).T @ h
-        dh = dh + (dc * response_bias) @ bias_gate.to(wide)
+    wide_h = h.to(wide)
+    if wanted.weight_gate or wanted.h:
+        ds = _examples(dy.to(wide) * q, outer, len(h), inner)
+        d_weight_gate = ds.T @ wide_h if wanted.weight_gate else None
+        dh = ds @ weight_gate.to(wide) if wanted.h else None
+    asked = wanted.bias or wanted.response_bias or wanted.bias_gate or wanted.h
+    if response_bias is not None and bias_gate is not None and asked:
+        dc = _examples(dy.to(wide), outer, len(h), inner)
+        d_bias = dc.sum(0) if wanted.bias else None
+        d_response_bias = (dc * (wide_h @ bias_gate.to(wide).T)).sum(0) if wanted.response_bias else None
+        d_bias_gate = (dc * response_bias).T @ wide_h if wanted.bias_gate else None
+        dh = dh + (dc * response_bias) @ bias_gate.to(wide) if dh is not None else None
 
-    def out(gradient: Tensor | None, wants: bool) -> Tensor | None:
-        return gradient.to(dy.dtype) if wants and gradient is not None else None
+    def narrow(gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else gradient.to(dy.dtype)
 
     return Gradients(
-        x=dy @ weight + g @ response_weight if wanted.x else None,
+        x=dx,
         weight=dy.T @ x if wanted.weight else None,
-        bias=out(dc.sum(0), wanted.bias),
-        response_weight=g.T @ x if wanted.response_weight else None,
-        response_bias=out(d_response_bias, wanted.response_bias),
-        weight_gate=out(ds.T @ h, wanted.weight_gate),
-        bias_gate=out(d_bias_gate, wanted.bias_gate),
-        h=out(dh, wanted.h),
+        bias=narrow(d_bias),
+        response_weight=d_response_weight,
+        response_bias=narrow(d_response_bias),
+        weight_gate=narrow(d_weight_gate),
+        bias_gate=narrow(d_bias_gate),
+        h=narrow(dh),
     )
 
 
@@ -203,7 +211,7 @@ def backward_core(
     )
 
 
-_BLOCK = 1 << 19  # numbers: 1 MiB, what a core's cache holds
+_BLOCK = 1 << 19  # numbers: a buffer of 2 MiB
 
 
 def row_blocks(outer: int, batch: int, inner: int, most: int) -> Iterator[tuple[slice, slice, int]]:

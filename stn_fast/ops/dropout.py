@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stn_fast import random
 from stn_fast.dispatch import choose
-from stn_fast.ops._draw import check_draw
+from stn_fast.ops._draw import check_coordinates, check_strength
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._transforms import in_transform
 
@@ -28,8 +28,9 @@ def reference(x: Tensor, rate: Tensor, uniform: Tensor, sizes: Sequence[int], st
     example = torch.arange(batch, device=x.device).view(1, -1, 1, 1)
     rate = rate.view(1, -1, 1, 1)
     keep = uniform[example, element] >= rate
-    scale = (1 / (1 - rate.double())).to(x.dtype)
-    return torch.where(keep, x.reshape(tuple(sizes)) * scale, 0).view(x.shape)
+    scale = torch.where(keep, 1 / (1 - rate.double()), 0).to(x.dtype)
+    # Chosen before the product too: a dropped x may be infinite, and where differentiates what it does not choose.
+    return (torch.where(keep, x.reshape(tuple(sizes)), 0) * scale).view(x.shape)
 
 
 def _uniform(
@@ -54,12 +55,12 @@ def _compute(
 ) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
-    backend = choose(x.device)
+    backend = choose(x.device) if x.dtype != torch.float64 else "reference"  # the kernels compute in float32
     if backend == "triton":
         from stn_fast.kernels import dropout as kernels
 
         return kernels.dropout(x, rate, step, seed, stream, first_example, tuple(sizes), tuple(strides))
-    if backend == "cpp" and x.dtype != torch.float64:
+    if backend == "cpp":
         from stn_fast import _C
 
         outer, batch, middle, last = sizes
@@ -163,7 +164,7 @@ def dropout(
 
     Args:
         x: floating point, any shape of at least one dimension; dimension `example_dim` counts the B examples.
-        rate: (B,) float32, in [0, 1].
+        rate: (B,) float32, in [0, 1]; not looked at, which would wait for the device. 1 or more drops everything.
         seed, step: fix the draw; step may be a 0-dim int64 tensor on x's device.
         stream: at least 1, distinct for every layer that draws at the same step.
         first_example: index of the first example in the global batch.
@@ -174,12 +175,13 @@ def dropout(
         As x.
 
     Raises:
-        ValueError: a shape, dtype or range does not fit, or rate requires grad; the message names it.
+        ValueError: a shape, a dtype, seed, step or stream does not fit, or rate requires grad; the message names it.
     """
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"dropout wants a floating point x of at least one dimension; got {tuple(x.shape)} {x.dtype}")
     sizes, strides = mask_layout(x.shape, example_dim, shared_dims)
-    step = check_draw("dropout", "rate", rate, x, sizes[1], seed, step, stream)
+    check_strength("dropout", "rate", rate, x, sizes[1], stream)
+    step = check_coordinates("dropout", x.device, seed, step, first_example)
     if rate.requires_grad:
         raise ValueError("dropout: rate requires grad, but a mask has no gradient; pass rate.detach()")
     draw = (rate.contiguous(), step, seed, stream, first_example, sizes, strides)

@@ -176,18 +176,18 @@ def gated_linear(
             folded into plain weights and costs one product instead of two.
         example_dim: the dimension of x that counts examples.
 
-    All tensors are on one device and of one dtype: float32, float64, bfloat16 or float16 (under autocast each
-    is cast to autocast's). Accumulation is in float32 for the 16-bit ones on CUDA. Gradients are computed for
-    those inputs alone that require one. Forward-mode AD and torch.compile are supported; second derivatives in
-    reverse mode are not, and raise.
+    All tensors are on one device and of one dtype: float32, float64, bfloat16 or float16. Under autocast each is cast
+    to autocast's, but float64 is left alone, as in torch. Accumulation is in float32 for the 16-bit ones on CUDA.
+    Gradients are computed for those inputs alone that require one. Forward-mode AD and torch.compile are supported;
+    second derivatives in reverse mode are not, and raise.
 
     Returns:
-        (..., O), dtype and device of x.
+        (..., O), on the device of x, of its dtype or of autocast's.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, response_weight, weight_gate, h = (t.to(dtype) for t in (x, weight, response_weight, weight_gate, h))
         bias, response_bias, bias_gate = (None if t is None else t.to(dtype) for t in (bias, response_bias, bias_gate))
@@ -203,7 +203,7 @@ def gated_linear(
     else:
         save_response = torch.is_grad_enabled() and (h.requires_grad or weight_gate.requires_grad)
         tensors = (rows, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
-        run = _gated_linear if traced(x, weight, h) else _eager
+        run = _gated_linear if traced(*(t for t in tensors if t is not None)) else _eager
         y, _ = run(*(None if t is None else t.contiguous() for t in tensors), outer, inner, save_response)
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -253,7 +253,7 @@ def _check(
         if tensor.dtype != weight.dtype or tensor.device != weight.device:
             raise ValueError(
                 f"gated_linear: {name} is {tensor.dtype} on {tensor.device}, "
-                f"weight {weight.dtype} on {weight.device}; they must agree"
+                f"weight {weight.dtype} on {weight.device}; they must agree (cast one: {name}.to(weight))"
             )
     if not weight.is_floating_point():
         raise ValueError(f"gated_linear wants floating point tensors; got {weight.dtype}")

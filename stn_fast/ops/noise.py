@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stn_fast import random
 from stn_fast.dispatch import choose
-from stn_fast.ops._draw import check_draw
+from stn_fast.ops._draw import check_coordinates, check_strength
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._transforms import in_transform
 
@@ -38,12 +38,12 @@ def _compute(
 ) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
-    backend = choose(x.device)
+    backend = choose(x.device) if x.dtype != torch.float64 else "reference"  # the kernels compute in float32
     if backend == "triton":
         from stn_fast.kernels import noise as kernels
 
         return kernels.noise_forward(x, scale, step, seed, stream, first_example, tuple(sizes))
-    if backend == "cpp" and x.dtype != torch.float64:
+    if backend == "cpp":
         from stn_fast import _C
 
         outer, batch, inner = sizes
@@ -69,12 +69,12 @@ def _compute_backward(dy: Tensor, step: Tensor, seed: int, stream: int, first_ex
     """d_scale[b] = Σ dy · ε, float32."""
     if dy.numel() == 0:
         return dy.new_zeros(sizes[1], dtype=torch.float32)
-    backend = choose(dy.device)
+    backend = choose(dy.device) if dy.dtype != torch.float64 else "reference"
     if backend == "triton":
         from stn_fast.kernels import noise as kernels
 
         return kernels.noise_backward(dy, step, seed, stream, first_example, tuple(sizes))
-    if backend == "cpp" and dy.dtype != torch.float64:
+    if backend == "cpp":
         from stn_fast import _C
 
         outer, batch, inner = sizes
@@ -147,7 +147,8 @@ def noise(
     example_dim %= x.ndim
     batch = x.shape[example_dim]
     sizes = [math.prod(x.shape[:example_dim]), batch, math.prod(x.shape[example_dim + 1 :])]
-    step = check_draw("noise", "scale", scale, x, batch, seed, step, stream)
+    check_strength("noise", "scale", scale, x, batch, stream)
+    step = check_coordinates("noise", x.device, seed, step, first_example)
     draw = (step, seed, stream, first_example, sizes)
     if in_transform():
         return reference(x, scale, _normal(step, seed, stream, first_example, sizes), sizes)

@@ -10,6 +10,7 @@ from torch import Tensor
 from stn_fast import random
 from stn_fast.dispatch import choose
 from stn_fast.ops._core import address
+from stn_fast.ops._draw import check_coordinates
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._transforms import in_transform
 
@@ -225,7 +226,7 @@ def perturb(
     center: Tensor,
     table: Tensor,
     *,
-    step: Tensor,
+    step: Tensor | int,
     seed: int,
     batch_size: int,
     first_example: int = 0,
@@ -245,7 +246,7 @@ def perturb(
         raw_scale: (n,) float32; clamped into RAW_SCALE_BOUNDS.
         center: (n,) float32, not differentiated.
         table: (n, 6) float32, columns as in `Table`.
-        step: 0-dim int64 on the device of location.
+        step: an int, or a 0-dim int64 tensor on the device of location.
         seed: 0 <= seed < 2**63.
         batch_size: rows to draw.
         first_example: index of row 0 in the global batch.
@@ -256,17 +257,23 @@ def perturb(
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
     """
-    _check(location, raw_scale, center, table, seed, batch_size)
+    _check(location, raw_scale, center, table, batch_size)
+    step = check_coordinates("perturb", table.device, seed, step, first_example)
     if in_transform():
         noise = perturbation_noise(table, step, seed, batch_size, first_example)
         return reference(location, raw_scale, center, table, noise)
-    run = _perturb if traced(location, raw_scale) else _eager
+    run = _perturb if traced(location, raw_scale, center) else _eager
     draw = (table, step, seed, batch_size, first_example)
     return Perturbed(*run(location.contiguous(), raw_scale.contiguous(), center.contiguous(), *draw))
 
 
-def _check(location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor, seed: int, batch_size: int) -> None:
-    n = table.shape[0]
+def _check(location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor, batch_size: int) -> None:
+    n = len(table)
+    if table.shape != (n, 6) or table.dtype != torch.float32 or not table.is_contiguous():
+        raise ValueError(
+            f"perturb wants a contiguous table (n, 6) float32, as a HyperparameterSpace makes it; "
+            f"got {tuple(table.shape)} {table.dtype}"
+        )
     for name, tensor in (("location", location), ("raw_scale", raw_scale), ("center", center)):
         if tensor.shape != (n,) or tensor.dtype != torch.float32:
             raise ValueError(
@@ -275,7 +282,5 @@ def _check(location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor, s
             )
         if tensor.device != table.device:
             raise ValueError(f"perturb: {name} is on {tensor.device}, the table on {table.device}; move one of them")
-    if batch_size < 0:
-        raise ValueError(f"perturb wants batch_size >= 0; got {batch_size}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"perturb wants 0 <= seed < 2**63; got {seed}")
+    if not isinstance(batch_size, int) or batch_size < 0:
+        raise ValueError(f"perturb wants an int batch_size >= 0; got {batch_size!r}")

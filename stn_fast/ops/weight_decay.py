@@ -20,7 +20,7 @@ def weight_decay_penalty(
         decay: (B,), in torch's convention: the gradient of the penalty to W is decay · W.
 
     Returns:
-        Scalar, differentiable to every argument.
+        Scalar, float32 (float64 for a float64 weight), differentiable to every argument.
 
     Raises:
         ValueError: the shapes do not fit together, or the batch is empty.
@@ -36,7 +36,10 @@ def weight_decay_penalty(
     batch = decay.shape[0]
     if batch == 0:
         raise ValueError("weight_decay_penalty wants at least one example; got an empty batch")
-    weight, response_weight = weight.flatten(1), response_weight.flatten(1)
+    # Sums of many squares and of few examples: 16-bit tensors are widened.
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    weight, response_weight = weight.flatten(1).to(dtype), response_weight.flatten(1).to(dtype)
+    weight_gate, h, decay = weight_gate.to(dtype), h.to(dtype), decay.to(dtype)
     weighted = decay[:, None] * h
     mean_gate = weight_gate @ weighted.sum(0) / batch
     mean_square_gate = ((weight_gate @ (h.T @ weighted)) * weight_gate).sum(1) / batch

@@ -148,6 +148,18 @@ def test_second_derivatives_are_right():
     assert torch.autograd.gradgradcheck(lambda x_: dropout(x_, rate, **WHERE).pow(3), x)
 
 
+def test_float64_is_exact(backend):
+    x, rate = torch.randn(6, 33, dtype=torch.float64, device=backend), torch.rand(6, device=backend)
+    keep = expected_mask(x.shape, 0, (), rate.cpu(), **WHERE).to(backend)
+    assert relative_error(dropout(x, rate, **WHERE), x * keep / (1 - rate.double())[:, None]) < 1e-14
+
+
+def test_everything_drops_at_rate_one_under_a_transform_too():
+    x, rate = torch.tensor([[1.0, torch.inf], [1.0, 2.0]]), torch.tensor([1.0, 0.0])
+    gradient = torch.func.grad(lambda x_: dropout(x_, rate, **WHERE)[0].sum())(x)
+    assert torch.equal(gradient, torch.zeros(2, 2))
+
+
 def test_forward_mode_tangent_is_not_silently_zero():
     x, rate = torch.randn(5, 6), torch.full((5,), 0.5)
     y, tangent = torch.func.jvp(lambda x_: dropout(x_, rate, **WHERE), (x,), (2 * x,))
@@ -187,6 +199,8 @@ X, RATE = torch.ones(4, 6, 5, 3), torch.full((4,), 0.5)
         (X.long(), RATE, {}, r"floating point x.*int64"),
         (X, RATE, dict(stream=0), r"1 <= stream"),
         (X, RATE, dict(seed=-1), r"0 <= seed"),
+        (X, RATE, dict(step=-1), r"step >= 0, or a tensor; got -1"),
+        (X, RATE, dict(first_example=-1), r"first_example >= 0; got -1"),
         (X, RATE, dict(step=torch.tensor([1])), r"step as an int or a 0-dim int64"),
         (X, RATE, dict(example_dim=4), r"example_dim=4 is not a dimension"),
         (X, RATE, dict(shared_dims=(0,)), r"can't be one of shared_dims"),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from numerics import assert_twice_as_good, relative_error
 
 from stn_fast.dispatch import use_backend
+from stn_fast.ops import _gated_linear_cpu
 from stn_fast.ops.gated_linear import fold, gated_linear, reference
 
 NAMES = ("x", "weight", "bias", "response_weight", "response_bias", "weight_gate", "bias_gate", "h")
@@ -95,6 +96,41 @@ def test_core_is_right_across_its_tiles_and_chunks(shape):
     assert_as_good_as_plain_torch(operands(*shape))
 
 
+@pytest.mark.parametrize("block", [1, 300, 5000])
+@pytest.mark.parametrize("layout", [dict(), dict(outer=3), dict(inner=3), dict(outer=2, inner=5)], ids=str)
+@use_backend("cpp")
+def test_core_is_right_however_the_rows_fall_into_blocks(monkeypatch, block, layout):
+    """Blocks of one example, of part of a turn through the batch and of several turns, adding up across blocks."""
+    monkeypatch.setattr(_gated_linear_cpu, "_BLOCK", block)
+    monkeypatch.setattr(_gated_linear_cpu, "row_blocks", counted := _Counted(_gated_linear_cpu.row_blocks))
+    assert_as_good_as_plain_torch(operands(37, 2, 6, 3, **layout))
+    assert max(counted.blocks) > 1 or block >= 300
+
+
+class _Counted:
+    """A generator function that notes how many items each call gave."""
+
+    def __init__(self, function):
+        self.function, self.blocks = function, []
+
+    def __call__(self, *arguments):
+        items = list(self.function(*arguments))
+        self.blocks.append(len(items))
+        return iter(items)
+
+
+@pytest.mark.parametrize(
+    ("outer", "batch", "inner", "most"), [(1, 37, 1, 5), (6, 4, 1, 9), (2, 5, 3, 7), (3, 2, 9, 4), (4, 3, 2, 100)]
+)
+def test_blocks_cover_every_row_once_and_name_its_example(outer, batch, inner, most):
+    covered = []
+    for rows, examples, turns in _gated_linear_cpu.row_blocks(outer, batch, inner, most):
+        expected = [b for _ in range(turns) for b in range(examples.start, examples.stop) for _ in range(inner)]
+        assert [m // inner % batch for m in range(rows.start, rows.stop)] == expected
+        covered += range(rows.start, rows.stop)
+    assert covered == list(range(outer * batch * inner))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", [dict(), dict(outer=3, inner=2)], ids=["rows", "positions"])
@@ -138,17 +174,18 @@ def test_subsets_on_every_backend(backend):
         assert_as_good_as_plain_torch(tensors, tuple(map(bool, wanted)))
 
 
-def test_validation_step_computes_no_weight_gradient(monkeypatch):
-    """Frozen parameters: only the products behind dx may run, however the work is arranged."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_validation_step_computes_no_weight_gradient(dtype):
+    """Frozen parameters: only the products behind dx may run, and small ones with the gates."""
     from torch.utils.flop_counter import FlopCounterMode
 
     batch, inputs, outputs = 32, 48, 40
-    tensors = operands(batch, inputs, outputs, 3)
+    tensors = operands(batch, inputs, outputs, 3, dtype=dtype)
     wanted = [name in ("x", "h") for name in NAMES]
     y = apply(gated_linear, leaves(tensors, wanted=wanted))
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
-    assert counter.get_total_flops() <= 2 * 2 * batch * inputs * outputs
+    assert counter.get_total_flops() <= 2 * batch * outputs * (2 * inputs + 4 * 3)
 
 
 @pytest.mark.parametrize("empty", ["batch", "positions", "inputs", "outputs"])
@@ -312,6 +349,12 @@ def test_autocast_computes_in_its_dtype_and_returns_float32_gradients(dtype):
     assert y.dtype == dtype
     assert_twice_as_good(y, plain, apply(reference, leaves(tensors, torch.float64)))
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y.float().sum(), tensors))
+
+
+def test_autocast_leaves_float64_alone_as_torch_does():
+    tensors = operands(6, 5, 7, 3, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert apply(gated_linear, tensors).dtype == torch.float64
 
 
 def test_memory_kept_for_backward_is_one_activation():

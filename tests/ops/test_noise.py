@@ -85,6 +85,16 @@ def test_compiles_without_graph_break_to_the_same_numbers():
     assert torch.equal(compiled(x, scale), noise(x, scale, **WHERE))
 
 
+def test_float64_is_exact(backend):
+    x = torch.randn(5, 33, dtype=torch.float64, device=backend)
+    scale = torch.rand(5, device=backend, requires_grad=True)
+    eps = epsilon((5, 33), 0).to(backend)
+    y = noise(x, scale, **WHERE)
+    assert relative_error(y, x + scale.double()[:, None] * eps) < 1e-14
+    (d_scale,) = torch.autograd.grad(y, scale, x)
+    assert relative_error(d_scale, (x * eps).sum(1)) < 1e-7
+
+
 def test_forward_mode_tangent_is_not_silently_zero():
     x, scale = torch.randn(5, 6), torch.rand(5)
     _, tangent = torch.func.jvp(lambda *t: noise(*t, **WHERE), (x, scale), (x, torch.ones(5)))

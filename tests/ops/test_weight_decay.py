@@ -43,6 +43,16 @@ def test_one_shared_row_is_that_row_for_all():
     assert relative_error(shared, rows) < 1e-14
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_layers_have_a_float32_penalty(dtype):
+    tensors = [t.detach().to(dtype).requires_grad_() for t in operands()]
+    tensors[4] = tensors[4].detach().float()
+    penalty = weight_decay_penalty(*tensors)
+    assert penalty.dtype == torch.float32
+    assert relative_error(penalty, one_example_at_a_time(*(t.double() for t in tensors))) < 1e-6
+    assert torch.autograd.grad(penalty, tensors[0])[0].dtype == dtype
+
+
 def test_misfits_are_named():
     weight, response_weight, weight_gate, h, decay = operands()
     with pytest.raises(ValueError, match=r"decay \(B,\); got .*\(4, 3\), \(3,\)"):
