@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from stn_fast.data import Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
+from stn_fast.layers import PerExampleDropout, PerExampleNoise
 from stn_fast.training.config import Config
 from stn_fast.training.task import Objective, Task
 
@@ -58,6 +59,7 @@ class FixedHyperparameters:
     ) -> None:
         self.model, self.space, self.seed = model, space.with_response("shifted"), seed
         self.training_objective = training_objective
+        check_streams(model)
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[2] in RESPONSE_PARAMETERS:
                 parameter.requires_grad_(False)
@@ -65,8 +67,12 @@ class FixedHyperparameters:
         self.optimizer = optimizer(trained)
         self.location, self.raw_scale = space.initial_state(trained[0].device)
 
-    def train_step(self, batch: Split, step: int | Tensor) -> Tensor:
-        """Updates the weights on one training batch; returns the loss, a detached scalar on the device."""
+    def train_step(self, batch: tuple[Tensor, Tensor], step: int | Tensor) -> Tensor:
+        """Updates the weights on one training batch (inputs, targets), as a DataLoader gives it.
+
+        Returns the loss, a detached scalar on the device.
+        """
+        batch = Split(*batch)
         self.model.train()
         loss = self.training_objective(self.model, batch, self._training_hyper(len(batch.inputs), step))
         self.optimizer.zero_grad(set_to_none=True)
@@ -74,7 +80,7 @@ class FixedHyperparameters:
         self.optimizer.step()
         return loss.detach()
 
-    def valid_step(self, batch: Split, step: int | Tensor) -> Tensor:
+    def valid_step(self, batch: tuple[Tensor, Tensor], step: int | Tensor) -> Tensor:
         """Has nothing to do here."""
         raise RuntimeError(f"{type(self).__name__} does not tune hyperparameters: call train_step alone")
 
@@ -140,6 +146,7 @@ class SelfTuning(FixedHyperparameters):
         self.model, self.space, self.seed = model, space, seed
         self.training_objective, self.validation_objective = training_objective, validation_objective
         self.entropy_weight, self.tune_scales, self.tunes = entropy_weight, tune_scales, not freeze
+        check_streams(model)
         parameters = list(model.parameters())
         self.optimizer = optimizer(parameters)
         self.location, self.raw_scale = space.initial_state(parameters[0].device)
@@ -158,12 +165,16 @@ class SelfTuning(FixedHyperparameters):
     def _perturbed(self, batch_size: int, step: int | Tensor) -> HyperBatch:
         return self.space.sample(self.location, self.raw_scale, batch_size=batch_size, seed=self.seed, step=step)
 
-    def valid_step(self, batch: Split, step: int | Tensor) -> Tensor:
-        """Updates location and raw scale on one validation batch.
+    def valid_step(self, batch: tuple[Tensor, Tensor], step: int | Tensor) -> Tensor:
+        """Updates location and raw scale on one validation batch (inputs, targets).
 
         Returns F without its entropy term, a detached scalar on the device. Weights and their ``.grad`` are
         left as they are.
+
+        Raises:
+            RuntimeError: no hyperparameter has a part in the validation loss.
         """
+        batch = Split(*batch)
         if not self.tunes:
             raise RuntimeError("freeze=True holds the hyperparameters: call train_step alone")
         self.model.eval()
@@ -175,6 +186,11 @@ class SelfTuning(FixedHyperparameters):
                 else self.space.at(self.location, batch_size=size, seed=self.seed, step=step)
             )
             loss = self.validation_objective(self.model, batch, hyper)
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    "the validation loss does not depend on the hyperparameters: the model wants layers that "
+                    "respond to them, such as HyperLinear, called with the HyperBatch that the objective is given"
+                )
             objective = loss - self.entropy_weight * self.space.entropy(self.raw_scale)
             gradients = torch.autograd.grad(objective, self.tuned)
         for tensor, gradient in zip(self.tuned, gradients, strict=True):
@@ -189,6 +205,19 @@ class SelfTuning(FixedHyperparameters):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
+
+
+def check_streams(model: nn.Module) -> None:
+    """Raises ValueError where two layers of the model would draw the same random numbers."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PerExampleDropout | PerExampleNoise):
+            if module.stream in owners:
+                raise ValueError(
+                    f"{owners[module.stream]!r} and {name!r} both draw from stream {module.stream}, so "
+                    "their noise would be one and the same; give every layer a stream of its own"
+                )
+            owners[module.stream] = name
 
 
 @contextmanager

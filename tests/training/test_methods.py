@@ -160,3 +160,32 @@ def test_steps_draw_by_number_not_by_history(model, batch):
     assert torch.equal(one.train_step(batch, 1), other.train_step(batch, 1))
     assert torch.equal(one.valid_step(batch, 2), other.valid_step(batch, 2))
     assert torch.equal(one.location, other.location)
+
+
+def test_batches_of_a_data_loader_will_do(model, batch):
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batch), batch_size=32)
+    method = self_tuning(model)
+    for pair in loader:
+        assert method.train_step(pair, 0).isfinite()
+        assert method.valid_step(pair, 1).isfinite()
+
+
+def test_a_model_that_does_not_respond_is_named_instead_of_a_graph(batch):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(6, 4)
+
+        def forward(self, x, hyper):
+            return self.linear(x)
+
+    method = SelfTuning(Plain(), SPACE, classification_loss, classification_loss)
+    with pytest.raises(RuntimeError, match=r"does not depend on the hyperparameters.*HyperLinear"):
+        method.valid_step(batch, 0)
+
+
+def test_layers_that_would_share_their_noise_are_refused(model):
+    model.again = copy.deepcopy(model.dropouts[1])
+    for build in (self_tuning, lambda m: FixedHyperparameters(m, SPACE, classification_loss)):
+        with pytest.raises(ValueError, match=r"'dropouts\.1' and 'again' both draw from stream 3"):
+            build(model)
