@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, narrow, words_in_range
+from .launch import device_guard, narrow, refuse_float64, words_in_range
 from .random import draw_words, in_element_order, quads_of_rows, uniform_of, word_of
 from .tiles import rows_of
 
@@ -73,12 +73,14 @@ def dropout(
     """Drops elements of x, contiguous and seen as (outer, batch, middle, last) = `sizes`. Its own backward, on dy.
 
     rate is (batch,); element = i_outer * strides[0] + i_middle * strides[1] + i_last * strides[2], where a stride of 0
-    shares the mask; step is a 0-dim int64 tensor on the device of x.
+    shares the mask; step is a 0-dim int64 tensor on the device of x. Raises TypeError for float64, and ValueError for
+    rows of more than tiles.MAX_COLUMNS.
     """
+    refuse_float64("dropout", x=x)
+    view = rows_of(sizes, strides)
     y = torch.empty_like(x)
     if not x.numel():
         return y
-    view = rows_of(sizes, strides)
     tile = view.tile()
     column_tiles = view.column_tiles(tile)
     first_example, stream = words_in_range(first_example, stream)

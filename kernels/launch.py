@@ -30,3 +30,10 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
 def words_in_range(*values: int) -> tuple[int, ...]:
     """Counter words are 32 bits wide; Python's integers are brought there before a kernel sees them."""
     return tuple(value & 0xFFFFFFFF for value in values)
+
+
+def refuse_float64(operation: str, **tensors: Tensor) -> None:
+    """Kernels compute in float32, which would cost a float64 tensor half of its digits without a word."""
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float64:
+            raise TypeError(f"{operation}: kernels compute in float32, and {name} is float64; use plain PyTorch for it")

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, narrow, words_in_range
+from .launch import device_guard, narrow, refuse_float64, words_in_range
 from .random import draw_words, normals_in_order, quads_of_rows
 from .tiles import ALIGNED, SHIFTED, Rows
 
@@ -100,10 +100,15 @@ def noise_forward(
     first_example: int,
     sizes: tuple[int, int, int],
 ) -> Tensor:
-    """y for x contiguous, (outer, batch, inner) = `sizes`, and scale (batch,); element = i_outer * inner + i_inner."""
+    """y for x contiguous, (outer, batch, inner) = `sizes`, and scale (batch,); element = i_outer * inner + i_inner.
+
+    Raises TypeError for float64, and ValueError for an inner size of more than tiles.MAX_COLUMNS.
+    """
+    refuse_float64("noise", x=x)
+    view = _rows(sizes)
     y = torch.empty_like(x)
     if x.numel():
-        _launch(x, scale, y, step, seed, stream, first_example, _rows(sizes), backward=False)
+        _launch(x, scale, y, step, seed, stream, first_example, view, backward=False)
     return y
 
 
@@ -115,11 +120,12 @@ def noise_backward(
     first_example: int,
     sizes: tuple[int, int, int],
 ) -> Tensor:
-    """d_scale (batch,) float32, the noise drawn again. dx is dy itself."""
+    """d_scale (batch,) float32, the noise drawn again. dx is dy itself. Raises as the forward does."""
+    refuse_float64("noise", dy=dy)
+    view = _rows(sizes)
     outer, batch, _ = sizes
     if not dy.numel():
         return dy.new_zeros(batch, dtype=torch.float32)
-    view = _rows(sizes)
     column_tiles = view.column_tiles(view.tile())
     # Each program sums its own tile and the sums are added in a fixed order: the same bits at every run.
     partial = torch.empty(outer, batch, column_tiles, dtype=torch.float32, device=dy.device)

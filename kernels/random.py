@@ -167,6 +167,7 @@ def draw_kernel(
 
 
 DRAW_COLUMNS = 1024
+MAX_DRAW = 65535 * DRAW_COLUMNS  # as many tiles as the second dimension of a grid may count
 
 
 def philox_bits(counters: Tensor, keys: Tensor) -> Tensor:
@@ -182,6 +183,8 @@ def draw(
     kind: str, examples: int, elements: int, step: Tensor, seed: int, stream: int, first_example: int = 0
 ) -> Tensor:
     """(examples, elements) numbers of one kind: "bits" uint32, "uniform" or "normal" float32."""
+    if elements > MAX_DRAW:
+        raise ValueError(f"draw: at most {MAX_DRAW} elements of an example; got elements={elements}")
     dtype = torch.uint32 if kind == "bits" else torch.float32
     out = torch.empty(examples, elements, dtype=dtype, device=step.device)
     first_example, stream = words_in_range(first_example, stream)

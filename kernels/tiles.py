@@ -15,6 +15,9 @@ TILES = [
     triton.Config({"ROWS": 2, "COLS": 1024}, num_warps=4),
 ]
 
+# Kernels number columns in 32 bits; whole tiles of them must fit, after the three that may come before the first.
+MAX_COLUMNS = 2**31 - 1027
+
 # How a tile finds its words.
 ALIGNED = 0  # every row starts at a multiple of four elements: one counter gives four neighbouring columns
 SHIFTED = 1  # the same, but rows start anywhere
@@ -34,6 +37,13 @@ class Rows:
     e_middle: int
     e_last: int
     mode: int
+
+    def __post_init__(self) -> None:
+        if self.columns > MAX_COLUMNS:
+            raise ValueError(
+                f"column numbers are 32 bits wide, so at most {MAX_COLUMNS} elements of an example can lie in one row; "
+                f"got {self.columns}"
+            )
 
     def tile(self) -> triton.Config:
         return next((tile for tile in TILES if tile.kwargs["COLS"] >= self.columns), TILES[-1])

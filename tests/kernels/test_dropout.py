@@ -83,3 +83,29 @@ def test_half_a_batch_draws_its_half_of_the_masks():
 def test_an_empty_batch_is_empty():
     x = torch.ones(1, 0, 1, 5, device=DEVICE)
     assert dropout(x, x.new_ones(0), torch.tensor(0, device=DEVICE), 0, 1, 0, (1, 0, 1, 5), (0, 0, 1)).shape == x.shape
+
+
+def test_float64_is_refused():
+    x = torch.ones(1, 2, 1, 5, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(TypeError, match=r"dropout: .* x is float64"):
+        dropout(x, torch.ones(2, device=DEVICE), torch.tensor(0, device=DEVICE), 0, 1, 0, (1, 2, 1, 5), (0, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides"),
+    [
+        ((1, 1, 2**15, 2**16), (0, 2**16, 1)),
+        ((1, 1, 2**15, 2**16), (0, 0, 0)),
+        ((1, 1, 1, 2**31), (0, 0, 2)),
+    ],
+    ids=["aligned", "shared", "strided"],
+)
+def test_rows_of_more_columns_than_32_bits_count_are_refused(sizes, strides):
+    x, rate = torch.empty(sizes, device="meta"), torch.empty(1, device="meta")
+    with pytest.raises(ValueError, match=rf"in one row; got {2**31}"):
+        dropout(x, rate, torch.tensor(0), 0, 1, 0, sizes, strides)
+
+
+def test_the_longest_rows_have_columns_of_32_bits_in_every_tile():
+    view = tiles.Rows(1, 1, 1, tiles.MAX_COLUMNS, 0, 0, 1, tiles.SHIFTED)
+    assert view.column_tiles(view.tile()) * view.tile().kwargs["COLS"] <= 2**31

@@ -45,3 +45,20 @@ def test_gradient_of_the_scale_is_as_exact_as_plain_torch(sizes, dtype):
 def test_an_empty_batch_has_an_empty_gradient():
     dy = torch.ones(2, 0, 3, device=DEVICE)
     assert noise_backward(dy, torch.tensor(4, device=DEVICE), **DRAW, sizes=(2, 0, 3)).shape == (0,)
+
+
+def test_float64_is_refused():
+    x, step = torch.ones(1, 2, 3, dtype=torch.float64, device=DEVICE), torch.tensor(4, device=DEVICE)
+    with pytest.raises(TypeError, match=r"noise: .* x is float64"):
+        noise_forward(x, torch.ones(2, device=DEVICE), step, **DRAW, sizes=(1, 2, 3))
+    with pytest.raises(TypeError, match=r"noise: .* dy is float64"):
+        noise_backward(x, step, **DRAW, sizes=(1, 2, 3))
+
+
+def test_more_columns_than_32_bits_count_are_refused():
+    sizes = (1, 1, 2**31)
+    x, scale, step = torch.empty(sizes, device="meta"), torch.empty(1, device="meta"), torch.tensor(4)
+    with pytest.raises(ValueError, match=rf"in one row; got {2**31}"):
+        noise_forward(x, scale, step, **DRAW, sizes=sizes)
+    with pytest.raises(ValueError, match=rf"in one row; got {2**31}"):
+        noise_backward(x, step, **DRAW, sizes=sizes)

@@ -52,3 +52,8 @@ def test_draws_are_bit_for_bit_those_of_the_reference(kind, draw):
 def test_normals_are_within_a_few_ulp_of_the_reference(draw):
     got, want = both("normal", *draw)
     np.testing.assert_array_max_ulp(got, want, maxulp=8)
+
+
+def test_more_elements_than_a_grid_counts_are_refused():
+    with pytest.raises(ValueError, match=rf"got elements={2**31}"):
+        kernels.draw("bits", 1, 2**31, torch.tensor(0, device="meta"), 0, 1)
