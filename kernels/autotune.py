@@ -8,26 +8,37 @@ which ignores remembered choices as well: what is fastest may differ from one ma
 it by rounding.
 """
 
+import contextlib
 import json
 import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 import triton
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 Candidate = Callable[[], object]
 Timer = Callable[[Candidate], float]
 
+# A kernel that doesn't fit this device or doesn't compile for it, or one whose results don't fit its free memory.
+DOES_NOT_RUN = (OutOfResources, CompilationError, PTXASError, torch.OutOfMemoryError)
+
 
 def milliseconds(candidate: Candidate) -> float:
-    """Median time on the device; infinite for a kernel that does not fit this device."""
+    """Median time on the device; infinite for a candidate that does not run here."""
     try:
         return triton.testing.do_bench(candidate, warmup=10, rep=40, return_mode="median")
-    except triton.runtime.errors.OutOfResources:
+    except DOES_NOT_RUN:
         return math.inf
 
 
@@ -45,6 +56,18 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other processes from changing the file meanwhile, where files can be locked."""
+    if fcntl is None:
+        yield
+        return
+    with path.with_suffix(".lock").open("a") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks; then the last to write wins
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class Autotuner:
     """Choices by key. `timer` and `path` are replaced in tests; an own timer also makes CPU problems worth timing."""
 
@@ -54,7 +77,7 @@ class Autotuner:
         self._choices: dict[str, str] | None = None
 
     def choose(self, key: str, candidates: Mapping[str, Candidate], default: str, device: torch.device) -> str:
-        """The name of the candidate to use for this problem."""
+        """The name of the candidate to use for this problem. The default is one that runs on every device."""
         if len(candidates) == 1 or os.environ.get("STN_FAST_AUTOTUNE") == "0":
             return default
         if torch.are_deterministic_algorithms_enabled() or (device.type != "cuda" and self._timer is None):
@@ -69,6 +92,9 @@ class Autotuner:
         if _capturing():
             return default
         times = {name: (self._timer or milliseconds)(candidate) for name, candidate in candidates.items()}
+        if math.isinf(times[default]):
+            # What always runs did not: memory is short at the moment, and these times say little about other moments.
+            return default
         best = min(times, key=times.__getitem__)
         self._choices[key] = best
         self._write(key, best)
@@ -96,12 +122,13 @@ class Autotuner:
         path = self._file()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # reading it the first time has said so
-                choices = self._read() | {key: name}
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-                json.dump(choices, file, indent=1, sort_keys=True)
-            os.replace(file.name, path)
+            with _locked(path):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # reading it the first time has said so
+                    choices = self._read() | {key: name}
+                with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+                    json.dump(choices, file, indent=1, sort_keys=True)
+                os.replace(file.name, path)
         except OSError as error:
             warnings.warn(f"the choice of kernel is not kept in {path}: {error}", stacklevel=4)
 

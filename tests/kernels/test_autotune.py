@@ -1,9 +1,15 @@
 """The autotuner with a clock of its own, so that what it decides can be known."""
 
+import ast
 import json
+import math
+import multiprocessing
+import time
 
 import pytest
 import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from stn_fast.kernels import autotune
 from stn_fast.kernels.autotune import Autotuner
@@ -107,3 +113,74 @@ def test_the_cpu_is_never_timed():
 def test_sizes_that_share_a_bucket_share_a_choice():
     assert autotune.size_bucket(1000) == autotune.size_bucket(1023) == "1024u"
     assert autotune.size_bucket(1024) == "1024" != autotune.size_bucket(1023)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResources(300_000, 232_448, "shared memory"),
+        CompilationError("def f(): pass", ast.parse("0").body[0], "no"),
+        PTXASError("no"),
+        torch.OutOfMemoryError("no"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_candidate_that_does_not_run_here_is_never_the_fastest(monkeypatch, error):
+    def fail(candidate, **_):
+        raise error
+
+    monkeypatch.setattr(autotune.triton.testing, "do_bench", fail)
+    assert autotune.milliseconds(lambda: None) == math.inf
+
+
+def test_a_mistake_in_a_candidate_is_not_taken_for_one_that_does_not_run_here(monkeypatch):
+    monkeypatch.setattr(autotune.triton.testing, "do_bench", lambda candidate, **_: candidate())
+    with pytest.raises(ZeroDivisionError):
+        autotune.milliseconds(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("failing", [{"library"}, set(TIMES)], ids=["the default", "all"])
+def test_nothing_is_remembered_of_a_moment_when_the_default_did_not_run(failing):
+    moments = [failing, set()]
+    tuner = Autotuner(lambda candidate: math.inf if candidate() in moments[0] else TIMES[candidate()])
+    assert choose(tuner) == "library"
+    assert not autotune.cache_file().exists()
+    del moments[0]
+    assert choose(tuner) == "fast"
+
+
+def write_slowly(key, barrier):
+    tuner = Autotuner(Clock())
+    read = tuner._read
+
+    def slow():
+        choices = read()
+        time.sleep(0.3)
+        return choices
+
+    tuner._read = slow
+    barrier.wait(60)
+    tuner._write(key, "fast")
+
+
+def test_processes_that_write_at_once_lose_nothing():
+    pytest.importorskip("fcntl")
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    keys = ["first", "second", "third"]
+    processes = [context.Process(target=write_slowly, args=(key, barrier)) for key in keys]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert json.loads(autotune.cache_file().read_text()) == dict.fromkeys(keys, "fast")
+
+
+def test_the_choice_is_kept_where_files_cannot_be_locked(monkeypatch):
+    def refuse(*_):
+        raise OSError("no locks here")
+
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert choose(Autotuner(Clock())) == "fast"
+    assert json.loads(autotune.cache_file().read_text()) == {"problem": "fast"}
