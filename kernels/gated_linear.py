@@ -2,6 +2,8 @@
 
 Two ways to compute each pair of products, and the autotuner chooses: two library products with one fused pass beside
 them ("library"), or one Triton kernel with the gates inside. One product alone is always the library's.
+
+Kernels hold rows of up to MAX_N hyperparameters in registers; gated_linear_tables computes layers of more.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import gated_linear_tables as tables
 from .autotune import size_bucket, tuner
 from .gated_linear_epilogue import (
     BWD_GATES_CONFIG,
@@ -29,9 +32,11 @@ from .gated_linear_matmul import (
     gated_linear_bwd_dx_kernel,
     gated_linear_fwd_kernel,
 )
-from .launch import device_guard
+from .launch import device_guard, refuse_float64
 
 LIBRARY = "library"
+# Hyperparameters of one layer that every shipped configuration has registers for; beyond it they spill.
+MAX_N = 32
 Choice: TypeAlias = str | triton.Config
 Gradients: TypeAlias = tuple[Tensor | None, ...]
 
@@ -59,24 +64,26 @@ class _Problem:
         self.inner = inner
         if max(self.M, self.I, self.O) > 2**31 - 1024:
             raise ValueError(f"gated_linear: row and column numbers are 32 bits wide; got x {tuple(x.shape)}")
+        refuse_float64("gated_linear", x=x)
         self.aligned = self.I % 16 == 0 and self.O % 16 == 0
         self.options = {
             "PRECISION": _precision(x.dtype),
             "N_PAD": max(16, triton.next_power_of_2(self.n)),
         }
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-        self.configs = {config_name(config): config for config in configs(x.dtype, self.aligned, capability)}
+        shipped = configs(x.dtype, self.aligned, capability) if self.n <= MAX_N else []
+        self.configs = {config_name(config): config for config in shipped}
         sizes = " ".join(size_bucket(size) for size in (self.M, self.I, self.O))
         self.key = f"{x.dtype} {self.options['PRECISION']} {sizes} n{self.options['N_PAD']}"
 
     def named(self, choice: Choice) -> str:
         """The name of a choice; a configuration of the caller's own is added to the list."""
-        if isinstance(choice, triton.Config):
+        if isinstance(choice, triton.Config) and self.n <= MAX_N:
             self.configs[config_name(choice)] = choice
             return config_name(choice)
-        if choice != LIBRARY and choice not in self.configs:
-            raise ValueError(f"config={choice!r} is none of {[LIBRARY, *self.configs]}")
-        return choice
+        if isinstance(choice, str) and choice in (LIBRARY, *self.configs):
+            return choice
+        raise ValueError(f"config={choice!r} is none of {[LIBRARY, *self.configs]} for {self.n} hyperparameters")
 
 
 def _matrix_options(
@@ -116,9 +123,15 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(y, q): x (outer·B·inner, I) of examples h (B, n), contiguous and of one dtype; q = x Rᵀ where it is to be saved.
 
-    config fixes "library", a configuration's name or a configuration; by default the autotuner chooses.
+    config fixes "library", a configuration's name or a configuration; by default the autotuner chooses. Beyond MAX_N
+    hyperparameters there is "library" alone, and it means gated_linear_tables.
     """
     problem = _Problem(x, weight, h, inner)
+    if problem.n > MAX_N:
+        problem.named(config or LIBRARY)
+        tensors = (x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
+        y, response = tables.forward(*tensors, outer, inner)
+        return y, response if save_response else None
 
     def library() -> tuple[Tensor, Tensor]:
         y, q = torch.mm(x, weight.T), torch.mm(x, response_weight.T)
@@ -260,8 +273,8 @@ def _choose(run: _Backward, pair_x: bool, pair_w: bool, pass_is_needed: bool) ->
 
     def best(op: str, compute: Callable[[str], object]) -> str:
         candidates = {name: partial(compute, name) for name in problem.configs}
-        first = next(iter(candidates))
-        return tuner.choose(f"gated_linear {op} {problem.key}", candidates, first, run.dy.device)
+        smallest = list(candidates)[-1]  # fits wherever another does
+        return tuner.choose(f"gated_linear {op} {problem.key}", candidates, smallest, run.dy.device)
 
     names_x = [LIBRARY, best("dx", run.dx)] if pair_x else [LIBRARY]
     names_w = [LIBRARY, best("dw", run.dw)] if pair_w else [LIBRARY]
@@ -302,16 +315,18 @@ def backward(
     """
     want_x, want_w, want_b, want_r, want_rb, want_gw, want_gb, want_h = wanted
     problem = _Problem(x, weight, h, inner)
+    pair = config if isinstance(config, tuple) else (config or LIBRARY, config or LIBRARY)
+    name_x, name_w = (problem.named(choice) for choice in pair)
+    if problem.n > MAX_N:
+        return tables.backward(
+            dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q, outer, inner, wanted
+        )
     run = _Backward(dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q, problem)
     pair_w = want_w and want_r
     want_c = want_b or want_rb or want_gb
     needs_gates = want_gw or want_c
     with device_guard(x):
-        name_x = name_w = LIBRARY
-        if config is not None:
-            pair = config if isinstance(config, tuple) else (config, config)
-            name_x, name_w = (problem.named(choice) for choice in pair)
-        elif want_x or pair_w:
+        if config is None and (want_x or pair_w):
             name_x, name_w = _choose(run, want_x, pair_w, needs_gates or want_h)
         needs_g = (want_x and name_x == LIBRARY) or (want_r and (name_w == LIBRARY or not pair_w))
 

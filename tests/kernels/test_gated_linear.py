@@ -1,11 +1,14 @@
 """Gated linear kernels, every way to compute them, against plain torch in float64."""
 
+import math
+
 import pytest
 import torch
 from numerics import assert_twice_as_good
 
 from stn_fast.kernels import gated_linear as kernels
 from stn_fast.kernels import gated_linear_matmul as matmul
+from stn_fast.kernels.autotune import Autotuner
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -132,6 +135,62 @@ def test_sizes_of_one_are_right(config, shape):
     assert_gradients(tensors, dy, *shape[4:], config)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(6, 17, 23, 33, 1, 1), (3, 16, 40, 70, 2, 3), (2, 5, 7, 33, 1, 4)], ids=str)
+def test_more_hyperparameters_than_a_kernel_holds_obey_the_2x_rule(monkeypatch, shape, dtype, bias):
+    monkeypatch.setattr(kernels, "_pass_options", None)  # what every launch beside the library needs
+    monkeypatch.setattr(kernels, "_matrix_options", None)
+    tensors, dy = operands(*shape, dtype, bias)
+    wanted = EVERYTHING if bias else (True, True, False, True, False, True, False, True)
+    for config in (None, "library"):
+        assert_forward(tensors, *shape[4:], config)
+        assert_gradients(tensors, dy, *shape[4:], config, wanted)
+
+
+def test_more_hyperparameters_than_a_kernel_holds_cannot_be_asked_of_a_kernel():
+    tensors, dy = operands(5, 7, 6, 33, 1, 1, torch.float32)
+    with pytest.raises(ValueError, match=r"is none of \['library'\] for 33 hyperparameters"):
+        kernels.forward(*on_device(*tensors), 1, 1, False, config=SMALL)
+    with pytest.raises(ValueError, match="for 33 hyperparameters"):
+        assert_gradients(tensors, dy, 1, 1, ("library", SMALL))
+
+
+def test_no_configuration_ships_for_hyperparameters_that_none_is_compiled_for():
+    for n, n_pad in ((1, 16), (17, 32), (kernels.MAX_N, 32)):
+        tensors, _ = operands(2, 3, 4, n, 1, 1, torch.float32)
+        problem = kernels._Problem(tensors[0], tensors[1], tensors[7], 1)
+        assert problem.configs
+        assert problem.options["N_PAD"] == n_pad
+
+
+def test_float64_is_refused():
+    tensors, _ = operands(5, 7, 6, 3, 1, 1, torch.float64)
+    with pytest.raises(TypeError, match="x is float64"):
+        kernels.forward(*on_device(*tensors), 1, 1, False)
+
+
+def test_large_tiles_that_do_not_fit_a_device_leave_the_smallest(monkeypatch, tmp_path):
+    """The autotuner falls back to its default where that is infinite, so the default has to fit."""
+    times = []
+
+    def timer(candidate):
+        name = candidate.args[-1]
+        times.append(
+            math.inf if candidate.func.__name__ in ("dx", "dw") and name != kernels.config_name(SMALL) else 1.0
+        )
+        return times[-1]
+
+    monkeypatch.delenv("STN_FAST_AUTOTUNE", raising=False)
+    monkeypatch.setattr(kernels, "tuner", Autotuner(timer, tmp_path / "autotune.json"))
+    tensors, dy = operands(5, 7, 6, 3, 1, 1, torch.float32)
+    assert_gradients(tensors, dy, 1, 1, None)
+    timed = len(times)
+    assert math.inf in times
+    assert_gradients(tensors, dy, 1, 1, None)
+    assert len(times) == timed
+
+
 SUBSETS = [
     *(tuple(i == one for i in range(8)) for one in range(8)),
     *(tuple(i != one for i in range(8)) for one in range(8)),
@@ -141,10 +200,11 @@ SUBSETS = [
 ]
 
 
-@pytest.mark.parametrize("ways", ["library", "fused", "library for dx", "library for dw"])
+@pytest.mark.parametrize("ways", ["library", "fused", "library for dx", "library for dw", "tables"])
 def test_only_wanted_gradients_are_computed_and_right(ways):
-    config = {"library": "library", "fused": SMALL, "library for dx": ("library", SMALL)}.get(ways, (SMALL, "library"))
-    shape = (5, 7, 6, 3, 2, 2)
+    configs = {"fused": SMALL, "library for dx": ("library", SMALL), "library for dw": (SMALL, "library")}
+    config = configs.get(ways, "library")
+    shape = (5, 7, 6, 33 if ways == "tables" else 3, 2, 2)
     tensors, dy = operands(*shape, torch.float32)
     for wanted in SUBSETS:
         assert_gradients(tensors, dy, *shape[4:], config, wanted)
