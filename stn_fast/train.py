@@ -34,7 +34,7 @@ def parser() -> Parser:
     flag("--device", metavar="DEVICE", help="cpu or cuda (default: cpu)")
     flag("--epochs", dest="schedule.epochs", type=int, metavar="N", help="passes over the training set")
     flag("--max-steps", dest="schedule.max_steps", type=int, metavar="N", help="stop early after so many steps")
-    flag("--data-root", dest="data_root", metavar="DIR", help="where data sets are (digits needs none)")
+    flag("--data-root", dest="data_root", metavar="DIR", help="data sets (default: $STN_FAST_DATA; digits needs none)")
     flag("--run-dir", dest="run_dir", metavar="DIR", help="default: runs/RECIPE-METHOD-seedSEED")
     flag("--config", metavar="FILE", help="YAML laid over the recipe's defaults; --print-config shows its form")
     flag("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. optimizer.learning_rate=0.1")
@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(config: Any, module: Any, resume: bool) -> int:
     """Runs ``config`` and tells how it went."""
     from stn_fast.plot import save_schedule
+    from stn_fast.training.disk import CannotWrite
     from stn_fast.training.progress import Progress, summary
     from stn_fast.training.run import run
     from stn_fast.training.signals import Interrupted
@@ -86,7 +87,7 @@ def train(config: Any, module: Any, resume: bool) -> int:
     except Interrupted as stop:
         print(f"{stop} in {config.directory}; the same command resumes it", file=sys.stderr)
         return stop.exit_status
-    except Diverged as error:
+    except (Diverged, CannotWrite) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     schedule = save_schedule([config.directory])

@@ -1,5 +1,6 @@
 """One resolved ``Config`` out of layers: a recipe's defaults, a YAML file, ``--set`` pairs, flags; later layers win."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -18,7 +19,10 @@ Tree = dict[str, Any]
 def resolve(
     defaults: Config, file: str | None = None, pairs: Sequence[str] = (), flags: Mapping[str, Any] | None = None
 ) -> Config:
-    """``defaults`` under the YAML ``file``, then ``name=value`` ``pairs``, then ``flags`` {dotted key: value}."""
+    """``defaults`` under the YAML ``file``, then ``name=value`` ``pairs``, then ``flags`` {dotted key: value}.
+
+    A ``data_root`` that none of them names is the environment variable STN_FAST_DATA.
+    """
     tree = asdict(defaults)
     if file is not None:
         overlay(tree, read_yaml(file), where=f"in {file}")
@@ -37,6 +41,7 @@ def resolve(
         raise ConfigError(
             "recipe", tree["recipe"], f"this runs '{defaults.recipe}'; name another as the first argument"
         )
+    tree["data_root"] = tree["data_root"] or os.environ.get("STN_FAST_DATA") or None
     return build(Config, tree)
 
 

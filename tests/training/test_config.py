@@ -117,3 +117,15 @@ def test_run_directories_of_different_methods_do_not_collide():
 
 def test_a_bound_that_is_absent_bounds_nothing():
     assert HyperparameterConfig(init=-1e9).low is None
+
+
+def test_the_data_root_defaults_to_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("STN_FAST_DATA", raising=False)
+    assert resolve(digits.config()).data_root is None
+    monkeypatch.setenv("STN_FAST_DATA", "/data")
+    file = tmp_path / "config.yaml"
+    file.write_text("data_root: null\n")
+    assert resolve(digits.config(), str(file)).data_root == "/data"
+    assert resolve(digits.config(), flags={"data_root": "here"}).data_root == "here"
+    monkeypatch.setenv("STN_FAST_DATA", "")
+    assert resolve(digits.config()).data_root is None
