@@ -1,5 +1,6 @@
 """python -m stn_fast.train: exit statuses, one-line errors, signals, and what it leaves behind."""
 
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 from run_files import rows
 
 from stn_fast import train
+from stn_fast.training import checkpoint
 from stn_fast.training.trainer import Trainer
 
 SHORT = ["--epochs", "4", "--set", "method.warmup_epochs=1", "--set", "schedule.checkpoint_epochs=2"]
@@ -115,7 +117,7 @@ def test_data_that_are_not_finite_are_one_line_and_status_2(tmp_path, capsys, mo
 
 
 def test_a_run_leaves_everything_it_should(whole):
-    left = {path.name for path in whole.iterdir()}
+    left = {path.name for path in whole.iterdir()} - {".lock"}
     assert left == {"config.yaml", "metrics.jsonl", "result.json", "schedule.png", "checkpoints"}
     result = json.loads((whole / "result.json").read_text())
     wanted = {"recipe", "method", "seed", "steps", "wall_seconds", "valid_loss", "test_loss", "test_accuracy"}
@@ -184,3 +186,30 @@ def test_a_run_with_other_settings_in_the_directory_is_status_2(whole, capsys):
     said = capsys.readouterr().err
     assert "seed: 0 -> 9" in said
     assert "--no-resume" in said
+
+
+def test_a_full_disk_is_status_1_and_one_line_and_the_run_goes_on_later(whole, tmp_path, capsys):
+    directory = tmp_path / "full"
+    arguments = [*SHORT, "--run-dir", str(directory)]
+
+    def fail_later(path, contents, write_through=checkpoint.write_through):
+        if checkpoint.steps(directory / "checkpoints"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_through(path, contents)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_through", fail_later)
+        assert train.main(arguments) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: cannot write {directory}/checkpoints/step-")
+    assert "No space left on device" in said
+    assert train.main(arguments) == 0
+    assert rows(directory) == rows(whole)
+
+
+def test_a_log_that_cannot_be_written_is_status_1_and_one_line(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").mkdir(parents=True)
+    assert train.main([*SHORT, "--run-dir", str(tmp_path), "--no-resume"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: cannot write {tmp_path}")
+    assert said.count("\n") == 1

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stn_fast.errors import UserError
 from stn_fast.hyperparameters import HyperparameterSpace
+from stn_fast.training.disk import sync, writing
 
 # These keys alone may differ between two runs of one seed.
 TIMES = ("wall_seconds", "examples_per_second")
@@ -23,6 +24,7 @@ class MetricsLog:
 
     Raises:
         UserError: the file holds fewer rows than that.
+        CannotWrite: here and below, the disk is full or refuses.
     """
 
     def __init__(self, path: Path, rows: int = 0) -> None:
@@ -32,25 +34,30 @@ class MetricsLog:
                 f"{path} holds fewer than the {rows} rows written before the checkpoint; "
                 "restore it, or start over with --no-resume"
             )
-        self.rows = rows
-        self._file = path.open("ab")
-        self._file.truncate(sum(map(len, lines)))
+        self.path, self.rows = path, rows
+        with writing(path):
+            self._file = path.open("ab")
+            self._file.truncate(sum(map(len, lines)))
+            sync(path.parent)
 
     def write(self, row: dict[str, Any]) -> None:
         """Adds one row; on the disk after the next ``sync``."""
-        self._file.write(json.dumps(row).encode() + b"\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(row).encode() + b"\n")
+            self._file.flush()
         self.rows += 1
 
     def sync(self) -> None:
         """Returns once every row so far is on the disk."""
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with writing(self.path):
+            self._file.close()
 
 
 class MeanLoss:

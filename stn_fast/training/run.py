@@ -35,17 +35,21 @@ def run(
 
     Raises:
         UserError: the configuration, the data or the run directory cannot be used.
+        CannotWrite: the disk is full or refuses; the same command goes on from the last checkpoint.
         Diverged, Interrupted: as ``Trainer.fit``.
     """
     progress = progress or Progress(quiet=True)
     directory = RunDirectory(config.directory)
-    resume = resume and directory.resumable
-    if resume:
-        directory.check_same_run(config)
-        if (result := directory.finished_result(config)) is not None:
-            progress.say(f"{directory.path} is finished; --no-resume would run it again")
-            return result
-    with using_threads(config.threads):
+    with directory.locked(), using_threads(config.threads):
+        checkpoint.recover(directory.checkpoints)
+        if resume and not directory.resumable:
+            directory.check_free()
+            resume = False
+        if resume:
+            directory.check_same_run(config)
+            if (result := directory.finished_result(config)) is not None:
+                progress.say(f"{directory.path} is finished; --no-resume would run it again")
+                return result
         return _train(config, build_task, directory, resume, progress)
 
 
@@ -54,24 +58,34 @@ def _train(
 ) -> dict[str, Any]:
     task = checked_task(config, build_task)
     trainer = Trainer(config, task, build_method(config, task), directory.checkpoints, progress.row)
-    if not resume:
+    if resume:
+        _continue(trainer, directory, progress)
+    else:
         directory.clear()
-    elif state := checkpoint.read_newest(directory.checkpoints, config.device, progress.warn):
-        trainer.load_state_dict(state)
-        progress.say(f"resuming {directory.path} after step {trainer.step}")
-        if trainer.overrun:
-            raise UserError(
-                f"{directory.path} is already at step {trainer.step}, epoch {trainer.epoch}, further than "
-                "--epochs or --max-steps asks for: ask for more, or choose another --run-dir"
-            )
     directory.write_config(config)
-    directory.result.unlink(missing_ok=True)
-    directory.schedule.unlink(missing_ok=True)
+    directory.clear_result()
     with progress, MetricsLog(directory.metrics, trainer.rows) as log:
         trainer.fit(log)
-    result = best_result(trainer, task)
+    result = best_result(trainer, task, progress)
     directory.write_result(result)
     return result
+
+
+def _continue(trainer: Trainer, directory: RunDirectory, progress: Progress) -> None:
+    """Puts ``trainer`` where the newest whole checkpoint in ``directory`` stands."""
+    newest = checkpoint.read_newest(directory.checkpoints, trainer.config.device, progress.warn)
+    if newest is None:
+        return
+    path, state = newest
+    with checkpoint.fitting(path):
+        trainer.load_state_dict(state)
+    progress.say(f"resuming {directory.path} after step {trainer.step}")
+    if trainer.overrun:
+        raise UserError(
+            f"{directory.path} is already at step {trainer.step}, epoch {trainer.epoch}, further than "
+            "--epochs or --max-steps asks for: ask for more, or choose another --run-dir"
+        )
+    trainer.check_best(progress.warn)
 
 
 @contextmanager
@@ -111,14 +125,12 @@ def _rehearse(task: Task) -> None:
     task.training_objective(task.model, first, task.space.at(location, batch_size=1))
 
 
-def best_result(trainer: Trainer, task: Task) -> dict[str, Any]:
+def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, Any]:
     """Scores of the best checkpoint, read back from the disk, and where its hyperparameters stand."""
     config, steps, epochs = trainer.config, trainer.step, trainer.epoch
     last_location = trainer.method.location.detach().clone()
-    try:
-        trainer.restore_best()
-    except checkpoint.DamagedCheckpoint as error:
-        raise UserError(f"the best checkpoint is lost: {error}; start over with --no-resume") from None
+    trainer.check_best(progress.warn)
+    trainer.restore_best()
     space, location = trainer.method.space, trainer.method.location.detach()
     start, raw_scale = space.initial_state(location.device)
     scales = space.scales(raw_scale)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from stn_fast.errors import UserError
 from stn_fast.training import checkpoint
 from stn_fast.training.config import Config
+from stn_fast.training.disk import make_directory, replace, writing
 from stn_fast.training.layering import build, differences, read_yaml, to_yaml
 
 
@@ -29,9 +31,9 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         probe = self.path / ".writable"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except FileExistsError:
             raise UserError(f"--run-dir {path} is a file; name a directory") from None
         except OSError as error:
@@ -39,11 +41,67 @@ class RunDirectory:
                 f"--run-dir {path} cannot be written ({error.strerror}); name a directory that can"
             ) from None
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps every other run out inside. Where the system or the file system has no locks, nothing is kept out.
+
+        Raises:
+            UserError: another run is in there.
+        """
+        try:
+            import fcntl
+        except ImportError:  # not POSIX
+            yield
+            return
+        with writing(self.path / ".lock"):
+            file = (self.path / ".lock").open("a")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another run is going on in {self.path}; wait for it to end, or choose another --run-dir"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+
+    def check_free(self) -> None:
+        """Raises UserError where ``clear`` would remove, or a run mix with, what no run has put here."""
+        foreign = checkpoint.foreign(self.checkpoints)
+        taken = [file for file in self._files if file.exists()]
+        if taken and not self._holds_a_run:
+            foreign += taken
+        if foreign:
+            raise UserError(
+                f"{foreign[0]} was not written by a run that can be continued: choose another --run-dir, "
+                "move the file away, or overwrite it with --no-resume"
+            )
+
     def clear(self) -> None:
         """Removes what an earlier run left; files of other names stay."""
-        for file in (self.config, self.metrics, self.result, self.schedule):
-            file.unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        checkpoint.clear(self.checkpoints)
+        with writing(self.path):
+            for file in self._files:
+                file.unlink(missing_ok=True)
+
+    def clear_result(self) -> None:
+        """Removes what a run leaves at its end."""
+        with writing(self.path):
+            self.result.unlink(missing_ok=True)
+            self.schedule.unlink(missing_ok=True)
+
+    @property
+    def _files(self) -> tuple[Path, ...]:
+        return self.metrics, self.result, self.schedule, self.config
+
+    @property
+    def _holds_a_run(self) -> bool:
+        try:
+            self.saved_config()
+        except UserError:
+            return False
+        return True
 
     @property
     def resumable(self) -> bool:
@@ -63,7 +121,12 @@ class RunDirectory:
 
     def saved_config(self) -> Config:
         """The configuration of the run that is here."""
-        return build(Config, read_yaml(str(self.config)))
+        try:
+            return build(Config, read_yaml(str(self.config)))
+        except UserError as error:
+            raise UserError(
+                f"{self.config} is not a run's configuration ({error}): restore it, or start over with --no-resume"
+            ) from None
 
     def finished_result(self, config: Config) -> dict[str, Any] | None:
         """The result of the run that is here, if it went exactly as far as ``config`` asks."""
@@ -76,14 +139,8 @@ class RunDirectory:
 
     def write_config(self, config: Config) -> None:
         """Saves the resolved configuration."""
-        _replace(self.config, to_yaml(config))
+        replace(self.config, to_yaml(config))
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Saves ``result.json``."""
-        _replace(self.result, json.dumps(result, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+        replace(self.result, json.dumps(result, indent=2) + "\n")

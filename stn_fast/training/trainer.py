@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from stn_fast.data import Split
+from stn_fast.errors import UserError
 from stn_fast.training import checkpoint
 from stn_fast.training.batches import Batches
 from stn_fast.training.config import Config
@@ -179,7 +181,7 @@ class Trainer:
 
     def _last_checkpoint(self) -> Path | str:
         found = checkpoint.steps(self.checkpoints)
-        return checkpoint.path_of(self.checkpoints, found[-1]) if found else "none: nothing was saved yet"
+        return self._path(found[-1]) if found else "none: nothing was saved yet"
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._started
@@ -210,14 +212,52 @@ class Trainer:
         checkpoint.write(self.checkpoints, self.step, self.state_dict(), self.best["step"])
         self._saved_at = self.step
 
+    def check_best(self, warn: Callable[[str], None]) -> None:
+        """Where the best checkpoint cannot be read, the best of the others takes its place, and ``warn`` hears so.
+
+        Raises:
+            UserError: no checkpoint can be read.
+        """
+        found = [step for step in checkpoint.steps(self.checkpoints) if step <= self.step]
+        device = self.method.location.device
+        try:
+            checkpoint.read(self._path(self.best["step"]), device)
+            return
+        except checkpoint.DamagedCheckpoint as error:
+            damage = str(error)
+        here = copy.deepcopy(self.method.state_dict())
+        others: list[Row] = []
+        for step in found:
+            try:
+                state = checkpoint.read(self._path(step), device)
+            except checkpoint.DamagedCheckpoint:
+                continue
+            with checkpoint.fitting(self._path(step)):
+                self.method.load_state_dict(state["method"])
+            others.append({"valid_loss": self.evaluate(self.task.data.valid)["loss"], "step": step})
+        self.method.load_state_dict(here)
+        if not others:
+            raise UserError(
+                f"every checkpoint under {self.checkpoints} is damaged, the best one: {damage}; "
+                "restore one from a copy, or start over with --no-resume"
+            )
+        lost, self.best = self.best, min(others, key=lambda other: other["valid_loss"])
+        warn(
+            f"the best checkpoint (validation loss {lost['valid_loss']:.4f}) is lost: {damage}; of those that are left "
+            f"{self._path(self.best['step'])} is the best (validation loss {self.best['valid_loss']:.4f})"
+        )
+
+    def _path(self, step: int) -> Path:
+        return checkpoint.path_of(self.checkpoints, step)
+
     def restore_best(self) -> None:
         """Puts back the weights and the hyperparameters of the lowest validation loss, together.
 
         Raises:
             DamagedCheckpoint: that checkpoint cannot be read.
         """
-        path = checkpoint.path_of(self.checkpoints, self.best["step"])
-        self.method.load_state_dict(checkpoint.read(path, self.method.location.device)["method"])
+        state = checkpoint.read(self._path(self.best["step"]), self.method.location.device)
+        self.method.load_state_dict(state["method"])
 
     def state_dict(self) -> Row:
         """Everything that decides the next step and the next row."""
@@ -240,3 +280,4 @@ class Trainer:
         self.valid_loss.load_state_dict(state["valid_loss"])
         for name in ("train_steps", "valid_steps", "best", "rows", "wall_seconds", "reported_at"):
             setattr(self, name, state[name])
+        self._saved_at = self.step

@@ -1,10 +1,15 @@
 """Checkpoints: whole or absent, never silently damaged, and no more of them than needed."""
 
+import errno
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from stn_fast.errors import UserError
 from stn_fast.training import checkpoint
+from stn_fast.training.disk import CannotWrite
 
 
 def state(step):
@@ -41,19 +46,20 @@ def test_nothing_partial_is_taken_for_a_checkpoint(tmp_path):
     (tmp_path / ".step-00000002.partial").mkdir()
     assert checkpoint.steps(tmp_path) == [1]
     checkpoint.write(tmp_path, 2, state(2), 1)
-    assert checkpoint.read_newest(tmp_path, "cpu", no_warning)["step"] == 2
+    assert checkpoint.read_newest(tmp_path, "cpu", no_warning)[1]["step"] == 2
 
 
 def test_a_write_that_is_cut_short_leaves_the_one_before(tmp_path, monkeypatch):
     checkpoint.write(tmp_path, 1, state(1), 1)
 
     def fail(*args):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_through", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(checkpoint, "write_through", fail)
+    with pytest.raises(CannotWrite, match=r"step-00000002 \(No space left on device\)"):
         checkpoint.write(tmp_path, 2, state(2), 2)
-    assert checkpoint.read_newest(tmp_path, "cpu", no_warning)["step"] == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]
+    assert checkpoint.read_newest(tmp_path, "cpu", no_warning)[1]["step"] == 1
 
 
 def test_damage_is_found_and_the_one_before_is_taken(tmp_path):
@@ -61,7 +67,7 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path):
         path = checkpoint.write(tmp_path, step, state(step), 1)
     damage(path)
     warnings = []
-    assert checkpoint.read_newest(tmp_path, "cpu", warnings.append)["step"] == 1
+    assert checkpoint.read_newest(tmp_path, "cpu", warnings.append)[1]["step"] == 1
     assert len(warnings) == 1
     assert "step-00000002" in warnings[0]
     assert "falling back" in warnings[0]
@@ -92,3 +98,74 @@ def test_a_damaged_one_goes_when_the_run_has_fallen_back_from_it(tmp_path):
 
 def test_no_checkpoint_is_not_an_error(tmp_path):
     assert checkpoint.read_newest(tmp_path / "absent", "cpu", no_warning) is None
+
+
+class Killed(BaseException):
+    """Ends a write as abruptly as a signal that cannot be caught."""
+
+
+def test_a_kill_while_a_step_is_written_again_does_not_lose_it(tmp_path, monkeypatch):
+    checkpoint.write(tmp_path, 1, state(1), 1)
+    rename = Path.rename
+
+    def kill_between(path, target):
+        if path.name.endswith(".partial"):
+            raise Killed
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", kill_between)
+        with pytest.raises(Killed):
+            checkpoint.write(tmp_path, 1, state(1), 1)
+    assert checkpoint.steps(tmp_path) == []
+    checkpoint.recover(tmp_path)
+    assert checkpoint.read_newest(tmp_path, "cpu", no_warning)[1]["step"] == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_what_a_kill_left_at_another_step_goes(tmp_path):
+    for name in (".step-00000002.partial", ".step-00000003.replaced", "step-00000003"):
+        (tmp_path / name).mkdir()
+    checkpoint.write(tmp_path, 4, state(4), 4)
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+
+def test_clearing_leaves_what_is_no_checkpoint(tmp_path):
+    checkpoint.write(tmp_path, 1, state(1), 1)
+    (tmp_path / ".step-00000002.partial").mkdir()
+    (tmp_path / "weights.pt").touch()
+    (tmp_path / "step-notes.txt").touch()
+    assert {entry.name for entry in checkpoint.foreign(tmp_path)} == {"weights.pt", "step-notes.txt"}
+    checkpoint.clear(tmp_path)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"weights.pt", "step-notes.txt"}
+
+
+def rewrite(path, contents=None, **changed):
+    """Replaces the state and keeps its checksum right, or changes entries of the manifest."""
+    if contents is not None:
+        (path / checkpoint.STATE).write_bytes(contents)
+        changed["sha256"] = checkpoint.hashlib.sha256(contents).hexdigest()
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | changed))
+
+
+def test_a_state_that_torch_cannot_load_is_damage(tmp_path):
+    path = checkpoint.write(tmp_path, 1, state(1), 1)
+    rewrite(path, b"no archive of torch")
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"step-00000001/state\.pt cannot be loaded") as caught:
+        checkpoint.read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_that_is_no_mapping_is_damage(tmp_path):
+    path = checkpoint.write(tmp_path, 1, state(1), 1)
+    (path / checkpoint.MANIFEST).write_text("[]")
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"manifest\.json is damaged"):
+        checkpoint.read(path)
+
+
+def test_another_format_is_refused_and_not_taken_for_damage(tmp_path):
+    path = checkpoint.write(tmp_path, 1, state(1), 1)
+    rewrite(path, format=checkpoint.FORMAT + 1)
+    with pytest.raises(UserError, match=r"step-00000001 is a checkpoint of format 2.*reads format 1.*--no-resume"):
+        checkpoint.read_newest(tmp_path, "cpu", no_warning)

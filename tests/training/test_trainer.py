@@ -11,7 +11,7 @@ from run_files import result, rows
 from stn_fast.errors import UserError
 from stn_fast.recipes import digits
 from stn_fast.training import checkpoint
-from stn_fast.training.methods import build_method
+from stn_fast.training.methods import FixedHyperparameters, build_method
 from stn_fast.training.progress import Progress
 from stn_fast.training.run import run, using_threads
 from stn_fast.training.trainer import Diverged, Trainer
@@ -146,6 +146,86 @@ def test_a_damaged_last_checkpoint_falls_back_and_says_so(train, same_run, capfd
     same_run(whole, directory)
 
 
+@pytest.mark.parametrize("when", ["resuming", "at the end"])
+def test_a_damaged_best_checkpoint_costs_no_more_than_itself(train, capfd, monkeypatch, when):
+    pairs = ("optimizer.learning_rate=0.2", "schedule.checkpoint_epochs=1")
+    directory = train("schedule.epochs=10", *pairs)
+    best, found = result(directory)["best_step"], checkpoint.steps(directory / "checkpoints")
+    assert found[-1] != best
+    capfd.readouterr()
+    damage(directory, best)
+    (directory / "result.json").unlink()
+    if when == "at the end":
+        check, calls = Trainer.check_best, []
+        monkeypatch.setattr(
+            Trainer, "check_best", lambda trainer, warn: calls.append(1) or (len(calls) > 1 and check(trainer, warn))
+        )
+    train("schedule.epochs=10", *pairs)
+    got = result(directory)
+    assert got["best_step"] in set(found) - {best}
+    said = capfd.readouterr().err
+    assert said.startswith("warning: the best checkpoint")
+    assert said.count("warning") == 1
+    assert f"step-{best:08d}" in said
+    assert f"step-{got['best_step']:08d} is the best" in said
+    losses = {row["step"]: row["loss"] for row in rows(directory) if row["phase"] == "eval"}
+    assert got["valid_loss"] == min(losses[step] for step in found if step != best)
+
+
+def test_a_best_checkpoint_lost_before_a_longer_run_does_not_change_its_rows(train):
+    pairs = ("optimizer.learning_rate=0.2", "schedule.checkpoint_epochs=1")
+    whole = train("schedule.epochs=12", *pairs, name="whole")
+    short = train("schedule.epochs=10", *pairs, name="short")
+    best = result(short)["best_step"]
+    assert best < result(short)["steps"]
+    damage(short, best)
+    assert rows(train("schedule.epochs=12", *pairs, name="short")) == rows(whole)
+
+
+def test_a_resumed_run_does_not_write_again_the_checkpoint_it_came_from(train):
+    directory = train("schedule.epochs=2")
+    (directory / "result.json").unlink()
+    last = checkpoint.path_of(directory / "checkpoints", checkpoint.steps(directory / "checkpoints")[-1])
+    before = last.stat().st_ino, last.stat().st_mtime_ns
+    train("schedule.epochs=2")
+    assert (last.stat().st_ino, last.stat().st_mtime_ns) == before
+
+
+def test_an_only_checkpoint_caught_between_two_names_is_resumed(train, same_run):
+    whole = train(name="whole")
+    root = train("schedule.max_steps=31", name="hurt") / "checkpoints"
+    *others, last = checkpoint.steps(root)
+    for step in others:
+        shutil.rmtree(checkpoint.path_of(root, step))
+    checkpoint.path_of(root, last).rename(root / f".step-{last:08d}.replaced")
+    train(name="hurt")
+    assert rows(root.parent) == rows(whole)
+
+
+def test_a_checkpoint_of_another_network_is_refused_by_name(train, monkeypatch):
+    directory = train("schedule.max_steps=5")
+    last = checkpoint.steps(directory / "checkpoints")[-1]
+    load = FixedHyperparameters.load_state_dict
+    monkeypatch.setattr(
+        FixedHyperparameters, "load_state_dict", lambda method, state: load(method, {**state, "model": {}})
+    )
+    says = rf"step-{last:08d} does not fit this network or trainer \(RuntimeError.*--no-resume"
+    with pytest.raises(UserError, match=says) as caught:
+        train()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_lacks_an_entry_is_refused_by_name(train):
+    directory = train("schedule.max_steps=5")
+    root = directory / "checkpoints"
+    step = checkpoint.steps(root)[-1]
+    state = checkpoint.read(checkpoint.path_of(root, step))
+    del state["valid_steps"]
+    checkpoint.write(root, step, state, 0)
+    with pytest.raises(UserError, match=rf"step-{step:08d} does not fit .*KeyError: 'valid_steps'"):
+        train()
+
+
 def test_when_every_checkpoint_is_damaged_the_error_names_the_cure(train):
     directory = train("schedule.max_steps=50")
     for step in checkpoint.steps(directory / "checkpoints"):
@@ -173,7 +253,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_no_checkpoint_holds_it(trai
     with pytest.raises(Diverged, match=r"loss became .* by step .*input_dropout 0.3.*lower optimizer.learning_rate"):
         train(*pairs)
     root = make_config(*pairs).directory
-    state = checkpoint.read_newest(checkpoint.Path(root) / "checkpoints", "cpu", print)
+    _, state = checkpoint.read_newest(checkpoint.Path(root) / "checkpoints", "cpu", print)
     assert all(torch.isfinite(weight).all() for weight in state["method"]["model"].values())
 
 

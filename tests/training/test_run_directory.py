@@ -1,0 +1,115 @@
+"""A run directory: it keeps what is not the run's, one run at a time, and names what it cannot use."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from run_files import rows
+
+from stn_fast.errors import UserError
+from stn_fast.training import checkpoint, disk
+from stn_fast.training.run_directory import RunDirectory
+
+OURS = ("config.yaml", "metrics.jsonl", "result.json", "schedule.png")
+
+HOLD = """
+import sys
+from stn_fast.training.run_directory import RunDirectory
+with RunDirectory(sys.argv[1]).locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("name", [*OURS, "checkpoints", "checkpoints/weights.pt"])
+def test_a_file_that_no_run_wrote_is_refused_and_kept(train, tmp_path, name):
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine: 1\n")
+    with pytest.raises(UserError, match=rf"{name} was not written by a run.*another --run-dir.*--no-resume"):
+        train()
+    assert file.read_text() == "mine: 1\n"
+
+
+def test_starting_over_keeps_what_is_no_checkpoint(train, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for name in ("checkpoints/weights.pt", "notes.txt", "config.yaml"):
+        (tmp_path / "run" / name).write_text("mine")
+    directory = train("schedule.epochs=1", resume=False)
+    assert (directory / "checkpoints" / "weights.pt").read_text() == "mine"
+    assert (directory / "notes.txt").read_text() == "mine"
+    assert "recipe: digits" in (directory / "config.yaml").read_text()
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(train, same_run):
+    whole = train(name="whole")
+    died = train("schedule.epochs=1", name="died")
+    checkpoint.clear(died / "checkpoints")
+    same_run(whole, train(name="died"))
+
+
+@pytest.mark.parametrize("text", ["", "recipe: digits\n", "a: [1\n"])
+def test_a_config_that_is_cut_short_names_itself_and_the_cure(train, text):
+    directory = train("schedule.max_steps=5")
+    (directory / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"run/config.yaml is not a run's configuration .*restore it.*--no-resume"):
+        train()
+
+
+def test_a_second_run_in_the_same_directory_is_refused(train):
+    pytest.importorskip("fcntl")
+    directory = train("schedule.max_steps=5")
+    before = rows(directory)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        for resume in (True, False):
+            with pytest.raises(UserError, match=rf"another run is going on in {directory}; .*--run-dir"):
+                train(resume=resume)
+        assert rows(directory) == before
+        holder.communicate("")
+    train()
+
+
+def test_without_locks_a_run_goes_ahead(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with RunDirectory(tmp_path).locked():
+        pass
+
+
+def test_names_are_on_the_disk_before_what_relies_on_them(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+
+    def note(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("descriptors have no names here")
+    monkeypatch.setattr(os, "fsync", note)
+    directory = RunDirectory(tmp_path / "runs" / "one")
+    assert synced == [str(tmp_path / "runs"), str(tmp_path)]
+    synced.clear()
+    directory.write_result({"a": 1})
+    assert synced == [str(directory.path / ".result.json.partial"), str(directory.path)]
+    synced.clear()
+    checkpoint.write(directory.checkpoints, 1, {}, 1)
+    assert synced[0] == str(directory.path)
+    assert synced[-1] == str(directory.checkpoints)
+
+
+def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    directory = RunDirectory(tmp_path)
+    directory.write_result({"a": 1})
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(disk.CannotWrite, match=r"result.json \(No space left on device\)"):
+        directory.write_result({"a": 2})
+    assert json.loads(directory.result.read_text()) == {"a": 1}
