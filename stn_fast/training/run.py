@@ -79,12 +79,14 @@ def _continue(trainer: Trainer, directory: RunDirectory, progress: Progress) -> 
     path, state = newest
     with checkpoint.fitting(path):
         trainer.load_state_dict(state)
-    progress.say(f"resuming {directory.path} after step {trainer.step}")
     if trainer.overrun:
+        schedule = trainer.config.schedule
+        asked = f"{schedule.epochs} epochs" + (f", {schedule.max_steps} steps" if schedule.max_steps else "")
         raise UserError(
-            f"{directory.path} is already at step {trainer.step}, epoch {trainer.epoch}, further than "
-            "--epochs or --max-steps asks for: ask for more, or choose another --run-dir"
+            f"{directory.path} is already at step {trainer.step}, epoch {trainer.epoch}, and {asked} were asked for: "
+            "ask for more with --epochs or --max-steps, or choose another --run-dir"
         )
+    progress.say(f"resuming {directory.path} after step {trainer.step}")
     trainer.check_best(progress.warn)
 
 

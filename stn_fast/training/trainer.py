@@ -173,9 +173,14 @@ class Trainer:
     def _diverge(self, phase: str, loss: float) -> None:
         values = self.method.space.values(self.method.location)
         named = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+        rates = [f"optimizer.learning_rate (now {self.config.optimizer.learning_rate})"]
+        if self.method.tunes:
+            rates.append(f"hyper_optimizer.learning_rate (now {self.config.hyper_optimizer.learning_rate})")
+        if not all(math.isfinite(value) for value in values.values()):
+            rates.reverse()  # the hyperparameters went first
         raise Diverged(
             f"the {phase} loss became {loss} by step {self.step} (epoch {self.epoch}), hyperparameters then: {named}; "
-            f"lower optimizer.learning_rate (now {self.config.optimizer.learning_rate}). "
+            f"lower {' or '.join(rates)}, with --no-resume or in another --run-dir. "
             f"The last good checkpoint is {self._last_checkpoint()}"
         )
 
