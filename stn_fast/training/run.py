@@ -44,6 +44,8 @@ def run(
         checkpoint.recover(directory.checkpoints)
         if resume and not directory.resumable:
             directory.check_free()
+            if directory.metrics.exists():
+                progress.warn(f"{directory.path} holds a run but no checkpoint of it: starting over from step 0")
             resume = False
         if resume:
             directory.check_same_run(config)

@@ -113,3 +113,10 @@ def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     with pytest.raises(disk.CannotWrite, match=r"result.json \(No space left on device\)"):
         directory.write_result({"a": 2})
     assert json.loads(directory.result.read_text()) == {"a": 1}
+
+
+def test_a_run_whose_checkpoints_are_gone_says_that_it_starts_over(train, capsys):
+    directory = train()
+    checkpoint.clear(directory / "checkpoints")
+    train("schedule.epochs=7")
+    assert "holds a run but no checkpoint of it: starting over from step 0" in capsys.readouterr().err
