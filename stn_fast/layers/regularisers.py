@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,6 +33,10 @@ class _PerExampleRegulariser(nn.Module):
             )
         self._check_range(hyper.space[self.name])
         return hyper[self.name]
+
+    def _draw(self, hyper: HyperBatch) -> dict[str, Any]:
+        """Where this layer's random numbers lie."""
+        return dict(seed=hyper.seed, step=hyper.step, stream=self.stream, first_example=hyper.first_example)
 
     def _check_range(self, hyperparameter: Hyperparameter) -> None:
         raise NotImplementedError
@@ -67,10 +72,7 @@ class PerExampleDropout(_PerExampleRegulariser):
         return functional.dropout(
             x,
             self._strength(x, hyper, example_dim),
-            seed=hyper.seed,
-            step=hyper.step,
-            stream=self.stream,
-            first_example=hyper.first_example,
+            **self._draw(hyper),
             example_dim=example_dim,
             shared_dims=self.shared_dims,
         )
@@ -97,9 +99,6 @@ class PerExampleNoise(_PerExampleRegulariser):
         return functional.noise(
             x,
             self._strength(x, hyper, example_dim),
-            seed=hyper.seed,
-            step=hyper.step,
-            stream=self.stream,
-            first_example=hyper.first_example,
+            **self._draw(hyper),
             example_dim=example_dim,
         )
