@@ -89,13 +89,13 @@ class Range(NamedTuple):
 
 def perturb(
     location: Tensor, raw_scale: Tensor, center: Tensor, ranges: Sequence[Range], batch_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(λ̃, values, λ̃ − center), each (B, n): sampled and constrained op by op, a transform to a column."""
+) -> tuple[Tensor, Tensor]:
+    """(values, λ̃ − center), each (B, n): sampled and constrained op by op, a transform to a column."""
     scale = F.softplus(raw_scale.clamp(-4.0, 3.0))
     noise = torch.randn(batch_size, len(ranges), device=location.device)
     unconstrained = location + scale * noise
     values = torch.stack([constrain(unconstrained[:, k], bounds) for k, bounds in enumerate(ranges)], dim=1)
-    return unconstrained, values, unconstrained - center
+    return values, unconstrained - center
 
 
 def constrain(unconstrained: Tensor, bounds: Range) -> Tensor:

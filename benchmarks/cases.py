@@ -204,20 +204,20 @@ def _perturb(case: Case) -> dict[str, Provider]:
     location, raw_scale = space.initial_state(device=case.device)
     center, step = location.clone(), torch.zeros((), dtype=torch.int64, device=case.device)
 
-    def fused(location: Tensor, raw_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def fused(location: Tensor, raw_scale: Tensor) -> tuple[Tensor, Tensor]:
         hyper = space.sample(location, raw_scale, batch_size=batch, seed=0, step=step)
-        return hyper.unconstrained, hyper.values, hyper.response
+        return hyper.values, hyper.response
 
-    def eager(location: Tensor, raw_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def eager(location: Tensor, raw_scale: Tensor) -> tuple[Tensor, Tensor]:
         return baselines.perturb(location, raw_scale, center, RANGES, batch)
 
     functions: dict[str, Callable[..., tuple[Tensor, ...]]] = {"stn_fast": fused, "eager": eager}
     if case.compiled:
         functions["compiled"] = compiled(eager)
 
-    # Full: gradients from every output. Valid: from the response alone, which is all that a validation step has.
-    first = 2 if case.mode == "valid" else 0
-    incoming = [torch.randn(batch, HYPERPARAMETERS, device=case.device) for _ in range(3)][first:]
+    # Full: gradients from both outputs. Valid: from the response alone, which is all that a validation step has.
+    first = 1 if case.mode == "valid" else 0
+    incoming = [torch.randn(batch, HYPERPARAMETERS, device=case.device) for _ in range(2)][first:]
     wanted = (case.mode != "forward",) * 2
 
     def provider(function: Callable[..., tuple[Tensor, ...]]) -> Provider:

@@ -41,16 +41,14 @@ struct Task {
 
 struct Forward {
     const float* center;
-    float* unconstrained;
-    float* values;
-    float* response;
+    float *values, *response, *noise;
 };
 
 struct Backward {
-    const float* d_unconstrained;
     const float* d_values;
     bool d_values_in_rows;
-    const float* d_response;
+    const float *d_response, *location, *scale, *table, *noise;
+    std::int64_t n, batch;
     double* sums;  // (chunks, n, 2): of d_lam and of d_lam * eps
 };
 
@@ -164,65 +162,86 @@ STN_FAST_CLONES void forward_chunk(const Task& task, const Forward& out, std::in
     for (std::int64_t k0 = 0; k0 < task.n; k0 += kGroup) {
         for_each_tile(task, first, k0, [&](int members, std::int64_t b, int count,
                                            const float* const* eps) STN_FAST_INLINE_LAMBDA {
-            Tile lam, response;
+            Tile response;
             for (int j = 0; j < members; ++j) {
                 const Row row(task.table, k0 + j);
                 const float location = task.location[k0 + j], scale = task.scale[k0 + j], center = out.center[k0 + j];
-                float value[kExamples];
-                for (int lane = 0; lane < kExamples; ++lane) lam[j][lane] = location + scale * eps[j][lane];
-                constrain(row, lam[j], value);
+                const std::int64_t at = (k0 + j) * task.batch + b;
+                float lam[kExamples], value[kExamples];
+                for (int lane = 0; lane < kExamples; ++lane) lam[lane] = location + scale * eps[j][lane];
+                constrain(row, lam, value);
                 if (row.responds_with_value) {
                     std::copy_n(value, kExamples, response[j]);
                 } else {
-                    for (int lane = 0; lane < kExamples; ++lane) response[j][lane] = lam[j][lane] - center;
+                    for (int lane = 0; lane < kExamples; ++lane) response[j][lane] = lam[lane] - center;
                 }
-                std::copy_n(value, count, out.values + (k0 + j) * task.batch + b);
+                std::copy_n(value, count, out.values + at);
+                if (out.noise) std::copy_n(eps[j], count, out.noise + at);
             }
-            store_rows(lam, out.unconstrained + b * task.n + k0, task.n, members, count);
             store_rows(response, out.response + b * task.n + k0, task.n, members, count);
         });
     }
 }
 
-STN_FAST_CLONES void backward_chunk(const Task& task, const Backward& in, std::int64_t first) {
-    for (std::int64_t k0 = 0; k0 < task.n; k0 += kGroup) {
-        Tile sum = {}, sum_eps = {};
-        for_each_tile(task, first, k0, [&](int members, std::int64_t b, int count,
-                                           const float* const* eps) STN_FAST_INLINE_LAMBDA {
-            Tile d_lam, d_response, d_values;
-            const std::int64_t corner = b * task.n + k0;
-            load_rows(in.d_unconstrained ? in.d_unconstrained + corner : nullptr, task.n, members, count, d_lam);
-            load_rows(in.d_response ? in.d_response + corner : nullptr, task.n, members, count, d_response);
-            if (in.d_values_in_rows) load_rows(in.d_values + corner, task.n, members, count, d_values);
-            for (int j = 0; j < members; ++j) {
-                const Row row(task.table, k0 + j);
-                const float location = task.location[k0 + j], scale = task.scale[k0 + j];
-                float lam[kExamples], slope[kExamples];
+// Gradients of up to 64 examples, for the members of one group.
+STN_FAST_INLINE void backward_tile(const Backward& in, std::int64_t k0, int members, std::int64_t b, int count, Tile& sum,
+                                   Tile& sum_eps) {
+    Tile d_response, d_values;
+    const std::int64_t corner = b * in.n + k0;
+    load_rows(in.d_response ? in.d_response + corner : nullptr, in.n, members, count, d_response);
+    if (in.d_values_in_rows) load_rows(in.d_values + corner, in.n, members, count, d_values);
+    for (int j = 0; j < members; ++j) {
+        const Row row(in.table, k0 + j);
+        const std::int64_t at = (k0 + j) * in.batch + b;
+        float eps[kExamples];  // zero beyond `count`
+        std::copy_n(in.noise + at, count, eps);
+        std::fill(eps + count, eps + kExamples, 0.0f);
+        float* STN_FAST_RESTRICT d = d_response[j];
+        const bool through_value = in.d_values || row.responds_with_value;
+        if (through_value) {
+            float lam[kExamples], slope[kExamples];
+            for (int lane = 0; lane < kExamples; ++lane) lam[lane] = in.location[k0 + j] + in.scale[k0 + j] * eps[lane];
+            constrain_derivative(row, lam, slope);
+            if (row.responds_with_value) {
+                for (int lane = 0; lane < kExamples; ++lane) d[lane] *= slope[lane];
+            }
+            if (in.d_values) {
                 float* STN_FAST_RESTRICT d_value = d_values[j];
                 if (!in.d_values_in_rows) {
-                    std::fill_n(d_value, kExamples, 0.0f);
-                    if (in.d_values) std::copy_n(in.d_values + (k0 + j) * task.batch + b, count, d_value);
+                    std::copy_n(in.d_values + at, count, d_value);
+                    std::fill(d_value + count, d_value + kExamples, 0.0f);
                 }
-                float* responds = row.responds_with_value ? d_value : d_lam[j];
-                for (int lane = 0; lane < kExamples; ++lane) responds[lane] += d_response[j][lane];
-                for (int lane = 0; lane < kExamples; ++lane) lam[lane] = location + scale * eps[j][lane];
-                constrain_derivative(row, lam, slope);
-                for (int lane = 0; lane < kExamples; ++lane) {
-                    const float d = d_lam[j][lane] + d_value[lane] * slope[lane];
-                    sum[j][lane] += d;
-                    sum_eps[j][lane] += d * eps[j][lane];
-                }
+                for (int lane = 0; lane < kExamples; ++lane) d[lane] += d_value[lane] * slope[lane];
             }
-        });
-        double* to = in.sums + 2 * ((first / kChunk) * task.n + k0);
-        for (std::int64_t j = 0; j < std::min<std::int64_t>(kGroup, task.n - k0); ++j) {
-            double total = 0.0, total_eps = 0.0;
-            for (int lane = 0; lane < kExamples; ++lane) {
-                total += sum[j][lane];
-                total_eps += sum_eps[j][lane];
-            }
-            to[2 * j] = total;
-            to[2 * j + 1] = total_eps;
+        }
+        for (int lane = 0; lane < kExamples; ++lane) {
+            sum[j][lane] += d[lane];
+            sum_eps[j][lane] += d[lane] * eps[lane];
+        }
+    }
+}
+
+// Sum of a row of a tile, in double: incoming gradients of both signs cancel.
+STN_FAST_INLINE double total(const float* STN_FAST_RESTRICT row) {
+    double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+    for (int lane = 0; lane < kExamples; ++lane) sum += static_cast<double>(row[lane]);
+    return sum;
+}
+
+STN_FAST_CLONES void backward_chunk(const Backward& in, std::int64_t first) {
+    const std::int64_t last = std::min(first + kChunk, in.batch);
+    for (std::int64_t k0 = 0; k0 < in.n; k0 += kGroup) {
+        const int members = static_cast<int>(std::min<std::int64_t>(kGroup, in.n - k0));
+        Tile sum = {}, sum_eps = {};
+        for (std::int64_t b = first; b < last; b += kExamples) {
+            const int count = static_cast<int>(std::min<std::int64_t>(kExamples, last - b));
+            backward_tile(in, k0, members, b, count, sum, sum_eps);
+        }
+        double* to = in.sums + 2 * ((first / kChunk) * in.n + k0);
+        for (int j = 0; j < members; ++j) {
+            to[2 * j] = total(sum[j]);
+            to[2 * j + 1] = total(sum_eps[j]);
         }
     }
 }
@@ -238,10 +257,9 @@ std::vector<float> scales(const float* raw_scale, std::int64_t n, float rho_min,
 
 }  // namespace
 
-void perturb_forward(const float* location, const float* raw_scale, const float* center, const float* table,
-                     float* unconstrained, float* values, float* response, std::int64_t n, std::int64_t batch,
-                     std::uint64_t first_example, std::uint64_t seed, std::uint64_t step, float rho_min, float rho_max,
-                     int threads) {
+void perturb_forward(const float* location, const float* raw_scale, const float* center, const float* table, float* values,
+                     float* response, float* noise, std::int64_t n, std::int64_t batch, std::uint64_t first_example,
+                     std::uint64_t seed, std::uint64_t step, float rho_min, float rho_max, int threads) {
     const std::vector<float> scale = scales(raw_scale, n, rho_min, rho_max);
     const Task task{location,
                     scale.data(),
@@ -250,28 +268,21 @@ void perturb_forward(const float* location, const float* raw_scale, const float*
                     batch,
                     static_cast<std::uint32_t>(first_example),
                     Generator(seed, step, 0)};
-    const Forward out{center, unconstrained, values, response};
+    const Forward out{center, values, response, noise};
 #pragma omp parallel for num_threads(threads) schedule(static) if (batch > kSerial)
     for (std::int64_t first = 0; first < batch; first += kChunk) forward_chunk(task, out, first);
 }
 
-void perturb_backward(const float* d_unconstrained, const float* d_values, bool d_values_in_rows, const float* d_response,
-                      const float* location, const float* raw_scale, const float* table, float* d_location,
-                      float* d_raw_scale, std::int64_t n, std::int64_t batch, std::uint64_t first_example, std::uint64_t seed,
-                      std::uint64_t step, float rho_min, float rho_max, int threads) {
+void perturb_backward(const float* d_values, bool d_values_in_rows, const float* d_response, const float* location,
+                      const float* raw_scale, const float* table, const float* noise, float* d_location, float* d_raw_scale,
+                      std::int64_t n, std::int64_t batch, float rho_min, float rho_max, int threads) {
     const std::vector<float> scale = scales(raw_scale, n, rho_min, rho_max);
     const std::int64_t chunks = (batch + kChunk - 1) / kChunk;
     std::vector<double> sums(static_cast<std::size_t>(2 * chunks * n));
-    const Task task{location,
-                    scale.data(),
-                    table,
-                    n,
-                    batch,
-                    static_cast<std::uint32_t>(first_example),
-                    Generator(seed, step, 0)};
-    const Backward in{d_unconstrained, d_values, d_values && d_values_in_rows, d_response, sums.data()};
+    const Backward in{d_values, d_values && d_values_in_rows, d_response, location, scale.data(), table, noise, n, batch,
+                      sums.data()};
 #pragma omp parallel for num_threads(threads) schedule(static) if (batch > kSerial)
-    for (std::int64_t first = 0; first < batch; first += kChunk) backward_chunk(task, in, first);
+    for (std::int64_t first = 0; first < batch; first += kChunk) backward_chunk(in, first);
 
     for (std::int64_t k = 0; k < n; ++k) {
         double sum = 0.0, sum_eps = 0.0;

@@ -1,7 +1,7 @@
-"""Perturbation of hyperparameters: each example's unconstrained value, constrained value and response.
+"""Perturbation of hyperparameters: each example's constrained value and response, and their gradients.
 
 For example b and hyperparameter k, with eps standard normal and sigma = softplus(clamp(rho, rho_min, rho_max)):
-unconstrained = location + sigma * eps; value = its image within bounds; response = value or unconstrained - center.
+lam = location + sigma * eps; value = its image within bounds; response = value or lam - center.
 A row of the table: kind (0 no bound, 1 lower, 2 upper, 3 both), low, high, integer, per_example, responds_with_value.
 """
 
@@ -80,30 +80,35 @@ def constrained_slope(lam, kind, low, high, integer):
     return tl.where(integer != 0, 0.0, b_slope)
 
 
+@triton.jit
+def load_columns(p_table, i_k, in_k):
+    """kind, low, high, integer, per_example, responds_with_value, each (1, N_PAD)."""
+    kind = tl.load(p_table + 6 * i_k, mask=in_k, other=0.0)[None, :]
+    low = tl.load(p_table + 6 * i_k + 1, mask=in_k, other=0.0)[None, :]
+    high = tl.load(p_table + 6 * i_k + 2, mask=in_k, other=0.0)[None, :]
+    integer = tl.load(p_table + 6 * i_k + 3, mask=in_k, other=0.0)[None, :]
+    per_example = tl.load(p_table + 6 * i_k + 4, mask=in_k, other=0.0)[None, :]
+    with_value = tl.load(p_table + 6 * i_k + 5, mask=in_k, other=0.0)[None, :]
+    return kind, low, high, integer, per_example, with_value
+
+
 @triton.jit(do_not_specialize=["first_example", "seed", "rho_min", "rho_max"])
-def perturb_kernel(
+def perturb_fwd_kernel(
     p_location,
     p_raw_scale,
     p_center,
     p_table,
     p_step,
-    p_unconstrained,
     p_values,
     p_response,
-    p_d_unconstrained,
-    p_d_values,
-    p_d_response,
-    p_partial,
+    p_noise,
     n,
     batch,
     first_example,
     seed,
     rho_min,
     rho_max,
-    BACKWARD: tl.constexpr,
-    HAS_D_UNCONSTRAINED: tl.constexpr,
-    HAS_D_VALUES: tl.constexpr,
-    HAS_D_RESPONSE: tl.constexpr,
+    SAVE_NOISE: tl.constexpr,
     N_PAD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -111,15 +116,10 @@ def perturb_kernel(
     in_k = i_k < n
     i_b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = (i_b < batch)[:, None] & in_k[None, :]
-
     b_location = tl.load(p_location + i_k, mask=in_k, other=0.0)[None, :]
     b_rho = tl.load(p_raw_scale + i_k, mask=in_k, other=0.0)
-    kind = tl.load(p_table + 6 * i_k, mask=in_k, other=0.0)[None, :]
-    low = tl.load(p_table + 6 * i_k + 1, mask=in_k, other=0.0)[None, :]
-    high = tl.load(p_table + 6 * i_k + 2, mask=in_k, other=0.0)[None, :]
-    integer = tl.load(p_table + 6 * i_k + 3, mask=in_k, other=0.0)[None, :]
-    per_example = tl.load(p_table + 6 * i_k + 4, mask=in_k, other=0.0)[None, :]
-    with_value = tl.load(p_table + 6 * i_k + 5, mask=in_k, other=0.0)[None, :]
+    b_center = tl.load(p_center + i_k, mask=in_k, other=0.0)[None, :]
+    kind, low, high, integer, per_example, with_value = load_columns(p_table, i_k, in_k)
 
     i_quad = tl.arange(0, N_PAD // 4)[None, :]
     example = (first_example + i_b)[:, None]
@@ -129,32 +129,57 @@ def perturb_kernel(
     w0, w1, w2, w3 = draw_words(i_quad, tl.zeros_like(i_quad), p_step, seed, tl.full((1, 1), 0, tl.int32))
     b_eps = tl.where(per_example != 0, b_own, normals_in_order(w0, w1, w2, w3))
 
-    b_clamped = tl.minimum(tl.maximum(b_rho, rho_min), rho_max)
-    b_lam = b_location + softplus(b_clamped)[None, :] * b_eps
-
-    i_row_major = i_b[:, None] * n + i_k[None, :]
+    b_lam = b_location + softplus(tl.minimum(tl.maximum(b_rho, rho_min), rho_max))[None, :] * b_eps
+    b_value = constrained(b_lam, kind, low, high, integer)
     i_column_major = i_k[None, :].to(tl.int64) * batch + i_b[:, None]
-    if BACKWARD:
-        b_d_lam = tl.zeros((ROWS, N_PAD), tl.float32)
-        b_slope = constrained_slope(b_lam, kind, low, high, integer)
-        if HAS_D_UNCONSTRAINED:
-            b_d_lam += tl.load(p_d_unconstrained + i_row_major, mask=inside, other=0.0)
-        if HAS_D_VALUES:
-            b_d_lam += tl.load(p_d_values + i_column_major, mask=inside, other=0.0) * b_slope
-        if HAS_D_RESPONSE:
-            b_d_response = tl.load(p_d_response + i_row_major, mask=inside, other=0.0)
-            b_d_lam += b_d_response * tl.where(with_value != 0, b_slope, 1.0)
-        passes = (b_rho >= rho_min) & (b_rho <= rho_max)
-        b_d_rho = tl.where(passes, tl.sum(b_d_lam * b_eps, axis=0) * sigmoid(b_rho), 0.0)
-        p_partial += tl.program_id(0).to(tl.int64) * 2 * n
-        tl.store(p_partial + i_k, tl.sum(b_d_lam, axis=0), mask=in_k)
-        tl.store(p_partial + n + i_k, b_d_rho, mask=in_k)
-    else:
-        b_center = tl.load(p_center + i_k, mask=in_k, other=0.0)[None, :]
-        b_value = constrained(b_lam, kind, low, high, integer)
-        tl.store(p_unconstrained + i_row_major, b_lam, mask=inside)
-        tl.store(p_values + i_column_major, b_value, mask=inside)
-        tl.store(p_response + i_row_major, tl.where(with_value != 0, b_value, b_lam - b_center), mask=inside)
+    i_row_major = i_b[:, None] * n + i_k[None, :]
+    tl.store(p_values + i_column_major, b_value, mask=inside)
+    tl.store(p_response + i_row_major, tl.where(with_value != 0, b_value, b_lam - b_center), mask=inside)
+    if SAVE_NOISE:
+        tl.store(p_noise + i_column_major, b_eps, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rho_min", "rho_max"])
+def perturb_bwd_kernel(
+    p_location,
+    p_raw_scale,
+    p_table,
+    p_noise,
+    p_d_values,
+    p_d_response,
+    p_partial,
+    n,
+    batch,
+    rho_min,
+    rho_max,
+    HAS_D_VALUES: tl.constexpr,
+    HAS_D_RESPONSE: tl.constexpr,
+    N_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    i_k = tl.arange(0, N_PAD)
+    in_k = i_k < n
+    i_b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = (i_b < batch)[:, None] & in_k[None, :]
+    b_location = tl.load(p_location + i_k, mask=in_k, other=0.0)[None, :]
+    b_rho = tl.load(p_raw_scale + i_k, mask=in_k, other=0.0)
+    kind, low, high, integer, _, with_value = load_columns(p_table, i_k, in_k)
+
+    i_column_major = i_k[None, :].to(tl.int64) * batch + i_b[:, None]
+    b_eps = tl.load(p_noise + i_column_major, mask=inside, other=0.0)
+    b_lam = b_location + softplus(tl.minimum(tl.maximum(b_rho, rho_min), rho_max))[None, :] * b_eps
+    b_slope = constrained_slope(b_lam, kind, low, high, integer)
+    b_d_lam = tl.zeros((ROWS, N_PAD), tl.float32)
+    if HAS_D_VALUES:
+        b_d_lam += tl.load(p_d_values + i_column_major, mask=inside, other=0.0) * b_slope
+    if HAS_D_RESPONSE:
+        b_d_response = tl.load(p_d_response + i_b[:, None] * n + i_k[None, :], mask=inside, other=0.0)
+        b_d_lam += b_d_response * tl.where(with_value != 0, b_slope, 1.0)
+    passes = (b_rho >= rho_min) & (b_rho <= rho_max)
+    b_d_rho = tl.where(passes, tl.sum(b_d_lam * b_eps, axis=0) * sigmoid(b_rho), 0.0)
+    p_partial += tl.program_id(0).to(tl.int64) * 2 * n
+    tl.store(p_partial + i_k, tl.sum(b_d_lam, axis=0), mask=in_k)
+    tl.store(p_partial + n + i_k, b_d_rho, mask=in_k)
 
 
 def _tile(n: int) -> tuple[int, int]:
@@ -168,96 +193,74 @@ def perturb_forward(
     center: Tensor,
     table: Tensor,
     step: Tensor,
+    values: Tensor,
+    response: Tensor,
+    noise: Tensor | None,
     seed: int,
-    batch_size: int,
     first_example: int,
     rho_min: float,
     rho_max: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(unconstrained (B, n), values (n, B), response (B, n)); location, raw_scale, center (n,), table (n, 6)."""
-    n = location.shape[0]
-    unconstrained = torch.empty(batch_size, n, dtype=torch.float32, device=location.device)
-    values = torch.empty(n, batch_size, dtype=torch.float32, device=location.device)
-    response = torch.empty_like(unconstrained)
-    if unconstrained.numel():
-        n_pad, rows = _tile(n)
-        (first_example,) = words_in_range(first_example)
-        with device_guard(location):
-            perturb_kernel[(triton.cdiv(batch_size, rows),)](
-                location,
-                raw_scale,
-                center,
-                table,
-                step,
-                unconstrained,
-                values,
-                response,
-                None,
-                None,
-                None,
-                None,
-                n,
-                batch_size,
-                first_example,
-                seed,
-                rho_min,
-                rho_max,
-                BACKWARD=False,
-                HAS_D_UNCONSTRAINED=False,
-                HAS_D_VALUES=False,
-                HAS_D_RESPONSE=False,
-                N_PAD=n_pad,
-                ROWS=rows,
-                num_warps=NUM_WARPS,
-            )
-    return unconstrained, values, response
-
-
-def perturb_backward(
-    d_unconstrained: Tensor | None,
-    d_values: Tensor | None,
-    d_response: Tensor | None,
-    location: Tensor,
-    raw_scale: Tensor,
-    table: Tensor,
-    step: Tensor,
-    seed: int,
-    batch_size: int,
-    first_example: int,
-    rho_min: float,
-    rho_max: float,
-) -> tuple[Tensor, Tensor]:
-    """(d_location (n,), d_raw_scale (n,)) from those gradients that are given, shaped as in the forward."""
-    n = location.shape[0]
-    if not batch_size * n:
-        return torch.zeros_like(location), torch.zeros_like(raw_scale)
+) -> None:
+    """Fills values (n, B), response (B, n) and noise (n, B); location, raw_scale, center are (n,), table (n, 6)."""
+    n, batch_size = values.shape
+    if not values.numel():
+        return
     n_pad, rows = _tile(n)
-    programs = triton.cdiv(batch_size, rows)
-    # One row of sums per program, added in a fixed order: the same bits at every run.
-    partial = torch.empty(programs, 2, n, dtype=torch.float32, device=location.device)
     (first_example,) = words_in_range(first_example)
     with device_guard(location):
-        perturb_kernel[(programs,)](
+        perturb_fwd_kernel[(triton.cdiv(batch_size, rows),)](
             location,
             raw_scale,
-            None,
+            center,
             table,
             step,
-            None,
-            None,
-            None,
-            d_unconstrained,
-            d_values,
-            d_response,
-            partial,
+            values,
+            response,
+            noise,
             n,
             batch_size,
             first_example,
             seed,
             rho_min,
             rho_max,
-            BACKWARD=True,
-            HAS_D_UNCONSTRAINED=d_unconstrained is not None,
+            SAVE_NOISE=noise is not None,
+            N_PAD=n_pad,
+            ROWS=rows,
+            num_warps=NUM_WARPS,
+        )
+
+
+def perturb_backward(
+    d_values: Tensor | None,
+    d_response: Tensor | None,
+    location: Tensor,
+    raw_scale: Tensor,
+    table: Tensor,
+    noise: Tensor,
+    rho_min: float,
+    rho_max: float,
+) -> tuple[Tensor, Tensor]:
+    """(d_location (n,), d_raw_scale (n,)) from those gradients that are given, shaped as in the forward."""
+    n, batch_size = noise.shape
+    if not noise.numel():
+        return torch.zeros_like(location), torch.zeros_like(raw_scale)
+    n_pad, rows = _tile(n)
+    programs = triton.cdiv(batch_size, rows)
+    # One row of sums per program, added in a fixed order: the same bits at every run.
+    partial = torch.empty(programs, 2, n, dtype=torch.float32, device=location.device)
+    with device_guard(location):
+        perturb_bwd_kernel[(programs,)](
+            location,
+            raw_scale,
+            table,
+            noise,
+            d_values,
+            d_response,
+            partial,
+            n,
+            batch_size,
+            rho_min,
+            rho_max,
             HAS_D_VALUES=d_values is not None,
             HAS_D_RESPONSE=d_response is not None,
             N_PAD=n_pad,

@@ -28,9 +28,9 @@ def perturb_forward(
     raw_scale: int,
     center: int,
     table: int,
-    unconstrained: int,
     values: int,
     response: int,
+    noise: int,
     n: int,
     batch: int,
     first_example: int,
@@ -40,28 +40,25 @@ def perturb_forward(
     rho_max: float,
     threads: int,
 ) -> None:
-    """Every example's own hyperparameters: unconstrained and response (batch, n), values (n, batch)."""
+    """Every example's own hyperparameters: response (batch, n); values and, where wanted, normal draws (n, batch)."""
 
 def perturb_backward(
-    d_unconstrained: int,
     d_values: int,
     d_values_in_rows: bool,
     d_response: int,
     location: int,
     raw_scale: int,
     table: int,
+    noise: int,
     d_location: int,
     d_raw_scale: int,
     n: int,
     batch: int,
-    first_example: int,
-    seed: int,
-    step: int,
     rho_min: float,
     rho_max: float,
     threads: int,
 ) -> None:
-    """Gradients of location and raw_scale (n,); the perturbations are drawn again."""
+    """Gradients of location and raw_scale (n,)."""
 
 def dropout(
     x: int,

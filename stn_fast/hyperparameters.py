@@ -114,11 +114,10 @@ class Hyperparameter:
 class HyperBatch:
     """A batch of hyperparameters, one row an example: what a self-tuning model is called with.
 
-    A pytree whose leaves are the four tensors, so it passes through torch.compile, torch.func and
+    A pytree whose leaves are the three tensors, so it passes through torch.compile, torch.func and
     DistributedDataParallel as they are. `hyper["name"]` is the (B,) column of constrained values.
 
     Attributes:
-        unconstrained: (B, n) float32, λ̃.
         values: (B, n) float32, constrained; each column is contiguous.
         response: (B, n) float32, what the gates see.
         step: 0-dim int64; with `seed` and `first_example` it fixes every random draw made for this batch.
@@ -128,7 +127,6 @@ class HyperBatch:
         shared: all rows are equal, so layers fold their response into plain weights.
     """
 
-    unconstrained: Tensor
     values: Tensor
     response: Tensor
     step: Tensor
@@ -144,7 +142,7 @@ class HyperBatch:
         return self.values.shape[0]
 
 
-_LEAVES = ("unconstrained", "values", "response", "step")
+_LEAVES = ("values", "response", "step")
 _CONTEXT = ("seed", "first_example", "space", "shared")
 
 
@@ -284,7 +282,7 @@ class HyperparameterSpace:
         """
         table, default_center = self._constants(location.device)
         step = check_coordinates("sample", location.device, seed, step, first_example)
-        unconstrained, values, response = perturb(
+        values, response = perturb(
             location,
             raw_scale,
             default_center if center is None else center.detach(),
@@ -294,7 +292,7 @@ class HyperparameterSpace:
             batch_size=batch_size,
             first_example=first_example,
         )
-        return HyperBatch(unconstrained, values, response, step, seed, first_example, self)
+        return HyperBatch(values, response, step, seed, first_example, self)
 
     def at(
         self,
@@ -316,7 +314,7 @@ class HyperparameterSpace:
         shift = location - (default_center if center is None else center.detach())
         response = torch.where(table[:, 5] > 0, values, shift)
         columns = values[:, None].expand(-1, batch_size).contiguous().T
-        rows = location.expand(batch_size, -1), columns, response.expand(batch_size, -1)
+        rows = columns, response.expand(batch_size, -1)
         step = check_coordinates("at", location.device, seed, step, first_example)
         return HyperBatch(*rows, step, seed, first_example, self, shared=True)
 

@@ -46,7 +46,7 @@ def seeded(seed=0):
 
 
 def plain_perturb(location, raw_scale, center, table, eps):
-    """Section 2.2 of the maths, in float64 and differentiable: unconstrained, values, response, each (batch, n)."""
+    """Section 2.2 of the maths, in float64 and differentiable: values and response, each (batch, n)."""
     softplus, columns = torch.nn.functional.softplus, []
     lam = location + softplus(raw_scale.clamp(*RHO)) * eps
     for k, (kind, low, high, integer, _, _) in enumerate(table):
@@ -60,29 +60,26 @@ def plain_perturb(location, raw_scale, center, table, eps):
         columns.append(value.floor().detach() if integer else value)
     values = torch.stack(columns, 1)
     by_value = torch.tensor([row[5] for row in table], dtype=torch.bool)
-    return lam, values, torch.where(by_value, values, lam - center)
+    return values, torch.where(by_value, values, lam - center)
 
 
 def perturb_forward(location, raw_scale, center, table, batch, first_example=0, seed=3, step=4, threads=1):
     n = len(table)
-    out = poisoned(batch, n), poisoned(n, batch), poisoned(batch, n)
+    """values (n, batch), response (batch, n), noise (n, batch)."""
+    out = poisoned(n, batch), poisoned(batch, n), poisoned(n, batch)
     table = torch.tensor(table, dtype=torch.float32)
     inputs = (location, raw_scale, center, table)
     _C.perturb_forward(*map(address, inputs + out), n, batch, first_example, seed, step, *RHO, threads)
     return out
 
 
-def perturb_backward(
-    gradients, location, raw_scale, table, batch, first_example=0, seed=3, step=4, threads=1, in_rows=False
-):
+def perturb_backward(gradients, location, raw_scale, table, noise, threads=1, in_rows=False):
     n = len(table)
     out = poisoned(n), poisoned(n)
     table = torch.tensor(table, dtype=torch.float32)
-    d_unconstrained, d_values, d_response = map(address, gradients)
-    rest = map(address, (location, raw_scale, table, *out))
-    _C.perturb_backward(
-        d_unconstrained, d_values, in_rows, d_response, *rest, n, batch, first_example, seed, step, *RHO, threads
-    )
+    d_values, d_response = map(address, gradients)
+    rest = map(address, (location, raw_scale, table, noise, *out))
+    _C.perturb_backward(d_values, in_rows, d_response, *rest, *noise.shape, *RHO, threads)
     return out
 
 
@@ -101,16 +98,15 @@ tables = st.lists(st.sampled_from(TABLE), min_size=1, max_size=17)
 def test_perturbation_of_every_kind_follows_the_formulas(table, batch, first_example, seed):
     generator, n = seeded(), len(table)
     location, raw_scale, center = (normals(generator, n) for _ in range(3))
-    unconstrained, values, response = perturb_forward(location, raw_scale, center, table, batch, first_example, seed)
+    values, response, noise = perturb_forward(location, raw_scale, center, table, batch, first_example, seed)
     eps = perturbations(table, batch, first_example, seed)
-    lam, want_values, want_response = plain_perturb(location.double(), raw_scale.double(), center.double(), table, eps)
-    torch.testing.assert_close(unconstrained.double(), lam, rtol=2e-6, atol=2e-6)
+    exact = plain_perturb(location.double(), raw_scale.double(), center.double(), table, eps)
+    torch.testing.assert_close(noise.T.double(), eps, rtol=2e-6, atol=1e-6)
     # An integer may differ where its value, before the floor, is a rounding error away from the next one.
     unrounded = [(*row[:3], 0, *row[4:]) for row in table]
-    _, before, _ = plain_perturb(location.double(), raw_scale.double(), center.double(), unrounded, eps)
+    before, _ = plain_perturb(location.double(), raw_scale.double(), center.double(), unrounded, eps)
     integer = torch.tensor([bool(row[3]) for row in table])
     undecided = integer & ((before - before.round()).abs() < 1e-5)
-    exact = want_values, want_response
     for got, want in zip((values.T, response), exact, strict=True):
         torch.testing.assert_close(
             torch.where(undecided, 0, got.double()), torch.where(undecided, 0, want), rtol=4e-6, atol=4e-6
@@ -121,21 +117,22 @@ def test_perturbation_of_every_kind_follows_the_formulas(table, batch, first_exa
 @given(
     table=tables,
     batch=st.integers(1, 600),
-    wanted=st.tuples(*[st.booleans()] * 3).filter(any),
+    wanted=st.tuples(*[st.booleans()] * 2).filter(any),
     first_example=st.integers(0, 9),
     in_rows=st.booleans(),
 )
 def test_gradients_of_location_and_scale_match_float64_autograd(table, batch, wanted, first_example, in_rows):
     generator, n = seeded(1), len(table)
     location, raw_scale = normals(generator, n), 3 * normals(generator, n)
-    d_unconstrained, d_values, d_response = (normals(generator, batch, n) for _ in range(3))
+    d_values, d_response = (normals(generator, batch, n) for _ in range(2))
     laid_out = d_values if in_rows else d_values.T.contiguous()
-    given_in = [d if w else None for d, w in zip((d_unconstrained, laid_out, d_response), wanted, strict=True)]
-    got = perturb_backward(given_in, location, raw_scale, table, batch, first_example, in_rows=in_rows)
+    given_in = [d if w else None for d, w in zip((laid_out, d_response), wanted, strict=True)]
+    *_, noise = perturb_forward(location, raw_scale, torch.zeros(n), table, batch, first_example)
+    got = perturb_backward(given_in, location, raw_scale, table, noise, in_rows=in_rows)
 
     leaves = [location.double().requires_grad_(), raw_scale.double().requires_grad_()]
     outputs = plain_perturb(*leaves, torch.zeros(n), table, perturbations(table, batch, first_example))
-    gradients = (d_unconstrained, d_values, d_response)
+    gradients = (d_values, d_response)
     loss = sum((y * d.double()).sum() for y, d, w in zip(outputs, gradients, wanted, strict=True) if w)
     want = torch.autograd.grad(loss, leaves) if loss.requires_grad else [torch.zeros(n)] * 2
     for one, other in zip(got, want, strict=True):
@@ -144,8 +141,8 @@ def test_gradients_of_location_and_scale_match_float64_autograd(table, batch, wa
 
 def test_scale_gradient_vanishes_outside_of_the_clamp_and_passes_on_its_edges():
     raw_scale = torch.tensor([-4.001, -4.0, 0.0, 3.0, 3.001])
-    ones = torch.ones(8, 5)
-    _, d_raw_scale = perturb_backward((ones, None, None), torch.zeros(5), raw_scale, [TABLE[0]] * 5, 8)
+    noise = normals(seeded(), 5, 8)
+    _, d_raw_scale = perturb_backward((None, torch.ones(8, 5)), torch.zeros(5), raw_scale, [TABLE[0]] * 5, noise)
     assert (d_raw_scale != 0).tolist() == [False, True, True, True, False]
 
 
@@ -154,10 +151,10 @@ def test_no_finite_location_gives_nan_or_infinity(where):
     n, batch = len(TABLE), 40
     location, raw_scale = torch.full((n,), where), torch.full((n,), 3.0)
     out = perturb_forward(location, raw_scale, torch.zeros(n), TABLE, batch)
-    gradients = torch.ones(batch, n), torch.ones(n, batch), torch.ones(batch, n)
-    for tensor in (*out, *perturb_backward(gradients, location, raw_scale, TABLE, batch)):
+    gradients = torch.ones(n, batch), torch.ones(batch, n)
+    for tensor in (*out, *perturb_backward(gradients, location, raw_scale, TABLE, out[2])):
         assert tensor.isfinite().all()
-    bounded = out[1][3]
+    bounded = out[0][3]
     assert ((bounded >= 0.0) & (bounded <= 0.9 + 1e-7)).all()
 
 
@@ -166,7 +163,7 @@ def test_softplus_and_sigmoid_keep_their_relative_precision_far_out():
     table = [(LOWER, 0, 0, 0, 1, 0), (BOTH, 0, 1, 0, 1, 0), (UPPER, 0, 0, 0, 1, 0)]
     for x in location:
         # a tenth of the distance between neighbours is what softplus(-4) adds at most
-        lam, values, _ = perturb_forward(x.expand(3).contiguous(), torch.full((3,), -4.0), torch.zeros(3), table, 1)
+        values, lam, _ = perturb_forward(x.expand(3).contiguous(), torch.full((3,), -4.0), torch.zeros(3), table, 1)
         exact = lam.double()[0]
         want = torch.stack(
             [
@@ -181,18 +178,17 @@ def test_softplus_and_sigmoid_keep_their_relative_precision_far_out():
 def test_a_nan_location_stays_visible():
     n = len(TABLE)
     out = perturb_forward(torch.full((n,), math.nan), torch.zeros(n), torch.zeros(n), TABLE, 3)
-    assert all(tensor.isnan().all() for tensor in out)
+    assert all(tensor.isnan().all() for tensor in out[:2])
 
 
 def test_perturbation_and_its_gradients_do_not_depend_on_the_number_of_threads():
     n, batch, generator = len(TABLE), 2011, seeded()
     location, raw_scale, center = (normals(generator, n) for _ in range(3))
-    gradients = normals(generator, batch, n), normals(generator, n, batch), normals(generator, batch, n)
-    results = [
-        perturb_forward(location, raw_scale, center, TABLE, batch, threads=threads)
-        + perturb_backward(gradients, location, raw_scale, TABLE, batch, threads=threads)
-        for threads in (1, 2, 3)
-    ]
+    gradients = normals(generator, n, batch), normals(generator, batch, n)
+    results = []
+    for threads in (1, 2, 3):
+        drawn = perturb_forward(location, raw_scale, center, TABLE, batch, threads=threads)
+        results.append(drawn + perturb_backward(gradients, location, raw_scale, TABLE, drawn[2], threads=threads))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
@@ -202,13 +198,13 @@ def test_two_processes_perturb_as_one_would_the_whole_batch():
     location, raw_scale, center = (normals(generator, n) for _ in range(3))
     whole = perturb_forward(location, raw_scale, center, TABLE, 50)
     halves = [perturb_forward(location, raw_scale, center, TABLE, 25, first) for first in (0, 25)]
-    for dim, tensor, parts in zip((0, 1, 0), whole, zip(*halves, strict=True), strict=True):
+    for dim, tensor, parts in zip((1, 0, 1), whole, zip(*halves, strict=True), strict=True):
         assert torch.equal(torch.cat(parts, dim), tensor)
 
 
 def test_an_empty_batch_has_zero_gradients():
     n = len(TABLE)
-    got = perturb_backward((None, None, poisoned(0, n)), torch.zeros(n), torch.zeros(n), TABLE, 0)
+    got = perturb_backward((None, poisoned(0, n)), torch.zeros(n), torch.zeros(n), TABLE, poisoned(n, 0))
     assert all((d == 0).all() for d in got)
 
 

@@ -35,7 +35,6 @@ class Table(NamedTuple):
 class Perturbed(NamedTuple):
     """What `perturb` returns, each (B, n) float32."""
 
-    unconstrained: Tensor
     values: Tensor
     response: Tensor
 
@@ -73,7 +72,7 @@ def reference(location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor
     unconstrained = location + F.softplus(raw_scale.clamp(*RAW_SCALE_BOUNDS)) * noise
     values = constrain(unconstrained, table)
     response = torch.where(table[:, 5] > 0, values, unconstrained - center)
-    return Perturbed(unconstrained, values, response)
+    return Perturbed(values, response)
 
 
 def _compute(
@@ -85,88 +84,79 @@ def _compute(
     seed: int,
     batch_size: int,
     first_example: int,
+    save_noise: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, response, noise): noise (n, B) is what backward needs, and empty when nobody will ask."""
     backend = choose(location.device)
     n = table.shape[0]
+    if backend == "reference":
+        drawn = perturbation_noise(table, step, seed, batch_size, first_example)
+        values, response = reference(location, raw_scale, center, table, drawn)
+        return values.T.contiguous().T, response, drawn.T.contiguous() if save_noise else location.new_empty(0)
+    values = location.new_empty(n, batch_size)
+    response = location.new_empty(batch_size, n)
+    noise = location.new_empty((n, batch_size) if save_noise else 0)
     if backend == "triton":
         from stn_fast.kernels import perturb as kernels
 
-        unconstrained, values, response = kernels.perturb_forward(
-            location, raw_scale, center, table, step, seed, batch_size, first_example, *RAW_SCALE_BOUNDS
-        )
-        return unconstrained, values.T, response
-    if backend == "cpp":
+        kernels.perturb_forward(
+            location, raw_scale, center, table, step, values, response, noise if save_noise else None,
+            seed, first_example, *RAW_SCALE_BOUNDS,
+        )  # fmt: skip
+    else:
         from stn_fast import _C
 
-        unconstrained = location.new_empty(batch_size, n)
-        values = location.new_empty(n, batch_size)
-        response = location.new_empty(batch_size, n)
         _C.perturb_forward(
             location.data_ptr(), raw_scale.data_ptr(), center.data_ptr(), table.data_ptr(),
-            unconstrained.data_ptr(), values.data_ptr(), response.data_ptr(),
+            values.data_ptr(), response.data_ptr(), noise.data_ptr() if save_noise else 0,
             n, batch_size, first_example, seed, int(step), *RAW_SCALE_BOUNDS, torch.get_num_threads(),
         )  # fmt: skip
-        return unconstrained, values.T, response
-    noise = perturbation_noise(table, step, seed, batch_size, first_example)
-    unconstrained, values, response = reference(location, raw_scale, center, table, noise)
-    return unconstrained, values.T.contiguous().T, response
+    return values.T, response, noise
 
 
 _perturb = torch.library.custom_op("stn_fast::perturb", _compute, mutates_args=())
 
 
 @_perturb.register_fake
-def _(location, raw_scale, center, table, step, seed, batch_size, first_example):
+def _(location, raw_scale, center, table, step, seed, batch_size, first_example, save_noise):
     n = table.shape[0]
-    rows = location.new_empty(batch_size, n)
-    return rows, location.new_empty(n, batch_size).T, torch.empty_like(rows)
+    noise = location.new_empty(n, batch_size) if save_noise else location.new_empty(0)
+    return location.new_empty(n, batch_size).T, location.new_empty(batch_size, n), noise
 
 
 def _compute_backward(
-    d_unconstrained: Tensor | None,
     d_values: Tensor | None,
     d_response: Tensor | None,
     location: Tensor,
     raw_scale: Tensor,
     table: Tensor,
-    step: Tensor,
-    seed: int,
-    batch_size: int,
-    first_example: int,
+    noise: Tensor,
 ) -> tuple[Tensor, Tensor]:
     backend = choose(location.device)
-    n = table.shape[0]
-    if d_unconstrained is not None:
-        d_unconstrained = d_unconstrained.contiguous()
+    if backend == "reference":
+        return _backward_reference(d_values, d_response, location, raw_scale, table, noise.T)
     if d_response is not None:
         d_response = d_response.contiguous()
+    in_rows = d_values is not None and d_values.is_contiguous()
+    if d_values is not None and (backend == "triton" or not in_rows):
+        d_values = d_values.T.contiguous()
     if backend == "triton":
         from stn_fast.kernels import perturb as kernels
 
-        by_column = None if d_values is None else d_values.T.contiguous()
-        return kernels.perturb_backward(
-            d_unconstrained, by_column, d_response,
-            location, raw_scale, table, step, seed, batch_size, first_example, *RAW_SCALE_BOUNDS,
-        )  # fmt: skip
-    if backend == "cpp":
-        from stn_fast import _C
+        return kernels.perturb_backward(d_values, d_response, location, raw_scale, table, noise, *RAW_SCALE_BOUNDS)
+    from stn_fast import _C
 
-        in_rows = d_values is not None and d_values.is_contiguous()
-        by_column = None if d_values is None or in_rows else d_values.T.contiguous()
-        d_location, d_raw_scale = torch.empty_like(location), torch.empty_like(raw_scale)
-        _C.perturb_backward(
-            address(d_unconstrained), address(d_values if in_rows else by_column), in_rows, address(d_response),
-            location.data_ptr(), raw_scale.data_ptr(), table.data_ptr(),
-            d_location.data_ptr(), d_raw_scale.data_ptr(),
-            n, batch_size, first_example, seed, int(step), *RAW_SCALE_BOUNDS, torch.get_num_threads(),
-        )  # fmt: skip
-        return d_location, d_raw_scale
-    noise = perturbation_noise(table, step, seed, batch_size, first_example)
-    return _backward_reference(d_unconstrained, d_values, d_response, location, raw_scale, table, noise)
+    d_location, d_raw_scale = torch.empty_like(location), torch.empty_like(raw_scale)
+    n, batch_size = noise.shape
+    _C.perturb_backward(
+        address(d_values), in_rows, address(d_response),
+        location.data_ptr(), raw_scale.data_ptr(), table.data_ptr(), noise.data_ptr(),
+        d_location.data_ptr(), d_raw_scale.data_ptr(), n, batch_size, *RAW_SCALE_BOUNDS, torch.get_num_threads(),
+    )  # fmt: skip
+    return d_location, d_raw_scale
 
 
 def _backward_reference(
-    d_unconstrained: Tensor | None,
     d_values: Tensor | None,
     d_response: Tensor | None,
     location: Tensor,
@@ -178,8 +168,6 @@ def _backward_reference(
     unconstrained = location + F.softplus(clamped) * noise
     slope = _constrain_derivative(unconstrained, table)
     upstream = torch.zeros_like(unconstrained)
-    if d_unconstrained is not None:
-        upstream = upstream + d_unconstrained
     if d_values is not None:
         upstream = upstream + d_values * slope
     if d_response is not None:
@@ -192,28 +180,24 @@ _perturb_backward = torch.library.custom_op("stn_fast::perturb_backward", _compu
 
 
 @_perturb_backward.register_fake
-def _(d_unconstrained, d_values, d_response, location, raw_scale, table, step, seed, batch_size, first_example):
+def _(d_values, d_response, location, raw_scale, table, noise):
     return torch.empty_like(location), torch.empty_like(raw_scale)
 
 
 def _setup_context(ctx, inputs, output):
-    location, raw_scale, _, table, step, *ctx.draw = inputs
-    ctx.save_for_backward(location, raw_scale, step)
+    location, raw_scale, _, table, *_ = inputs
+    _, _, noise = output
+    ctx.save_for_backward(location, raw_scale, noise)
     ctx.table = table  # a constant of the space
+    ctx.mark_non_differentiable(noise)
     ctx.set_materialize_grads(False)
 
 
-def _backward(compute, ctx, d_unconstrained, d_values, d_response):
-    location, raw_scale, step = ctx.saved_tensors
-    d_location, d_raw_scale = compute(
-        d_unconstrained, d_values, d_response, location, raw_scale, ctx.table, step, *ctx.draw
-    )
+def _backward(compute, ctx, d_values, d_response, _):
+    location, raw_scale, noise = ctx.saved_tensors
+    d_location, d_raw_scale = compute(d_values, d_response, location, raw_scale, ctx.table, noise)
     need_location, need_raw_scale, *_ = ctx.needs_input_grad
-    return (
-        d_location if need_location else None,
-        d_raw_scale if need_raw_scale else None,
-        *[None] * 6,
-    )
+    return d_location if need_location else None, d_raw_scale if need_raw_scale else None, *[None] * 7
 
 
 _perturb.register_autograd(partial(_backward, _perturb_backward), setup_context=_setup_context)
@@ -233,12 +217,13 @@ def perturb(
 ) -> Perturbed:
     """Samples a batch of hyperparameters around their location (MacKay et al. 2019, section 3.2).
 
-    unconstrained[b, k] = location[k] + softplus(clamp(raw_scale[k])) · eps[b, k],  eps ~ N(0, 1)
-    values[b, k]        = that, mapped into the hyperparameter's range
-    response[b, k]      = unconstrained[b, k] − center[k], or the value where the table says so
+    λ̃[b, k]        = location[k] + softplus(clamp(raw_scale[k])) · eps[b, k],  eps ~ N(0, 1)
+    values[b, k]   = λ̃[b, k] mapped into the hyperparameter's range
+    response[b, k] = λ̃[b, k] − center[k], or the value where the table says so
 
-    eps is a function of (seed, step, first_example + b, k) alone and is drawn again in backward, not stored.
-    Gradients flow from all three results to location and raw_scale; integers pass none through their value.
+    eps is a function of (seed, step, first_example + b, k) alone. Where a gradient will be asked for it is kept, as
+    B·n floats cost less than drawing them again. Gradients flow from both results to location and raw_scale;
+    integers pass none through their value.
     Most users want `HyperparameterSpace.sample`, which calls this.
 
     Args:
@@ -252,7 +237,7 @@ def perturb(
         first_example: index of row 0 in the global batch.
 
     Returns:
-        `Perturbed`: three (B, n) float32 tensors.
+        `Perturbed`: two (B, n) float32 tensors.
 
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
@@ -263,8 +248,10 @@ def perturb(
         noise = perturbation_noise(table, step, seed, batch_size, first_example)
         return reference(location, raw_scale, center, table, noise)
     run = _perturb if traced(location, raw_scale, center) else _eager
-    draw = (table, step, seed, batch_size, first_example)
-    return Perturbed(*run(location.contiguous(), raw_scale.contiguous(), center.contiguous(), *draw))
+    save_noise = torch.is_grad_enabled() and (location.requires_grad or raw_scale.requires_grad)
+    draw = (table, step, seed, batch_size, first_example, save_noise)
+    values, response, _ = run(location.contiguous(), raw_scale.contiguous(), center.contiguous(), *draw)
+    return Perturbed(values, response)
 
 
 def _check(location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor, batch_size: int) -> None:

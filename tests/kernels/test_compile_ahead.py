@@ -118,19 +118,24 @@ def random_jobs():
                 tile.num_warps,
                 divisible=frozenset() if mode % 2 else frozenset({"columns"}),
             )
-    names = ["p_location", "p_raw_scale", "p_center", "p_table", "p_unconstrained", "p_values", "p_response"]
-    names += ["p_d_unconstrained", "p_d_values", "p_d_response", "p_partial"]
-    types = dict.fromkeys(names, "*fp32") | dict.fromkeys(["rho_min", "rho_max"], "fp32") | DRAW
-    for capability, backward, n_pad in itertools.product(CAPABILITIES, BOOLS, (4, 16, 64)):
-        given = {f"HAS_D_{name}": backward for name in ("UNCONSTRAINED", "VALUES", "RESPONSE")}
-        yield Job(
-            "stn_fast.kernels.perturb:perturb_kernel",
-            f"perturb{'-backward' if backward else ''}-sm{capability}-n{n_pad}",
-            capability,
-            {**types, "n": "i32", "batch": "i32"},
-            {"BACKWARD": backward, **given, "N_PAD": n_pad, "ROWS": PROGRAM_ELEMENTS // n_pad},
-            NUM_WARPS,
-        )
+    sizes = {"n": "i32", "batch": "i32", "rho_min": "fp32", "rho_max": "fp32"}
+    shared = ["p_location", "p_raw_scale", "p_table", "p_noise"]
+    drawn = dict.fromkeys([*shared, "p_center", "p_values", "p_response"], "*fp32") | DRAW | sizes
+    differentiated = dict.fromkeys([*shared, "p_d_values", "p_d_response", "p_partial"], "*fp32") | sizes
+    for capability, n_pad in itertools.product(CAPABILITIES, (4, 16, 64)):
+        tile = {"N_PAD": n_pad, "ROWS": PROGRAM_ELEMENTS // n_pad}
+        for direction, types, flags in (
+            ("fwd", drawn, {"SAVE_NOISE": True}),
+            ("bwd", differentiated, {"HAS_D_VALUES": True, "HAS_D_RESPONSE": True}),
+        ):
+            yield Job(
+                f"stn_fast.kernels.perturb:perturb_{direction}_kernel",
+                f"perturb-{direction}-sm{capability}-n{n_pad}",
+                capability,
+                types,
+                {**flags, **tile},
+                NUM_WARPS,
+            )
 
 
 def corner_jobs():
@@ -141,7 +146,7 @@ def corner_jobs():
         "STORE_G": ["p_g"],
         "WANT_H": ["p_dh_partial"],
         "WANT_S": ["p_s_partial", "p_d_weight_gate"],
-        "HAS_D_UNCONSTRAINED": ["p_d_unconstrained"],
+        "SAVE_NOISE": ["p_noise"],
         "HAS_D_VALUES": ["p_d_values"],
         "HAS_D_RESPONSE": ["p_d_response"],
     }

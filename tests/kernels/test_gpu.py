@@ -117,7 +117,8 @@ def test_a_captured_graph_draws_fresh_numbers_at_every_replay():
 
     def run():
         dropped = dropout(x, rate, step, 7, 1, 0, (1, 64, 1, 256), (0, 0, 1))
-        sample = perturb_forward(location, raw_scale, center, table, step, 7, 64, 0, -4.0, 3.0)[0]
+        sample, response = torch.empty(5, 64, device="cuda"), torch.empty(64, 5, device="cuda")
+        perturb_forward(location, raw_scale, center, table, step, sample, response, None, 7, 0, -4.0, 3.0)
         return dropped, sample, draws.draw("normal", 8, 256, step, 7, 2)
 
     run()  # compiles

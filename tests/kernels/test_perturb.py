@@ -28,7 +28,7 @@ def case(n):
 
 
 def formulas(location, raw_scale, center, table, eps):
-    """In plain torch, differentiable: (unconstrained (B, n), values (n, B), response (B, n))."""
+    """In plain torch, differentiable: (values (n, B), response (B, n))."""
     kind, low, high, integer, per_example, with_value = table.to(location.dtype).unbind(1)
     eps = torch.where(per_example.bool(), eps[1:], eps[:1])  # row 0 is example 0 of the whole batch
     unconstrained = location + F.softplus(raw_scale.clamp(RHO["rho_min"], RHO["rho_max"])) * eps
@@ -41,7 +41,15 @@ def formulas(location, raw_scale, center, table, eps):
         ]
     ).gather(0, kind.long().expand(1, *unconstrained.shape))[0]
     value = torch.where(integer.bool(), value.floor().detach(), value)
-    return unconstrained, value.T, torch.where(with_value.bool(), value, unconstrained - center)
+    return value.T, torch.where(with_value.bool(), value, unconstrained - center)
+
+
+def forward(location, raw_scale, center, table, step, batch, save_noise=True):
+    """values (n, B), response (B, n), noise (n, B) where it is saved."""
+    out = [torch.empty(shape, device=DEVICE) for shape in ((len(table), batch), (batch, len(table)))]
+    noise = torch.empty_like(out[0]) if save_noise else None
+    perturb_forward(location, raw_scale, center, table, step, *out, noise, **DRAW, **RHO)
+    return *out, noise
 
 
 def epsilon(batch, n):
@@ -56,20 +64,26 @@ SHAPES = [(1, 1), (5, 4), (33, 7), (130, 15), (3, 33)]
 def test_samples_are_as_exact_as_plain_torch(batch, n):
     inputs = case(n)
     step = torch.tensor(STEP, device=DEVICE)
-    got = perturb_forward(*(t.to(DEVICE) for t in inputs), step, batch_size=batch, **DRAW, **RHO)
+    got = forward(*(t.to(DEVICE) for t in inputs), step, batch)
     eps = epsilon(batch, n)
     plain = formulas(*inputs, eps)
     exact = formulas(*(t.double() for t in inputs), eps.double())
-    for three in zip(got, plain, exact, strict=True):
+    for three in zip(got[:2], plain, exact, strict=True):
         assert_twice_as_good(*three)
 
 
-@pytest.mark.parametrize("given", [given for given in itertools.product((True, False), repeat=3) if any(given)])
+def test_noise_is_kept_only_where_it_is_wanted():
+    inputs = (*(t.to(DEVICE) for t in case(3)), torch.tensor(STEP, device=DEVICE))
+    for one, other in zip(forward(*inputs, 5)[:2], forward(*inputs, 5, save_noise=False)[:2], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("given", [given for given in itertools.product((True, False), repeat=2) if any(given)])
 @pytest.mark.parametrize(("batch", "n"), SHAPES)
 def test_gradients_are_as_exact_as_plain_torch(batch, n, given):
     inputs, eps = case(n), epsilon(batch, n)
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(shape, generator=generator) for shape in ((batch, n), (n, batch), (batch, n))]
+    upstream = [torch.randn(shape, generator=generator) for shape in ((n, batch), (batch, n))]
 
     def plain(dtype):
         location, raw_scale, center, table = (t.to(dtype) for t in inputs)
@@ -83,10 +97,11 @@ def test_gradients_are_as_exact_as_plain_torch(batch, n, given):
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
         return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)]
 
-    location, raw_scale, _, table = (t.detach().to(DEVICE) for t in inputs)
+    location, raw_scale, center, table = (t.detach().to(DEVICE) for t in inputs)
+    *_, noise = forward(location, raw_scale, center, table, torch.tensor(STEP, device=DEVICE), batch)
     got = perturb_backward(
         *(dy.to(DEVICE) if is_given else None for dy, is_given in zip(upstream, given, strict=True)),
-        location, raw_scale, table, torch.tensor(STEP, device=DEVICE), batch_size=batch, **DRAW, **RHO,
+        location, raw_scale, table, noise, **RHO,
     )  # fmt: skip
     for three in zip(got, plain(torch.float32), plain(torch.float64), strict=True):
         assert_twice_as_good(*three)
@@ -96,13 +111,13 @@ def test_extreme_locations_stay_finite_and_within_bounds():
     location = torch.tensor([1e30, -1e30, 90.0, -90.0, 1e30, -1e30], device=DEVICE)
     table = torch.tensor([[kind, -1.0, 1.0, 0, 1, 1] for kind in (3, 3, 3, 3, 1, 2)], device=DEVICE)
     inputs = location, torch.zeros_like(location), torch.zeros_like(location), table
-    outputs = perturb_forward(*inputs, torch.tensor(0, device=DEVICE), batch_size=9, **DRAW, **RHO)
+    outputs = forward(*inputs, torch.tensor(0, device=DEVICE), 9)
     assert all(output.isfinite().all() for output in outputs)
-    assert (outputs[1][:4].abs() <= 1).all()
+    assert (outputs[0][:4].abs() <= 1).all()
 
 
 def test_an_empty_batch_has_gradients_of_zero():
     location, raw_scale, _, table = (t.to(DEVICE) for t in case(3))
-    step = torch.tensor(0, device=DEVICE)
-    got = perturb_backward(None, None, None, location, raw_scale, table, step, batch_size=0, **DRAW, **RHO)
+    noise = torch.empty(3, 0, device=DEVICE)
+    got = perturb_backward(None, None, location, raw_scale, table, noise, **RHO)
     assert all((gradient == 0).all() for gradient in got)
