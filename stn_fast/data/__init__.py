@@ -1,5 +1,7 @@
 """Data sets, as tensors that live on the device."""
 
-from stn_fast.data.splits import DataSet, Split, checked
+from stn_fast.data.dataset import from_dataset
+from stn_fast.data.download import data_root
+from stn_fast.data.splits import DataSet, Images, Split, checked, fraction, split_validation
 
-__all__ = ["DataSet", "Split", "checked"]
+__all__ = ["DataSet", "Images", "Split", "checked", "data_root", "fraction", "from_dataset", "split_validation"]

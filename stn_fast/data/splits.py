@@ -1,9 +1,10 @@
-"""What every data set is: three splits of inputs and targets, checked before anything trains on them."""
+"""What every data set is: splits of inputs and targets, how they are cut, and what they pass before training."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from stn_fast.errors import UserError
 
 
 class Split(NamedTuple):
-    """Examples along dimension 0: ``inputs`` (N, ...) float32 and ``targets`` (N, ...)."""
+    """Examples along dimension 0: ``inputs`` (N, ...), float32 or uint8 images, and ``targets`` (N, ...)."""
 
     inputs: Tensor
     targets: Tensor
@@ -27,6 +28,51 @@ class DataSet(NamedTuple):
     train: Split
     valid: Split
     test: Split
+
+
+class Images(NamedTuple):
+    """Published images, uint8 (N, C, H, W): ``mean`` and ``std`` are those of the training pixels / 255, by channel."""
+
+    train: Split
+    test: Split
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def split_validation(train: Split, valid_size: int, seed: int) -> tuple[Split, Split]:
+    """(training, validation): ``valid_size`` examples are set aside in an order that ``seed`` fixes.
+
+    Raises:
+        UserError: no example would be left for one of the two.
+    """
+    examples = len(train.inputs)
+    if not 1 <= valid_size < examples:
+        raise UserError(f"valid_size = {valid_size}: must be at least 1 and leave some of the {examples} to train on")
+    order = _order(examples, seed, "valid")
+    return _chosen(train, order[valid_size:]), _chosen(train, order[:valid_size])
+
+
+def fraction(split: Split, share: float, seed: int) -> Split:
+    """The first ``share`` of the examples in an order that ``seed`` fixes, one at least; a smaller share is part of it.
+
+    Raises:
+        UserError: ``share`` is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise UserError(f"train_fraction (--train-fraction) = {share}: must be above 0 and at most 1")
+    if share == 1:
+        return split
+    examples = len(split.inputs)
+    return _chosen(split, _order(examples, seed, "fraction")[: max(1, round(share * examples))])
+
+
+def _order(examples: int, seed: int, purpose: str) -> Tensor:
+    return torch.from_numpy(np.random.default_rng([seed, *purpose.encode()]).permutation(examples))
+
+
+def _chosen(split: Split, order: Tensor) -> Split:
+    order = order.to(split.inputs.device)
+    return Split(split.inputs[order], split.targets[order])
 
 
 def checked(data: DataSet) -> DataSet:

@@ -1,0 +1,122 @@
+"""Published files: fetched where they are missing, and never read before their checksum is right."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+from stn_fast.errors import UserError
+
+CHUNK = 1 << 20
+TIMEOUT = 30.0  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file as its authors published it: its name, its size in bytes, its SHA-256, and where it can be had."""
+
+    name: str
+    size: int
+    sha256: str
+    urls: tuple[str, ...] = ()
+
+
+def data_root(root: str | Path | None = None) -> Path:
+    """The folder that holds a folder for every data set: ``root``, else STN_FAST_DATA, else ~/.cache/stn_fast/data."""
+    chosen = root or os.environ.get("STN_FAST_DATA") or Path.home() / ".cache" / "stn_fast" / "data"
+    return Path(chosen).expanduser()
+
+
+def verified(path: Path, published: Published) -> bytes:
+    """The contents of ``path``, once their size and checksum are the published ones.
+
+    Raises:
+        UserError: the file cannot be read, is cut short or has been changed.
+    """
+    try:
+        contents = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from None
+    if (damage := _damage(len(contents), hashlib.sha256(contents), published)) is not None:
+        raise UserError(f"{path} {damage}; delete it, and the next run downloads it again")
+    return contents
+
+
+def fetch(folder: Path, published: Published) -> bytes:
+    """The contents of ``published`` in ``folder``, downloaded first where it is missing.
+
+    Raises:
+        UserError: as ``verified``; or the file is missing and no address gives it.
+    """
+    path = folder / published.name
+    if not path.exists():
+        with downloaded(path, published) as partial:
+            partial.replace(path)
+    return verified(path, published)
+
+
+@contextmanager
+def downloaded(path: Path, published: Published) -> Iterator[Path]:
+    """A file beside ``path`` that holds the published contents, checked; what is left of it at the end is removed.
+
+    Raises:
+        UserError: no address gives the file; one line says what was missing, why, and where to put it by hand.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        _download(path, partial, published)
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _download(path: Path, partial: Path, published: Published) -> None:
+    failures = []
+    for url in published.urls:
+        print(f"downloading {url} ({published.size / 1e6:.1f} MB) for {path.parent}", file=sys.stderr, flush=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            damage = _copy(url, partial, published)
+        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+            damage = f"gives no file ({getattr(error, 'reason', None) or error or type(error).__name__})"
+        except OSError as error:
+            raise UserError(
+                f"{path} is missing and cannot be written ({error.strerror}); name another folder with --data-root"
+            ) from None
+        if damage is None:
+            return
+        failures.append(f"{url} {damage}")
+    raise UserError(
+        f"{path} is missing, and {'; '.join(failures)}: put the file there by hand, "
+        "or name the folder that has it with --data-root or STN_FAST_DATA"
+    )
+
+
+def _copy(url: str, partial: Path, published: Published) -> str | None:
+    """Writes what ``url`` gives to ``partial``, on the disk; what is wrong with it, None where it is as published."""
+    digest, size = hashlib.sha256(), 0
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, partial.open("wb") as file:
+        while size <= published.size and (chunk := answer.read(CHUNK)):
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return _damage(size, digest, published)
+
+
+def _damage(size: int, digest: hashlib._Hash, published: Published) -> str | None:
+    """What tells contents of ``size`` bytes from the published ones, as the tail of a sentence; None where nothing."""
+    if size < published.size:
+        return f"is cut short ({size:,} of {published.size:,} bytes)"
+    if size > published.size or digest.hexdigest() != published.sha256:
+        return "is not the published file (its SHA-256 differs)"
+    return None
