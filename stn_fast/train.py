@@ -34,7 +34,10 @@ def parser() -> Parser:
     flag("--device", metavar="DEVICE", help="cpu or cuda (default: cpu)")
     flag("--epochs", dest="schedule.epochs", type=int, metavar="N", help="passes over the training set")
     flag("--max-steps", dest="schedule.max_steps", type=int, metavar="N", help="stop early after so many steps")
-    flag("--data-root", dest="data_root", metavar="DIR", help="data sets (default: $STN_FAST_DATA; digits needs none)")
+    share = "use so much of the training set, above 0 and at most 1 (default: 1)"
+    flag("--train-fraction", dest="train_fraction", type=float, metavar="F", help=share)
+    root = "where data sets are, or are downloaded to (default: $STN_FAST_DATA, else ~/.cache/stn_fast/data)"
+    flag("--data-root", dest="data_root", metavar="DIR", help=root)
     flag("--run-dir", dest="run_dir", metavar="DIR", help="default: runs/RECIPE-METHOD-seedSEED")
     flag("--config", metavar="FILE", help="YAML laid over the recipe's defaults; --print-config shows its form")
     flag("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. optimizer.learning_rate=0.1")

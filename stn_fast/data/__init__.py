@@ -2,6 +2,17 @@
 
 from stn_fast.data.dataset import from_dataset
 from stn_fast.data.download import data_root
+from stn_fast.data.residency import placed
 from stn_fast.data.splits import DataSet, Images, Split, checked, fraction, split_validation
 
-__all__ = ["DataSet", "Images", "Split", "checked", "data_root", "fraction", "from_dataset", "split_validation"]
+__all__ = [
+    "DataSet",
+    "Images",
+    "Split",
+    "checked",
+    "data_root",
+    "fraction",
+    "from_dataset",
+    "placed",
+    "split_validation",
+]

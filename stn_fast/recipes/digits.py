@@ -42,19 +42,20 @@ def build(config: Config) -> Task:
     """
     import torch
 
-    from stn_fast.data import DataSet, digits
+    from stn_fast.data import digits, fraction, placed
     from stn_fast.models.mlp import mlp
     from stn_fast.training import task
     from stn_fast.training.spaces import build_space
 
-    space = build_space(config)
+    space, data = build_space(config), digits.load()
+    data = data._replace(train=fraction(data.train, config.train_fraction, seed=0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = mlp(space, SIZES).to(config.device)
     return task.Task(
         space=space,
         model=model,
-        data=DataSet(*(split.to(config.device) for split in digits.load())),
+        data=placed(data, config.device),
         training_objective=task.decayed_classification_loss,
         validation_objective=task.classification_loss,
         scores=task.classification_scores,

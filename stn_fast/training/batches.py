@@ -7,29 +7,45 @@ import torch
 from torch import Tensor
 
 from stn_fast.data import Split
+from stn_fast.training.staging import Staging
 
 
 class Batches:
     """The endless sequence of shuffled batches of ``split``; every pass has its own order.
 
     Each batch holds exactly ``batch_size`` examples; what a pass leaves over it skips, and another order leaves
-    others over. Splits that draw from one seed are told apart by ``stream``.
+    others over. Splits that draw from one seed are told apart by ``stream``. A split in host memory reaches a CUDA
+    ``device`` through pinned memory, one batch ahead; without ``device``, batches are where the split is.
     """
 
-    def __init__(self, split: Split, batch_size: int, *, seed: int, stream: int) -> None:
+    def __init__(
+        self, split: Split, batch_size: int, *, seed: int, stream: int, device: torch.device | None = None
+    ) -> None:
         if not 1 <= batch_size <= len(split.inputs):
             raise ValueError(f"batch_size wants 1 to {len(split.inputs)}, the examples there are; got {batch_size}")
         self.split, self.batch_size, self.seed, self.stream = split, batch_size, seed, stream
         self.per_pass = len(split.inputs) // batch_size
         self._pass, self._order = -1, torch.empty(0, dtype=torch.int64)
+        crosses = device is not None and device.type == "cuda" and not split.inputs.is_cuda
+        self._staging = Staging(split, batch_size, device) if device is not None and crosses else None
+        self._sent: tuple[int, Split] | None = None
 
     def __getitem__(self, index: int) -> Split:
         """Batch number ``index`` of the sequence, which starts at 0 and has no end."""
+        if self._staging is None:
+            chosen = self._chosen(index)
+            return Split(self.split.inputs[chosen], self.split.targets[chosen])
+        if self._sent is None or self._sent[0] != index:
+            self._sent = index, self._staging.send(self._chosen(index))
+        batch = self._staging.receive(self._sent[1])
+        self._sent = index + 1, self._staging.send(self._chosen(index + 1))
+        return batch
+
+    def _chosen(self, index: int) -> Tensor:
         number, position = divmod(index, self.per_pass)
         if number != self._pass:
             self._pass, self._order = number, self._shuffled(number)
-        chosen = self._order[position * self.batch_size : (position + 1) * self.batch_size]
-        return Split(self.split.inputs[chosen], self.split.targets[chosen])
+        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
 
     def _shuffled(self, number: int) -> Tensor:
         order = np.random.default_rng([self.seed, self.stream, number]).permutation(len(self.split.inputs))

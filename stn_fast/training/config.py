@@ -20,12 +20,21 @@ FLAGS = {
     "device": "--device",
     "schedule.epochs": "--epochs",
     "schedule.max_steps": "--max-steps",
+    "train_fraction": "--train-fraction",
     "data_root": "--data-root",
     "run_dir": "--run-dir",
 }
 
 # Keys that may differ when a run is resumed: they decide how far it goes and where its files are, not its numbers.
-FREE_ON_RESUME = ("schedule.epochs", "schedule.max_steps", "schedule.checkpoint_epochs", "data_root", "run_dir")
+FREE_ON_RESUME = (
+    "schedule.epochs",
+    "schedule.max_steps",
+    "schedule.patience",
+    "optimizer.min_learning_rate",
+    "schedule.checkpoint_epochs",
+    "data_root",
+    "run_dir",
+)
 
 
 class ConfigError(UserError):
@@ -130,23 +139,38 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD with momentum, which trains the weights."""
+    """SGD with momentum, which trains the weights.
+
+    After every epoch whose validation loss is no better than the best of those at least ``decay_patience`` epochs
+    before it, the learning rate is multiplied by ``decay_factor``; 1 holds it. The run ends once it is below
+    ``min_learning_rate``.
+    """
 
     learning_rate: float = 0.05
     momentum: float = 0.9
+    decay_factor: float = 1.0
+    decay_patience: int = 10
+    min_learning_rate: float = 0.0
 
     def __post_init__(self) -> None:
         _require_positive(learning_rate=self.learning_rate)
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be at least 0 and below 1")
+        _require(0 < self.decay_factor <= 1, "decay_factor", self.decay_factor, "must be above 0 and at most 1")
+        _require_at_least(1, decay_patience=self.decay_patience)
+        low, start = self.min_learning_rate, self.learning_rate
+        _require(0 <= low < start, "min_learning_rate", low, f"must be at least 0 and below learning_rate = {start}")
 
 
 @dataclass(frozen=True)
 class HyperOptimizerConfig:
-    """Adam, which moves the locations and scales of the hyperparameters."""
+    """Adam or RMSprop, which moves the locations and scales of the hyperparameters."""
 
+    name: Literal["adam", "rmsprop"] = "adam"
     learning_rate: float = 1e-2
 
     def __post_init__(self) -> None:
+        names = ("adam", "rmsprop")
+        _require(self.name in names, "name", self.name, did_you_mean(self.name, names))
         _require_positive(learning_rate=self.learning_rate)
 
 
@@ -155,18 +179,20 @@ class ScheduleConfig:
     """How long a run is and how it is cut into batches.
 
     ``max_steps`` ends the run early; it counts training and validation steps alike, as ``step`` in
-    ``metrics.jsonl`` does. A checkpoint is written every ``checkpoint_epochs`` and at every new best validation loss.
+    ``metrics.jsonl`` does. So does ``patience``, the number of epochs in a row without a new best validation loss.
+    A checkpoint is written every ``checkpoint_epochs`` and at every new best validation loss.
     """
 
     epochs: int = 100
     max_steps: int | None = None
+    patience: int | None = None
     batch_size: int = 100
     valid_batch_size: int = 100
     eval_batch_size: int = 1000
     checkpoint_epochs: int = 10
 
     def __post_init__(self) -> None:
-        _require_at_least(1, epochs=self.epochs, max_steps=self.max_steps)
+        _require_at_least(1, epochs=self.epochs, max_steps=self.max_steps, patience=self.patience)
         _require_at_least(1, batch_size=self.batch_size, valid_batch_size=self.valid_batch_size)
         _require_at_least(1, eval_batch_size=self.eval_batch_size, checkpoint_epochs=self.checkpoint_epochs)
 
@@ -175,6 +201,7 @@ class ScheduleConfig:
 class Config:
     """A whole run. ``run_dir`` defaults to ``runs/<recipe>-<method>-seed<seed>``.
 
+    ``train_fraction`` is the share of the training examples that is used; validation and test examples stay.
     ``threads`` is how many CPU threads it uses; without one, as many as torch is set to. Rounding may depend on it.
     """
 
@@ -187,6 +214,7 @@ class Config:
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None
+    train_fraction: float = 1.0
     data_root: str | None = None
     run_dir: str | None = None
 
@@ -194,6 +222,8 @@ class Config:
         _require(len(self.hyperparameters) > 0, "hyperparameters", {}, "needs at least one hyperparameter")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be at least 0 and below 2**63")
         _require_at_least(1, threads=self.threads)
+        share = self.train_fraction
+        _require(0 < share <= 1, "train_fraction", share, "must be above 0 and at most 1")
         devices = ("cpu", "cuda")
         _require(self.device in devices, "device", self.device, did_you_mean(self.device, devices))
 

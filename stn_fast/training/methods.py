@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stn_fast.data import Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
-from stn_fast.layers import PerExampleDropout, PerExampleNoise
+from stn_fast.layers.regularisers import _PerExampleRegulariser
 from stn_fast.training.config import Config
 from stn_fast.training.task import Objective, Task
 
@@ -30,6 +30,11 @@ RESPONSE_PARAMETERS = ("response_weight", "response_bias", "weight_gate", "bias_
 
 default_optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 default_hyper_optimizer = partial(torch.optim.Adam, lr=1e-2)
+
+HYPER_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "rmsprop": torch.optim.RMSprop,
+}
 
 
 class FixedHyperparameters:
@@ -91,6 +96,11 @@ class FixedHyperparameters:
     def scales(self) -> Tensor:
         """σ of the perturbation of each hyperparameter, (n,); 0 where there is none."""
         return torch.zeros_like(self.location)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Trains the weights at ``learning_rate`` from the next step on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
 
     def _training_hyper(self, batch_size: int, step: int | Tensor) -> HyperBatch:
         return self.space.at(self.location, batch_size=batch_size, seed=self.seed, step=step)
@@ -211,7 +221,7 @@ def check_streams(model: nn.Module) -> None:
     """Raises ValueError where two layers of the model would draw the same random numbers."""
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, PerExampleDropout | PerExampleNoise):
+        if isinstance(module, _PerExampleRegulariser):
             if module.stream in owners:
                 raise ValueError(
                     f"{owners[module.stream]!r} and {name!r} both draw from stream {module.stream}, so "
@@ -250,7 +260,10 @@ def build_method(config: Config, task: Task) -> FixedHyperparameters:
         task.training_objective,
         task.validation_objective,
         optimizer=optimizer,
-        hyper_optimizer=partial(torch.optim.Adam, lr=config.hyper_optimizer.learning_rate),
+        hyper_optimizer=partial(
+            HYPER_OPTIMIZERS[config.hyper_optimizer.name],
+            lr=config.hyper_optimizer.learning_rate,  # type: ignore[call-arg]
+        ),
         entropy_weight=config.method.entropy_weight,
         tune_scales=config.method.tune_scales,
         freeze=config.method.freeze,

@@ -66,4 +66,5 @@ def summary(result: dict[str, Any]) -> str:
         f"test loss {result['test_loss']:.4f}"
         + (f", test accuracy {result['test_accuracy']:.4f}" if "test_accuracy" in result else "")
     )
+    lines.append(f"{result['steps']} steps at {result['steps_per_second']:.4g} a second, ended by {result['ended_by']}")
     return "\n".join(lines)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 import stn_fast
+from stn_fast.data import Split
 from stn_fast.errors import UserError
 from stn_fast.training import checkpoint
-from stn_fast.training.config import Config, ConfigError
+from stn_fast.training.config import FLAGS, Config, ConfigError
 from stn_fast.training.methods import build_method
 from stn_fast.training.metrics import MetricsLog
 from stn_fast.training.progress import Progress
@@ -81,12 +82,12 @@ def _continue(trainer: Trainer, directory: RunDirectory, progress: Progress) -> 
     path, state = newest
     with checkpoint.fitting(path):
         trainer.load_state_dict(state)
-    if trainer.overrun:
-        schedule = trainer.config.schedule
-        asked = f"{schedule.epochs} epochs" + (f", {schedule.max_steps} steps" if schedule.max_steps else "")
+    if (key := trainer.overrun) is not None:
+        section, _, name = key.partition(".")
+        value, flag = getattr(getattr(trainer.config, section), name), FLAGS.get(key, f"--set {key}=...")
         raise UserError(
-            f"{directory.path} is already at step {trainer.step}, epoch {trainer.epoch}, and {asked} were asked for: "
-            "ask for more with --epochs or --max-steps, or choose another --run-dir"
+            f"{directory.path} is already at step {trainer.step}, epoch {trainer.epoch}, past where {key} = {value} "
+            f"ends it: change that with {flag}, or choose another --run-dir"
         )
     progress.say(f"resuming {directory.path} after step {trainer.step}")
     trainer.check_best(progress.warn)
@@ -113,7 +114,7 @@ def checked_task(config: Config, build_task: Callable[[Config], Task]) -> Task:
             size, examples = getattr(config.schedule, key), len(split.inputs)
             if size > examples:
                 raise ConfigError(f"schedule.{key}", size, f"must be at most {examples}, the examples there are")
-        _rehearse(task)
+        _rehearse(task, config.schedule.batch_size)
     except UserError:
         raise
     except ValueError as error:
@@ -122,11 +123,18 @@ def checked_task(config: Config, build_task: Callable[[Config], Task]) -> Task:
 
 
 @torch.no_grad()
-def _rehearse(task: Task) -> None:
-    """One forward pass, which raises what layers have to say against the hyperparameters they are given."""
-    first = type(task.data.train)(*(part[:1] for part in task.data.train))
-    location, _ = task.space.initial_state(first.inputs.device)
-    task.training_objective(task.model, first, task.space.at(location, batch_size=1))
+def _rehearse(task: Task, batch_size: int) -> None:
+    """One forward pass, which raises what layers have to say against the hyperparameters and batches they are given.
+
+    Two examples do, which normalisation over the batch needs; what it keeps of them is put back.
+    """
+    device = next(task.model.parameters()).device
+    first = Split(*(part[: min(2, batch_size)] for part in task.data.train)).to(device)
+    location, _ = task.space.initial_state(device)
+    kept = [(buffer, buffer.clone()) for buffer in task.model.buffers()]
+    task.training_objective(task.model, first, task.space.at(location, batch_size=len(first.inputs)))
+    for buffer, before in kept:
+        buffer.copy_(before)
 
 
 def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, Any]:
@@ -145,8 +153,10 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
         "seed": config.seed,
         "steps": steps,
         "epochs": epochs,
+        "ended_by": trainer.ended_by,
         "best_step": trainer.best["step"],
         "wall_seconds": round(trainer.wall_seconds, 3),
+        "steps_per_second": round(steps / max(trainer.step_seconds, 1e-9), 2),
         **{f"{split}_{name}": value for split, values in scores.items() for name, value in values.items()},
         "hyperparameters": space.values(location),
         "hyperparameters_start": space.values(start),

@@ -130,7 +130,10 @@ class RunDirectory:
 
     def finished_result(self, config: Config) -> dict[str, Any] | None:
         """The result of the run that is here, if it went exactly as far as ``config`` asks."""
-        if not self.result.exists() or self.saved_config().schedule != config.schedule:
+        if not self.result.exists():
+            return None
+        saved = self.saved_config()
+        if (saved.schedule, saved.optimizer) != (config.schedule, config.optimizer):
             return None
         try:
             return json.loads(self.result.read_text())

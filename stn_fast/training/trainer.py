@@ -18,6 +18,7 @@ from stn_fast.training.batches import Batches
 from stn_fast.training.config import Config
 from stn_fast.training.methods import FixedHyperparameters
 from stn_fast.training.metrics import MeanLoss, MetricsLog, describe
+from stn_fast.training.plateau import Plateau
 from stn_fast.training.signals import Interrupted, StopRequest
 from stn_fast.training.task import Task
 
@@ -52,14 +53,15 @@ class Trainer:
         self.config, self.task, self.method, self.checkpoints = config, task, method, checkpoints
         self.report = report
         train, valid, _ = task.data
-        self.train_batches = Batches(train, schedule.batch_size, seed=config.seed, stream=0)
-        self.valid_batches = Batches(valid, schedule.valid_batch_size, seed=config.seed, stream=1)
-        self.train_steps = self.valid_steps = 0
         device = method.location.device
+        self.train_batches = Batches(train, schedule.batch_size, seed=config.seed, stream=0, device=device)
+        self.valid_batches = Batches(valid, schedule.valid_batch_size, seed=config.seed, stream=1, device=device)
+        self.train_steps = self.valid_steps = 0
         self.train_loss, self.valid_loss = MeanLoss(device), MeanLoss(device)
         self.best: Row = {"valid_loss": math.inf, "step": 0}
-        self.rows, self.wall_seconds, self.reported_at = 0, 0.0, 0.0
-        self._started = time.perf_counter()
+        self.plateau = Plateau(config.optimizer, schedule.patience)
+        self.rows, self.wall_seconds, self.reported_at, self.step_seconds = 0, 0.0, 0.0, 0.0
+        self._started = self._stepping_since = time.perf_counter()
         self._saved_at = -1
 
     @property
@@ -74,17 +76,28 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the schedule is done."""
+        """Whether the schedule is done, or cut short by what the validation losses say."""
         schedule = self.config.schedule
-        enough_epochs = self.train_steps >= schedule.epochs * self.train_batches.per_pass
-        return self.step >= (schedule.max_steps or math.inf) or (enough_epochs and self._cycle_closed)
+        enough_epochs = self.train_steps >= schedule.epochs * self.train_batches.per_pass and self._cycle_closed
+        return self.step >= (schedule.max_steps or math.inf) or enough_epochs or self.plateau.stop is not None
 
     @property
-    def overrun(self) -> bool:
-        """Whether more has been done than the schedule asks for."""
+    def ended_by(self) -> str:
+        """The key of the configuration that ended a finished run."""
+        if self.plateau.stop is not None:
+            return self.plateau.stop.key
         schedule = self.config.schedule
-        too_many_epochs = self.train_steps > schedule.epochs * self.train_batches.per_pass
-        return self.step > (schedule.max_steps or math.inf) or too_many_epochs
+        return "schedule.max_steps" if self.step >= (schedule.max_steps or math.inf) else "schedule.epochs"
+
+    @property
+    def overrun(self) -> str | None:
+        """The key of the configuration that would have ended the run before now, if there is one."""
+        schedule, stop = self.config.schedule, self.plateau.stop
+        if self.step > (schedule.max_steps or math.inf):
+            return "schedule.max_steps"
+        if self.train_steps > schedule.epochs * self.train_batches.per_pass:
+            return "schedule.epochs"
+        return stop.key if stop is not None and self.epoch > stop.epoch else None
 
     @property
     def _cycle_closed(self) -> bool:
@@ -106,7 +119,8 @@ class Trainer:
             Diverged: a loss is not finite; no checkpoint holds that state.
             Interrupted: SIGINT or SIGTERM came; a checkpoint of the last whole step is written.
         """
-        self._started = time.perf_counter() - self.wall_seconds
+        self._stepping_since = time.perf_counter()
+        self._started = self._stepping_since - self.wall_seconds
         with StopRequest() as stop:
             if self.rows == 0:
                 self._close_epoch(log)
@@ -133,15 +147,18 @@ class Trainer:
             self.valid_steps += 1
 
     def _close_epoch(self, log: MetricsLog) -> None:
-        is_best = self._report_epoch(log)
+        self.plateau.add(self._report_epoch(log))
+        self.method.set_learning_rate(self.plateau.learning_rate)
+        is_best = self.best["step"] == self.step
         if is_best or self.epoch % self.config.schedule.checkpoint_epochs == 0:
             self._save(log)
 
-    def _report_epoch(self, log: MetricsLog) -> bool:
-        """Writes the epoch's rows; whether its validation loss is the best so far."""
+    def _report_epoch(self, log: MetricsLog) -> float:
+        """Writes the epoch's rows and keeps count of the best; its validation loss."""
         tuned = describe(self.method.space, self.method.location, self.method.scales())
+        self._count_step_seconds()
         for phase, losses, batches, extra in (
-            ("train", self.train_loss, self.train_batches, {}),
+            ("train", self.train_loss, self.train_batches, {"learning_rate": self.plateau.learning_rate}),
             ("valid", self.valid_loss, self.valid_batches, tuned),
         ):
             if losses.steps:
@@ -153,11 +170,17 @@ class Trainer:
         scores |= {f"test_{name}": value for name, value in test.items()}
         examples = len(self.task.data.valid.inputs) + len(self.task.data.test.inputs)
         self._write(log, "eval", valid["loss"], examples, began, {**scores, **tuned})
-        self.reported_at = self._seconds()
-        is_best = valid["loss"] < self.best["valid_loss"]
-        if is_best:
+        if valid["loss"] < self.best["valid_loss"]:
             self.best = {"valid_loss": valid["loss"], "step": self.step}
-        return is_best
+        self.reported_at = self._seconds()
+        self._stepping_since = time.perf_counter()
+        return valid["loss"]
+
+    def _count_step_seconds(self) -> None:
+        """Adds the time since the last report to ``step_seconds``; the device has just been waited for."""
+        now = time.perf_counter()
+        self.step_seconds += now - self._stepping_since
+        self._stepping_since = now
 
     def _write(self, log: MetricsLog, phase: str, loss: float, examples: int, since: float, extra: Row) -> None:
         if not math.isfinite(loss):
@@ -173,7 +196,7 @@ class Trainer:
     def _diverge(self, phase: str, loss: float) -> None:
         values = self.method.space.values(self.method.location)
         named = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-        rates = [f"optimizer.learning_rate (now {self.config.optimizer.learning_rate})"]
+        rates = [f"optimizer.learning_rate (now {self.plateau.learning_rate:g})"]
         if self.method.tunes:
             rates.append(f"hyper_optimizer.learning_rate (now {self.config.hyper_optimizer.learning_rate})")
         if not all(math.isfinite(value) for value in values.values()):
@@ -198,7 +221,8 @@ class Trainer:
         totals: dict[str, torch.Tensor] = {}
         size = self.config.schedule.eval_batch_size
         for inputs, targets in zip(split.inputs.split(size), split.targets.split(size), strict=True):
-            batch, hyper = Split(inputs, targets), self.method.unperturbed(len(inputs))
+            batch = Split(inputs, targets).to(self.method.location.device)
+            hyper = self.method.unperturbed(len(inputs))
             for name, value in self.task.scores(self.method.model, batch, hyper).items():
                 totals[name] = totals.get(name, 0) + value.double()
         return {name: total.item() / len(split.inputs) for name, total in totals.items()}
@@ -212,10 +236,12 @@ class Trainer:
         learnt = (*self.method.model.parameters(), self.method.location)
         if not all(torch.isfinite(tensor).all() for tensor in learnt):
             self._diverge("next", math.nan)
+        self._count_step_seconds()
         log.sync()
         self.wall_seconds = self._seconds()
         checkpoint.write(self.checkpoints, self.step, self.state_dict(), self.best["step"])
         self._saved_at = self.step
+        self._stepping_since = time.perf_counter()
 
     def check_best(self, warn: Callable[[str], None]) -> None:
         """Where the best checkpoint cannot be read, the best of the others takes its place, and ``warn`` hears so.
@@ -273,9 +299,11 @@ class Trainer:
             "train_loss": self.train_loss.state_dict(),
             "valid_loss": self.valid_loss.state_dict(),
             "best": self.best,
+            "plateau": self.plateau.state_dict(),
             "rows": self.rows,
             "wall_seconds": self.wall_seconds,
             "reported_at": self.reported_at,
+            "step_seconds": self.step_seconds,
         }
 
     def load_state_dict(self, state: Row) -> None:
@@ -283,6 +311,7 @@ class Trainer:
         self.method.load_state_dict(state["method"])
         self.train_loss.load_state_dict(state["train_loss"])
         self.valid_loss.load_state_dict(state["valid_loss"])
-        for name in ("train_steps", "valid_steps", "best", "rows", "wall_seconds", "reported_at"):
+        self.plateau.load_state_dict(state["plateau"])
+        for name in ("train_steps", "valid_steps", "best", "rows", "wall_seconds", "reported_at", "step_seconds"):
             setattr(self, name, state[name])
         self._saved_at = self.step

@@ -89,9 +89,12 @@ def test_a_finished_run_asked_again_gives_its_result_without_training(train, mak
 
 def test_a_run_that_went_further_than_asked_is_refused(train):
     train()
-    with pytest.raises(UserError, match=r"already at step 72, epoch 6, and 3 epochs were asked for"):
+    with pytest.raises(
+        UserError,
+        match=r"already at step 72, epoch 6, past where schedule.epochs = 3 ends it: change that with --epochs",
+    ):
         train("schedule.epochs=3")
-    with pytest.raises(UserError, match="were asked for"):
+    with pytest.raises(UserError, match=r"past where schedule.max_steps = 3 ends it.*--max-steps"):
         train("schedule.max_steps=3")
 
 

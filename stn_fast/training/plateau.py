@@ -1,0 +1,68 @@
+"""What the validation losses of past epochs decide: when the learning rate falls, and when a run has had enough."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from stn_fast.training.config import OptimizerConfig
+
+
+class Stop(NamedTuple):
+    """The first epoch after which a run was to end, and the key of the configuration that says so."""
+
+    epoch: int
+    key: str
+
+
+class Plateau:
+    """The non-monotonic trigger of the papers, and the two stops.
+
+    The learning rate falls by ``decay_factor`` after every epoch whose loss is no better than the best of those at
+    least ``decay_patience`` epochs before it: after the next epoch again, where that has not helped. The run ends
+    after ``patience`` epochs without a new best loss, or once the learning rate is below ``min_learning_rate``.
+
+    Epoch 0 is the evaluation before training.
+    """
+
+    def __init__(self, optimizer: OptimizerConfig, patience: int | None) -> None:
+        self.optimizer, self.patience = optimizer, patience
+        self.losses: list[float] = []
+        self.decays: list[int] = []  # the epochs after which the learning rate fell
+        self.stop: Stop | None = None
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next epoch."""
+        return self._rate_after(len(self.decays))
+
+    def add(self, loss: float) -> None:
+        """Takes in the validation loss of the epoch that ends."""
+        self.losses.append(loss)
+        before = self.losses[: -self.optimizer.decay_patience]
+        if self.optimizer.decay_factor < 1 and before and loss >= min(before):
+            self.decays.append(len(self.losses) - 1)
+        self.stop = self._first_stop()
+
+    def _rate_after(self, decays: int) -> float:
+        return self.optimizer.learning_rate * self.optimizer.decay_factor**decays
+
+    def _first_stop(self) -> Stop | None:
+        stops = []
+        best = 0
+        for epoch, loss in enumerate(self.losses):
+            best = epoch if loss < self.losses[best] else best
+            if self.patience is not None and epoch - best >= self.patience:
+                stops.append(Stop(epoch, "schedule.patience"))
+                break
+        for count, epoch in enumerate(self.decays, start=1):
+            if self._rate_after(count) < self.optimizer.min_learning_rate:
+                stops.append(Stop(epoch, "optimizer.min_learning_rate"))
+                break
+        return min(stops, default=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": list(self.losses), "decays": list(self.decays)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.losses, self.decays = list(state["losses"]), list(state["decays"])
+        self.stop = self._first_stop()
