@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stn_fast.data.download import Published, data_root, downloaded, verified
+from stn_fast.data.download import Published, data_root, downloaded, verified, writing
 from stn_fast.data.splits import Images, Split
 from stn_fast.errors import UserError
 
@@ -64,8 +64,12 @@ def unpack(archive: Path, folder: Path, files: Sequence[Published]) -> None:
             member = tar.extractfile(f"{BATCHES}/{file.name}")
             assert member is not None  # a regular file in every archive with the published checksum
             partial = folder / f".{file.name}.{os.getpid()}.partial"
-            partial.write_bytes(member.read())
-            partial.replace(folder / file.name)
+            try:
+                with writing(folder / file.name):
+                    partial.write_bytes(member.read())
+                    partial.replace(folder / file.name)
+            finally:
+                partial.unlink(missing_ok=True)
 
 
 def _split(folder: Path, files: Sequence[Published]) -> Split:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +70,8 @@ def downloaded(path: Path, published: Published) -> Iterator[Path]:
         UserError: no address gives the file; one line says what was missing, why, and where to put it by hand.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         _download(path, partial, published)
         yield partial
@@ -78,19 +79,30 @@ def downloaded(path: Path, published: Published) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an ``OSError`` inside into a ``UserError`` about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} is missing and cannot be written ({error.strerror}); name another folder with --data-root"
+        ) from None
+
+
+class _NoAnswer(Exception):
+    """An address gives nothing, or stops in the middle."""
+
+
 def _download(path: Path, partial: Path, published: Published) -> None:
     failures = []
     for url in published.urls:
-        print(f"downloading {url} ({published.size / 1e6:.1f} MB) for {path.parent}", file=sys.stderr, flush=True)
+        print(f"downloading {url} ({published.size / 1e6:.1f} MB) to {path.parent}", file=sys.stderr, flush=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            damage = _copy(url, partial, published)
-        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-            damage = f"gives no file ({getattr(error, 'reason', None) or error or type(error).__name__})"
-        except OSError as error:
-            raise UserError(
-                f"{path} is missing and cannot be written ({error.strerror}); name another folder with --data-root"
-            ) from None
+            with writing(path):
+                damage = _copy(url, partial, published)
+        except _NoAnswer as error:
+            damage = f"gives no file ({error})"
         if damage is None:
             return
         failures.append(f"{url} {damage}")
@@ -103,14 +115,25 @@ def _download(path: Path, partial: Path, published: Published) -> None:
 def _copy(url: str, partial: Path, published: Published) -> str | None:
     """Writes what ``url`` gives to ``partial``, on the disk; what is wrong with it, None where it is as published."""
     digest, size = hashlib.sha256(), 0
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, partial.open("wb") as file:
-        while size <= published.size and (chunk := answer.read(CHUNK)):
+    with partial.open("wb") as file:
+        for chunk in _chunks(url):
             file.write(chunk)
             digest.update(chunk)
             size += len(chunk)
+            if size > published.size:
+                break
         file.flush()
         os.fsync(file.fileno())
     return _damage(size, digest, published)
+
+
+def _chunks(url: str) -> Iterator[bytes]:
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            while chunk := answer.read(CHUNK):
+                yield chunk
+    except (OSError, HTTPException) as error:
+        raise _NoAnswer(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def _damage(size: int, digest: hashlib._Hash, published: Published) -> str | None:

@@ -89,10 +89,8 @@ def test_a_finished_run_asked_again_gives_its_result_without_training(train, mak
 
 def test_a_run_that_went_further_than_asked_is_refused(train):
     train()
-    with pytest.raises(
-        UserError,
-        match=r"already at step 72, epoch 6, past where schedule.epochs = 3 ends it: change that with --epochs",
-    ):
+    says = "already at step 72, epoch 6, past where schedule.epochs = 3 ends it: change that with --epochs"
+    with pytest.raises(UserError, match=says):
         train("schedule.epochs=3")
     with pytest.raises(UserError, match=r"past where schedule.max_steps = 3 ends it.*--max-steps"):
         train("schedule.max_steps=3")
