@@ -49,7 +49,7 @@ gpu:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 
 test-gpu: gpu  ## kernels and operations on a CUDA device; no network needed
-	$(PYTHON) -m pytest tests/kernels tests/ops tests/layers $(ARGS)
+	$(PYTHON) -m pytest tests/kernels tests/ops tests/layers tests/training/test_batches.py $(ARGS)
 
 bench-gpu: gpu  ## ratios on a CUDA device; no network needed
 	$(PYTHON) -m benchmarks.ratios --device cuda --json benchmarks/results/cuda.json $(ARGS)

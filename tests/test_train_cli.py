@@ -68,9 +68,10 @@ def test_help_loads_nothing_heavy(module):
 
 
 def test_printing_the_configuration_loads_nothing_heavy(capsys):
-    assert train.main(["--print-config", "--seed", "3", "--method", "fixed"]) == 0
+    assert train.main(["--print-config", "--seed", "3", "--method", "fixed", "--train-fraction", "0.5"]) == 0
     said = capsys.readouterr().out
     assert "seed: 3" in said
+    assert "train_fraction: 0.5" in said
     assert "name: fixed" in said
 
 
@@ -84,6 +85,8 @@ def test_printing_the_configuration_loads_nothing_heavy(capsys):
         (["--set", "optimiser.learning_rate=1"], "did you mean 'optimizer'?"),
         (["--config", "absent.yaml"], "absent.yaml: No such file"),
         (["--epochs", "0"], "schedule.epochs (--epochs) = 0: must be at least 1"),
+        (["--train-fraction", "2"], "train_fraction (--train-fraction) = 2.0: must be above 0 and at most 1"),
+        (["--train-fraction", "half"], "argument --train-fraction: invalid float value: 'half'"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_status_2(arguments, says, capsys):
@@ -121,7 +124,7 @@ def test_a_run_leaves_everything_it_should(whole):
     assert left == {"config.yaml", "metrics.jsonl", "result.json", "schedule.png", "checkpoints"}
     result = json.loads((whole / "result.json").read_text())
     wanted = {"recipe", "method", "seed", "steps", "wall_seconds", "valid_loss", "test_loss", "test_accuracy"}
-    assert wanted | {"hyperparameters", "best_step", "versions"} <= result.keys()
+    assert wanted | {"hyperparameters", "best_step", "ended_by", "steps_per_second", "versions"} <= result.keys()
     assert {"stn_fast", "torch", "python", "platform", "threads"} <= result["versions"].keys()
     assert (result["recipe"], result["method"], result["seed"]) == ("digits", "stn", 0)
     assert (whole / "schedule.png").read_bytes().startswith(b"\x89PNG")
@@ -137,7 +140,7 @@ def test_the_end_is_a_table_of_where_the_hyperparameters_went(whole, capsys):
     assert train.main([*SHORT, "--run-dir", str(whole)]) == 0
     said = capsys.readouterr()
     assert "is finished" in said.err
-    for name in ("input_dropout", "weight_decay", "best validation loss", "test accuracy", str(whole)):
+    for name in ("input_dropout", "weight_decay", "best validation loss", "test accuracy", " a second", str(whole)):
         assert name in said.out
 
 

@@ -72,7 +72,7 @@ def _order(examples: int, seed: int, purpose: str) -> Tensor:
 
 def _chosen(split: Split, order: Tensor) -> Split:
     order = order.to(split.inputs.device)
-    return Split(split.inputs[order], split.targets[order])
+    return Split(*(part.index_select(0, order) for part in split))
 
 
 def checked(data: DataSet) -> DataSet:

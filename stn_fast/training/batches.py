@@ -34,7 +34,7 @@ class Batches:
         """Batch number ``index`` of the sequence, which starts at 0 and has no end."""
         if self._staging is None:
             chosen = self._chosen(index)
-            return Split(self.split.inputs[chosen], self.split.targets[chosen])
+            return Split(*(part.index_select(0, chosen) for part in self.split))
         if self._sent is None or self._sent[0] != index:
             self._sent = index, self._staging.send(self._chosen(index))
         batch = self._staging.receive(self._sent[1])

@@ -21,6 +21,18 @@ from stn_fast.training.layering import differences, resolve, to_yaml
         ("optimizer.learning_rate=.nan", "must be a finite number above 0"),
         ("optimizer.learning_rate=fast", "must be a number"),
         ("optimizer.momentum=1", "must be at least 0 and below 1"),
+        ("optimizer.decay_factor=0", "optimizer.decay_factor = 0.0: must be above 0 and at most 1"),
+        ("optimizer.decay_factor=1.5", "must be above 0 and at most 1"),
+        ("optimizer.decay_factor=.nan", "must be above 0 and at most 1"),
+        ("optimizer.decay_patience=0", "optimizer.decay_patience = 0: must be at least 1"),
+        ("optimizer.min_learning_rate=-1", "must be at least 0 and below learning_rate = 0.05"),
+        ("optimizer.min_learning_rate=0.05", "must be at least 0 and below learning_rate = 0.05"),
+        ("optimizer.min_learning_rate=.nan", "must be at least 0 and below"),
+        ("hyper_optimizer.name=rmsprob", "hyper_optimizer.name = 'rmsprob': did you mean 'rmsprop'"),
+        ("schedule.patience=0", "schedule.patience = 0: must be at least 1"),
+        ("train_fraction=0", r"train_fraction \(--train-fraction\) = 0.0: must be above 0 and at most 1"),
+        ("train_fraction=1.5", "must be above 0 and at most 1"),
+        ("train_fraction=.nan", "must be above 0 and at most 1"),
         ("hyper_optimizer.learning_rate=-1", "hyper_optimizer.learning_rate"),
         ("method.name=delta-stn", r"method.name \(--method\) = 'delta-stn': is not available yet"),
         ("method.name=stm", "did you mean 'stn'"),
@@ -106,8 +118,14 @@ def test_only_what_decides_results_counts_as_a_difference():
     ours = digits.config()
     longer = resolve(ours, None, ["schedule.epochs=999", "schedule.max_steps=5", "run_dir=x", "data_root=y"])
     assert differences(ours, longer) == []
-    other = resolve(ours, None, ["seed=5", "hyperparameters.input_noise.init=0.1"])
-    assert differences(ours, other) == ["hyperparameters.input_noise.init: 0.3 -> 0.1", "seed: 0 -> 5"]
+    patient = resolve(ours, None, ["schedule.patience=5", "optimizer.min_learning_rate=1e-5"])
+    assert differences(ours, patient) == []
+    other = resolve(ours, None, ["seed=5", "hyperparameters.input_noise.init=0.1", "train_fraction=0.5"])
+    assert differences(ours, other) == [
+        "hyperparameters.input_noise.init: 0.3 -> 0.1",
+        "seed: 0 -> 5",
+        "train_fraction: 1.0 -> 0.5",
+    ]
 
 
 def test_run_directories_of_different_methods_do_not_collide():

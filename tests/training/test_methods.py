@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from stn_fast.data import Split
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
+from stn_fast.layers import PerExampleNoise
 from stn_fast.models.mlp import mlp
 from stn_fast.training.methods import RESPONSE_PARAMETERS, FixedHyperparameters, SelfTuning
 from stn_fast.training.task import classification_loss, decayed_classification_loss
@@ -182,6 +183,20 @@ def test_a_model_that_does_not_respond_is_named_instead_of_a_graph(batch):
     method = SelfTuning(Plain(), SPACE, classification_loss, classification_loss)
     with pytest.raises(RuntimeError, match=r"does not depend on the hyperparameters.*HyperLinear"):
         method.valid_step(batch, 0)
+
+
+def test_a_layer_of_ones_own_counts_among_those_that_draw(model):
+    class Jitter(PerExampleNoise):
+        """Derives from the layers that draw without being one of those that the package names."""
+
+    class Counter(torch.nn.Module):
+        stream = 3
+
+    model.counter = Counter()
+    self_tuning(model)
+    model.jitter = Jitter("hidden_dropout_1", stream=3)
+    with pytest.raises(ValueError, match=r"'dropouts\.1' and 'jitter' both draw from stream 3"):
+        self_tuning(model)
 
 
 def test_layers_that_would_share_their_noise_are_refused(model):

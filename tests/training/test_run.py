@@ -1,0 +1,99 @@
+"""What surrounds the loop: the rehearsal before it, the pace that is reported after it, and data in host memory."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from run_files import result, rows
+from torch import nn
+
+from stn_fast.data import digits as digits_data
+from stn_fast.errors import UserError
+from stn_fast.recipes import digits
+from stn_fast.training.progress import summary
+from stn_fast.training.run import checked_task, run
+from stn_fast.training.trainer import Trainer
+
+
+class Normalised(nn.Module):
+    """Normalises over the batch, then calls ``network``."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.norm, self.network = nn.BatchNorm1d(64), network
+
+    def forward(self, x, hyper):
+        return self.network(self.norm(x), hyper)
+
+
+def build_normalised(config):
+    task = digits.build(config)
+    return replace(task, model=Normalised(task.model))
+
+
+def test_a_network_that_normalises_over_the_batch_is_rehearsed_and_keeps_nothing_of_it(make_config):
+    norm = checked_task(make_config(), build_normalised).model.norm
+    assert torch.equal(norm.running_mean, torch.zeros(64))
+    assert torch.equal(norm.running_var, torch.ones(64))
+    assert norm.num_batches_tracked == 0
+
+
+def test_a_batch_of_one_is_refused_before_training_where_it_cannot_be_normalised(make_config):
+    with pytest.raises(UserError, match="more than 1 value per channel"):
+        checked_task(make_config("schedule.batch_size=1"), build_normalised)
+    checked_task(make_config("schedule.batch_size=1"), digits.build)
+
+
+def test_a_network_that_normalises_over_the_batch_resumes_to_the_same_numbers(make_config, same_run):
+    whole, parts = make_config(name="whole"), make_config(name="parts")
+    run(whole, build_normalised)
+    run(replace(parts, schedule=replace(parts.schedule, max_steps=40)), build_normalised)
+    run(parts, build_normalised)
+    same_run(Path(whole.directory), Path(parts.directory))
+
+
+def test_the_pace_counts_the_steps_and_not_the_evaluations(make_config, monkeypatch):
+    advance, evaluate, slept = Trainer._advance, Trainer.evaluate, []
+
+    def slow_step(trainer):
+        time.sleep(0.01)
+        slept.append(1)
+        advance(trainer)
+
+    def slower_evaluation(trainer, split):
+        time.sleep(0.2)
+        return evaluate(trainer, split)
+
+    monkeypatch.setattr(Trainer, "_advance", slow_step)
+    monkeypatch.setattr(Trainer, "evaluate", slower_evaluation)
+    got = run(make_config("schedule.max_steps=30"), digits.build)
+    assert len(slept) == got["steps"] == 30
+    assert got["wall_seconds"] > 30 * 0.01 + 8 * 0.2
+    assert 30 / (got["wall_seconds"] - 8 * 0.2) < got["steps_per_second"] < 100
+    assert f"30 steps at {got['steps_per_second']:.4g} a second, ended by schedule.max_steps" in summary(got)
+
+
+def test_a_fraction_of_the_training_set_makes_shorter_epochs_and_leaves_the_other_splits(make_config):
+    task = checked_task(make_config("train_fraction=0.5"), digits.build)
+    whole = digits_data.load()
+    assert [len(split.inputs) for split in task.data] == [450, 400, 497]
+    kept = {tuple(example) for example in whole.train.inputs.tolist()}
+    assert all(tuple(example) in kept for example in task.data.train.inputs.tolist())
+    assert torch.equal(task.data.test.inputs, whole.test.inputs)
+
+
+def test_a_fraction_smaller_than_a_batch_is_refused(make_config):
+    with pytest.raises(UserError, match=r"schedule.batch_size = 100: must be at most 90"):
+        checked_task(make_config("train_fraction=0.1"), digits.build)
+
+
+def test_rmsprop_moves_the_hyperparameters_and_resumes_to_the_same_numbers(train, same_run):
+    whole = train("hyper_optimizer.name=rmsprop", name="whole")
+    train("hyper_optimizer.name=rmsprop", "schedule.max_steps=45", name="parts")
+    same_run(whole, train("hyper_optimizer.name=rmsprop", name="parts"))
+    adam = train(name="adam")
+    warmup = 5  # rows: the evaluation before training, then two epochs of warm-up, without a validation step
+    assert rows(whole)[:warmup] == rows(adam)[:warmup]
+    assert result(whole)["hyperparameters_end"] != result(adam)["hyperparameters_end"]
