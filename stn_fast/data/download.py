@@ -129,7 +129,8 @@ def _copy(url: str, partial: Path, published: Published) -> str | None:
 
 def _chunks(url: str) -> Iterator[bytes]:
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+        request = urllib.request.Request(url, headers={"User-Agent": "stn_fast"})
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             while chunk := answer.read(CHUNK):
                 yield chunk
     except (OSError, HTTPException) as error:

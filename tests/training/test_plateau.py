@@ -95,7 +95,7 @@ def test_a_run_trains_at_the_rate_that_its_losses_ask_for(train):
     assert [row for row in held if row["phase"] == "eval"][first]["loss"] != losses[first]
 
 
-@pytest.mark.parametrize("step", [31, 60, 85, 100])
+@pytest.mark.parametrize("step", [60, 85])
 def test_a_run_killed_around_a_decay_and_resumed_equals_one_never_killed(train, same_run, step):
     whole = train("schedule.epochs=10", *DECAYING, name="whole")
     with pytest.MonkeyPatch.context() as patch:
@@ -105,10 +105,9 @@ def test_a_run_killed_around_a_decay_and_resumed_equals_one_never_killed(train, 
     same_run(whole, train("schedule.epochs=10", *DECAYING, name="killed"))
 
 
-@pytest.mark.parametrize("step", [60, 85, 100])
-def test_the_early_report_of_an_unfinished_epoch_does_not_count(train, same_run, step):
+def test_the_early_report_of_an_unfinished_epoch_does_not_count(train, same_run):
     whole = train("schedule.epochs=10", *DECAYING, name="whole")
-    train("schedule.epochs=10", f"schedule.max_steps={step}", *DECAYING, name="short")
+    train("schedule.epochs=10", "schedule.max_steps=85", *DECAYING, name="short")
     same_run(whole, train("schedule.epochs=10", *DECAYING, name="short"))
 
 
