@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from stn_fast.ops import gated_linear as _gated_linear
+from stn_fast.ops.augment import augment
 from stn_fast.ops.dropout import dropout
 from stn_fast.ops.noise import noise
 from stn_fast.ops.perturb import perturb
@@ -15,7 +16,7 @@ from stn_fast.ops.weight_decay import weight_decay_penalty
 if TYPE_CHECKING:
     from stn_fast.hyperparameters import HyperBatch
 
-__all__ = ["dropout", "gated_linear", "noise", "perturb", "weight_decay_penalty"]
+__all__ = ["augment", "dropout", "gated_linear", "noise", "perturb", "weight_decay_penalty"]
 
 
 def response_input(hyper: HyperBatch | Tensor, like: Tensor) -> Tensor:

@@ -31,5 +31,10 @@ def check_strength(operation: str, name: str, strength: Tensor, x: Tensor, batch
             f"{operation} wants {name} ({batch_size},) float32 on {x.device}, one entry an example of x "
             f"{tuple(x.shape)}; got {tuple(strength.shape)} {strength.dtype} on {strength.device}"
         )
+    check_stream(operation, stream)
+
+
+def check_stream(operation: str, stream: int) -> None:
+    """Raises ValueError where the stream is reserved or no 32-bit number."""
     if not 1 <= stream < 2**32:
         raise ValueError(f"{operation} wants 1 <= stream < 2**32 (0 draws the hyperparameters); got {stream}")
