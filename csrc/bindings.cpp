@@ -2,6 +2,7 @@
 // argument that is absent or a result that isn't wanted. Signatures are described in the headers, and in stn_fast/_C.pyi.
 #include <pybind11/pybind11.h>
 
+#include "augment.h"
 #include "dropout.h"
 #include "gated_linear.h"
 #include "isa.h"
@@ -47,6 +48,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("dropout", released(&stn_fast::dropout));
     m.def("noise_forward", released(&stn_fast::noise_forward));
     m.def("noise_backward", released(&stn_fast::noise_backward));
+    m.def("augment", released(&stn_fast::augment));
     m.def("gated_epilogue_forward", released(&stn_fast::gated_epilogue_forward));
     m.def("gated_epilogue_backward", released(&stn_fast::gated_epilogue_backward));
 }

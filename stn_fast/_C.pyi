@@ -108,6 +108,27 @@ def noise_backward(
 ) -> None:
     """d_scale (batch,) = sum of dy · normal over each example; the normals are drawn again."""
 
+def augment(
+    images: int,
+    table: int,
+    mean: int,
+    std: int,
+    out: int,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    mask: int,
+    flip: float,
+    crop_padding: int,
+    first_example: int,
+    seed: int,
+    step: int,
+    stream: int,
+    threads: int,
+) -> None:
+    """uint8 images (batch, channels, height, width) to augmented, normalised floats; table (13, batch) of strengths."""
+
 def gated_epilogue_forward(
     y: int,
     q: int,

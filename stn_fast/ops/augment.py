@@ -237,6 +237,16 @@ def _compute(
         from stn_fast.kernels import augment as kernels
 
         return kernels.augment(images, table, mask, mean, std, seed, step, stream, first_example, flip, crop_padding)
+    if backend == "cpp":
+        from stn_fast import _C
+
+        out = torch.empty_like(images, dtype=torch.float32)
+        per_channel = torch.tensor([mean, std], dtype=torch.float32)
+        _C.augment(
+            images.data_ptr(), table.data_ptr(), per_channel[0].data_ptr(), per_channel[1].data_ptr(), out.data_ptr(),
+            *images.shape, mask, flip, crop_padding, first_example, seed, int(step), stream, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
     strengths = {name: table[k] for k, name in enumerate(STRENGTHS) if mask >> k & 1}
     draws = draw(images, mask, step, seed, stream, first_example)
     return reference(images, strengths, draws, mean, std, flip, crop_padding)
