@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import baselines
+from benchmarks import augmentation, baselines
 from benchmarks.baselines import Limit, Range
 from benchmarks.timing import Provider
 
@@ -40,6 +40,15 @@ DROPOUT_DIMS: dict[str, tuple[int, tuple[int, ...]]] = {
     "channel": (0, (2, 3)),
     "locked": (1, (0,)),
 }
+
+# (B, C, H, W): a batch of CIFAR-10, and photographs
+AUGMENT_SHAPES = ((128, 3, 32, 32), (16, 3, 224, 224))
+# Strengths are drawn from 0 to these.
+AUGMENT_STRENGTHS = {
+    "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.3, "input_scale": 0.3, "input_noise": 0.2,
+    "rotation": 20.0, "translation": 0.1, "scale": 0.2, "shear": 10.0, "cutout_length": 16.99, "cutout_holes": 4.99,
+    "input_dropout": 0.3,
+}  # fmt: skip
 
 # mode: (whether the forward is timed, which of x, W, b, R, r, Gw, Gb, h have their gradient timed)
 GATED_LINEAR_MODES: dict[str, tuple[bool, tuple[bool, ...]]] = {
@@ -73,6 +82,8 @@ class Case:
             return _gated_linear(self)
         if self.op == "perturb":
             return _perturb(self)
+        if self.op == "augment":
+            return _augment(self)
         return _dropout(self, self.op.removeprefix("dropout_"))
 
     def __str__(self) -> str:
@@ -99,6 +110,8 @@ def all_cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
         for kind, sizes in DROPOUT_SHAPES.items():
             shape = tuple(min(size, 8) for size in sizes) if quick else sizes
             yield from cases(f"dropout_{kind}", DROPOUT_MODES, shape, dtype)
+    for shape in ((4, 3, 24, 20),) if quick else AUGMENT_SHAPES:
+        yield from cases("augment", ("forward",), shape, torch.float32)
 
 
 def differentiate(
@@ -251,3 +264,35 @@ def _dropout(case: Case, kind: str) -> dict[str, Provider]:
         return (x * 2.0, dy * 2.0) if case.mode == "full" else x * 2.0
 
     return providers | {"limit_one_pass": Provider(scale_once)}
+
+
+def augment_inputs(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+    """Images, and all strengths."""
+    images = torch.randint(0, 256, case.shape, dtype=torch.uint8, device=case.device)
+    return images, {
+        name: torch.rand(len(images), device=case.device) * most for name, most in AUGMENT_STRENGTHS.items()
+    }
+
+
+def _augment(case: Case) -> dict[str, Provider]:
+    from stn_fast.functional import augment
+
+    images, strengths = augment_inputs(case)
+    step = torch.zeros((), dtype=torch.int64, device=case.device)
+    options: dict[str, Any] = dict(
+        mean=augmentation.MEAN, std=augmentation.STD, flip=augmentation.FLIP, crop_padding=augmentation.CROP_PADDING
+    )
+
+    def fused(_: None) -> object:
+        return augment(images, strengths, seed=0, step=step, stream=1, **options)
+
+    def eager(_: None) -> object:
+        return augmentation.augment(images, strengths, augmentation.draw(images))
+
+    # What a data loader holds: arrays with the channels last.
+    arrays, rows = images.permute(0, 2, 3, 1).cpu().numpy().copy(), torch.stack([*strengths.values()], 1).cpu().numpy()
+
+    def by_image(_: None) -> object:
+        return augmentation.augment_image_by_image(arrays, rows, tuple(strengths))
+
+    return {"stn_fast": Provider(fused), "eager": Provider(eager), "pillow": Provider(by_image)}

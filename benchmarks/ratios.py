@@ -97,8 +97,9 @@ def print_case(case: Case, rows: Sequence[Row], timings: Timings) -> None:
         )
     if case.mode == "valid_backward":
         print(f"  valid / full backward: {timings.ratio('stn_fast', 'stn_fast_full_backward'):.3f}")
-    if case.op == "perturb":
-        print(f"  eager / stn_fast: {timings.ratio('eager', 'stn_fast'):.1f}")
+    if case.op in ("perturb", "augment"):
+        others = [name for name in ("eager", "pillow") if name in timings.names]
+        print("  " + ", ".join(f"{name} / stn_fast: {timings.ratio(name, 'stn_fast'):.1f}" for name in others))
     sys.stdout.flush()
 
 

@@ -71,15 +71,14 @@ void augment(const std::uint8_t* images, const float* table, const float* mean, 
     const ImageSize size{channels, height, width};
     const Generator g(seed, step, stream);
     const std::int64_t shares = batch * size.values() > kSerialValues ? std::max(1, threads) : 1;
-    const std::size_t words = static_cast<std::size_t>(scratch_words(size));
-    std::vector<std::uint32_t> scratch(words * static_cast<std::size_t>(shares));
+    std::vector<Scratch> scratch(static_cast<std::size_t>(shares), Scratch(size));
 #pragma omp parallel for num_threads(threads) schedule(static) if (shares > 1)
     for (std::int64_t share = 0; share < shares; ++share) {
         for (std::int64_t b = share * batch / shares; b < (share + 1) * batch / shares; ++b) {
             const std::uint32_t example = static_cast<std::uint32_t>(first_example + static_cast<std::uint64_t>(b));
             const Plan plan = plan_image(table, batch, b, size, mask, mean, std, flip, crop_padding, g, example);
             float* image = out + b * size.values();
-            place(plan, size, images + b * size.values(), scratch.data() + words * static_cast<std::size_t>(share), image);
+            place(plan, size, images + b * size.values(), scratch[static_cast<std::size_t>(share)], image);
             colour(plan, size, image);
             corrupt(plan, size, g, example, image);
         }

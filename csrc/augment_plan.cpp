@@ -36,7 +36,7 @@ void plan_geometry(const Image& image, const ImageSize& size, float flip, std::i
     const std::int64_t crop_x = image.choice(kCropXDraw, 2 * crop_padding + 1) - crop_padding;
     const std::int64_t crop_y = image.choice(kCropYDraw, 2 * crop_padding + 1) - crop_padding;
     plan.mirrored = image.uniform[kFlipDraw] < flip;
-    plan.shift_x = plan.mirrored ? size.width - 1 - crop_x : crop_x;
+    plan.shift_x = crop_x;
     plan.shift_y = crop_y;
     constexpr int kAffine = 1 << kRotation | 1 << kTranslation | 1 << kScale | 1 << kShear;
     plan.interpolated = (plan.mask & kAffine) != 0;

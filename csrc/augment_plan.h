@@ -31,7 +31,7 @@ struct Plan {
     // The source of output pixel (x, y) is (xx * x + xy * y + x0, yx * x + yy * y + y0).
     bool interpolated;
     double xx, xy, x0, yx, yy, y0;
-    // The same where pixels are copied: column x + shift_x, or shift_x - x if mirrored; row y + shift_y.
+    // The same where pixels are copied: pixel (x + shift_x, y + shift_y) of the image, or of its mirror image.
     bool mirrored;
     std::int64_t shift_x, shift_y;
 

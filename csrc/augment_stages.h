@@ -1,16 +1,21 @@
 #pragma once
 // What is done to the pixels of one image, in this order. `out` holds its (channels, height, width) floats throughout.
 #include <cstdint>
+#include <vector>
 
 #include "augment_plan.h"
 
 namespace stn_fast {
 
-// Numbers that `place` needs beside an image, to be zero before the first call; the same can serve images of one size.
-std::int64_t scratch_words(const ImageSize& size);
+// Memory that `place` needs beside an image; the same serves all images of one size, one after the other.
+struct Scratch {
+    std::vector<std::uint32_t> packed;
+    std::vector<float> plane;
+    explicit Scratch(const ImageSize& size);
+};
 
 // out = the pixels that the geometry puts there, in [0, 1].
-void place(const Plan& plan, const ImageSize& size, const std::uint8_t* image, std::uint32_t* scratch, float* out);
+void place(const Plan& plan, const ImageSize& size, const std::uint8_t* image, Scratch& scratch, float* out);
 
 // Brightness, contrast, saturation, hue; then the normalisation, which includes the input scale.
 void colour(const Plan& plan, const ImageSize& size, float* out);

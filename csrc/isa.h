@@ -18,14 +18,17 @@
 #if defined(__GNUC__) || defined(__clang__)
 #define STN_FAST_INLINE inline __attribute__((always_inline))
 #define STN_FAST_INLINE_LAMBDA __attribute__((always_inline))
+#define STN_FAST_NO_INLINE __attribute__((noinline))
 #define STN_FAST_RESTRICT __restrict__
 #elif defined(_MSC_VER)
 #define STN_FAST_INLINE __forceinline
 #define STN_FAST_INLINE_LAMBDA
+#define STN_FAST_NO_INLINE __declspec(noinline)
 #define STN_FAST_RESTRICT __restrict
 #else
 #define STN_FAST_INLINE inline
 #define STN_FAST_INLINE_LAMBDA
+#define STN_FAST_NO_INLINE
 #define STN_FAST_RESTRICT
 #endif
 

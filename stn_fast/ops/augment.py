@@ -36,24 +36,25 @@ class Domain(NamedTuple):
     end: float
     closed: bool
 
-    def __contains__(self, value: object) -> bool:
-        assert isinstance(value, float)
-        return 0 <= value < self.end or (self.closed and value == self.end)
+    def holds(self, least: float, most: float) -> bool:
+        """Whether all values from `least` to `most` are allowed; NaN never is."""
+        return least >= 0 and (most < self.end or (self.closed and most == self.end))
 
     def __str__(self) -> str:
         return "finite and >= 0" if self.end == math.inf else f"in [0, {self.end:g}{']' if self.closed else ')'}"
 
 
+_DOMAINS = {name: Domain(math.inf, False) for name in STRENGTHS} | {
+    "hue": Domain(0.5, True),
+    "shear": Domain(90.0, False),
+    "cutout_holes": Domain(MOST_HOLES, True),
+    "input_dropout": Domain(1.0, False),
+}
+
+
 def domain(name: str, height: int, width: int) -> Domain:
     """What the strength `name` may be for images of this size."""
-    ends = {
-        "hue": Domain(0.5, True),
-        "shear": Domain(90.0, False),
-        "cutout_length": Domain(min(height, width), True),
-        "cutout_holes": Domain(MOST_HOLES, True),
-        "input_dropout": Domain(1.0, False),
-    }
-    return ends.get(name, Domain(math.inf, False))
+    return Domain(min(height, width), True) if name == "cutout_length" else _DOMAINS[name]
 
 
 class Draws(NamedTuple):
@@ -240,11 +241,13 @@ def _compute(
     if backend == "cpp":
         from stn_fast import _C
 
+        batch, channels, height, width = images.shape
         out = torch.empty_like(images, dtype=torch.float32)
         per_channel = torch.tensor([mean, std], dtype=torch.float32)
         _C.augment(
             images.data_ptr(), table.data_ptr(), per_channel[0].data_ptr(), per_channel[1].data_ptr(), out.data_ptr(),
-            *images.shape, mask, flip, crop_padding, first_example, seed, int(step), stream, torch.get_num_threads(),
+            batch, channels, height, width, mask, flip, crop_padding, first_example, seed, int(step), stream,
+            torch.get_num_threads(),
         )  # fmt: skip
         return out
     strengths = {name: table[k] for k, name in enumerate(STRENGTHS) if mask >> k & 1}
@@ -343,13 +346,14 @@ def _check_images(images: Tensor) -> None:
 
 
 def _check_strengths(images: Tensor, strengths: Mapping[str, Tensor], stream: int) -> None:
+    batch, channels = images.shape[:2]
     for name, strength in strengths.items():
         if name not in STRENGTHS:
             raise ValueError(f"augment has no strength {name!r}; {did_you_mean(name, STRENGTHS)}")
-        check_strength("augment", name, strength, images, len(images), stream)
+        check_strength("augment", name, strength, images, batch, stream)
         if strength.requires_grad or forward_ad.unpack_dual(strength).tangent is not None:
             raise ValueError(f"augment: {name} requires grad, but augmentation has no gradient; pass {name}.detach()")
-        if name in ("saturation", "hue") and images.shape[1] != 3:
+        if channels != 3 and name in ("saturation", "hue"):
             raise ValueError(f"augment: {name} wants images of 3 channels; these {tuple(images.shape)} are grey")
     for one, other in (("cutout_length", "cutout_holes"), ("cutout_holes", "cutout_length")):
         if one in strengths and other not in strengths:
@@ -369,7 +373,7 @@ def _check_values(table: Tensor, mask: int, height: int, width: int) -> None:
     least, most = (ends.tolist() for ends in table.aminmax(dim=1))
     for k, name in enumerate(STRENGTHS):
         allowed = domain(name, height, width)
-        if mask >> k & 1 and not (least[k] in allowed and most[k] in allowed):
-            wrong = most[k] if least[k] in allowed else least[k]
+        if mask >> k & 1 and not allowed.holds(least[k], most[k]):
+            wrong = most[k] if least[k] >= 0 else least[k]
             size = f" for images of {height} x {width}" if name == "cutout_length" else ""
             raise ValueError(f"augment wants {name} {allowed}{size}, for every example; got {wrong:g}")
