@@ -55,10 +55,10 @@ def draw(images: Tensor) -> Draws:
     """Fresh numbers from torch's generator."""
     batch, channels, height, width = images.shape
     return Draws(
-        torch.rand(batch, 13),
-        torch.rand(batch, MOST_HOLES, 2),
-        torch.randn(batch, channels, height, width),
-        torch.rand(batch, 1, height, width),
+        torch.rand(batch, 13, device=images.device),
+        torch.rand(batch, MOST_HOLES, 2, device=images.device),
+        torch.randn(batch, channels, height, width, device=images.device),
+        torch.rand(batch, 1, height, width, device=images.device),
     )
 
 
@@ -69,7 +69,7 @@ def augment(images: Tensor, strengths: Mapping[str, Tensor], draws: Draws) -> Te
     theta = _theta(images, strengths, Jitters(*(draw.flatten() for draw in u)))
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     x = F.grid_sample(images.float().div_(255), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    weights = torch.tensor(GREY).view(1, 3, 1, 1)
+    weights = x.new_tensor(GREY).view(1, 3, 1, 1)
 
     def factor(draw: Tensor, strength: Tensor) -> Tensor:
         return (1 + (2 * draw - 1) * strength).clamp_(min=0)
@@ -79,7 +79,7 @@ def augment(images: Tensor, strengths: Mapping[str, Tensor], draws: Draws) -> Te
     x = x.clamp_(0, 1)
     x = torch.lerp((x * weights).sum(1, keepdim=True), x, factor(u.saturation, s["saturation"])).clamp_(0, 1)
     x = _turn_hue(x, ((2 * u.hue - 1) * s["hue"]).squeeze(1))
-    x = x.sub_(torch.tensor(MEAN).view(1, 3, 1, 1)).div_(torch.tensor(STD).view(1, 3, 1, 1))
+    x = x.sub_(x.new_tensor(MEAN).view(1, 3, 1, 1)).div_(x.new_tensor(STD).view(1, 3, 1, 1))
     high = 1 + s["input_scale"]
     x = x.mul_(torch.lerp(1 / high, high, u.gain))
     x = x.add_(draws.noise * s["input_noise"])
@@ -112,7 +112,7 @@ def _turn_hue(x: Tensor, turns: Tensor) -> Tensor:
     divisor = torch.where(chroma == 0, 1.0, chroma)
     hue = torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
     hue = torch.where(value == red, (green - blue) / divisor, hue).add_(6 * turns)
-    k = (hue[:, None] + torch.tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)).remainder_(6)
+    k = (hue[:, None] + x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)).remainder_(6)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
@@ -121,9 +121,9 @@ def _holes(x: Tensor, strengths: Mapping[str, Tensor], draws: Tensor) -> Tensor:
     length = strengths["cutout_length"].floor().view(-1, 1, 1)
     left = torch.floor(draws[..., :1] * width) - torch.floor(length / 2)
     top = torch.floor(draws[..., 1:] * height) - torch.floor(length / 2)
-    columns, rows = torch.arange(width), torch.arange(height)
+    columns, rows = torch.arange(width, device=x.device), torch.arange(height, device=x.device)
     across, down = (columns >= left) & (columns < left + length), (rows >= top) & (rows < top + length)
-    down &= (torch.arange(MOST_HOLES) < strengths["cutout_holes"].floor()[:, None])[:, :, None]
+    down &= (torch.arange(MOST_HOLES, device=x.device) < strengths["cutout_holes"].floor()[:, None])[:, :, None]
     return (down[..., None] & across[..., None, :]).any(1, keepdim=True)
 
 

@@ -289,10 +289,13 @@ def _augment(case: Case) -> dict[str, Provider]:
     def eager(_: None) -> object:
         return augmentation.augment(images, strengths, augmentation.draw(images))
 
+    providers = {"stn_fast": Provider(fused), "eager": Provider(eager)}
+    if case.device.type == "cuda":
+        return providers  # events on a stream do not time Pillow
     # What a data loader holds: arrays with the channels last.
-    arrays, rows = images.permute(0, 2, 3, 1).cpu().numpy().copy(), torch.stack([*strengths.values()], 1).cpu().numpy()
+    arrays, rows = images.permute(0, 2, 3, 1).numpy().copy(), torch.stack([*strengths.values()], 1).numpy()
 
     def by_image(_: None) -> object:
         return augmentation.augment_image_by_image(arrays, rows, tuple(strengths))
 
-    return {"stn_fast": Provider(fused), "eager": Provider(eager), "pillow": Provider(by_image)}
+    return providers | {"pillow": Provider(by_image)}

@@ -25,6 +25,7 @@ PROVIDERS = {
     "gated_linear": ("stn_fast", "eager", "compiled", "limit_one_product", "limit_two_products"),
     "perturb": ("stn_fast", "eager", "compiled"),
     "dropout": ("stn_fast", "eager", "compiled", "limit_one_pass"),
+    "augment": ("stn_fast", "eager") if DEVICE.type == "cuda" else ("stn_fast", "eager", "pillow"),
 }
 
 

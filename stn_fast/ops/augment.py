@@ -15,6 +15,7 @@ from stn_fast.dispatch import choose
 from stn_fast.errors import did_you_mean
 from stn_fast.ops._draw import check_coordinates, check_stream, check_strength
 from stn_fast.ops._eager import traced
+from stn_fast.ops._transforms import in_function_transform
 
 # The rows of the table that kernels read, in this order; bit k of the mask says that row k is on.
 STRENGTHS = (
@@ -103,7 +104,8 @@ def reference(
     u = draws.head.view(*draws.head.shape, 1, 1, 1).unbind(1)  # u[k] is (N, 1, 1, 1)
     jitter = [(2 * draw - 1).to(dtype) for draw in u]  # in [−1, 1)
 
-    x = _sample(images.to(dtype), *_sources(strengths, draws.head, height, width, flip, crop_padding)) / 255
+    sources = _sources(strengths, draws.head, height, width, flip, crop_padding)
+    x = _sample(images.to(dtype), *(source.to(dtype) for source in sources)) / 255
     if "brightness" in s:
         x = (x * _factor(s["brightness"], jitter[BRIGHTNESS])).clamp(0, 1)
     if "contrast" in s:
@@ -167,7 +169,7 @@ def _sample(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     for row in (y.floor(), y.floor() + 1):
         for column in (x.floor(), x.floor() + 1):
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            weight = torch.where(inside, (1 - (y - row).abs()) * (1 - (x - column).abs()), 0).to(images.dtype)
+            weight = torch.where(inside, (1 - (y - row).abs()) * (1 - (x - column).abs()), 0)
             index = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
             corner = pixels.gather(2, index.flatten(1)[:, None].expand(-1, channels, -1)).view_as(images)
             sampled = sampled + weight[:, None] * corner
@@ -250,6 +252,13 @@ def _compute(
             torch.get_num_threads(),
         )  # fmt: skip
         return out
+    return _defined(images, table, step, mask, mean, std, seed, stream, first_example, flip, crop_padding)
+
+
+def _defined(
+    images: Tensor, table: Tensor, step: Tensor, mask: int, mean: list[float], std: list[float], seed: int, stream: int,
+    first_example: int, flip: float, crop_padding: int,
+) -> Tensor:  # fmt: skip
     strengths = {name: table[k] for k, name in enumerate(STRENGTHS) if mask >> k & 1}
     draws = draw(images, mask, step, seed, stream, first_example)
     return reference(images, strengths, draws, mean, std, flip, crop_padding)
@@ -282,8 +291,8 @@ def augment(
 
     1. Geometry, one bilinear look-up, black outside of the image, about the centre: shear by ± degrees, zoom by
        exp((2u − 1) log(1 + scale)), rotation by ± degrees (counter-clockwise), translation by ± the fraction of the
-       width and of the height; a crop of the image padded by `crop_padding`; and, in `flip` of all examples, the mirror
-       image. Where only the last two are on, pixels are copied.
+       width and of the height; all this of a crop of the image padded by `crop_padding`, or at the rate `flip` of such
+       a crop of its mirror image. Where only crop and flip are on, pixels are copied.
     2. Colours in [0, 1], clamped after each: brightness x · f, contrast m + f (x − m) with m the image's mean grey,
        saturation g + f (x − g) with g the pixel's grey, each f = max(0, 1 ±), and hue + (±) turns in HSV.
        Grey is .299 R + .587 G + .114 B.
@@ -330,10 +339,12 @@ def augment(
     off = images.new_zeros(batch, dtype=torch.float32)
     table = torch.stack([strengths.get(name, off) for name in STRENGTHS])
     mask = sum(1 << k for k, name in enumerate(STRENGTHS) if name in strengths)
-    run = _augment if traced(images, *strengths.values()) else _compute
-    return run(
+    arguments = (
         images.contiguous(), table, step, mask, mean, std, seed, stream, first_example, float(flip), crop_padding
-    )
+    )  # fmt: skip
+    if in_function_transform():
+        return _defined(*arguments)
+    return (_augment if traced(images, *strengths.values()) else _compute)(*arguments)
 
 
 def _check_images(images: Tensor) -> None:

@@ -104,7 +104,7 @@ def test_quick_run_writes_complete_rows_and_prints_a_table(tmp_path: Path, capsy
     assert ratios.main(["--device", "cpu", "--quick", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())
     assert {row["op"] for row in rows} == {
-        "gated_linear", "perturb", "dropout_flat", "dropout_channel", "dropout_locked",
+        "gated_linear", "perturb", "dropout_flat", "dropout_channel", "dropout_locked", "augment",
     }  # fmt: skip
     for row in rows:
         assert set(row) == KEYS
@@ -112,7 +112,7 @@ def test_quick_run_writes_complete_rows_and_prints_a_table(tmp_path: Path, capsy
         assert row["ratio_to_eager"] > 0
         assert row["peak_bytes"] >= 0
         assert {"python", "torch", "triton", "stn_fast"} <= set(row["versions"])
-        assert (row["ratio_to_limit"] is None) == (row["op"] == "perturb")
+        assert (row["ratio_to_limit"] is None) == (row["op"] in ("perturb", "augment"))
     printed = capsys.readouterr().out
     assert "p50 µs" in printed
     assert "valid / full backward" in printed
