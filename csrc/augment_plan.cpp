@@ -81,7 +81,7 @@ Plan plan_image(const float* table, std::int64_t batch, std::int64_t b, const Im
     Image image{table, batch, b, mask, {}};
     std::uint32_t words[kDraws];
     draw_words(g, 0, example, words);
-    std::transform(words, words + kDraws, image.uniform, uniform_of);
+    for (int k = 0; k < kDraws; ++k) image.uniform[k] = uniform_of(words[k]);
 
     Plan plan{};
     plan.mask = mask;

@@ -76,11 +76,8 @@ STN_FAST_INLINE void draw_words(const Generator& g, std::uint32_t quad, std::uin
     }
 }
 
-// Normals of one example for the 64 elements from 4 * quad on, in element order.
-STN_FAST_INLINE void draw_normals(const Generator& g, std::uint32_t quad, std::uint32_t example,
-                                  float* STN_FAST_RESTRICT normals) {
-    WordTile tile;
-    draw_tile(g, quad, 1, example, 0, tile);
+// The 64 normals of a tile of one example, in element order.
+STN_FAST_INLINE void normals_of_tile(const WordTile& tile, float* STN_FAST_RESTRICT normals) {
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) {
         float n0, n1, n2, n3;
@@ -91,6 +88,14 @@ STN_FAST_INLINE void draw_normals(const Generator& g, std::uint32_t quad, std::u
         normals[4 * lane + 2] = n2;
         normals[4 * lane + 3] = n3;
     }
+}
+
+// Normals of one example for the 64 elements from 4 * quad on, in element order.
+STN_FAST_INLINE void draw_normals(const Generator& g, std::uint32_t quad, std::uint32_t example,
+                                  float* STN_FAST_RESTRICT normals) {
+    WordTile tile;
+    draw_tile(g, quad, 1, example, 0, tile);
+    normals_of_tile(tile, normals);
 }
 
 void philox(const std::uint32_t* counters, const std::uint32_t* keys, std::uint32_t* out, std::int64_t count, int threads);

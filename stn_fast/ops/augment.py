@@ -23,6 +23,7 @@ STRENGTHS = (
     "shear", "cutout_length", "cutout_holes", "input_dropout",
 )  # fmt: skip
 MOST_HOLES = 24
+LONGEST_SIDE = 2**14  # coordinates are float32, and pixels of an image are numbered in 32 bits
 
 # Which uniform of an example decides what. Noise takes the elements from PIXEL_DRAWS on, one a value, and dropout
 # those that follow, one a pixel, from the next multiple of four.
@@ -354,15 +355,18 @@ def _check_images(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         cure = "; permute(0, 3, 1, 2) puts the channels first" if images.ndim == 4 and images.shape[3] in (1, 3) else ""
         raise ValueError(f"augment wants images (N, C, H, W) with C = 1 or 3; got {tuple(images.shape)}{cure}")
+    if max(images.shape[2:]) > LONGEST_SIDE:
+        raise ValueError(f"augment wants images of at most {LONGEST_SIDE} rows and columns; got {tuple(images.shape)}")
 
 
 def _check_strengths(images: Tensor, strengths: Mapping[str, Tensor], stream: int) -> None:
     batch, channels = images.shape[:2]
+    dual = forward_ad._current_level >= 0
     for name, strength in strengths.items():
         if name not in STRENGTHS:
             raise ValueError(f"augment has no strength {name!r}; {did_you_mean(name, STRENGTHS)}")
         check_strength("augment", name, strength, images, batch, stream)
-        if strength.requires_grad or forward_ad.unpack_dual(strength).tangent is not None:
+        if strength.requires_grad or (dual and forward_ad.unpack_dual(strength).tangent is not None):
             raise ValueError(f"augment: {name} requires grad, but augmentation has no gradient; pass {name}.detach()")
         if channels != 3 and name in ("saturation", "hue"):
             raise ValueError(f"augment: {name} wants images of 3 channels; these {tuple(images.shape)} are grey")

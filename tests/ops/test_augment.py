@@ -332,6 +332,7 @@ X = images()
         (X[0], {}, {}, r"\(N, C, H, W\) with C = 1 or 3; got \(3, 8, 9\)"),
         (X[:, :2], {}, {}, r"with C = 1 or 3; got \(4, 2, 8, 9\)$"),
         (X.permute(0, 2, 3, 1), {}, {}, r"got \(4, 8, 9, 3\); permute"),
+        (X.new_zeros(0, 3, 2**14 + 1, 9), {}, {}, r"at most 16384 rows and columns; got"),
         (X, dict(brightnes=full(0)), {}, r"no strength 'brightnes'; did you mean 'brightness'"),
         (X, dict(hue=full(0, 5)), {}, r"hue \(4,\) float32.*got \(5,\)"),
         (X, dict(hue=full(0).double()), {}, r"hue \(4,\) float32.*got \(4,\) torch.float64"),
