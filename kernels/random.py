@@ -76,10 +76,8 @@ def log_positive(x):
 
 
 @triton.jit
-def sincos_turns(steps):
-    """sin and cos of 2 pi steps / 2^24, reduced exactly to the nearest quarter turn and a rest in [-1/8, 1/8]."""
-    quarter = (steps + 2097152) >> 22
-    f = (steps - quarter * 4194304).to(tl.float32) * 5.9604644775390625e-08
+def sincos_reduced(quarter, f):
+    """sin and cos of quarter / 4 + f turns, f in [-1/8, 1/8]."""
     f2 = f * f
     s = f2 * -75.39356231689453 + 81.59235382080078
     s = s * f2 - 41.3416633605957
@@ -94,11 +92,26 @@ def sincos_turns(steps):
 
 
 @triton.jit
+def sincos_turns(steps):
+    """sin and cos of 2 pi steps / 2^24, reduced exactly to the nearest quarter turn and a rest in [-1/8, 1/8]."""
+    quarter = (steps + 2097152) >> 22
+    return sincos_reduced(quarter, (steps - quarter * 4194304).to(tl.float32) * 5.9604644775390625e-08)
+
+
+@triton.jit
 def normals_of(word_a, word_b):
     """Box-Muller. 1 - u is exact and never 0, so the logarithm is finite."""
     radius = tl.sqrt_rn(-2.0 * log_positive(1.0 - uniform_of(word_a)))
     sine, cosine = sincos_turns((word_b >> 8).to(tl.int32))
     return radius * cosine, radius * sine
+
+
+@triton.jit
+def normal_of(element, w0, w1, w2, w3):
+    """The one normal that belongs to an element, where neighbours don't share a counter."""
+    first = (element & 2) == 0
+    n_even, n_odd = normals_of(tl.where(first, w0, w2), tl.where(first, w1, w3))
+    return tl.where((element & 1) == 0, n_even, n_odd)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import pytest
 import torch
 from compile_ahead import SHARED_MEMORY, Job, Usage, compile_all
 
+from stn_fast.kernels import augment
 from stn_fast.kernels import gated_linear_epilogue as epilogue
 from stn_fast.kernels import gated_linear_matmul as matmul
 from stn_fast.kernels.gated_linear import config_name
@@ -138,6 +139,34 @@ def random_jobs():
             )
 
 
+def augment_jobs():
+    colours = ["mean_red", "mean_green", "mean_blue", "std_red", "std_green", "std_blue"]
+    types = dict.fromkeys(["p_table", "p_grey", "p_out"], "*fp32") | {"p_images": "*u8"} | DRAW
+    types |= dict.fromkeys([*colours, "flip"], "fp32")
+    types |= dict.fromkeys(["images", "H", "W", "tiles", "crop_padding"], "i32")
+    everything = 2**13 - 1
+    of_colour = 2**augment.SATURATION.value | 2**augment.HUE.value
+    variants = {"everything": (everything, 3), "grey": (everything & ~of_colour, 1), "nothing": (0, 3)}
+    for capability, tile, (name, (on, channels)) in itertools.product(CAPABILITIES, augment.TILES, variants.items()):
+        suffix = f"sm{capability}-{tile.kwargs['PIXELS']} pixels-{name}"
+        constants = {"ON": on, "CHANNELS": channels, **tile.kwargs}
+        kernels = [("augment", {"WHOLE": True, "p_grey": None, "ALIGNED": aligned}) for aligned in BOOLS]
+        if tile is augment.TILES[-1] and on:
+            kernels += [("augment", {"WHOLE": False, "ALIGNED": aligned}) for aligned in BOOLS]
+            kernels += [("augment_grey", {})]
+        for kernel, extra in kernels:
+            flags = "".join(f"-{flag.lower()}" for flag, value in extra.items() if value)
+            yield Job(
+                f"stn_fast.kernels.augment:{kernel}_kernel",
+                f"{kernel}-{suffix}{flags}",
+                capability,
+                types,
+                constants | extra,
+                tile.num_warps,
+                divisible=frozenset("HW") if extra.get("ALIGNED") else frozenset(),
+            )
+
+
 def corner_jobs():
     """As Triton specialises sizes of 1 and absent tensors: they become constants. One of each kernel is enough."""
     absent = {
@@ -150,16 +179,16 @@ def corner_jobs():
         "HAS_D_VALUES": ["p_d_values"],
         "HAS_D_RESPONSE": ["p_d_response"],
     }
-    drawn = {"first_example", "seed", "stream"}  # never specialised
+    never_specialised = {"first_example", "seed", "stream", "images", "crop_padding"}
     of_kernel = {}
-    for job in itertools.chain(matrix_jobs(), epilogue_jobs(), random_jobs()):
+    for job in itertools.chain(matrix_jobs(), epilogue_jobs(), random_jobs(), augment_jobs()):
         if job.capability == 90 and job.types.get("p_x") != "*fp32":
             of_kernel.setdefault((job.kernel, job.constants.get("BACKWARD"), job.constants.get("MODE")), job)
     for (kernel, backward, mode), job in of_kernel.items():
         label = (
             f"{kernel.split(':')[1]}{'' if backward is None else f'-{backward}'}{'' if mode is None else f'-{mode}'}"
         )
-        sizes = [name for name, kind in job.types.items() if kind == "i32" and name not in drawn]
+        sizes = [name for name, kind in job.types.items() if kind == "i32" and name not in never_specialised]
         flags = [flag for flag in absent if flag in job.constants]
         ones = dict.fromkeys(sizes, 1)
         yield replace(job, label=f"{label}-ones", constants=job.constants | ones)
@@ -169,7 +198,10 @@ def corner_jobs():
             yield replace(job, label=f"{label}-without {flag}", constants=job.constants | missing)
 
 
-JOBS = {job.label: job for job in itertools.chain(matrix_jobs(), epilogue_jobs(), random_jobs(), corner_jobs())}
+JOBS = {
+    job.label: job
+    for job in itertools.chain(matrix_jobs(), epilogue_jobs(), random_jobs(), augment_jobs(), corner_jobs())
+}
 
 
 @pytest.fixture(scope="session")
