@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stn_fast.hyperparameters import Hyperparameter as Hyperparameter
     from stn_fast.hyperparameters import HyperparameterSpace as HyperparameterSpace
     from stn_fast.layers import HyperLinear as HyperLinear
+    from stn_fast.layers import PerExampleAugmentation as PerExampleAugmentation
     from stn_fast.layers import PerExampleDropout as PerExampleDropout
     from stn_fast.layers import PerExampleNoise as PerExampleNoise
 
@@ -28,6 +29,7 @@ _HOME = {
     "Hyperparameter": "stn_fast.hyperparameters",
     "HyperparameterSpace": "stn_fast.hyperparameters",
     "HyperLinear": "stn_fast.layers",
+    "PerExampleAugmentation": "stn_fast.layers",
     "PerExampleDropout": "stn_fast.layers",
     "PerExampleNoise": "stn_fast.layers",
 }

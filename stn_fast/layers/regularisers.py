@@ -25,12 +25,15 @@ class _PerExampleRegulariser(nn.Module):
             raise ValueError(f"{type(self).__name__} wants stream >= 1, distinct for every layer; got {stream}")
         self.name, self.stream = name, stream
 
-    def _strength(self, x: Tensor, hyper: HyperBatch, example_dim: int) -> Tensor:
+    def _check_batch(self, x: Tensor, hyper: HyperBatch, example_dim: int) -> None:
         if x.shape[example_dim] != len(hyper):
             raise ValueError(
                 f"{type(self).__name__}({self.name!r}): x {tuple(x.shape)} has {x.shape[example_dim]} examples in "
                 f"dimension {example_dim}, the HyperBatch {len(hyper)}"
             )
+
+    def _strength(self, x: Tensor, hyper: HyperBatch, example_dim: int) -> Tensor:
+        self._check_batch(x, hyper, example_dim)
         self._check_range(hyper.space[self.name])
         return hyper[self.name]
 

@@ -1,0 +1,110 @@
+"""The layer that takes images as bytes: augmentation in training, each example under strengths of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stn_fast import functional
+from stn_fast.errors import did_you_mean
+from stn_fast.hyperparameters import HyperBatch, Hyperparameter
+from stn_fast.layers.regularisers import _PerExampleRegulariser
+from stn_fast.ops.augment import STRENGTHS, domain
+
+
+class PerExampleAugmentation(_PerExampleRegulariser):
+    """uint8 images (B, C, H, W) → normalised float32 images: the first layer of a network.
+
+    In training `stn_fast.functional.augment`, which says what each strength does and in which order; in eval mode
+    (x / 255 − mean) / std and nothing else.
+
+    Args:
+        names: the hyperparameters that are strengths, out of `stn_fast.ops.augment.STRENGTHS`; cutout takes both of
+            its own. Their bounds must keep them in the strength's domain: low >= 0 for all, high <= 0.5 for hue, < 90
+            for shear, < 1 for input_dropout, <= 24 for cutout_holes, <= the side of the images for cutout_length.
+        mean, std: one number a channel, 1 or 3 of them, of pixels in [0, 1].
+        stream: see the base class.
+        flip: rate of horizontal mirror images.
+        crop_padding: pixels of black on every side out of which the crop is cut.
+        image_size: the side of the square images that the network behind takes; others are refused. Default: any.
+
+    Raises:
+        ValueError: a name is unknown or given twice, or mean and std don't agree on the channels.
+    """
+
+    _byte_mean: Tensor
+    _byte_std: Tensor
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        stream: int,
+        flip: float = 0.0,
+        crop_padding: int = 0,
+        image_size: int | None = None,
+    ):
+        super().__init__(", ".join(names), stream=stream)
+        for name in names:
+            if name not in STRENGTHS:
+                raise ValueError(f"PerExampleAugmentation has no strength {name!r}; {did_you_mean(name, STRENGTHS)}")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"PerExampleAugmentation wants every strength once; given twice: {', '.join(twice)}")
+        if len(mean) not in (1, 3) or len(mean) != len(std):
+            raise ValueError(f"PerExampleAugmentation wants a mean and a std for 1 or 3 channels; got {mean} and {std}")
+        self.names = tuple(names)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.flip, self.crop_padding, self.image_size = flip, crop_padding, image_size
+        # Not part of the state: a checkpoint of the network behind loads with and without this layer.
+        for name, numbers in (("_byte_mean", mean), ("_byte_std", std)):
+            bytes_of = 255 * torch.tensor(numbers, dtype=torch.float64).view(-1, 1, 1)
+            self.register_buffer(name, bytes_of.float(), persistent=False)
+
+    def forward(self, x: Tensor, hyper: HyperBatch) -> Tensor:
+        self._check_images(x)
+        if not self.training:
+            return (x - self._byte_mean) / self._byte_std
+        self._check_batch(x, hyper, 0)
+        for name in self.names:
+            self._check_bounds(hyper.space[name], *x.shape[2:])
+        return functional.augment(
+            x,
+            {name: hyper[name] for name in self.names},
+            mean=self.mean,
+            std=self.std,
+            **self._draw(hyper),
+            flip=self.flip,
+            crop_padding=self.crop_padding,
+        )
+
+    def _check_images(self, x: Tensor) -> None:
+        channels, side = len(self.mean), self.image_size
+        fits = x.ndim == 4 and x.shape[1] == channels and (side is None or tuple(x.shape[2:]) == (side, side))
+        if x.dtype != torch.uint8 or not fits:
+            size = "H, W" if side is None else f"{side}, {side}"
+            raise ValueError(
+                f"PerExampleAugmentation wants uint8 images (B, {channels}, {size}), as its mean and image_size say, "
+                f"and normalises them itself; got {tuple(x.shape)} {x.dtype}"
+            )
+
+    def _check_bounds(self, hyperparameter: Hyperparameter, height: int, width: int) -> None:
+        name, low, high = hyperparameter.name, hyperparameter.low, hyperparameter.high
+        allowed = domain(name, height, width)
+        greatest = math.inf if high is None and allowed.end < math.inf else high or 0.0
+        if low is None or not allowed.holds(low, greatest):
+            size = f" for images of {height} x {width}" if name == "cutout_length" else ""
+            raise ValueError(
+                f"hyperparameter {name!r} is an augmentation strength and wants bounds that keep it {allowed}{size}; "
+                f"got low={low}, high={high}"
+            )
+
+    def extra_repr(self) -> str:
+        settings = {"flip": self.flip, "crop_padding": self.crop_padding, "image_size": self.image_size}
+        given = [f"{name}={value}" for name, value in settings.items() if value]
+        return ", ".join([repr(list(self.names)), f"stream={self.stream}", *given])
