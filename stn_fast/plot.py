@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stn_fast.command_line import Parser
 from stn_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,7 +88,15 @@ def save_schedule(directories: Sequence[str | Path], output: str | Path | None =
     runs = [read_run(directory) for directory in directories]
     single = Path(directories[0]) / "schedule.png"
     target = Path(output) if output is not None else single if len(runs) == 1 else Path("schedules.png")
-    figure = draw(runs)
+    return save(draw(runs), target)
+
+
+def save(figure: Figure, target: Path) -> Path:
+    """Writes ``figure`` in the format that the ending of ``target`` names, and returns that.
+
+    Raises:
+        UserError: it cannot be written there, or not in that format.
+    """
     try:
         figure.savefig(target, dpi=150)
     except (OSError, ValueError) as error:
@@ -231,22 +239,15 @@ def _head(figure: Figure, runs: Sequence[Run], top: float) -> None:
     figure.text(0.5, 1 - (top - 0.12) / height, note + shaded, ha="center", va="center", fontsize=8.5, color=GREY)
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, or 2 for a user's error."""
-    it = Parser(prog="python -m stn_fast.plot", description=__doc__, allow_abbrev=False)
+    it = Parser("python -m stn_fast.plot", __doc__)
     it.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directories that stn_fast.train has written")
     output = "PNG, PDF or SVG (default: schedule.png in the run's directory; schedules.png here for several)"
     it.add_argument("--output", metavar="FILE", help=output)
     try:
-        flags = it.parse_args(arguments)
-        print(save_schedule(flags.run_dirs, flags.output))
+        flags = it.given(arguments)
+        print(save_schedule(flags["run_dirs"], flags["output"]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

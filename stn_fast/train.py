@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from stn_fast.errors import UserError, did_you_mean
+from stn_fast.command_line import Parser
+from stn_fast.errors import UserError
 from stn_fast.recipes import RECIPES, recipe
 from stn_fast.training.config import FLAGS
 from stn_fast.training.layering import resolve, to_yaml
@@ -15,17 +16,10 @@ from stn_fast.training.layering import resolve, to_yaml
 PROGRAM = "python -m stn_fast.train"
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def parser() -> Parser:
     """The flags. Those that override a key of the configuration carry that key as their name."""
     about = "Trains a self-tuning network, or the same network without the tuning."
-    it = Parser(prog=PROGRAM, description=about, allow_abbrev=False)
+    it = Parser(PROGRAM, about)
     flag = it.add_argument
     flag("recipe", nargs="?", default="digits", help=f"what to train: {', '.join(RECIPES)} (default: digits)")
     flag("--method", dest="method.name", metavar="NAME", help="stn or fixed (default: stn)")
@@ -47,20 +41,10 @@ def parser() -> Parser:
     return it
 
 
-def parse(arguments: Sequence[str] | None) -> dict[str, Any]:
-    """The flags that were given, by name; an unknown one is an error that names the nearest right one."""
-    it = parser()
-    known, unknown = it.parse_known_args(arguments)
-    if unknown:
-        options = [option for action in it._actions for option in action.option_strings if option.startswith("--")]
-        raise UserError(f"unknown argument '{unknown[0]}': {did_you_mean(unknown[0].partition('=')[0], options)}")
-    return vars(known)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 1, 2 for a user's error, 130 or 143 after a signal."""
     try:
-        flags = parse(arguments)
+        flags = parser().given(arguments)
         module = recipe(flags["recipe"])
         overrides = {key: flags[key] for key in FLAGS if flags.get(key) is not None and key != "recipe"}
         config = resolve(module.config(), flags["config"], flags["set"], overrides)

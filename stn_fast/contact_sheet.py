@@ -1,0 +1,209 @@
+"""``python -m stn_fast.contact_sheet DATA``: draws images of a data set beside what augmentation makes of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stn_fast.command_line import Parser
+from stn_fast.errors import UserError, did_you_mean
+from stn_fast.plot import save
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from stn_fast.data import Images
+
+DATA = {"cifar10": "stn_fast.data.cifar10", "fashion-mnist": "stn_fast.data.fashion_mnist"}
+
+# A strength of each effect that is plain to see in images of thirty pixels.
+VISIBLE: dict[str, float] = {
+    "flip": 0.5,
+    "crop_padding": 4,
+    "rotation": 30,
+    "translation": 0.2,
+    "scale": 0.5,
+    "shear": 30,
+    "brightness": 0.7,
+    "contrast": 0.8,
+    "saturation": 1,
+    "hue": 0.5,
+    "input_scale": 0.7,
+    "input_noise": 0.5,
+    "input_dropout": 0.3,
+    "cutout_length": 10,
+    "cutout_holes": 2,
+}
+OF_COLOUR = ("saturation", "hue")
+MILDER = 0.3  # of those strengths, in the row that has all of them
+STREAM = 1
+SEED = 224  # a small one with which ten images show both directions of every effect
+COLUMNS, MOST_COLUMNS = 10, 50
+
+CELL, GAP, LABEL = 0.62, 0.04, 1.3  # inches
+FONT_SIZE, LABEL_LINES = 8.0, 4  # and how many lines of it stand beside a row
+
+
+class Row(NamedTuple):
+    """One row of the sheet: what stands beside it, and the strengths that its images are drawn under."""
+
+    label: str
+    setting: Mapping[str, float]
+
+
+def default_rows(channels: int) -> list[Row]:
+    """Every effect alone, then all of them together, milder."""
+    names = [name for name in VISIBLE if channels == 3 or name not in OF_COLOUR]
+    alone = [{name: VISIBLE[name]} for name in names if not name.startswith("cutout")]
+    cutout = {name: VISIBLE[name] for name in names if name.startswith("cutout")}
+    kept = {"flip": VISIBLE["flip"], "crop_padding": VISIBLE["crop_padding"], **cutout}
+    together = {name: MILDER * VISIBLE[name] for name in names} | kept
+    return [*map(row_of, [*alone, cutout]), Row("all of them,\nmilder", together)]
+
+
+def row_of(setting: Mapping[str, float]) -> Row:
+    """A row that is labelled with its strengths."""
+    parts = [f"{name.replace('_', ' ')} {strength:g}" for name, strength in setting.items()]
+    abreast = 1 if len(parts) <= LABEL_LINES else 2
+    return Row("\n".join(", ".join(parts[i : i + abreast]) for i in range(0, len(parts), abreast)), setting)
+
+
+def parse_setting(text: str) -> dict[str, float]:
+    """``brightness=0.5,hue=0.1`` by name.
+
+    Raises:
+        UserError: an unknown name, one given twice, or something else than a number.
+    """
+    setting: dict[str, float] = {}
+    for pair in text.split(","):
+        name, _, number = pair.partition("=")
+        if name not in VISIBLE:
+            raise UserError(f"--set {text}: there is no augmentation '{name}': {did_you_mean(name, VISIBLE)}")
+        if name in setting:
+            raise UserError(f"--set {text}: {name} is given twice")
+        try:
+            setting[name] = int(number) if name == "crop_padding" else float(number)
+        except ValueError:
+            wants = "a whole number" if name == "crop_padding" else "a number"
+            raise UserError(f"--set {text}: {name} wants {wants}, as in {name}={VISIBLE[name]:g}") from None
+    return setting
+
+
+def load(data: str, root: str | None) -> Images:
+    """The images of a data set.
+
+    Raises:
+        UserError: there is no such data set, or its files are damaged or missing.
+    """
+    if data not in DATA:
+        raise UserError(f"unknown data set '{data}': {did_you_mean(data, DATA)}")
+    return import_module(DATA[data]).load(root)
+
+
+def chosen(inputs: Tensor, first: int, columns: int, same: bool) -> Tensor:
+    """The images of the columns: those from number ``first`` on, or that one in every column.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    last = first if same else first + columns - 1
+    if not 1 <= columns <= MOST_COLUMNS:
+        raise UserError(f"--columns {columns}: a sheet has from 1 to {MOST_COLUMNS} of them")
+    if first < 0 or last >= len(inputs):
+        raise UserError(f"--first {first}: training images {first} to {last} are wanted, of 0 to {len(inputs) - 1}")
+    return inputs[first].expand(columns, -1, -1, -1) if same else inputs[first : last + 1]
+
+
+def augmented(x: Tensor, row: Row, data: Images, seed: int) -> Tensor:
+    """``x`` under a row's strengths, in [0, 1]: the normalisation undone, and what is beyond black and white cut off.
+
+    Raises:
+        UserError: a strength is outside of its domain, or wants colours that the images don't have.
+    """
+    import torch
+
+    from stn_fast.functional import augment
+
+    setting = dict(row.setting)
+    flip, crop_padding = setting.pop("flip", 0.0), int(setting.pop("crop_padding", 0))
+    strengths = {name: torch.full((len(x),), float(strength)) for name, strength in setting.items()}
+    options: dict[str, Any] = dict(seed=seed, step=0, stream=STREAM, flip=flip, crop_padding=crop_padding)
+    try:
+        y = augment(x, strengths, mean=data.mean, std=data.std, **options)
+    except ValueError as error:
+        raise UserError(
+            f"--set {','.join(f'{name}={value:g}' for name, value in row.setting.items())}: {error}"
+        ) from None
+    mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (data.mean, data.std))
+    return (y * std + mean).clamp(0, 1)
+
+
+def draw(x: Tensor, rows: Sequence[Row], data: Images, seed: int, title: str) -> Figure:
+    """Images (N, C, H, W) as they are, and below them one row for every setting."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    pictures = [x / 255, *(augmented(x, row, data, seed) for row in rows)]
+    labels = ["originals", *(row.label for row in rows)]
+    pitch, head = CELL + GAP, 0.45
+    width, height = LABEL + pitch * len(x), head + pitch * len(pictures)
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    figure.text(0.5, 1 - head / 2 / height, title, ha="center", va="center", fontsize=11)
+    for line, (batch, name) in enumerate(zip(pictures, labels, strict=True)):
+        bottom = height - head - pitch * (line + 1) + GAP
+        middle = (bottom + CELL / 2) / height
+        size = FONT_SIZE * min(1, LABEL_LINES / (1 + name.count("\n")))
+        figure.text((LABEL - 0.1) / width, middle, name, ha="right", va="center", fontsize=size, linespacing=1.1)
+        for column, image in enumerate(batch.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
+            place = ((LABEL + pitch * column) / width, bottom / height, CELL / width, CELL / height)
+            axis = figure.add_axes(place)
+            axis.imshow(image, interpolation="nearest", vmin=0, vmax=1)
+            axis.set_axis_off()
+    return figure
+
+
+def parser() -> Parser:
+    """The flags."""
+    it = Parser("python -m stn_fast.contact_sheet", "Draws what augmentation makes of the images of a data set.")
+    flag = it.add_argument
+    flag("data", nargs="?", default="cifar10", metavar="DATA", help=f"{' or '.join(DATA)} (default: cifar10)")
+    names = ", ".join(f"{name}={strength:g}" for name, strength in VISIBLE.items())
+    rows = (
+        f"one row, e.g. brightness=0.5,hue=0.1; repeat for more (default: a row for each of {names}; and all, milder)"
+    )
+    flag("--set", action="append", default=[], metavar="NAME=STRENGTH,...", help=rows)
+    flag("--columns", type=int, default=COLUMNS, metavar="N", help=f"images in a row (default: {COLUMNS})")
+    flag("--first", type=int, default=0, metavar="N", help="training image of the first column (default: 0)")
+    flag("--same", action="store_true", help="that image in every column, drawn anew")
+    flag("--seed", type=int, default=SEED, metavar="N", help=f"fixes everything random (default: {SEED})")
+    root = "where data sets are, or are downloaded to (default: $STN_FAST_DATA, else ~/.cache/stn_fast/data)"
+    flag("--data-root", metavar="DIR", help=root)
+    output = "PNG, PDF or SVG (default: contact-sheet-DATA.png)"
+    flag("-o", "--output", metavar="FILE", help=output)
+    return it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status: 0, or 2 for a user's error."""
+    try:
+        flags = parser().given(arguments)
+        rows = [row_of(parse_setting(text)) for text in flags["set"]]
+        if not 0 <= flags["seed"] < 2**63:
+            raise UserError(f"--seed {flags['seed']}: must be at least 0 and below 2**63")
+        data = load(flags["data"], flags["data_root"])
+        x = chosen(data.train.inputs, flags["first"], flags["columns"], flags["same"])
+        figure = draw(x, rows or default_rows(x.shape[1]), data, flags["seed"], flags["data"])
+        print(save(figure, Path(flags["output"] or f"contact-sheet-{flags['data']}.png")))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
