@@ -7,9 +7,11 @@ from numerics import assert_twice_as_good
 from stn_fast.kernels import autotune
 from stn_fast.kernels import gated_linear as gated
 from stn_fast.kernels import random as draws
+from stn_fast.kernels.augment import augment
 from stn_fast.kernels.autotune import Autotuner
 from stn_fast.kernels.dropout import dropout
 from stn_fast.kernels.perturb import perturb_forward
+from stn_fast.ops import augment as definition
 
 pytestmark = [
     pytest.mark.gpu,
@@ -144,6 +146,54 @@ def test_an_unseen_problem_is_captured_without_being_timed():
     graph.replay()
     assert torch.equal(y, gated.forward(*tensors, 1, 1, True, config="library")[0])
     assert not autotune.cache_file().exists()
+
+
+def augmented(x, most, step):
+    """All strengths at random below `most`, with what the definition gives in float32 and float64."""
+    generator = torch.Generator().manual_seed(0)
+    strengths = {name: value * torch.rand(len(x), generator=generator) for name, value in most.items()}
+    table, mean, std = torch.stack(list(strengths.values())), (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+    where = dict(seed=7, stream=2, first_example=3)
+    geometry = dict(flip=0.5, crop_padding=4)
+    got = augment(x.to(step.device), table.to(step.device), 2**13 - 1, mean, std, step=step, **where, **geometry)
+    draws = definition.draw(x, 2**13 - 1, step.cpu(), **where)
+    return got, *(
+        definition.reference(x, strengths, draws, mean, std, **geometry, dtype=d)
+        for d in (torch.float32, torch.float64)
+    )
+
+
+@pytest.mark.parametrize("shape", [(128, 3, 32, 32), (2, 3, 224, 224), (3, 3, 31, 33)], ids=str)
+def test_augmentation_at_the_sizes_of_real_images_is_as_defined(shape):
+    most = dict.fromkeys(definition.STRENGTHS, 0.5) | dict(rotation=40, shear=30, cutout_length=17, cutout_holes=4)
+    coarse = torch.rand(*shape[:2], 8, 8, generator=torch.Generator().manual_seed(1))
+    x = (255 * torch.nn.functional.interpolate(coarse, shape[2:], mode="bilinear")).round().to(torch.uint8)
+    got, plain, exact = augmented(x, most, torch.tensor(4, device="cuda"))
+    assert_twice_as_good(got, plain, exact)
+    assert torch.equal(got.cpu() == 0, plain == 0)
+
+
+def test_a_captured_augmentation_draws_fresh_numbers_at_every_replay():
+    x, table = (
+        torch.full((8, 3, 32, 32), 100, dtype=torch.uint8, device="cuda"),
+        torch.full((13, 8), 0.4, device="cuda"),
+    )
+    step = torch.tensor(0, device="cuda")
+
+    def run():
+        return augment(x, table, 2**13 - 1, (0.5,) * 3, (0.25,) * 3, 7, step, 1, 0, 0.5, 4)
+
+    run()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    replays = []
+    for value in (1, 2):
+        step.fill_(value)
+        graph.replay()
+        replays.append(captured.clone())
+        assert torch.equal(captured, run())
+    assert not torch.equal(*replays)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
