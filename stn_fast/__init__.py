@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from stn_fast.hyperparameters import HyperBatch as HyperBatch
     from stn_fast.hyperparameters import Hyperparameter as Hyperparameter
     from stn_fast.hyperparameters import HyperparameterSpace as HyperparameterSpace
+    from stn_fast.layers import HyperBatchNorm2d as HyperBatchNorm2d
+    from stn_fast.layers import HyperConv2d as HyperConv2d
     from stn_fast.layers import HyperLinear as HyperLinear
     from stn_fast.layers import PerExampleAugmentation as PerExampleAugmentation
     from stn_fast.layers import PerExampleDropout as PerExampleDropout
+    from stn_fast.layers import PerExampleDropout2d as PerExampleDropout2d
     from stn_fast.layers import PerExampleNoise as PerExampleNoise
 
 __version__ = "0.1.0"
@@ -28,9 +31,12 @@ _HOME = {
     "HyperBatch": "stn_fast.hyperparameters",
     "Hyperparameter": "stn_fast.hyperparameters",
     "HyperparameterSpace": "stn_fast.hyperparameters",
+    "HyperBatchNorm2d": "stn_fast.layers",
+    "HyperConv2d": "stn_fast.layers",
     "HyperLinear": "stn_fast.layers",
     "PerExampleAugmentation": "stn_fast.layers",
     "PerExampleDropout": "stn_fast.layers",
+    "PerExampleDropout2d": "stn_fast.layers",
     "PerExampleNoise": "stn_fast.layers",
 }
 _MODULES = ("data", "functional", "layers", "models", "recipes", "training")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from stn_fast.ops import gated_conv2d as _gated_conv2d
 from stn_fast.ops import gated_linear as _gated_linear
 from stn_fast.ops.augment import augment
 from stn_fast.ops.dropout import dropout
@@ -16,7 +17,7 @@ from stn_fast.ops.weight_decay import weight_decay_penalty
 if TYPE_CHECKING:
     from stn_fast.hyperparameters import HyperBatch
 
-__all__ = ["augment", "dropout", "gated_linear", "noise", "perturb", "weight_decay_penalty"]
+__all__ = ["augment", "dropout", "gated_conv2d", "gated_linear", "noise", "perturb", "weight_decay_penalty"]
 
 
 def response_input(hyper: HyperBatch | Tensor, like: Tensor) -> Tensor:
@@ -28,6 +29,16 @@ def response_input(hyper: HyperBatch | Tensor, like: Tensor) -> Tensor:
         return hyper
     response = hyper.response[0] if hyper.shared and len(hyper) else hyper.response
     return response.to(like.dtype)
+
+
+def check_examples(who: str, x: Tensor, hyper: HyperBatch | Tensor, example_dim: int = 0) -> None:
+    """Raises ValueError where a HyperBatch has another number of examples than x."""
+    in_range = -x.ndim <= example_dim < x.ndim
+    if not isinstance(hyper, Tensor) and in_range and x.shape[example_dim] != len(hyper):
+        raise ValueError(
+            f"{who}: the HyperBatch has {len(hyper)} examples, but x {tuple(x.shape)} has "
+            f"{x.shape[example_dim]} in dimension {example_dim}"
+        )
 
 
 def gated_linear(
@@ -43,12 +54,32 @@ def gated_linear(
 ) -> Tensor:
     """`stn_fast.ops.gated_linear.gated_linear`, which documents it, taking a HyperBatch or its response."""
     h = response_input(hyper, weight)
-    in_range = -x.ndim <= example_dim < x.ndim
-    if not isinstance(hyper, Tensor) and in_range and x.shape[example_dim] != len(hyper):
-        raise ValueError(
-            f"gated_linear: the HyperBatch has {len(hyper)} examples, but x {tuple(x.shape)} has "
-            f"{x.shape[example_dim]} in dimension {example_dim}"
-        )
+    check_examples("gated_linear", x, hyper, example_dim)
     return _gated_linear.gated_linear(
         x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, example_dim=example_dim
     )
+
+
+def gated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    hyper: HyperBatch | Tensor,
+    *,
+    stride: _gated_conv2d.IntOrPair = 1,
+    padding: _gated_conv2d.IntOrPair | str = 0,
+    dilation: _gated_conv2d.IntOrPair = 1,
+    groups: int = 1,
+    relu: bool = False,
+) -> Tensor:
+    """`stn_fast.ops.gated_conv2d.gated_conv2d`, which documents it, taking a HyperBatch or its response."""
+    h = response_input(hyper, weight)
+    check_examples("gated_conv2d", x, hyper)
+    return _gated_conv2d.gated_conv2d(
+        x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h,
+        stride=stride, padding=padding, dilation=dilation, groups=groups, relu=relu,
+    )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stn_fast import functional
@@ -79,6 +80,32 @@ class PerExampleDropout(_PerExampleRegulariser):
             example_dim=example_dim,
             shared_dims=self.shared_dims,
         )
+
+
+class PerExampleDropout2d(PerExampleDropout):
+    """Dropout of whole channels of images (B, C, H, W), each example at its own rate.
+
+    Args:
+        name: hyperparameter that is the rate, with bounds 0 <= low and high < 1.
+        stream: see the base class.
+    """
+
+    def __init__(self, name: str, *, stream: int):
+        super().__init__(name, stream=stream, shared_dims=(-2, -1))
+
+    def forward(self, x: Tensor, hyper: HyperBatch, example_dim: int = 0) -> Tensor:
+        if x.ndim != 4 or example_dim != 0:
+            raise ValueError(
+                f"PerExampleDropout2d({self.name!r}) wants images (B, C, H, W) and example_dim=0; "
+                f"got x {tuple(x.shape)} and example_dim={example_dim}"
+            )
+        if not self.training:
+            return x
+        draw = dict(self._draw(hyper), rate=self._strength(x, hyper, example_dim))
+        if x.is_contiguous(memory_format=torch.channels_last):
+            # The same masks, which count channels alone, on the images as they lie.
+            return functional.dropout(x.permute(0, 2, 3, 1), **draw, shared_dims=(1, 2)).permute(0, 3, 1, 2)
+        return functional.dropout(x, **draw, shared_dims=self.shared_dims)
 
 
 class PerExampleNoise(_PerExampleRegulariser):

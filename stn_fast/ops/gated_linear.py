@@ -43,8 +43,8 @@ def fold(
     bias_gate: Tensor | None,
     h: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """The plain layer that a gated one is at a single h (n,): (W + diag(Gw h) R, b + (Gb h) ⊙ r)."""
-    folded = torch.addcmul(weight, (weight_gate @ h)[:, None], response_weight)
+    """The plain layer that a gated one is at a single h (n,): (W + diag(Gw h) R, b + (Gb h) ⊙ r); W, R (O, ...)."""
+    folded = torch.addcmul(weight, (weight_gate @ h).view(-1, *[1] * (weight.ndim - 1)), response_weight)
     if bias is None or response_bias is None or bias_gate is None:
         return folded, None
     return folded, bias + (bias_gate @ h) * response_bias

@@ -1,0 +1,111 @@
+"""HyperBatchNorm2d: torch.nn.BatchNorm2d whose scale and shift respond to each example's hyperparameters."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stn_fast import functional
+from stn_fast.hyperparameters import HyperBatch
+from stn_fast.layers.gated import GatedLayer, check_sizes, give_parameters
+
+
+class HyperBatchNorm2d(GatedLayer):
+    """y = x̂ ⊙ (weight + (h Gwᵀ) ⊙ R) + bias + (h Gbᵀ) ⊙ r, x̂ being x normalised channel by channel.
+
+    In training x̂ has the batch's own mean and variance, and so do the running statistics that eval mode uses. The
+    batches are those run in training mode, hence those of *perturbed* hyperparameters: the activations that a
+    validation step, itself perturbed, and an evaluation meet are spread around the same point. An eval-mode pass never
+    changes them.
+
+    Parameters and buffers are named and shaped as in torch.nn.BatchNorm2d, so a plain checkpoint loads with
+    strict=False. weight starts at 1 and bias at 0; the responses R, r uniform in ±1, as ±1/√fan_in with the one input
+    that a channel has; the gates from N(0, 0.01²). Weight decay leaves scale and shift alone.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of a new batch in the running statistics.
+        num_hyperparameters: n, at least 1.
+
+    Shapes: weight, response_weight, bias, response_bias, running_mean, running_var (C,); weight_gate, bias_gate (C, n).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    bias: nn.Parameter
+    response_bias: nn.Parameter
+    bias_gate: nn.Parameter
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        *,
+        num_hyperparameters: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_sizes("HyperBatchNorm2d", num_features=num_features, num_hyperparameters=num_hyperparameters)
+        super().__init__((num_features,), True, num_hyperparameters, device, dtype)
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=dtype))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=device))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
+        """(B, C, H, W) → the same; `hyper` is a HyperBatch or its response."""
+        if x.ndim != 4 or x.shape[1] != self.num_features:
+            raise ValueError(
+                f"HyperBatchNorm2d has num_features={self.num_features} of (B, C, H, W); got x {tuple(x.shape)}"
+            )
+        self._check_response(hyper)
+        functional.check_examples("HyperBatchNorm2d", x, hyper)
+        h = functional.response_input(hyper, self.weight)
+        if h.ndim not in (1, 2) or (h.ndim == 2 and len(h) != len(x)):
+            raise ValueError(f"HyperBatchNorm2d wants h (B, n) or (n,) for x {tuple(x.shape)}; got {tuple(h.shape)}")
+        if self.training:
+            if len(x) < 2:
+                raise ValueError(
+                    f"HyperBatchNorm2d normalises by the batch in training and wants at least 2 examples; got {len(x)} "
+                    "(use a larger batch or drop the last one, or call eval())"
+                )
+            self.num_batches_tracked.add_(1)
+        # y = x̂ ⊙ scale + shift, and x̂ = (x - mean) / deviation
+        scale = torch.addcmul(self.weight, h @ self.weight_gate.T, self.response_weight)
+        shift = torch.addcmul(self.bias, h @ self.bias_gate.T, self.response_bias)
+        if h.ndim == 1:
+            return self._normalised(x, scale, shift)
+        if self.training:
+            x = self._normalised(x)
+        else:
+            scale = scale * (self.running_var + self.eps).rsqrt()
+            shift = torch.addcmul(shift, self.running_mean, scale, value=-1)
+        return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None]).to(x.dtype)
+
+    def _normalised(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        statistics = (self.running_mean, self.running_var)
+        return F.batch_norm(x, *statistics, scale, shift, self.training, self.momentum, self.eps)
+
+    def fold(self, response: Tensor) -> nn.BatchNorm2d:
+        """The plain layer this one is at one response input (n,), with a copy of the running statistics."""
+        weight, bias = self._folded(response)
+        plain = nn.BatchNorm2d(self.num_features, self.eps, self.momentum, device="meta")
+        give_parameters(plain, weight, bias)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            setattr(plain, name, getattr(self, name).clone())
+        return plain.train(self.training)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"num_hyperparameters={self.num_hyperparameters}"
+        )

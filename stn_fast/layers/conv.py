@@ -1,0 +1,142 @@
+"""HyperConv2d: torch.nn.Conv2d whose filters respond to each example's hyperparameters."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stn_fast import functional
+from stn_fast.hyperparameters import HyperBatch
+from stn_fast.layers.gated import GatedLayer, check_sizes, give_parameters
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class HyperConv2d(GatedLayer):
+    """y = conv(x, W) + b + (h Gwᵀ) ⊙ conv(x, R) + (h Gbᵀ) ⊙ r, h being each example's response input; then ReLU or not.
+
+    `weight` and `bias` are named and shaped as in torch.nn.Conv2d, so a plain checkpoint loads into them with
+    strict=False. W, R, b, r start uniform in ±1/√fan_in, fan_in = in_channels/groups · kh · kw, and the gates from
+    N(0, 0.01²), as published.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in
+            torch.nn.Conv2d: padding also "same" or "valid", padding_mode "zeros", "reflect", "replicate", "circular".
+        num_hyperparameters: n, at least 1.
+        relu: whether ReLU is applied to the result, in the same pass.
+
+    Shapes: weight, response_weight (O, I/groups, kh, kw); bias, response_bias (O,); weight_gate, bias_gate (O, n).
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        *,
+        num_hyperparameters: int,
+        relu: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_sizes(
+            "HyperConv2d",
+            in_channels=in_channels,
+            out_channels=out_channels,
+            groups=groups,
+            num_hyperparameters=num_hyperparameters,
+        )
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels % groups:
+                raise ValueError(f"HyperConv2d wants {name} divisible by groups={groups}; got {channels}")
+        if padding_mode not in get_args(PaddingMode):
+            raise ValueError(f"HyperConv2d wants padding_mode as one of {get_args(PaddingMode)}; got {padding_mode!r}")
+        kernel = _pair("kernel_size", kernel_size, 1)
+        shape = (out_channels, in_channels // groups, *kernel)
+        super().__init__(shape, bias, num_hyperparameters, device, dtype)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = kernel
+        self.stride, self.dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+        self.padding = padding if isinstance(padding, str) else _pair("padding", padding, 0)
+        self.padding_mode, self.relu = padding_mode, relu
+        if isinstance(self.padding, str) and self.padding not in ("same", "valid"):
+            raise ValueError(f"HyperConv2d wants padding as numbers, 'same' or 'valid'; got {padding!r}")
+        if self.padding == "same" and self.stride != (1, 1):
+            raise ValueError(f"HyperConv2d: padding='same' wants stride 1, as in torch; got stride={stride}")
+
+    def forward(self, x: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
+        """(B, I, H, W) → (B, O, Ho, Wo); `hyper` is a HyperBatch or its response."""
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"HyperConv2d has in_channels={self.in_channels} of (B, I, H, W); got x {tuple(x.shape)}")
+        self._check_response(hyper)
+        padding: str | tuple[int, int] = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._pads(), mode=self.padding_mode), (0, 0)
+        return functional.gated_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            self.response_weight,
+            self.response_bias,
+            self.weight_gate,
+            self.bias_gate,
+            hyper,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            relu=self.relu,
+        )
+
+    def _pads(self) -> tuple[int, int, int, int]:
+        """(left, right, top, bottom)"""
+        if self.padding == "same":
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in total)
+            return left, right, top, bottom
+        high, wide = (0, 0) if isinstance(self.padding, str) else self.padding
+        return wide, wide, high, high
+
+    def fold(self, response: Tensor) -> nn.Conv2d | nn.Sequential:
+        """The plain layer this one is at one response input (n,); with `relu`, a Sequential of it and nn.ReLU."""
+        weight, bias = self._folded(response)
+        plain = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            bias is not None,
+            self.padding_mode,
+            device="meta",
+        )
+        give_parameters(plain, weight, bias)
+        return nn.Sequential(plain, nn.ReLU()) if self.relu else plain
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding!r}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
+            f"padding_mode={self.padding_mode!r}, num_hyperparameters={self.num_hyperparameters}, relu={self.relu}"
+        )
+
+
+def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or any(not isinstance(v, int) or v < least for v in pair):
+        raise ValueError(f"HyperConv2d wants {name} as an int or a pair of them, at least {least}; got {value!r}")
+    return pair

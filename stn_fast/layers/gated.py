@@ -1,0 +1,102 @@
+"""What layers with a response have in common: their parameters, how these start, decay and fold."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from stn_fast import functional
+from stn_fast.hyperparameters import HyperBatch
+from stn_fast.ops.gated_linear import fold
+
+
+class GatedLayer(nn.Module):
+    """W, b, their responses R, r and the gates Gw, Gb of a layer with O outputs and n hyperparameters.
+
+    W, R, b, r start uniform in ±1/√fan_in and the gates from N(0, 0.01²), as published.
+
+    Args:
+        weight_shape: of W and R, (O, ...).
+        bias: whether to have b, and with it r and Gb.
+        num_hyperparameters: n, at least 1.
+    """
+
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        bias: bool,
+        num_hyperparameters: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ):
+        super().__init__()
+        self.num_hyperparameters = num_hyperparameters
+        outputs = weight_shape[0]
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.weight = parameter(*weight_shape)
+        self.response_weight = parameter(*weight_shape)
+        self.weight_gate = parameter(outputs, num_hyperparameters)
+        self.bias: nn.Parameter | None = None
+        self.response_bias: nn.Parameter | None = None
+        self.bias_gate: nn.Parameter | None = None
+        if bias:
+            self.bias, self.response_bias = parameter(outputs), parameter(outputs)
+            self.bias_gate = parameter(outputs, num_hyperparameters)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        for uniform in (self.weight, self.bias, self.response_weight, self.response_bias):
+            if uniform is not None:
+                nn.init.uniform_(uniform, -bound, bound)
+        for gate in (self.weight_gate, self.bias_gate):
+            if gate is not None:
+                nn.init.normal_(gate, std=0.01)
+
+    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
+        """½ · mean_b decay[b] ‖W + diag(Gw h[b]) R‖², a scalar; biases are not decayed."""
+        h = functional.response_input(hyper, self.weight)
+        return functional.weight_decay_penalty(self.weight, self.response_weight, self.weight_gate, h, decay)
+
+    def _check_response(self, hyper: HyperBatch | Tensor) -> None:
+        n = (hyper if isinstance(hyper, Tensor) else hyper.response).shape[-1]
+        if n != self.num_hyperparameters:
+            raise ValueError(
+                f"{type(self).__name__} has num_hyperparameters={self.num_hyperparameters}; got {n} of them "
+                "(num_hyperparameters=len(space) fits)"
+            )
+
+    @torch.no_grad()
+    def _folded(self, response: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the plain layer this one is at one response input (n,)."""
+        if response.shape != (self.num_hyperparameters,):
+            raise ValueError(
+                f"fold wants a response of shape ({self.num_hyperparameters},); got {tuple(response.shape)}"
+            )
+        return fold(
+            self.weight,
+            self.bias,
+            self.response_weight,
+            self.response_bias,
+            self.weight_gate,
+            self.bias_gate,
+            response.to(self.weight),
+        )
+
+
+def check_sizes(layer: str, **sizes: int) -> None:
+    """Raises ValueError naming a size below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{layer} wants {name} >= 1; got {value}")
+
+
+def give_parameters(plain: nn.Linear | nn.Conv2d | nn.BatchNorm2d, weight: Tensor, bias: Tensor | None) -> None:
+    """Makes them the parameters of a plain layer, which holds none of its own yet (device="meta")."""
+    plain.weight = nn.Parameter(weight)
+    plain.bias = None if bias is None else nn.Parameter(bias)

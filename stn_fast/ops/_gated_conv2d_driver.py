@@ -1,0 +1,252 @@
+"""gated_conv2d around library convolutions: in plain torch for any dtype and device, and with fused epilogues.
+
+Both branches are one convolution with the filters [W; R], so that x is read once; what surrounds it is an epilogue.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Geometry(NamedTuple):
+    """How the filters move over an image, and whether ReLU follows."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    relu: bool
+
+
+class Wanted(NamedTuple):
+    """Which gradients to compute, one entry for every tensor that `gated_conv2d` takes."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    response_weight: bool
+    response_bias: bool
+    weight_gate: bool
+    bias_gate: bool
+    h: bool
+
+
+class Gradients(NamedTuple):
+    """The wanted gradients, None elsewhere.
+
+    `filters` is dW, dR, or, where both are wanted, both as `join` lays out the filters.
+    """
+
+    x: Tensor | None
+    filters: Tensor | None
+    bias: Tensor | None
+    response_bias: Tensor | None
+    weight_gate: Tensor | None
+    bias_gate: Tensor | None
+    h: Tensor | None
+
+
+class Epilogue(Protocol):
+    """What surrounds the convolution, with P and Q the channels of conv(x, W) and conv(x, R)."""
+
+    def forward(self, both: Tensor, scale: Tensor, shift: Tensor | None, groups: int, relu: bool) -> Tensor:
+        """y = P + scale ⊙ Q + shift, then ReLU where asked; `both` (B, 2·O, Ho, Wo), scale and shift (B, O)."""
+
+    def backward(
+        self,
+        dy: Tensor,
+        y: Tensor | None,
+        q: Tensor,
+        scale: Tensor,
+        groups: int,
+        relu: bool,
+        wants_both: bool,
+        wants_scale: bool,
+        wants_shift: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(d_both, d_scale, d_shift); q is the view of `both` that `response_half` gives."""
+
+
+def join(weight: Tensor, response_weight: Tensor, groups: int) -> Tensor:
+    """[W; R], and for groups the filters of each group so: (2·O, I/groups, kh, kw)."""
+    if groups == 1:
+        return torch.cat([weight, response_weight])
+    halves = [w.unflatten(0, (groups, -1)) for w in (weight, response_weight)]
+    return torch.cat(halves, dim=1).flatten(0, 1)
+
+
+def split(filters: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """(W, R) of `join`."""
+    weight, response_weight = filters.unflatten(0, (groups, 2, -1)).unbind(1)
+    return weight.flatten(0, 1), response_weight.flatten(0, 1)
+
+
+def response_half(both: Tensor, groups: int) -> Tensor:
+    """Q as a view (B, groups, O/groups, Ho, Wo) of P and Q (B, 2·O, Ho, Wo), whose channels lie as `join` puts them."""
+    return both.unflatten(1, (groups, 2, -1))[:, :, 1]
+
+
+def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """channels_last where x or the filters lie so, as torch's own convolutions decide."""
+    for tensor in (x, weight):
+        if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+class PlainEpilogue:
+    """In plain torch; 16-bit numbers are computed in float32 and rounded once."""
+
+    @staticmethod
+    def forward(both: Tensor, scale: Tensor, shift: Tensor | None, groups: int, relu: bool) -> Tensor:
+        p, q = both.unflatten(1, (groups, 2, -1)).unbind(2)
+        y = torch.addcmul(p.to(scale.dtype), _channels(scale, groups), q)
+        if shift is not None:
+            y += _channels(shift, groups)
+        if relu:
+            y.relu_()
+        return y.flatten(1, 2).to(both.dtype).contiguous(memory_format=memory_format(both, both))
+
+    @staticmethod
+    def backward(
+        dy: Tensor,
+        y: Tensor | None,
+        q: Tensor,
+        scale: Tensor,
+        groups: int,
+        relu: bool,
+        wants_both: bool,
+        wants_scale: bool,
+        wants_shift: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if relu and y is not None:
+            dy = torch.where(y > 0, dy, 0)
+        wide = dy.to(scale.dtype)
+        d_both = None
+        if wants_both:
+            g = (wide * scale[:, :, None, None]).to(dy.dtype)
+            halves = [half.unflatten(1, (groups, -1)) for half in (dy, g)]
+            d_both = torch.stack(halves, dim=2).flatten(1, 3).contiguous(memory_format=memory_format(dy, dy))
+        d_scale = (wide.unflatten(1, (groups, -1)) * q).sum((-2, -1)).flatten(1) if wants_scale else None
+        return d_both, d_scale, wide.sum((-2, -1)) if wants_shift else None
+
+
+def _channels(per_channel: Tensor, groups: int) -> Tensor:
+    """(B, O) → (B, groups, O/groups, 1, 1)"""
+    return per_channel.unflatten(1, (groups, -1))[..., None, None]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def gates(
+    bias: Tensor | None, response_bias: Tensor | None, weight_gate: Tensor, bias_gate: Tensor | None, h: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Every example's scale h Gwᵀ and shift b + (h Gbᵀ) ⊙ r, (B, O), in float32 or wider."""
+    dtype = _wide(h.dtype)
+    wide_h = h.to(dtype)
+    scale = wide_h @ weight_gate.to(dtype).T
+    if bias is None or response_bias is None or bias_gate is None:
+        return scale, None
+    return scale, torch.addcmul(bias.to(dtype), wide_h @ bias_gate.to(dtype).T, response_bias.to(dtype))
+
+
+def forward(
+    epilogue: Epilogue,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor]:
+    """(y, q) with q as `response_half` gives it."""
+    stride, padding, dilation, groups, relu = geometry
+    layout = memory_format(x, weight)
+    filters = join(weight, response_weight, groups)
+    both = torch.conv2d(x, filters, None, stride, padding, dilation, groups).contiguous(memory_format=layout)
+    scale, shift = gates(bias, response_bias, weight_gate, bias_gate, h)
+    return epilogue.forward(both, scale, shift, groups, relu), response_half(both, groups)
+
+
+def backward(
+    epilogue: Epilogue,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    y: Tensor | None,
+    q: Tensor,
+    geometry: Geometry,
+    wanted: Wanted,
+) -> Gradients:
+    """One pass over dy and q, then a data and a weight gradient of the joined convolution, each where wanted."""
+    groups, relu = geometry.groups, geometry.relu
+    wants_filters = wanted.weight or wanted.response_weight
+    wants_scale = wanted.weight_gate or wanted.h
+    wants_shift = response_bias is not None and any(wanted[i] for i in (2, 4, 6, 7))
+    scale, _ = gates(None, None, weight_gate, None, h)
+    d_both, d_scale, d_shift = epilogue.backward(
+        dy, y, q, scale, groups, relu, wanted.x or wants_filters, wants_scale, wants_shift
+    )
+    dx = d_filters = None
+    if d_both is not None:
+        filters = join(weight, response_weight, groups)
+        both_filters = wanted.weight and wanted.response_weight
+        dx, d_filters = convolution_gradients(d_both, x, filters, geometry, wanted.x, both_filters)
+        if wants_filters and not both_filters:
+            part = d_both.unflatten(1, (groups, 2, -1))[:, :, 0 if wanted.weight else 1].flatten(1, 2)
+            _, d_filters = convolution_gradients(part, x, weight, geometry, False, True)
+    return Gradients(dx, d_filters, *gate_gradients(d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted))
+
+
+def convolution_gradients(
+    dy: Tensor, x: Tensor, filters: Tensor, geometry: Geometry, wants_x: bool, wants_filters: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The library's data and weight gradient of one convolution."""
+    stride, padding, dilation, groups, _ = geometry
+    if not (wants_x or wants_filters):
+        return None, None
+    dx, d_filters, _ = torch.ops.aten.convolution_backward(
+        dy, x, filters, None, stride, padding, dilation, False, [0, 0], groups, [wants_x, wants_filters, False]
+    )
+    return dx, d_filters
+
+
+def gate_gradients(
+    d_scale: Tensor | None,
+    d_shift: Tensor | None,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    wanted: Wanted,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of bias, response_bias, weight_gate, bias_gate and h from those of scale and shift (B, O)."""
+    dtype = _wide(h.dtype)
+    wide_h = h.to(dtype)
+    d_bias = d_response_bias = d_weight_gate = d_bias_gate = dh = None
+    if d_scale is not None:
+        d_weight_gate = d_scale.T @ wide_h if wanted.weight_gate else None
+        dh = d_scale @ weight_gate.to(dtype) if wanted.h else None
+    if d_shift is not None and response_bias is not None and bias_gate is not None:
+        d_bias = d_shift.sum(0) if wanted.bias else None
+        if wanted.response_bias:
+            d_response_bias = (d_shift * (wide_h @ bias_gate.to(dtype).T)).sum(0)
+        if wanted.bias_gate or dh is not None:
+            d_gated = d_shift * response_bias.to(dtype)
+            d_bias_gate = d_gated.T @ wide_h if wanted.bias_gate else None
+            dh = dh.addmm_(d_gated, bias_gate.to(dtype)) if dh is not None else None
+    results = (d_bias, d_response_bias, d_weight_gate, d_bias_gate, dh)
+    return tuple(None if result is None else result.to(h.dtype) for result in results)

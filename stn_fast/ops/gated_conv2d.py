@@ -1,0 +1,322 @@
+"""gated_conv2d: a 2-D convolution whose filters respond to each example's hyperparameters."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stn_fast.dispatch import choose
+from stn_fast.ops import _gated_conv2d_driver as driver
+from stn_fast.ops._eager import eager_function, traced
+from stn_fast.ops._gated_conv2d_driver import Epilogue, Geometry, PlainEpilogue, Wanted
+from stn_fast.ops._transforms import in_transform
+from stn_fast.ops.gated_linear import fold
+
+IntOrPair = int | tuple[int, int] | list[int]
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    *,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    relu: bool = False,
+) -> Tensor:
+    """The definition, in plain torch. Differentiable in every mode; kernels are tested against it."""
+    convolve = partial(F.conv2d, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    y = convolve(x, weight, bias) + (h @ weight_gate.T)[:, :, None, None] * convolve(x, response_weight)
+    if response_bias is not None and bias_gate is not None:
+        y = y + ((h @ bias_gate.T) * response_bias)[:, :, None, None]
+    return y.relu() if relu else y
+
+
+def _epilogue(x: Tensor, weight: Tensor, h: Tensor) -> Epilogue:
+    """The fused epilogues compute in float32; plain torch serves other dtypes on the CPU, and empty tensors."""
+    backend = choose(x.device)
+    if x.numel() == 0 or h.numel() == 0 or weight.numel() == 0:
+        return PlainEpilogue()
+    if backend == "triton" and x.dtype != torch.float64:
+        from stn_fast.kernels import gated_conv2d as kernels
+
+        return kernels.Epilogue()
+    return PlainEpilogue()
+
+
+def _compute(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+    save_response: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, q): q = conv(x, R) is what backward needs for the gates, and empty when nobody will ask."""
+    tensors = (x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
+    y, q = driver.forward(_epilogue(x, weight, h), *tensors, Geometry(stride, padding, dilation, groups, relu))
+    return y, q if save_response else x.new_empty(0)
+
+
+_gated_conv2d = torch.library.custom_op("stn_fast::gated_conv2d", _compute, mutates_args=())
+
+
+@_gated_conv2d.register_fake
+def _(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h,
+      stride, padding, dilation, groups, relu, save_response):  # fmt: skip
+    layout = driver.memory_format(x, weight)
+    pixels = [
+        (x.shape[d] + 2 * padding[d - 2] - dilation[d - 2] * (weight.shape[d] - 1) - 1) // stride[d - 2] + 1
+        for d in (2, 3)
+    ]
+    y = x.new_empty(x.shape[0], weight.shape[0], *pixels).contiguous(memory_format=layout)
+    if not save_response:
+        return y, x.new_empty(0)
+    both = x.new_empty(x.shape[0], 2 * weight.shape[0], *pixels).contiguous(memory_format=layout)
+    return y, driver.response_half(both, groups)
+
+
+def _compute_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    y: Tensor | None,
+    q: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """The wanted gradients, in the order of `Gradients`."""
+    dy = dy.contiguous(memory_format=driver.memory_format(x, weight))
+    tensors = (dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, y, q)
+    geometry = Geometry(stride, padding, dilation, groups, relu)
+    gradients = driver.backward(_epilogue(x, weight, h), *tensors, geometry, Wanted(*wanted))
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+_gated_conv2d_backward = torch.library.custom_op("stn_fast::gated_conv2d_backward", _compute_backward, mutates_args=())
+
+
+@_gated_conv2d_backward.register_fake
+def _(dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, y, q,
+      stride, padding, dilation, groups, relu, wanted):  # fmt: skip
+    asked = Wanted(*wanted)
+    both_filters = asked.weight and asked.response_weight
+    likes = (
+        (asked.x, x),
+        (both_filters, torch.cat([weight, response_weight])),
+        ((asked.weight or asked.response_weight) and not both_filters, weight),
+        (asked.bias, dy.new_empty(weight.shape[0])),
+        (asked.response_bias, response_bias),
+        (asked.weight_gate, weight_gate),
+        (asked.bias_gate, bias_gate),
+        (asked.h, h),
+    )
+    return [torch.empty_like(like) for wants, like in likes if wants]
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, response_weight, response_bias, weight_gate, bias_gate, h, *geometry, _ = inputs
+    y, q = output
+    ctx.geometry = Geometry(*geometry)
+    kept = y if ctx.geometry.relu else None
+    ctx.save_for_backward(x, weight, response_weight, response_bias, weight_gate, bias_gate, h, kept, q)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(compute, ctx, dy, _):
+    wanted = Wanted(*ctx.needs_input_grad[:8])
+    if dy is None or not any(wanted):
+        return (None,) * 14
+    gradients = iter(compute(dy, *ctx.saved_tensors, *ctx.geometry, list(wanted)))
+    dx = next(gradients) if wanted.x else None
+    d_weight = d_response_weight = None
+    if wanted.weight and wanted.response_weight:
+        d_weight, d_response_weight = driver.split(next(gradients), ctx.geometry.groups)
+    elif wanted.weight:
+        d_weight = next(gradients)
+    elif wanted.response_weight:
+        d_response_weight = next(gradients)
+    d_bias = next(gradients) if wanted.bias else None
+    rest = (next(gradients) if wants else None for wants in wanted[4:])
+    return dx, d_weight, d_bias, d_response_weight, *rest, *[None] * 6
+
+
+_gated_conv2d.register_autograd(partial(_backward, _gated_conv2d_backward), setup_context=_setup_context)
+_eager = eager_function(_compute, _setup_context, _backward, _compute_backward, _gated_conv2d_backward)
+
+
+def gated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    *,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    relu: bool = False,
+) -> Tensor:
+    """A 2-D convolution whose filters respond to hyperparameters, every example to its own (STN, section 3.1).
+
+    y = conv(x, W) + b + (h Gwᵀ) ⊙ conv(x, R) + (h Gbᵀ) ⊙ r, gates over whole channels; then max(y, 0) where `relu`
+
+    Args:
+        x: (B, I, H, W), contiguous or channels_last.
+        weight, response_weight: W, R (O, I/groups, kh, kw).
+        bias, response_bias: b, r (O,); None for a layer without bias.
+        weight_gate, bias_gate: Gw, Gb (O, n); bias_gate is None when bias is.
+        h: response input, (B, n) with one row an example, or (n,) shared by all of them: then the layer is
+            folded into plain filters and costs one convolution instead of two.
+        stride, padding, dilation, groups: as in torch.nn.functional.conv2d; padding also "same" or "valid".
+        relu: whether ReLU is applied, in the same pass over the result.
+
+    All tensors are on one device and of one dtype: float32, float64, bfloat16 or float16. Under autocast each is cast
+    to autocast's, but float64 is left alone, as in torch. Gradients are computed for those inputs alone that require
+    one. Forward-mode AD and torch.compile are supported; second derivatives in reverse mode are not, and raise.
+
+    Returns:
+        (B, O, Ho, Wo), on the device of x, of its dtype or of autocast's; channels_last where x or the filters are.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or arguments do not fit together; the message names the argument.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, response_weight, weight_gate, h = (t.to(dtype) for t in (x, weight, response_weight, weight_gate, h))
+        bias, response_bias, bias_gate = (None if t is None else t.to(dtype) for t in (bias, response_bias, bias_gate))
+    _check(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, groups)
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    x, padding = _explicit_padding(x, weight, padding, stride, dilation)
+    _check_image(x, weight, padding, dilation)
+    if h.ndim == 1:
+        folded, folded_bias = fold(weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
+        y = F.conv2d(x, folded, folded_bias, stride, padding, dilation, groups)
+        return y.relu() if relu else y
+    tensors = (x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
+    if in_transform():
+        return reference(*tensors, stride=stride, padding=padding, dilation=dilation, groups=groups, relu=relu)
+    save_response = torch.is_grad_enabled() and (h.requires_grad or weight_gate.requires_grad)
+    layout = driver.memory_format(x, weight)
+    images = (x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout))
+    rest = [None if t is None else t.contiguous() for t in (bias, response_bias, weight_gate, bias_gate, h)]
+    operands = (*images, rest[0], response_weight.contiguous(memory_format=layout), *rest[1:])
+    run = _gated_conv2d if traced(*(t for t in tensors if t is not None)) else _eager
+    return run(*operands, stride, padding, dilation, groups, relu, save_response)[0]
+
+
+def _pair(name: str, value: IntOrPair, least: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or any(not isinstance(v, int) or v < least for v in pair):
+        raise ValueError(f"gated_conv2d wants {name} as an int or a pair of them, at least {least}; got {value!r}")
+    return pair
+
+
+def _explicit_padding(
+    x: Tensor, weight: Tensor, padding: IntOrPair | str, stride: list[int], dilation: list[int]
+) -> tuple[Tensor, list[int]]:
+    """Padding as numbers. Where 'same' is one more behind than before, x is padded by that one."""
+    if padding == "valid":
+        return x, [0, 0]
+    if padding != "same":
+        if isinstance(padding, str):
+            raise ValueError(f"gated_conv2d wants padding as numbers, 'same' or 'valid'; got {padding!r}")
+        return x, _pair("padding", padding, 0)
+    if stride != [1, 1]:
+        raise ValueError(f"gated_conv2d: padding='same' wants stride 1, as in torch; got stride={stride}")
+    total = [dilation[d] * (weight.shape[2 + d] - 1) for d in (0, 1)]
+    if total[0] % 2 or total[1] % 2:
+        x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
+    return x, [total[0] // 2, total[1] // 2]
+
+
+def _check_image(x: Tensor, weight: Tensor, padding: list[int], dilation: list[int]) -> None:
+    for d in (0, 1):
+        available, extent = x.shape[2 + d] + 2 * padding[d], dilation[d] * (weight.shape[2 + d] - 1) + 1
+        if available < extent:
+            raise ValueError(
+                f"gated_conv2d: x {tuple(x.shape)} with padding={padding} is smaller than the filters "
+                f"{tuple(weight.shape)} with dilation={dilation}; pad more"
+            )
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    groups: int,
+) -> None:
+    together = (bias, response_bias, bias_gate)
+    if any(t is None for t in together) and any(t is not None for t in together):
+        raise ValueError("gated_conv2d: give bias, response_bias and bias_gate together, or none of them")
+    if weight.ndim != 4 or h.ndim not in (1, 2) or x.ndim != 4:
+        raise ValueError(
+            "gated_conv2d wants x (B, I, H, W), weight (O, I/groups, kh, kw) and h (B, n) or (n,); "
+            f"got x {tuple(x.shape)}, weight {tuple(weight.shape)}, h {tuple(h.shape)}"
+        )
+    outputs, n = weight.shape[0], h.shape[-1]
+    if groups < 1 or outputs % groups:
+        raise ValueError(
+            f"gated_conv2d: groups={groups} must be at least 1 and divide the {outputs} output channels of weight "
+            f"{tuple(weight.shape)}"
+        )
+    wanted = {
+        "x": (x, (x.shape[0], weight.shape[1] * groups, *x.shape[2:])),
+        "response_weight": (response_weight, weight.shape),
+        "weight_gate": (weight_gate, (outputs, n)),
+        "bias": (bias, (outputs,)),
+        "response_bias": (response_bias, (outputs,)),
+        "bias_gate": (bias_gate, (outputs, n)),
+        "h": (h, (x.shape[0], n) if h.ndim == 2 else (n,)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(
+                f"gated_conv2d: {name} must be {tuple(shape)} to fit x {tuple(x.shape)}, weight {tuple(weight.shape)}, "
+                f"h {tuple(h.shape)} and groups={groups}; got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != weight.dtype or tensor.device != weight.device:
+            raise ValueError(
+                f"gated_conv2d: {name} is {tensor.dtype} on {tensor.device}, "
+                f"weight {weight.dtype} on {weight.device}; they must agree (cast one: {name}.to(weight))"
+            )
+    if not weight.is_floating_point():
+        raise ValueError(f"gated_conv2d wants floating point tensors; got {weight.dtype}")
