@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "augment.h"
+#include "channel_epilogue.h"
 #include "dropout.h"
 #include "gated_linear.h"
 #include "isa.h"
@@ -51,4 +52,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("augment", released(&stn_fast::augment));
     m.def("gated_epilogue_forward", released(&stn_fast::gated_epilogue_forward));
     m.def("gated_epilogue_backward", released(&stn_fast::gated_epilogue_backward));
+    m.def("channel_epilogue_forward", released(&stn_fast::channel_epilogue_forward));
+    m.def("channel_epilogue_backward", released(&stn_fast::channel_epilogue_backward));
+    m.def("transpose", released(&stn_fast::transpose));
 }

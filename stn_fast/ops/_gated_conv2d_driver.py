@@ -5,10 +5,13 @@ Both branches are one convolution with the filters [W; R], so that x is read onc
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
+Result: TypeAlias = tuple[Tensor, Tensor | None]
 
 
 class Geometry(NamedTuple):
@@ -33,6 +36,19 @@ class Wanted(NamedTuple):
     bias_gate: bool
     h: bool
 
+    @property
+    def filters(self) -> bool:
+        return self.weight or self.response_weight
+
+    @property
+    def scale(self) -> bool:
+        """Whether the gradient of h Gwᵀ is needed."""
+        return self.weight_gate or self.h
+
+    def shift(self, response_bias: Tensor | None) -> bool:
+        """Whether the gradient of b + (h Gbᵀ) ⊙ r is needed."""
+        return response_bias is not None and (self.bias or self.response_bias or self.bias_gate or self.h)
+
 
 class Gradients(NamedTuple):
     """The wanted gradients, None elsewhere.
@@ -49,13 +65,19 @@ class Gradients(NamedTuple):
     h: Tensor | None
 
 
-class Epilogue(Protocol):
+class Kernels(Protocol):
     """What surrounds the convolution, with P and Q the channels of conv(x, W) and conv(x, R)."""
 
-    def forward(self, both: Tensor, scale: Tensor, shift: Tensor | None, groups: int, relu: bool) -> Tensor:
+    def choose_forward(self, *problem: Any, library: Callable[[], Result]) -> Result:
+        """(y, q) of `library`, one library convolution and `epilogue_forward`, or of something faster.
+
+        The problem is x, W, R, scale, shift, stride, padding, dilation, groups, relu and whether q is to be saved.
+        """
+
+    def epilogue_forward(self, both: Tensor, scale: Tensor, shift: Tensor | None, groups: int, relu: bool) -> Tensor:
         """y = P + scale ⊙ Q + shift, then ReLU where asked; `both` (B, 2·O, Ho, Wo), scale and shift (B, O)."""
 
-    def backward(
+    def epilogue_backward(
         self,
         dy: Tensor,
         y: Tensor | None,
@@ -97,11 +119,26 @@ def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-class PlainEpilogue:
+def output_pixels(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:
+    """(Ho, Wo)"""
+    height, width = (
+        (x.shape[2 + d] + 2 * geometry.padding[d] - geometry.dilation[d] * (weight.shape[2 + d] - 1) - 1)
+        // geometry.stride[d]
+        + 1
+        for d in (0, 1)
+    )
+    return height, width
+
+
+class Plain:
     """In plain torch; 16-bit numbers are computed in float32 and rounded once."""
 
     @staticmethod
-    def forward(both: Tensor, scale: Tensor, shift: Tensor | None, groups: int, relu: bool) -> Tensor:
+    def choose_forward(*problem: Any, library: Callable[[], Result]) -> Result:
+        return library()
+
+    @staticmethod
+    def epilogue_forward(both: Tensor, scale: Tensor, shift: Tensor | None, groups: int, relu: bool) -> Tensor:
         p, q = both.unflatten(1, (groups, 2, -1)).unbind(2)
         y = torch.addcmul(p.to(scale.dtype), _channels(scale, groups), q)
         if shift is not None:
@@ -111,7 +148,7 @@ class PlainEpilogue:
         return y.flatten(1, 2).to(both.dtype).contiguous(memory_format=memory_format(both, both))
 
     @staticmethod
-    def backward(
+    def epilogue_backward(
         dy: Tensor,
         y: Tensor | None,
         q: Tensor,
@@ -156,7 +193,7 @@ def gates(
 
 
 def forward(
-    epilogue: Epilogue,
+    kernels: Kernels,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -165,19 +202,30 @@ def forward(
     weight_gate: Tensor,
     bias_gate: Tensor | None,
     h: Tensor,
+    *,
     geometry: Geometry,
-) -> tuple[Tensor, Tensor]:
-    """(y, q) with q as `response_half` gives it."""
+    save_response: bool,
+    choose: bool,
+) -> Result:
+    """(y, q), q None where nobody will ask; unless the kernels may `choose`, q is as `response_half` gives it."""
     stride, padding, dilation, groups, relu = geometry
     layout = memory_format(x, weight)
-    filters = join(weight, response_weight, groups)
-    both = torch.conv2d(x, filters, None, stride, padding, dilation, groups).contiguous(memory_format=layout)
     scale, shift = gates(bias, response_bias, weight_gate, bias_gate, h)
-    return epilogue.forward(both, scale, shift, groups, relu), response_half(both, groups)
+
+    def library() -> Result:
+        both = torch.conv2d(x, join(weight, response_weight, groups), None, stride, padding, dilation, groups)
+        both = both.contiguous(memory_format=layout)
+        y = kernels.epilogue_forward(both, scale, shift, groups, relu)
+        return y, response_half(both, groups) if save_response else None
+
+    if not choose:
+        return library()
+    problem = (x, weight, response_weight, scale, shift, stride, padding, dilation, groups, relu, save_response)
+    return kernels.choose_forward(*problem, library=library)
 
 
 def backward(
-    epilogue: Epilogue,
+    kernels: Kernels,
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -193,25 +241,30 @@ def backward(
 ) -> Gradients:
     """One pass over dy and q, then a data and a weight gradient of the joined convolution, each where wanted."""
     groups, relu = geometry.groups, geometry.relu
-    wants_filters = wanted.weight or wanted.response_weight
-    wants_scale = wanted.weight_gate or wanted.h
-    wants_shift = response_bias is not None and any(wanted[i] for i in (2, 4, 6, 7))
     scale, _ = gates(None, None, weight_gate, None, h)
-    d_both, d_scale, d_shift = epilogue.backward(
-        dy, y, q, scale, groups, relu, wanted.x or wants_filters, wants_scale, wants_shift
+    d_both, d_scale, d_shift = kernels.epilogue_backward(
+        dy, y, q, scale, groups, relu, wanted.x or wanted.filters, wanted.scale, wanted.shift(response_bias)
     )
     dx = d_filters = None
     if d_both is not None:
-        filters = join(weight, response_weight, groups)
-        both_filters = wanted.weight and wanted.response_weight
-        dx, d_filters = convolution_gradients(d_both, x, filters, geometry, wanted.x, both_filters)
-        if wants_filters and not both_filters:
-            part = d_both.unflatten(1, (groups, 2, -1))[:, :, 0 if wanted.weight else 1].flatten(1, 2)
-            _, d_filters = convolution_gradients(part, x, weight, geometry, False, True)
+        dx, d_filters = joined_gradients(d_both, x, weight, join(weight, response_weight, groups), geometry, wanted)
     return Gradients(dx, d_filters, *gate_gradients(d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted))
 
 
-def convolution_gradients(
+def joined_gradients(
+    d_both: Tensor, x: Tensor, weight: Tensor, filters: Tensor, geometry: Geometry, wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None]:
+    """Data gradient, and weight gradient as `Gradients` describes it, of the convolution with the joined filters."""
+    both_filters = wanted.weight and wanted.response_weight
+    dx, d_filters = _convolution_gradients(d_both, x, filters, geometry, wanted.x, both_filters)
+    if wanted.filters and not both_filters:
+        part = d_both.unflatten(1, (geometry.groups, 2, -1))[:, :, 0 if wanted.weight else 1].flatten(1, 2)
+        part = part.contiguous(memory_format=memory_format(x, filters))
+        _, d_filters = _convolution_gradients(part, x, weight, geometry, False, True)
+    return dx, d_filters
+
+
+def _convolution_gradients(
     dy: Tensor, x: Tensor, filters: Tensor, geometry: Geometry, wants_x: bool, wants_filters: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The library's data and weight gradient of one convolution."""

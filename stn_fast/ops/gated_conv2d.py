@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stn_fast.dispatch import choose
+from stn_fast.ops import _gated_conv2d_cpu as cpu
 from stn_fast.ops import _gated_conv2d_driver as driver
 from stn_fast.ops._eager import eager_function, traced
-from stn_fast.ops._gated_conv2d_driver import Epilogue, Geometry, PlainEpilogue, Wanted
+from stn_fast.ops._gated_conv2d_driver import Geometry, Kernels, Plain, Wanted
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.gated_linear import fold
 
@@ -42,16 +44,33 @@ def reference(
     return y.relu() if relu else y
 
 
-def _epilogue(x: Tensor, weight: Tensor, h: Tensor) -> Epilogue:
-    """The fused epilogues compute in float32; plain torch serves other dtypes on the CPU, and empty tensors."""
+def _backend(x: Tensor, weight: Tensor, h: Tensor) -> str:
+    """The C++ core computes in float32; plain torch serves other dtypes on the CPU, and empty tensors."""
     backend = choose(x.device)
     if x.numel() == 0 or h.numel() == 0 or weight.numel() == 0:
-        return PlainEpilogue()
-    if backend == "triton" and x.dtype != torch.float64:
+        return "reference"
+    if (backend == "cpp" and x.dtype != torch.float32) or (backend == "triton" and x.dtype == torch.float64):
+        return "reference"
+    return backend
+
+
+def _kernels(backend: str) -> Kernels:
+    if backend == "triton":
         from stn_fast.kernels import gated_conv2d as kernels
 
-        return kernels.Epilogue()
-    return PlainEpilogue()
+        return kernels
+    return Plain()
+
+
+def _run(*tensors: Any, geometry: Geometry, save_response: bool, choose: bool) -> tuple[Tensor, Tensor]:
+    x, weight, *_, h = tensors
+    backend = _backend(x, weight, h)
+    how: dict[str, Any] = dict(geometry=geometry, save_response=save_response)
+    if backend == "cpp":
+        y, q = cpu.forward(*tensors, **how)
+    else:
+        y, q = driver.forward(_kernels(backend), *tensors, **how, choose=choose)
+    return y, q if q is not None else x.new_empty(0)
 
 
 def _compute(
@@ -72,25 +91,35 @@ def _compute(
 ) -> tuple[Tensor, Tensor]:
     """(y, q): q = conv(x, R) is what backward needs for the gates, and empty when nobody will ask."""
     tensors = (x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
-    y, q = driver.forward(_epilogue(x, weight, h), *tensors, Geometry(stride, padding, dilation, groups, relu))
-    return y, q if save_response else x.new_empty(0)
+    geometry = Geometry(stride, padding, dilation, groups, relu)
+    return _run(*tensors, geometry=geometry, save_response=save_response, choose=True)
 
 
-_gated_conv2d = torch.library.custom_op("stn_fast::gated_conv2d", _compute, mutates_args=())
+def _compute_as_promised(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """The same, with q laid out as the fake below says: a compiler relies on it, and no autotuner is asked."""
+    return _run(*inputs[:8], geometry=Geometry(*inputs[8:13]), save_response=inputs[13], choose=False)
+
+
+_gated_conv2d = torch.library.custom_op(
+    "stn_fast::gated_conv2d",
+    _compute_as_promised,
+    mutates_args=(),
+    schema=torch.library.infer_schema(_compute, mutates_args=()),
+)
 
 
 @_gated_conv2d.register_fake
 def _(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h,
       stride, padding, dilation, groups, relu, save_response):  # fmt: skip
-    layout = driver.memory_format(x, weight)
-    pixels = [
-        (x.shape[d] + 2 * padding[d - 2] - dilation[d - 2] * (weight.shape[d] - 1) - 1) // stride[d - 2] + 1
-        for d in (2, 3)
-    ]
-    y = x.new_empty(x.shape[0], weight.shape[0], *pixels).contiguous(memory_format=layout)
+    geometry, layout = Geometry(stride, padding, dilation, groups, relu), driver.memory_format(x, weight)
+    batch, outputs, pixels = x.shape[0], weight.shape[0], driver.output_pixels(x, weight, geometry)
+    y = x.new_empty(batch, outputs, *pixels).contiguous(memory_format=layout)
     if not save_response:
         return y, x.new_empty(0)
-    both = x.new_empty(x.shape[0], 2 * weight.shape[0], *pixels).contiguous(memory_format=layout)
+    if _backend(x, weight, h) == "cpp":
+        q = x.new_empty(y.shape).contiguous(memory_format=cpu.plan(x, weight, geometry).inner)
+        return y, q.unflatten(1, (groups, -1))
+    both = x.new_empty(batch, 2 * outputs, *pixels).contiguous(memory_format=layout)
     return y, driver.response_half(both, groups)
 
 
@@ -115,8 +144,11 @@ def _compute_backward(
     """The wanted gradients, in the order of `Gradients`."""
     dy = dy.contiguous(memory_format=driver.memory_format(x, weight))
     tensors = (dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, y, q)
-    geometry = Geometry(stride, padding, dilation, groups, relu)
-    gradients = driver.backward(_epilogue(x, weight, h), *tensors, geometry, Wanted(*wanted))
+    geometry, backend = Geometry(stride, padding, dilation, groups, relu), _backend(x, weight, h)
+    if backend == "cpp":
+        gradients = cpu.backward(*tensors, geometry, Wanted(*wanted))
+    else:
+        gradients = driver.backward(_kernels(backend), *tensors, geometry, Wanted(*wanted))
     return [gradient for gradient in gradients if gradient is not None]
 
 

@@ -1,0 +1,260 @@
+#include "channel_epilogue.h"
+
+#include <algorithm>
+
+#include "isa.h"
+
+namespace stn_fast {
+namespace {
+
+constexpr std::int64_t kSerialWork = 65536;  // numbers below which one thread is faster
+constexpr int kChannels = 256;               // of a task: rows of a kilobyte
+constexpr int kStrip = 16;                   // pixels that are transposed together: a cache line of every channel
+constexpr int kRun = 1024;                   // pixels of a channel that are summed up before they join the total
+constexpr int kRowStride = kChannels + 16;   // rows a kilobyte apart would crowd the same cache sets
+
+using Strip = float[kStrip][kRowStride];
+
+struct Sizes {
+    std::int64_t batch, groups, outputs, pixels;
+
+    std::int64_t channels() const { return groups * outputs; }
+    std::int64_t tiles() const { return groups * tiles_of_group(); }
+    std::int64_t tiles_of_group() const { return (outputs + kChannels - 1) / kChannels; }
+};
+
+// Some channels of one group of one example, and where they start.
+struct Tile {
+    std::int64_t channel;  // in (batch, channels)
+    std::int64_t both;     // in a pixel's, or an image's, (groups, 2, outputs)
+    std::int64_t own;      // in (channels)
+    std::int64_t example;
+    int width;
+
+    Tile(const Sizes& s, std::int64_t b, std::int64_t index) {
+        const std::int64_t group = index / s.tiles_of_group(), first = index % s.tiles_of_group() * kChannels;
+        own = group * s.outputs + first;
+        both = group * 2 * s.outputs + first;
+        channel = b * s.channels() + own;
+        example = b;
+        width = static_cast<int>(std::min<std::int64_t>(kChannels, s.outputs - first));
+    }
+};
+
+// NaN stays NaN.
+STN_FAST_INLINE float rectified(float v) { return 0.0f > v ? 0.0f : v; }
+
+// to[c][r] = from[r][c]
+STN_FAST_INLINE void transpose_tile(const float* STN_FAST_RESTRICT from, std::int64_t from_stride, int rows, int columns,
+                                    float* STN_FAST_RESTRICT to, std::int64_t to_stride) {
+    if (rows == kStrip) {
+        for (int c = 0; c < columns; ++c) {
+            for (int r = 0; r < kStrip; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+        }
+    } else {
+        for (int c = 0; c < columns; ++c) {
+            for (int r = 0; r < rows; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+        }
+    }
+}
+
+struct Forward {
+    const float *both, *scale, *shift;
+    float *y, *q;
+    Sizes sizes;
+    bool y_last, relu;
+};
+
+// Channel by channel.
+STN_FAST_CLONES void forward_planes(const Forward& t, const Tile& tile) {
+    const std::int64_t pixels = t.sizes.pixels;
+    for (int o = 0; o < tile.width; ++o) {
+        const std::int64_t channel = tile.channel + o;
+        const float* STN_FAST_RESTRICT p = t.both + (tile.example * 2 * t.sizes.channels() + tile.both + o) * pixels;
+        const float* STN_FAST_RESTRICT q = p + t.sizes.outputs * pixels;
+        float* STN_FAST_RESTRICT y = t.y + channel * pixels;
+        const float scale = t.scale[channel], shift = t.shift ? t.shift[channel] : 0.0f;
+        if (t.relu) {
+            for (std::int64_t i = 0; i < pixels; ++i) y[i] = rectified(p[i] + scale * q[i] + shift);
+        } else {
+            for (std::int64_t i = 0; i < pixels; ++i) y[i] = p[i] + scale * q[i] + shift;
+        }
+        if (t.q) std::copy_n(q, pixels, t.q + channel * pixels);
+    }
+}
+
+// Pixel by pixel.
+STN_FAST_CLONES void forward_rows(const Forward& t, const Tile& tile) {
+    const std::int64_t pixels = t.sizes.pixels, channels = t.sizes.channels();
+    float scale[kChannels], shift[kChannels] = {};
+    std::copy_n(t.scale + tile.channel, tile.width, scale);
+    if (t.shift) std::copy_n(t.shift + tile.channel, tile.width, shift);
+    Strip strip;
+    for (std::int64_t first = 0; first < pixels; first += kStrip) {
+        const int count = static_cast<int>(std::min<std::int64_t>(kStrip, pixels - first));
+        for (int i = 0; i < count; ++i) {
+            const std::int64_t pixel = tile.example * pixels + first + i, at = pixel * channels + tile.own;
+            const float* STN_FAST_RESTRICT p = t.both + pixel * 2 * channels + tile.both;
+            const float* STN_FAST_RESTRICT q = p + t.sizes.outputs;
+            float* STN_FAST_RESTRICT y = t.y_last ? t.y + at : strip[i];
+            if (t.relu) {
+                for (int o = 0; o < tile.width; ++o) y[o] = rectified(p[o] + scale[o] * q[o] + shift[o]);
+            } else {
+                for (int o = 0; o < tile.width; ++o) y[o] = p[o] + scale[o] * q[o] + shift[o];
+            }
+            if (t.q) std::copy_n(q, tile.width, t.q + at);
+        }
+        if (!t.y_last) transpose_tile(strip[0], kRowStride, count, tile.width, t.y + tile.channel * pixels + first, pixels);
+    }
+}
+
+struct Backward {
+    const float *dy, *y, *q, *scale;
+    float *d_both, *d_scale, *d_shift;
+    Sizes sizes;
+    bool y_last;
+};
+
+// Channel by channel.
+STN_FAST_CLONES void backward_planes(const Backward& t, const Tile& tile) {
+    const std::int64_t pixels = t.sizes.pixels;
+    float masked[kRun];
+    for (int o = 0; o < tile.width; ++o) {
+        const std::int64_t channel = tile.channel + o;
+        const float scale = t.scale[channel];
+        float product = 0.0f, total = 0.0f;
+        for (std::int64_t first = 0; first < pixels; first += kRun) {
+            const std::int64_t at = channel * pixels + first, count = std::min<std::int64_t>(kRun, pixels - first);
+            const float* STN_FAST_RESTRICT g = t.dy + at;
+            if (t.y) {
+                const float* STN_FAST_RESTRICT y = t.y + at;
+                for (std::int64_t i = 0; i < count; ++i) masked[i] = y[i] > 0.0f ? g[i] : 0.0f;
+                g = masked;
+            }
+            if (t.d_both) {
+                float* STN_FAST_RESTRICT dp =
+                    t.d_both + (tile.example * 2 * t.sizes.channels() + tile.both + o) * pixels + first;
+                float* STN_FAST_RESTRICT dq = dp + t.sizes.outputs * pixels;
+                for (std::int64_t i = 0; i < count; ++i) {
+                    dp[i] = g[i];
+                    dq[i] = g[i] * scale;
+                }
+            }
+            if (t.d_scale) {
+                const float* STN_FAST_RESTRICT q = t.q + at;
+                float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+                for (std::int64_t i = 0; i < count; ++i) sum += g[i] * q[i];
+                product += sum;
+            }
+            if (t.d_shift) {
+                float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+                for (std::int64_t i = 0; i < count; ++i) sum += g[i];
+                total += sum;
+            }
+        }
+        if (t.d_scale) t.d_scale[channel] = product;
+        if (t.d_shift) t.d_shift[channel] = total;
+    }
+}
+
+// Pixel by pixel. Sums of a strip are added up before they join the total.
+STN_FAST_CLONES void backward_rows(const Backward& t, const Tile& tile) {
+    const std::int64_t pixels = t.sizes.pixels, channels = t.sizes.channels();
+    float scale[kChannels], product[kChannels] = {}, total[kChannels] = {};
+    std::copy_n(t.scale + tile.channel, tile.width, scale);
+    Strip dy_strip, y_strip;
+    for (std::int64_t first = 0; first < pixels; first += kStrip) {
+        const int count = static_cast<int>(std::min<std::int64_t>(kStrip, pixels - first));
+        if (!t.y_last) {
+            const std::int64_t at = tile.channel * pixels + first;
+            for (int o = 0; o < tile.width; ++o) {
+                for (int i = 0; i < count; ++i) dy_strip[i][o] = t.dy[at + o * pixels + i];
+            }
+            if (t.y) {
+                for (int o = 0; o < tile.width; ++o) {
+                    for (int i = 0; i < count; ++i) y_strip[i][o] = t.y[at + o * pixels + i];
+                }
+            }
+        }
+        float strip_product[kChannels] = {}, strip_total[kChannels] = {}, masked[kChannels];
+        for (int i = 0; i < count; ++i) {
+            const std::int64_t pixel = tile.example * pixels + first + i, at = pixel * channels + tile.own;
+            const float* STN_FAST_RESTRICT g = t.y_last ? t.dy + at : dy_strip[i];
+            if (t.y) {
+                const float* STN_FAST_RESTRICT y = t.y_last ? t.y + at : y_strip[i];
+                for (int o = 0; o < tile.width; ++o) masked[o] = y[o] > 0.0f ? g[o] : 0.0f;
+                g = masked;
+            }
+            if (t.d_both) {
+                float* STN_FAST_RESTRICT dp = t.d_both + pixel * 2 * channels + tile.both;
+                float* STN_FAST_RESTRICT dq = dp + t.sizes.outputs;
+                for (int o = 0; o < tile.width; ++o) {
+                    dp[o] = g[o];
+                    dq[o] = g[o] * scale[o];
+                }
+            }
+            if (t.d_scale) {
+                const float* STN_FAST_RESTRICT q = t.q + at;
+                for (int o = 0; o < tile.width; ++o) strip_product[o] += g[o] * q[o];
+            }
+            if (t.d_shift) {
+                for (int o = 0; o < tile.width; ++o) strip_total[o] += g[o];
+            }
+        }
+        if (t.d_scale) {
+            for (int o = 0; o < tile.width; ++o) product[o] += strip_product[o];
+        }
+        if (t.d_shift) {
+            for (int o = 0; o < tile.width; ++o) total[o] += strip_total[o];
+        }
+    }
+    if (t.d_scale) std::copy_n(product, tile.width, t.d_scale + tile.channel);
+    if (t.d_shift) std::copy_n(total, tile.width, t.d_shift + tile.channel);
+}
+
+STN_FAST_CLONES void transpose_columns(const float* from, float* to, std::int64_t rows, std::int64_t columns,
+                                       std::int64_t first) {
+    const int count = static_cast<int>(std::min<std::int64_t>(kStrip, rows - first));
+    for (std::int64_t c = 0; c < columns; c += kStrip) {
+        const int width = static_cast<int>(std::min<std::int64_t>(kStrip, columns - c));
+        transpose_tile(from + first * columns + c, columns, count, width, to + c * rows + first, rows);
+    }
+}
+
+}  // namespace
+
+void channel_epilogue_forward(const float* both, const float* scale, const float* shift, float* y, float* q, std::int64_t batch,
+                              std::int64_t groups, std::int64_t outputs, std::int64_t pixels, bool both_last, bool y_last,
+                              bool relu, int threads) {
+    const Forward task{both, scale, shift, y, q, {batch, groups, outputs, pixels}, y_last, relu};
+    const std::int64_t tiles = task.sizes.tiles();
+    const bool parallel = batch * task.sizes.channels() * pixels > kSerialWork;
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static) if (parallel)
+    for (std::int64_t b = 0; b < batch; ++b) {
+        for (std::int64_t i = 0; i < tiles; ++i) (both_last ? forward_rows : forward_planes)(task, Tile(task.sizes, b, i));
+    }
+}
+
+void channel_epilogue_backward(const float* dy, const float* y, const float* q, const float* scale, float* d_both,
+                               float* d_scale, float* d_shift, std::int64_t batch, std::int64_t groups, std::int64_t outputs,
+                               std::int64_t pixels, bool both_last, bool y_last, int threads) {
+    const Backward task{dy, y, q, scale, d_both, d_scale, d_shift, {batch, groups, outputs, pixels}, y_last};
+    const std::int64_t tiles = task.sizes.tiles();
+    const bool parallel = batch * task.sizes.channels() * pixels > kSerialWork;
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static) if (parallel)
+    for (std::int64_t b = 0; b < batch; ++b) {
+        for (std::int64_t i = 0; i < tiles; ++i) (both_last ? backward_rows : backward_planes)(task, Tile(task.sizes, b, i));
+    }
+}
+
+void transpose(const float* from, float* to, std::int64_t batch, std::int64_t rows, std::int64_t columns, int threads) {
+    const std::int64_t size = rows * columns, strips = (rows + kStrip - 1) / kStrip;
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static) if (batch * size > kSerialWork)
+    for (std::int64_t b = 0; b < batch; ++b) {
+        for (std::int64_t i = 0; i < strips; ++i) transpose_columns(from + b * size, to + b * size, rows, columns, i * kStrip);
+    }
+}
+
+}  // namespace stn_fast
