@@ -17,26 +17,27 @@ using Strip = float[kStrip][kRowStride];
 
 struct Sizes {
     std::int64_t batch, groups, outputs, pixels;
+    bool joined;
 
     std::int64_t channels() const { return groups * outputs; }
+    std::int64_t halves() const { return joined ? 2 : 1; }
     std::int64_t tiles() const { return groups * tiles_of_group(); }
     std::int64_t tiles_of_group() const { return (outputs + kChannels - 1) / kChannels; }
 };
 
 // Some channels of one group of one example, and where they start.
 struct Tile {
-    std::int64_t channel;  // in (batch, channels)
-    std::int64_t both;     // in a pixel's, or an image's, (groups, 2, outputs)
-    std::int64_t own;      // in (channels)
     std::int64_t example;
+    std::int64_t own;      // in (channels)
+    std::int64_t half;     // in what P or Q lie in: (groups, 2, outputs) if joined, else (channels)
+    std::int64_t channel;  // in (batch, channels)
     int width;
 
-    Tile(const Sizes& s, std::int64_t b, std::int64_t index) {
+    Tile(const Sizes& s, std::int64_t b, std::int64_t index) : example(b) {
         const std::int64_t group = index / s.tiles_of_group(), first = index % s.tiles_of_group() * kChannels;
         own = group * s.outputs + first;
-        both = group * 2 * s.outputs + first;
+        half = group * s.halves() * s.outputs + first;
         channel = b * s.channels() + own;
-        example = b;
         width = static_cast<int>(std::min<std::int64_t>(kChannels, s.outputs - first));
     }
 };
@@ -44,23 +45,53 @@ struct Tile {
 // NaN stays NaN.
 STN_FAST_INLINE float rectified(float v) { return 0.0f > v ? 0.0f : v; }
 
-// to[c][r] = from[r][c]
-STN_FAST_INLINE void transpose_tile(const float* STN_FAST_RESTRICT from, std::int64_t from_stride, int rows, int columns,
-                                    float* STN_FAST_RESTRICT to, std::int64_t to_stride) {
-    if (rows == kStrip) {
-        for (int c = 0; c < columns; ++c) {
-            for (int r = 0; r < kStrip; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
+// Four by four numbers by shuffles, which no compiler finds by itself.
+STN_FAST_INLINE void transpose_quad(const float* from, std::int64_t from_stride, float* to, std::int64_t to_stride) {
+    typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
+    const auto row = [&](int r) STN_FAST_INLINE_LAMBDA { return *reinterpret_cast<const Quad*>(from + r * from_stride); };
+    const Quad a = row(0), b = row(1), c = row(2), d = row(3);
+    const Quad ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Quad cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    const auto put = [&](int r, Quad value) STN_FAST_INLINE_LAMBDA { *reinterpret_cast<Quad*>(to + r * to_stride) = value; };
+    put(0, __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5));
+    put(1, __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7));
+    put(2, __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5));
+    put(3, __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7));
+}
+#else
+STN_FAST_INLINE void transpose_quad(const float* from, std::int64_t from_stride, float* to, std::int64_t to_stride) {
+    for (int c = 0; c < 4; ++c) {
+        for (int r = 0; r < 4; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+    }
+}
+#endif
+
+// to[c][r] = from[r][c]. What lies far apart, as the channels of an image may, crowds the same cache sets: each of its lines is
+// read, or written, to its end before the next is begun.
+STN_FAST_INLINE void transpose_tile(const float* from, std::int64_t from_stride, int rows, int columns, float* to,
+                                    std::int64_t to_stride) {
+    const int whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
+    const auto quad = [&](int r, int c) STN_FAST_INLINE_LAMBDA {
+        transpose_quad(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+    };
+    if (from_stride > to_stride) {
+        for (int r = 0; r < whole_rows; r += 4) {
+            for (int c = 0; c < whole_columns; c += 4) quad(r, c);
         }
     } else {
-        for (int c = 0; c < columns; ++c) {
-            for (int r = 0; r < rows; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+        for (int c = 0; c < whole_columns; c += 4) {
+            for (int r = 0; r < whole_rows; r += 4) quad(r, c);
         }
+    }
+    for (int r = 0; r < rows; ++r) {
+        for (int c = r < whole_rows ? whole_columns : 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
     }
 }
 
 struct Forward {
-    const float *both, *scale, *shift;
-    float *y, *q;
+    const float *p, *q, *scale, *shift;
+    float *y, *q_copy;
     Sizes sizes;
     bool y_last, relu;
 };
@@ -70,16 +101,18 @@ STN_FAST_CLONES void forward_planes(const Forward& t, const Tile& tile) {
     const std::int64_t pixels = t.sizes.pixels;
     for (int o = 0; o < tile.width; ++o) {
         const std::int64_t channel = tile.channel + o;
-        const float* STN_FAST_RESTRICT p = t.both + (tile.example * 2 * t.sizes.channels() + tile.both + o) * pixels;
-        const float* STN_FAST_RESTRICT q = p + t.sizes.outputs * pixels;
-        float* STN_FAST_RESTRICT y = t.y + channel * pixels;
+        const std::int64_t at = (tile.example * t.sizes.halves() * t.sizes.channels() + tile.half + o) * pixels;
+        const float *p = t.p + at, *q = t.q + at;
+        float* y = t.y + channel * pixels;
         const float scale = t.scale[channel], shift = t.shift ? t.shift[channel] : 0.0f;
         if (t.relu) {
+#pragma omp simd
             for (std::int64_t i = 0; i < pixels; ++i) y[i] = rectified(p[i] + scale * q[i] + shift);
         } else {
+#pragma omp simd
             for (std::int64_t i = 0; i < pixels; ++i) y[i] = p[i] + scale * q[i] + shift;
         }
-        if (t.q) std::copy_n(q, pixels, t.q + channel * pixels);
+        if (t.q_copy) std::copy_n(q, pixels, t.q_copy + channel * pixels);
     }
 }
 
@@ -94,15 +127,17 @@ STN_FAST_CLONES void forward_rows(const Forward& t, const Tile& tile) {
         const int count = static_cast<int>(std::min<std::int64_t>(kStrip, pixels - first));
         for (int i = 0; i < count; ++i) {
             const std::int64_t pixel = tile.example * pixels + first + i, at = pixel * channels + tile.own;
-            const float* STN_FAST_RESTRICT p = t.both + pixel * 2 * channels + tile.both;
-            const float* STN_FAST_RESTRICT q = p + t.sizes.outputs;
-            float* STN_FAST_RESTRICT y = t.y_last ? t.y + at : strip[i];
+            const std::int64_t from = pixel * t.sizes.halves() * channels + tile.half;
+            const float *p = t.p + from, *q = t.q + from;
+            float* y = t.y_last ? t.y + at : strip[i];
             if (t.relu) {
+#pragma omp simd
                 for (int o = 0; o < tile.width; ++o) y[o] = rectified(p[o] + scale[o] * q[o] + shift[o]);
             } else {
+#pragma omp simd
                 for (int o = 0; o < tile.width; ++o) y[o] = p[o] + scale[o] * q[o] + shift[o];
             }
-            if (t.q) std::copy_n(q, tile.width, t.q + at);
+            if (t.q_copy) std::copy_n(q, tile.width, t.q_copy + at);
         }
         if (!t.y_last) transpose_tile(strip[0], kRowStride, count, tile.width, t.y + tile.channel * pixels + first, pixels);
     }
@@ -110,7 +145,7 @@ STN_FAST_CLONES void forward_rows(const Forward& t, const Tile& tile) {
 
 struct Backward {
     const float *dy, *y, *q, *scale;
-    float *d_both, *d_scale, *d_shift;
+    float *d_p, *d_q, *d_scale, *d_shift;
     Sizes sizes;
     bool y_last;
 };
@@ -131,14 +166,11 @@ STN_FAST_CLONES void backward_planes(const Backward& t, const Tile& tile) {
                 for (std::int64_t i = 0; i < count; ++i) masked[i] = y[i] > 0.0f ? g[i] : 0.0f;
                 g = masked;
             }
-            if (t.d_both) {
-                float* STN_FAST_RESTRICT dp =
-                    t.d_both + (tile.example * 2 * t.sizes.channels() + tile.both + o) * pixels + first;
-                float* STN_FAST_RESTRICT dq = dp + t.sizes.outputs * pixels;
-                for (std::int64_t i = 0; i < count; ++i) {
-                    dp[i] = g[i];
-                    dq[i] = g[i] * scale;
-                }
+            const std::int64_t to = (tile.example * t.sizes.halves() * t.sizes.channels() + tile.half + o) * pixels + first;
+            if (t.d_p) std::copy_n(g, count, t.d_p + to);
+            if (t.d_q) {
+                float* STN_FAST_RESTRICT dq = t.d_q + to;
+                for (std::int64_t i = 0; i < count; ++i) dq[i] = g[i] * scale;
             }
             if (t.d_scale) {
                 const float* STN_FAST_RESTRICT q = t.q + at;
@@ -169,14 +201,8 @@ STN_FAST_CLONES void backward_rows(const Backward& t, const Tile& tile) {
         const int count = static_cast<int>(std::min<std::int64_t>(kStrip, pixels - first));
         if (!t.y_last) {
             const std::int64_t at = tile.channel * pixels + first;
-            for (int o = 0; o < tile.width; ++o) {
-                for (int i = 0; i < count; ++i) dy_strip[i][o] = t.dy[at + o * pixels + i];
-            }
-            if (t.y) {
-                for (int o = 0; o < tile.width; ++o) {
-                    for (int i = 0; i < count; ++i) y_strip[i][o] = t.y[at + o * pixels + i];
-                }
-            }
+            transpose_tile(t.dy + at, pixels, tile.width, count, dy_strip[0], kRowStride);
+            if (t.y) transpose_tile(t.y + at, pixels, tile.width, count, y_strip[0], kRowStride);
         }
         float strip_product[kChannels] = {}, strip_total[kChannels] = {}, masked[kChannels];
         for (int i = 0; i < count; ++i) {
@@ -187,13 +213,11 @@ STN_FAST_CLONES void backward_rows(const Backward& t, const Tile& tile) {
                 for (int o = 0; o < tile.width; ++o) masked[o] = y[o] > 0.0f ? g[o] : 0.0f;
                 g = masked;
             }
-            if (t.d_both) {
-                float* STN_FAST_RESTRICT dp = t.d_both + pixel * 2 * channels + tile.both;
-                float* STN_FAST_RESTRICT dq = dp + t.sizes.outputs;
-                for (int o = 0; o < tile.width; ++o) {
-                    dp[o] = g[o];
-                    dq[o] = g[o] * scale[o];
-                }
+            const std::int64_t to = pixel * t.sizes.halves() * channels + tile.half;
+            if (t.d_p) std::copy_n(g, tile.width, t.d_p + to);
+            if (t.d_q) {
+                float* STN_FAST_RESTRICT dq = t.d_q + to;
+                for (int o = 0; o < tile.width; ++o) dq[o] = g[o] * scale[o];
             }
             if (t.d_scale) {
                 const float* STN_FAST_RESTRICT q = t.q + at;
@@ -225,27 +249,27 @@ STN_FAST_CLONES void transpose_columns(const float* from, float* to, std::int64_
 
 }  // namespace
 
-void channel_epilogue_forward(const float* both, const float* scale, const float* shift, float* y, float* q, std::int64_t batch,
-                              std::int64_t groups, std::int64_t outputs, std::int64_t pixels, bool both_last, bool y_last,
-                              bool relu, int threads) {
-    const Forward task{both, scale, shift, y, q, {batch, groups, outputs, pixels}, y_last, relu};
+void channel_epilogue_forward(const float* p, const float* q, const float* scale, const float* shift, float* y, float* q_copy,
+                              std::int64_t batch, std::int64_t groups, std::int64_t outputs, std::int64_t pixels, bool joined,
+                              bool q_last, bool y_last, bool relu, int threads) {
+    const Forward task{p, q, scale, shift, y, q_copy, {batch, groups, outputs, pixels, joined}, y_last, relu};
     const std::int64_t tiles = task.sizes.tiles();
     const bool parallel = batch * task.sizes.channels() * pixels > kSerialWork;
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static) if (parallel)
     for (std::int64_t b = 0; b < batch; ++b) {
-        for (std::int64_t i = 0; i < tiles; ++i) (both_last ? forward_rows : forward_planes)(task, Tile(task.sizes, b, i));
+        for (std::int64_t i = 0; i < tiles; ++i) (q_last ? forward_rows : forward_planes)(task, Tile(task.sizes, b, i));
     }
 }
 
-void channel_epilogue_backward(const float* dy, const float* y, const float* q, const float* scale, float* d_both,
+void channel_epilogue_backward(const float* dy, const float* y, const float* q, const float* scale, float* d_p, float* d_q,
                                float* d_scale, float* d_shift, std::int64_t batch, std::int64_t groups, std::int64_t outputs,
-                               std::int64_t pixels, bool both_last, bool y_last, int threads) {
-    const Backward task{dy, y, q, scale, d_both, d_scale, d_shift, {batch, groups, outputs, pixels}, y_last};
+                               std::int64_t pixels, bool joined, bool q_last, bool y_last, int threads) {
+    const Backward task{dy, y, q, scale, d_p, d_q, d_scale, d_shift, {batch, groups, outputs, pixels, joined}, y_last};
     const std::int64_t tiles = task.sizes.tiles();
     const bool parallel = batch * task.sizes.channels() * pixels > kSerialWork;
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static) if (parallel)
     for (std::int64_t b = 0; b < batch; ++b) {
-        for (std::int64_t i = 0; i < tiles; ++i) (both_last ? backward_rows : backward_planes)(task, Tile(task.sizes, b, i));
+        for (std::int64_t i = 0; i < tiles; ++i) (q_last ? backward_rows : backward_planes)(task, Tile(task.sizes, b, i));
     }
 }
 

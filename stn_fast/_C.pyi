@@ -170,39 +170,43 @@ def gated_epilogue_backward(
     """g = dy ⊙ (h Gwᵀ) and the wanted gradients of gates, biases and h, in one pass over dy and q."""
 
 def channel_epilogue_forward(
-    both: int,
+    p: int,
+    q: int,
     scale: int,
     shift: int,
     y: int,
-    q: int,
+    q_copy: int,
     batch: int,
     groups: int,
     outputs: int,
     pixels: int,
-    both_last: bool,
+    joined: bool,
+    q_last: bool,
     y_last: bool,
     relu: bool,
     threads: int,
 ) -> None:
-    """y = P + scale ⊙ Q + shift over channels, and a copy of Q; `both` is (batch, groups, 2, outputs, pixels)."""
+    """y = p + scale ⊙ q + shift over channels of images, and a copy of q; y may be p."""
 
 def channel_epilogue_backward(
     dy: int,
     y: int,
     q: int,
     scale: int,
-    d_both: int,
+    d_p: int,
+    d_q: int,
     d_scale: int,
     d_shift: int,
     batch: int,
     groups: int,
     outputs: int,
     pixels: int,
-    both_last: bool,
+    joined: bool,
+    q_last: bool,
     y_last: bool,
     threads: int,
 ) -> None:
-    """d_both = [g, g ⊙ scale] and, over pixels, d_scale = Σ g ⊙ q and d_shift = Σ g; g = dy, given y dy ⊙ [y > 0]."""
+    """d_p = g, d_q = g ⊙ scale and, over pixels, d_scale = Σ g ⊙ q and d_shift = Σ g; g = dy, given y dy ⊙ [y > 0]."""
 
 def transpose(from_: int, to: int, batch: int, rows: int, columns: int, threads: int) -> None:
     """(batch, rows, columns) to (batch, columns, rows)."""

@@ -1,14 +1,22 @@
-"""gated_conv2d on the CPU in float32: library convolutions by blocks of examples, around the C++ core's epilogues.
+"""gated_conv2d on the CPU in float32: library convolutions around the C++ core's epilogues.
 
-A block's P and Q, or their gradients, are used while they are in the cache, and their memory serves the next block.
-Where it pays, the library is given its images pixel by pixel (channels_last) whatever the caller's layout: it would
-convert them itself, at greater cost than the core's epilogues, which read one layout and write the other.
+Two ways, by the size of P and Q, which lie between the convolutions and the epilogue:
+
+- Large ones are made by blocks of examples, each one convolution with the filters [W; R]. A block's P and Q, or their
+  gradients, are used while they are in the cache, and their memory serves the next block: fresh pages cost more than
+  the arithmetic on them.
+- Small ones, or those of filters still larger, come from two convolutions, which take the filters as they are, and
+  the epilogue overwrites P with y.
+
+The library is given large images pixel by pixel (channels_last) whatever the caller's layout is: it would convert
+them itself, at greater cost than the epilogues, which read one layout and write the other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,11 +24,23 @@ from torch import Tensor
 
 from stn_fast.ops import _gated_conv2d_driver as driver
 from stn_fast.ops._core import address
-from stn_fast.ops._gated_conv2d_driver import Geometry, Gradients, Wanted
+from stn_fast.ops._gated_conv2d_driver import Geometry
+from stn_fast.ops._gated_linear_cpu import Gradients, Wanted
 
-_BLOCK = 1 << 20  # numbers: P and Q of a block are 4 MiB
-_LAST_PIXELS = 64  # pixels of a result from which the library is faster pixel by pixel
+_AT_ONCE = 1 << 22  # numbers: P and Q are 16 MiB
+_BLOCK = 1 << 20
+_LAST_PIXELS = 256  # pixels of an image from which the library is faster pixel by pixel
 _LEAST_1X1 = 16  # examples below which torch computes a 1x1 convolution on one thread with slow code
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Makes glibc keep the memory of a block for the next one, instead of giving it back and asking for fresh pages.
+
+    It learns by itself what a program frees, up to 32 MiB, and keeps twice as much: told once, by a tensor that is
+    never touched and so takes no memory, it doesn't depend on what ran before. Other allocators don't mind.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 class Plan(NamedTuple):
@@ -31,36 +51,41 @@ class Plan(NamedTuple):
     step: int  # examples of a block
     output: tuple[int, int, int, int]  # (B, O, Ho, Wo)
 
+    @property
+    def joined(self) -> bool:
+        """Whether both branches are one convolution, by blocks."""
+        return self.step < self.output[0]
+
+    @property
+    def converts(self) -> bool:
+        return self.inner != self.outer
+
     def blocks(self) -> Iterator[slice]:
         batch = self.output[0]
         for first in range(0, batch, self.step):
             yield slice(first, min(first + self.step, batch))
 
-    def sizes(self, block: slice, groups: int) -> tuple[int, int, int, int]:
-        """What the core counts: examples, groups, channels of a group, pixels."""
+    def core(self, block: slice, groups: int) -> tuple[int, int, int, int, bool, bool, bool]:
+        """What the core is told: examples, groups, channels of a group, pixels; joined, and who has channels last."""
         _, outputs, height, width = self.output
-        return block.stop - block.start, groups, outputs // groups, height * width
-
-    @property
-    def lasts(self) -> tuple[bool, bool]:
-        return self.inner == torch.channels_last, self.outer == torch.channels_last
-
-    @property
-    def converts(self) -> bool:
-        return self.inner != self.outer
+        lasts = (self.inner == torch.channels_last, self.outer == torch.channels_last)
+        return block.stop - block.start, groups, outputs // groups, height * width, self.joined, *lasts
 
 
 def plan(x: Tensor, weight: Tensor, geometry: Geometry) -> Plan:
     batch, outputs, kernel = x.shape[0], weight.shape[0], weight.shape[2:]
     height, width = driver.output_pixels(x, weight, geometry)
     outer = inner = driver.memory_format(x, weight)
-    if geometry.groups == 1 and height * width >= _LAST_PIXELS:
+    if geometry.groups == 1 and x.shape[2] * x.shape[3] >= _LAST_PIXELS:
         inner = torch.channels_last
-    # A block holds at least twice what the filters do, so that adding up their gradients costs little.
-    numbers = max(_BLOCK, 4 * weight.numel())
-    step = max(1, numbers // (2 * outputs * height * width), _LEAST_1X1 if tuple(kernel) == (1, 1) else 1)
-    blocks = -(-batch // step)
-    return Plan(outer, inner, -(-batch // blocks), (batch, outputs, height, width))
+    of_example, of_filters = 2 * outputs * height * width, 2 * weight.numel()
+    step = batch
+    if batch * of_example > max(_AT_ONCE, 2 * of_filters):
+        # A block holds at least twice what the filters do, so that adding up their gradients costs little.
+        most = max(_BLOCK, 2 * of_filters) // of_example
+        most = max(most, _LEAST_1X1 if tuple(kernel) == (1, 1) else 1)
+        step = -(-batch // -(-batch // most))
+    return Plan(outer, inner, step, (batch, outputs, height, width))
 
 
 def forward(
@@ -80,19 +105,35 @@ def forward(
 
     stride, padding, dilation, groups, relu = geometry
     layout = plan(x, weight, geometry)
-    filters = _joined(weight, response_weight, groups, layout.inner)
     scale, shift = driver.gates(bias, response_bias, weight_gate, bias_gate, h)
-    y = torch.empty(layout.output, memory_format=layout.outer)
-    q = torch.empty(layout.output, memory_format=layout.inner) if save_response else None
-    for block in layout.blocks():
-        both = torch.conv2d(_image(x, block, layout), filters, None, stride, padding, dilation, groups)
-        both = both.contiguous(memory_format=layout.inner)
+
+    def convolve(image: Tensor, filters: Tensor) -> Tensor:
+        return torch.conv2d(image, filters, None, stride, padding, dilation, groups).contiguous(
+            memory_format=layout.inner
+        )
+
+    def epilogue(p: Tensor, q: Tensor, y: Tensor, q_copy: Tensor | None, block: slice) -> None:
         channel_epilogue_forward(
-            address(both), address(scale[block]), address(_part(shift, block)), address(y[block]),
-            address(_part(q, block)), *layout.sizes(block, groups), *layout.lasts, relu,
-            torch.get_num_threads(),
+            address(p), address(q), address(scale[block]), address(_part(shift, block)), address(y), address(q_copy),
+            *layout.core(block, groups), relu, torch.get_num_threads(),
         )  # fmt: skip
-    return y, None if q is None else q.unflatten(1, (groups, -1))
+
+    if not layout.joined:
+        everything = slice(0, len(x))
+        image = _image(x, everything, layout)
+        p, q = (convolve(image, _laid_out(filters, layout.inner)) for filters in (weight, response_weight))
+        y = torch.empty(layout.output) if layout.converts else p
+        epilogue(p, q, y, None, everything)
+        return y, q.unflatten(1, (groups, -1)) if save_response else None
+
+    _keep_freed_memory()
+    filters = _joined(weight, response_weight, groups, layout.inner)
+    y = torch.empty(layout.output, memory_format=layout.outer)
+    saved = torch.empty(layout.output, memory_format=layout.inner) if save_response else None
+    for block in layout.blocks():
+        both = convolve(_image(x, block, layout), filters)
+        epilogue(both, _second(both, groups), y[block], _part(saved, block), block)
+    return y, None if saved is None else saved.unflatten(1, (groups, -1))
 
 
 def backward(
@@ -111,55 +152,141 @@ def backward(
 ) -> Gradients:
     from stn_fast._C import channel_epilogue_backward
 
-    groups, layout = geometry.groups, plan(x, weight, geometry)
+    layout, groups = plan(x, weight, geometry), geometry.groups
     scale, _ = driver.gates(None, None, weight_gate, None, h)
-    d_scale = torch.empty_like(scale) if wanted.scale else None
-    d_shift = torch.empty_like(scale) if wanted.shift(response_bias) else None
-    products = q.flatten(1, 2).contiguous(memory_format=layout.inner) if wanted.scale else None
-    filters = _joined(weight, response_weight, groups, layout.inner)
-    d_both_memory = None
-    if wanted.x or wanted.filters:
-        _, outputs, *pixels = layout.output
-        d_both_memory = torch.empty(layout.step, 2 * outputs, *pixels, memory_format=layout.inner)
-    dx = torch.empty_like(x) if wanted.x else None
-    d_filters = None
-    for block in layout.blocks():
-        d_both = None if d_both_memory is None else d_both_memory[: block.stop - block.start]
+    wants_scale, wants_shift = driver.wanted_sums(response_bias, wanted)
+    d_scale = torch.empty_like(scale) if wants_scale else None
+    d_shift = torch.empty_like(scale) if wants_shift else None
+    saved = q.flatten(1, 2).contiguous(memory_format=layout.inner) if wants_scale else None
+
+    def epilogue(d_p: Tensor | None, d_q: Tensor | None, block: slice) -> None:
         channel_epilogue_backward(
-            address(dy[block]), address(_part(y, block)), address(_part(products, block)), address(scale[block]),
-            address(d_both), address(_part(d_scale, block)), address(_part(d_shift, block)),
-            *layout.sizes(block, groups), *layout.lasts, torch.get_num_threads(),
+            address(dy[block]), address(_part(y, block)), address(_part(saved, block)), address(scale[block]),
+            address(d_p), address(d_q), address(_part(d_scale, block)), address(_part(d_shift, block)),
+            *layout.core(block, groups), torch.get_num_threads(),
         )  # fmt: skip
-        if d_both is None:
-            continue
-        # The data gradient asks only for the image's shape and layout.
-        image = _image(x, block, layout) if wanted.filters else torch.empty(x[block].shape, memory_format=layout.inner)
-        of_dx, of_filters = driver.joined_gradients(d_both, image, weight, filters, geometry, wanted)
-        if dx is not None and of_dx is not None:
-            _put(of_dx, dx[block], layout)
-        if of_filters is not None:
-            d_filters = of_filters if d_filters is None else d_filters.add_(of_filters)
-    gates = driver.gate_gradients(d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted)
-    return Gradients(dx, d_filters, *gates)
+
+    run = _backward_by_blocks if layout.joined else _backward_at_once
+    products = run(epilogue, dy, x, weight, response_weight, y, layout, geometry, wanted)
+    return driver.with_gates(*products, d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted)
+
+
+_Epilogue = Callable[[Tensor | None, Tensor | None, slice], None]
+_Products = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _backward_at_once(
+    epilogue: _Epilogue,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    response_weight: Tensor,
+    y: Tensor | None,
+    layout: Plan,
+    geometry: Geometry,
+    wanted: Wanted,
+) -> _Products:
+    """dx, dW and dR from two convolutions; where it lies as P does and no ReLU follows, dy is the gradient of P."""
+    everything = slice(0, len(x))
+    wants_p, wants_q = wanted.x or wanted.weight, wanted.x or wanted.response_weight
+    as_it_is = y is None and not layout.converts
+
+    def empty() -> Tensor:
+        return torch.empty(layout.output, memory_format=layout.inner)
+
+    d_p = empty() if wants_p and not as_it_is else None
+    d_q = empty() if wants_q else None
+    epilogue(d_p, d_q, everything)
+    if as_it_is:
+        d_p = dy
+    image = _image(x, everything, layout) if wants_p or wants_q else x
+    dx = d_weight = d_response_weight = None
+    if wants_p and d_p is not None:
+        filters = _laid_out(weight, layout.inner)
+        dx, d_weight = driver.convolution_gradients(d_p, image, filters, geometry, wanted.x, wanted.weight)
+    if d_q is not None:
+        filters = _laid_out(response_weight, layout.inner)
+        more, d_response_weight = driver.convolution_gradients(
+            d_q, image, filters, geometry, wanted.x, wanted.response_weight
+        )
+        dx = dx.add_(more) if dx is not None and more is not None else dx
+    if dx is not None and layout.converts:
+        dx = _put(dx, torch.empty_like(x), layout)
+    return dx, d_weight, d_response_weight
+
+
+def _backward_by_blocks(
+    epilogue: _Epilogue,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    response_weight: Tensor,
+    y: Tensor | None,
+    layout: Plan,
+    geometry: Geometry,
+    wanted: Wanted,
+) -> _Products:
+    """dx, dW and dR from the joined convolution, dW and dR added up over the blocks."""
+    if not (wanted.x or wanted.weight or wanted.response_weight):
+        for block in layout.blocks():
+            epilogue(None, None, block)
+        return None, None, None
+    _, outputs, *pixels = layout.output
+    filters = _joined(weight, response_weight, geometry.groups, layout.inner)
+    memory = torch.empty(layout.step, 2 * outputs, *pixels, memory_format=layout.inner)
+    dx = torch.empty_like(x) if wanted.x else None
+    totals: list[Tensor | None] = [None, None]
+    for block in layout.blocks():
+        d_both = memory[: block.stop - block.start]
+        epilogue(d_both, _second(d_both, geometry.groups), block)
+        if wanted.weight or wanted.response_weight:
+            image = _image(x, block, layout)
+        else:  # the data gradient asks for the image's shape and layout alone
+            image = torch.empty(x[block].shape, memory_format=layout.inner)
+        of_x, *of_filters = driver.joined_gradients(d_both, image, filters, geometry, wanted)
+        if dx is not None and of_x is not None:
+            _put(of_x, dx[block], layout)
+        for i, part in enumerate(of_filters):
+            total = totals[i]
+            totals[i] = part if total is None or part is None else total.add_(part)
+    return dx, totals[0], totals[1]
 
 
 def _joined(weight: Tensor, response_weight: Tensor, groups: int, layout: torch.memory_format) -> Tensor:
-    """The filters [W; R] in the library's layout.
-
-    Strides are spelled out by torch.empty: contiguous() leaves those of filters over one channel ambiguous.
-    """
-    from stn_fast._C import transpose
-
+    """The filters [W; R] in the library's layout."""
     outputs, inputs, *kernel = weight.shape
     joined = torch.empty(2 * outputs, inputs, *kernel, memory_format=layout)
     halves = joined.unflatten(0, (groups, 2, -1))
     for half, filters in enumerate((weight, response_weight)):
-        if groups == 1 and layout == torch.channels_last and filters.is_contiguous():
-            to = halves[0, half].data_ptr()
-            transpose(filters.data_ptr(), to, outputs, inputs, math.prod(kernel), torch.get_num_threads())
+        if groups == 1:
+            _laid_out(filters, layout, to=halves[0, half])
         else:
             halves[:, half].copy_(filters.unflatten(0, (groups, -1)))
     return joined
+
+
+def _laid_out(filters: Tensor, layout: torch.memory_format, to: Tensor | None = None) -> Tensor:
+    """Contiguous or channels_last filters in the library's layout, in `to` if given.
+
+    Its strides are spelled out by torch.empty: contiguous() leaves those of filters over one channel ambiguous.
+    """
+    from stn_fast._C import transpose
+
+    converts = layout == torch.channels_last and filters.is_contiguous()
+    if to is None:
+        if not converts:
+            return filters
+        to = torch.empty(filters.shape, memory_format=layout)
+    if not converts:
+        return to.copy_(filters)
+    outputs, inputs, *kernel = filters.shape
+    transpose(filters.data_ptr(), to.data_ptr(), outputs, inputs, math.prod(kernel), torch.get_num_threads())
+    return to
+
+
+def _second(both: Tensor, groups: int) -> Tensor:
+    """From where Q lies in (B, groups · 2 · O/groups, Ho, Wo)."""
+    return both[:, both.shape[1] // (2 * groups) :]
 
 
 def _part(tensor: Tensor | None, block: slice) -> Tensor | None:
@@ -168,24 +295,24 @@ def _part(tensor: Tensor | None, block: slice) -> Tensor | None:
 
 def _image(x: Tensor, block: slice, layout: Plan) -> Tensor:
     """A block of x in the library's layout."""
-    from stn_fast import _C
+    from stn_fast._C import transpose
 
     part = x[block]
     if not layout.converts:
         return part
     image = torch.empty(part.shape, memory_format=layout.inner)
     batch, channels, height, width = part.shape
-    _C.transpose(part.data_ptr(), image.data_ptr(), batch, channels, height * width, torch.get_num_threads())
+    transpose(part.data_ptr(), image.data_ptr(), batch, channels, height * width, torch.get_num_threads())
     return image
 
 
-def _put(part: Tensor, to: Tensor, layout: Plan) -> None:
-    """Writes a block's result, in the library's layout, into the caller's."""
-    from stn_fast import _C
+def _put(part: Tensor, to: Tensor, layout: Plan) -> Tensor:
+    """Writes a result in the library's layout into one of the caller's."""
+    from stn_fast._C import transpose
 
     if not layout.converts:
-        to.copy_(part)
-        return
+        return to.copy_(part)
     part = part.contiguous(memory_format=layout.inner)
     batch, channels, height, width = part.shape
-    _C.transpose(part.data_ptr(), to.data_ptr(), batch, height * width, channels, torch.get_num_threads())
+    transpose(part.data_ptr(), to.data_ptr(), batch, height * width, channels, torch.get_num_threads())
+    return to

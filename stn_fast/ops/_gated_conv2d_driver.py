@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from stn_fast.ops._gated_linear_cpu import Gradients, Wanted
+
 Result: TypeAlias = tuple[Tensor, Tensor | None]
 
 
@@ -22,47 +24,6 @@ class Geometry(NamedTuple):
     dilation: list[int]
     groups: int
     relu: bool
-
-
-class Wanted(NamedTuple):
-    """Which gradients to compute, one entry for every tensor that `gated_conv2d` takes."""
-
-    x: bool
-    weight: bool
-    bias: bool
-    response_weight: bool
-    response_bias: bool
-    weight_gate: bool
-    bias_gate: bool
-    h: bool
-
-    @property
-    def filters(self) -> bool:
-        return self.weight or self.response_weight
-
-    @property
-    def scale(self) -> bool:
-        """Whether the gradient of h Gwᵀ is needed."""
-        return self.weight_gate or self.h
-
-    def shift(self, response_bias: Tensor | None) -> bool:
-        """Whether the gradient of b + (h Gbᵀ) ⊙ r is needed."""
-        return response_bias is not None and (self.bias or self.response_bias or self.bias_gate or self.h)
-
-
-class Gradients(NamedTuple):
-    """The wanted gradients, None elsewhere.
-
-    `filters` is dW, dR, or, where both are wanted, both as `join` lays out the filters.
-    """
-
-    x: Tensor | None
-    filters: Tensor | None
-    bias: Tensor | None
-    response_bias: Tensor | None
-    weight_gate: Tensor | None
-    bias_gate: Tensor | None
-    h: Tensor | None
 
 
 class Kernels(Protocol):
@@ -101,9 +62,13 @@ def join(weight: Tensor, response_weight: Tensor, groups: int) -> Tensor:
 
 
 def split(filters: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """(W, R) of `join`."""
+    """(W, R) of `join`, each in memory of its own."""
     weight, response_weight = filters.unflatten(0, (groups, 2, -1)).unbind(1)
-    return weight.flatten(0, 1), response_weight.flatten(0, 1)
+    return _own(weight.flatten(0, 1)), _own(response_weight.flatten(0, 1))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.preserve_format) if tensor._is_view() else tensor
 
 
 def response_half(both: Tensor, groups: int) -> Tensor:
@@ -241,30 +206,45 @@ def backward(
 ) -> Gradients:
     """One pass over dy and q, then a data and a weight gradient of the joined convolution, each where wanted."""
     groups, relu = geometry.groups, geometry.relu
+    wants_both = wanted.x or wanted.weight or wanted.response_weight
+    wants_scale, wants_shift = wanted_sums(response_bias, wanted)
     scale, _ = gates(None, None, weight_gate, None, h)
     d_both, d_scale, d_shift = kernels.epilogue_backward(
-        dy, y, q, scale, groups, relu, wanted.x or wanted.filters, wanted.scale, wanted.shift(response_bias)
+        dy, y, q, scale, groups, relu, wants_both, wants_scale, wants_shift
     )
-    dx = d_filters = None
+    dx = d_weight = d_response_weight = None
     if d_both is not None:
-        dx, d_filters = joined_gradients(d_both, x, weight, join(weight, response_weight, groups), geometry, wanted)
-    return Gradients(dx, d_filters, *gate_gradients(d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted))
+        filters = join(weight, response_weight, groups)
+        dx, d_weight, d_response_weight = joined_gradients(d_both, x, filters, geometry, wanted)
+    return with_gates(
+        dx, d_weight, d_response_weight, d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted
+    )
+
+
+def wanted_sums(response_bias: Tensor | None, wanted: Wanted) -> tuple[bool, bool]:
+    """Whether the gradients of h Gwᵀ and of b + (h Gbᵀ) ⊙ r are needed."""
+    any_shift = wanted.bias or wanted.response_bias or wanted.bias_gate or wanted.h
+    return wanted.weight_gate or wanted.h, response_bias is not None and any_shift
 
 
 def joined_gradients(
-    d_both: Tensor, x: Tensor, weight: Tensor, filters: Tensor, geometry: Geometry, wanted: Wanted
-) -> tuple[Tensor | None, Tensor | None]:
-    """Data gradient, and weight gradient as `Gradients` describes it, of the convolution with the joined filters."""
-    both_filters = wanted.weight and wanted.response_weight
-    dx, d_filters = _convolution_gradients(d_both, x, filters, geometry, wanted.x, both_filters)
-    if wanted.filters and not both_filters:
-        part = d_both.unflatten(1, (geometry.groups, 2, -1))[:, :, 0 if wanted.weight else 1].flatten(1, 2)
-        part = part.contiguous(memory_format=memory_format(x, filters))
-        _, d_filters = _convolution_gradients(part, x, weight, geometry, False, True)
-    return dx, d_filters
+    d_both: Tensor, x: Tensor, filters: Tensor, geometry: Geometry, wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dW and dR of the convolution with the joined filters, where wanted."""
+    groups = geometry.groups
+    if wanted.weight == wanted.response_weight:
+        dx, d_filters = convolution_gradients(d_both, x, filters, geometry, wanted.x, wanted.weight)
+        return (dx, None, None) if d_filters is None else (dx, *split(d_filters, groups))
+    dx, _ = convolution_gradients(d_both, x, filters, geometry, wanted.x, False)
+    half = 0 if wanted.weight else 1
+    of_filters = split(filters, groups)[half]
+    of_both = d_both.unflatten(1, (groups, 2, -1))[:, :, half].flatten(1, 2)
+    of_both = of_both.contiguous(memory_format=memory_format(x, filters))
+    _, d_filters = convolution_gradients(of_both, x, of_filters, geometry, False, True)
+    return (dx, d_filters, None) if wanted.weight else (dx, None, d_filters)
 
 
-def _convolution_gradients(
+def convolution_gradients(
     dy: Tensor, x: Tensor, filters: Tensor, geometry: Geometry, wants_x: bool, wants_filters: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The library's data and weight gradient of one convolution."""
@@ -277,7 +257,10 @@ def _convolution_gradients(
     return dx, d_filters
 
 
-def gate_gradients(
+def with_gates(
+    dx: Tensor | None,
+    d_weight: Tensor | None,
+    d_response_weight: Tensor | None,
     d_scale: Tensor | None,
     d_shift: Tensor | None,
     response_bias: Tensor | None,
@@ -285,8 +268,8 @@ def gate_gradients(
     bias_gate: Tensor | None,
     h: Tensor,
     wanted: Wanted,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of bias, response_bias, weight_gate, bias_gate and h from those of scale and shift (B, O)."""
+) -> Gradients:
+    """All gradients: those of bias, response_bias, the gates and h follow from those of scale and shift (B, O)."""
     dtype = _wide(h.dtype)
     wide_h = h.to(dtype)
     d_bias = d_response_bias = d_weight_gate = d_bias_gate = dh = None
@@ -301,5 +284,17 @@ def gate_gradients(
             d_gated = d_shift * response_bias.to(dtype)
             d_bias_gate = d_gated.T @ wide_h if wanted.bias_gate else None
             dh = dh.addmm_(d_gated, bias_gate.to(dtype)) if dh is not None else None
-    results = (d_bias, d_response_bias, d_weight_gate, d_bias_gate, dh)
-    return tuple(None if result is None else result.to(h.dtype) for result in results)
+
+    def narrow(gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else gradient.to(h.dtype)
+
+    return Gradients(
+        x=dx,
+        weight=d_weight,
+        bias=narrow(d_bias),
+        response_weight=d_response_weight,
+        response_bias=narrow(d_response_bias),
+        weight_gate=narrow(d_weight_gate),
+        bias_gate=narrow(d_bias_gate),
+        h=narrow(dh),
+    )

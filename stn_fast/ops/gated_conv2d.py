@@ -13,7 +13,8 @@ from stn_fast.dispatch import choose
 from stn_fast.ops import _gated_conv2d_cpu as cpu
 from stn_fast.ops import _gated_conv2d_driver as driver
 from stn_fast.ops._eager import eager_function, traced
-from stn_fast.ops._gated_conv2d_driver import Geometry, Kernels, Plain, Wanted
+from stn_fast.ops._gated_conv2d_driver import Geometry, Kernels, Plain
+from stn_fast.ops._gated_linear_cpu import Wanted
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.gated_linear import fold
 
@@ -158,19 +159,9 @@ _gated_conv2d_backward = torch.library.custom_op("stn_fast::gated_conv2d_backwar
 @_gated_conv2d_backward.register_fake
 def _(dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, y, q,
       stride, padding, dilation, groups, relu, wanted):  # fmt: skip
-    asked = Wanted(*wanted)
-    both_filters = asked.weight and asked.response_weight
-    likes = (
-        (asked.x, x),
-        (both_filters, torch.cat([weight, response_weight])),
-        ((asked.weight or asked.response_weight) and not both_filters, weight),
-        (asked.bias, dy.new_empty(weight.shape[0])),
-        (asked.response_bias, response_bias),
-        (asked.weight_gate, weight_gate),
-        (asked.bias_gate, bias_gate),
-        (asked.h, h),
-    )
-    return [torch.empty_like(like) for wants, like in likes if wants]
+    bias = dy.new_empty(weight.shape[0])
+    likes = (x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
+    return [torch.empty_like(like) for like, wants in zip(likes, wanted, strict=True) if wants]
 
 
 def _setup_context(ctx, inputs, output):
@@ -183,21 +174,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(compute, ctx, dy, _):
-    wanted = Wanted(*ctx.needs_input_grad[:8])
+    wanted = list(ctx.needs_input_grad[:8])
     if dy is None or not any(wanted):
         return (None,) * 14
-    gradients = iter(compute(dy, *ctx.saved_tensors, *ctx.geometry, list(wanted)))
-    dx = next(gradients) if wanted.x else None
-    d_weight = d_response_weight = None
-    if wanted.weight and wanted.response_weight:
-        d_weight, d_response_weight = driver.split(next(gradients), ctx.geometry.groups)
-    elif wanted.weight:
-        d_weight = next(gradients)
-    elif wanted.response_weight:
-        d_response_weight = next(gradients)
-    d_bias = next(gradients) if wanted.bias else None
-    rest = (next(gradients) if wants else None for wants in wanted[4:])
-    return dx, d_weight, d_bias, d_response_weight, *rest, *[None] * 6
+    gradients = iter(compute(dy, *ctx.saved_tensors, *ctx.geometry, wanted))
+    return (*(next(gradients) if wants else None for wants in wanted), *[None] * 6)
 
 
 _gated_conv2d.register_autograd(partial(_backward, _gated_conv2d_backward), setup_context=_setup_context)
