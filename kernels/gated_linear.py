@@ -26,13 +26,9 @@ from .gated_linear_epilogue import (
     gated_linear_epilogue_fwd_kernel,
     gated_linear_gates_finish_kernel,
 )
-from .gated_linear_matmul import (
-    configs,
-    gated_linear_bwd_dw_kernel,
-    gated_linear_bwd_dx_kernel,
-    gated_linear_fwd_kernel,
-)
+from .gated_linear_matmul import gated_linear_bwd_dw_kernel, gated_linear_bwd_dx_kernel, gated_linear_fwd_kernel
 from .launch import device_guard, refuse_float64
+from .matmul import config_name, configs
 
 LIBRARY = "library"
 # Hyperparameters of one layer that every shipped configuration has registers for; beyond it they spill.
@@ -43,11 +39,6 @@ Gradients: TypeAlias = tuple[Tensor | None, ...]
 # Programs that a reduction is split into, at least, where there is that much to do: twice the multiprocessors of large
 # devices. A constant, so that results don't depend on the device.
 REDUCTION_PROGRAMS = 264
-
-
-def config_name(config: triton.Config) -> str:
-    tile = "x".join(str(config.kwargs[axis]) for axis in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    return f"{tile}-w{config.num_warps}-s{config.num_stages}"
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -10,8 +10,9 @@ added in a fixed order.
 import triton
 import triton.language as tl
 
-from .gated_linear_matmul import dot, gate_columns, response_input
+from .gated_linear_matmul import gate_columns, response_input
 from .launch import narrow
+from .matmul import dot
 
 # (BLOCK_M, BLOCK_N) tiles of rows by outputs, one shape that fits every dtype.
 EPILOGUE_CONFIG = triton.Config({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=2)

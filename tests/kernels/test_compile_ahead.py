@@ -14,8 +14,8 @@ from compile_ahead import SHARED_MEMORY, Job, Usage, compile_all
 
 from stn_fast.kernels import augment
 from stn_fast.kernels import gated_linear_epilogue as epilogue
-from stn_fast.kernels import gated_linear_matmul as matmul
-from stn_fast.kernels.gated_linear import config_name
+from stn_fast.kernels import matmul
+from stn_fast.kernels.matmul import config_name
 from stn_fast.kernels.perturb import NUM_WARPS, PROGRAM_ELEMENTS
 from stn_fast.kernels.tiles import TILES
 

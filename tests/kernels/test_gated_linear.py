@@ -7,7 +7,7 @@ import torch
 from numerics import assert_twice_as_good
 
 from stn_fast.kernels import gated_linear as kernels
-from stn_fast.kernels import gated_linear_matmul as matmul
+from stn_fast.kernels import matmul
 from stn_fast.kernels.autotune import Autotuner
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,7 +22,7 @@ SHAPES = [
     (2, 5, 3, 2, 7, 11),
 ]
 CONFIGS = {
-    kernels.config_name(config): config
+    matmul.config_name(config): config
     for config in [
         *matmul.HOPPER_CONFIGS,
         *matmul.AMPERE_CONFIGS,
@@ -176,9 +176,7 @@ def test_large_tiles_that_do_not_fit_a_device_leave_the_smallest(monkeypatch, tm
 
     def timer(candidate):
         name = candidate.args[-1]
-        times.append(
-            math.inf if candidate.func.__name__ in ("dx", "dw") and name != kernels.config_name(SMALL) else 1.0
-        )
+        times.append(math.inf if candidate.func.__name__ in ("dx", "dw") and name != matmul.config_name(SMALL) else 1.0)
         return times[-1]
 
     monkeypatch.delenv("STN_FAST_AUTOTUNE", raising=False)
