@@ -27,7 +27,7 @@ from .gated_linear_epilogue import (
     gated_linear_gates_finish_kernel,
 )
 from .gated_linear_matmul import gated_linear_bwd_dw_kernel, gated_linear_bwd_dx_kernel, gated_linear_fwd_kernel
-from .launch import device_guard, refuse_float64
+from .launch import device_guard, refuse_float64, split
 from .matmul import config_name, configs
 
 LIBRARY = "library"
@@ -89,13 +89,6 @@ def _matrix_options(
 
 def _pass_options(problem: _Problem, config: triton.Config) -> dict[str, object]:
     return problem.options | config.kwargs | {"num_warps": config.num_warps, "num_stages": config.num_stages}
-
-
-def _split(programs: int, tiles: int) -> tuple[int, int]:
-    """(splits, tiles in each), so that `programs` times the splits fill a device."""
-    splits = min(tiles, triton.cdiv(REDUCTION_PROGRAMS, programs))
-    each = triton.cdiv(tiles, splits)
-    return triton.cdiv(tiles, each), each
 
 
 def forward(
@@ -212,7 +205,7 @@ class _Backward:
         """One pass that leaves g behind, returns dh, or both."""
         problem, tile = self.problem, BWD_ROWS_CONFIG.kwargs
         row_tiles = triton.cdiv(problem.M, tile["BLOCK_M"])
-        splits, each = _split(row_tiles, triton.cdiv(problem.O, tile["BLOCK_N"]))
+        splits, each = split(row_tiles, triton.cdiv(problem.O, tile["BLOCK_N"]), REDUCTION_PROGRAMS)
         if want_g:
             self.g = torch.empty_like(self.dy)
         partial_dh = None
@@ -232,7 +225,7 @@ class _Backward:
         """(db, dr, dGw, dGb) as far as wanted: `want_s` dGw, `want_c` the other three. Leaves g behind if wanted."""
         problem, tile = self.problem, BWD_GATES_CONFIG.kwargs
         output_tiles = triton.cdiv(problem.O, tile["BLOCK_N"])
-        splits, each = _split(output_tiles, triton.cdiv(problem.M, tile["BLOCK_M"]))
+        splits, each = split(output_tiles, triton.cdiv(problem.M, tile["BLOCK_M"]), REDUCTION_PROGRAMS)
         if want_g:
             self.g = torch.empty_like(self.dy)
         new = partial(self.dy.new_empty, dtype=torch.float32)

@@ -37,3 +37,10 @@ def refuse_float64(operation: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype == torch.float64:
             raise TypeError(f"{operation}: kernels compute in float32, and {name} is float64; use plain PyTorch for it")
+
+
+def split(programs: int, tiles: int, at_least: int) -> tuple[int, int]:
+    """(splits, tiles in each): a sum over tiles cut so that `programs` times the splits are `at_least` so many."""
+    splits = min(tiles, triton.cdiv(at_least, programs))
+    each = triton.cdiv(tiles, splits)
+    return triton.cdiv(tiles, each), each

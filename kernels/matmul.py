@@ -7,7 +7,8 @@ import triton.language as tl
 from .launch import INTERPRETED
 
 
-def _config(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:
+def matrix_config(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:
+    """A tile of m by n, summed in steps of k."""
     kwargs = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
     return triton.Config(kwargs, num_warps=warps, num_stages=stages)
 
@@ -15,23 +16,23 @@ def _config(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:
 # Every configuration that may ship; tests/kernels/test_compile_ahead.py builds each. BLOCK_M by BLOCK_N is the tile of
 # the result, BLOCK_K the length of a step along the sum. All matrix kernels share them.
 HOPPER_CONFIGS = [
-    _config(128, 128, 64, 8, 3),
-    _config(128, 64, 64, 8, 3),
-    _config(64, 128, 64, 8, 3),
-    _config(64, 64, 64, 4, 4),
-    _config(64, 32, 64, 4, 4),
+    matrix_config(128, 128, 64, 8, 3),
+    matrix_config(128, 64, 64, 8, 3),
+    matrix_config(64, 128, 64, 8, 3),
+    matrix_config(64, 64, 64, 4, 4),
+    matrix_config(64, 32, 64, 4, 4),
 ]
 # Two accumulators of 128 by 128 spill with mma.sync.
 AMPERE_CONFIGS = [
-    _config(128, 64, 32, 8, 4),
-    _config(64, 128, 32, 8, 3),
-    _config(64, 64, 32, 4, 4),
-    _config(64, 32, 32, 4, 3),
+    matrix_config(128, 64, 32, 8, 4),
+    matrix_config(64, 128, 32, 8, 3),
+    matrix_config(64, 64, 32, 4, 4),
+    matrix_config(64, 32, 32, 4, 3),
 ]
 # Rows that don't begin at 16 bytes are read number by number, through registers: larger tiles spill.
-UNALIGNED_CONFIGS = [_config(64, 64, 32, 8, 3), _config(64, 32, 32, 4, 3)]
+UNALIGNED_CONFIGS = [matrix_config(64, 64, 32, 8, 3), matrix_config(64, 32, 32, 4, 3)]
 # float32 products run on the ordinary units unless TF32 is allowed: registers limit a tile, not shared memory.
-FLOAT32_CONFIGS = [_config(64, 64, 16, 8, 3), _config(64, 32, 16, 8, 3), _config(32, 32, 16, 4, 3)]
+FLOAT32_CONFIGS = [matrix_config(64, 64, 16, 8, 3), matrix_config(64, 32, 16, 8, 3), matrix_config(32, 32, 16, 4, 3)]
 
 
 def configs(dtype: torch.dtype, aligned: bool, capability: tuple[int, int]) -> list[triton.Config]:

@@ -13,6 +13,9 @@ import torch
 from compile_ahead import SHARED_MEMORY, Job, Usage, compile_all
 
 from stn_fast.kernels import augment
+from stn_fast.kernels import gated_conv2d_backward as conv_backward
+from stn_fast.kernels import gated_conv2d_epilogue as conv_epilogue
+from stn_fast.kernels import gated_conv2d_implicit as conv
 from stn_fast.kernels import gated_linear_epilogue as epilogue
 from stn_fast.kernels import matmul
 from stn_fast.kernels.matmul import config_name
@@ -32,9 +35,10 @@ def typed(floats, *integers, **others):
 POINTERS = [
     *["p_x", "p_y", "p_q", "p_h", "p_dy", "p_dx", "p_g", "p_out", "p_weight", "p_bias", "p_response_weight"],
     *["p_response_bias", "p_weight_gate", "p_bias_gate", "p_d_weight", "p_d_bias", "p_d_response_weight"],
-    *["p_d_response_bias", "p_d_weight_gate", "p_d_bias_gate"],
+    *["p_d_response_bias", "p_d_weight_gate", "p_d_bias_gate", "p_both", "p_d_both"],
 ]
 PARTIAL = dict.fromkeys(["p_dh_partial", "p_s_partial", "p_c_partial", "p_bias_partial"], "*fp32")
+TABLES = dict.fromkeys(["p_scale", "p_shift", "p_scale_partial", "p_shift_partial"], "*fp32")
 DRAW = {"p_step": "*i64", "first_example": "i64", "seed": "i64", "stream": "i32"}
 SIZES = ("M", "I", "O", "n", "batch", "inner")
 
@@ -92,6 +96,62 @@ def epilogue_jobs():
             {"WANT_S": True, "WANT_C": True, "N_PAD": 16, **config.kwargs},
             config.num_warps,
         )
+
+
+def conv_jobs():
+    sizes = ("M", "O", "channels", "height", "width", "out_pixels", "out_width", "q_row")
+    sizes += ("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w")
+    ones = dict.fromkeys(("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"), 1)
+    dots = [("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")]
+    for capability, (floats, precision), aligned in itertools.product(CAPABILITIES, dots, BOOLS):
+        # 3x3 with stride, padding and dilation 1, as most layers are; and any other, with masks along channels.
+        kernels = [(3, True, ones), (5, False, {})] if aligned else [(5, False, {})]
+        configs = conv.conv_configs(FLOATS[floats], aligned, divmod(capability, 10), precision)
+        for config, (side, even, constants) in itertools.product(configs, kernels):
+            given = {"KERNEL_H": side, "KERNEL_W": side, "HAS_SHIFT": True, "RELU": True, "STORE_Q": True}
+            yield Job(
+                "stn_fast.kernels.gated_conv2d_implicit:gated_conv2d_fwd_kernel",
+                f"conv-sm{capability}-{floats}-{precision}-{side}x{side}-{config_name(config)}"
+                f"{'-aligned' if aligned else ''}",
+                capability,
+                typed(floats, *sizes, **TABLES),
+                {**constants, **given, "PRECISION": precision, "EVEN_K": even, **config.kwargs},
+                config.num_warps,
+                config.num_stages,
+                frozenset({"channels", "O", "q_row"}) if aligned else frozenset(),
+            )
+
+
+def conv_epilogue_jobs():
+    sizes = ("rows", "columns", "O", "each", "pixels", "column_tiles", "batch", "tiles_each")
+    sizes += ("q_batch", "q_group", "q_pixel", "both_pixel")
+    layouts = {
+        "contiguous": (False, False, conv_backward.CONTIGUOUS_TILES),
+        "channels_last": (True, False, conv_backward.CHANNELS_LAST_TILES),
+        "grouped channels_last": (True, True, conv_backward.CHANNELS_LAST_TILES),
+        "grouped contiguous": (False, True, conv_backward.CONTIGUOUS_TILES),
+    }
+    wanted = {"RELU": True, "WANT_BOTH": True, "WANT_SCALE": True, "WANT_SHIFT": True}
+    for capability, floats, layout in itertools.product(CAPABILITIES, FLOATS, layouts):
+        channels_last, grouped, tiles = layouts[layout]
+        given = {"CHANNELS_LAST": channels_last, "GROUPED": grouped}
+        # Where 16 divides sizes, accesses are vectors; grouped channels_last ones never are.
+        for aligned in BOOLS[: 1 if grouped and channels_last else 2]:
+            suffix = f"sm{capability}-{floats}-{layout}{'-aligned' if aligned else ''}"
+            for name, module, kind_tiles, extra, divisible in (
+                ("fwd", "epilogue", conv_epilogue.TILES, {"HAS_SHIFT": True, "RELU": True}, {"columns"}),
+                ("bwd", "backward", tiles, wanted, {"q_batch", "q_group", "q_pixel", "both_pixel"}),
+            ):
+                for tile in kind_tiles if name == "bwd" or channels_last or not grouped else ():
+                    yield Job(
+                        f"stn_fast.kernels.gated_conv2d_{module}:gated_conv2d_epilogue_{name}_kernel",
+                        f"conv_epilogue_{name}-{suffix}-{'x'.join(map(str, tile.kwargs.values()))}",
+                        capability,
+                        typed(floats, *sizes, **TABLES),
+                        {**given, **extra, **tile.kwargs},
+                        tile.num_warps,
+                        divisible=frozenset(divisible | {"O", "each", "pixels"} if aligned else ()),
+                    )
 
 
 def random_jobs():
@@ -167,6 +227,9 @@ def augment_jobs():
             )
 
 
+GROUPS = (matrix_jobs, epilogue_jobs, random_jobs, conv_jobs, conv_epilogue_jobs)
+
+
 def corner_jobs():
     """As Triton specialises sizes of 1 and absent tensors: they become constants. One of each kernel is enough."""
     absent = {
@@ -178,6 +241,11 @@ def corner_jobs():
         "SAVE_NOISE": ["p_noise"],
         "HAS_D_VALUES": ["p_d_values"],
         "HAS_D_RESPONSE": ["p_d_response"],
+        "HAS_SHIFT": ["p_shift"],
+        "RELU": [],
+        "WANT_BOTH": ["p_d_both"],
+        "WANT_SCALE": ["p_q", "p_scale_partial"],
+        "WANT_SHIFT": ["p_shift_partial"],
     }
     never_specialised = {"first_example", "seed", "stream", "images", "crop_padding"}
     of_kernel = {}
@@ -189,12 +257,21 @@ def corner_jobs():
             f"{kernel.split(':')[1]}{'' if backward is None else f'-{backward}'}{'' if mode is None else f'-{mode}'}"
         )
         sizes = [name for name, kind in job.types.items() if kind == "i32" and name not in never_specialised]
+    for job in itertools.chain(*(jobs() for jobs in GROUPS)):
+        if job.capability == 90 and job.types.get("p_x") != "*fp32":
+            kinds = [job.constants.get(kind) for kind in ("BACKWARD", "MODE", "CHANNELS_LAST", "GROUPED")]
+            of_kernel.setdefault((job.kernel, *kinds), job)
+    for (kernel, *kinds), job in of_kernel.items():
+        label = "-".join([kernel.split(":")[1], *(str(kind) for kind in kinds if kind is not None)])
+        sizes = [name for name, kind in job.types.items() if kind == "i32" and name not in drawn]
         flags = [flag for flag in absent if flag in job.constants]
         ones = dict.fromkeys(sizes, 1)
         yield replace(job, label=f"{label}-ones", constants=job.constants | ones)
         yield replace(job, label=f"{label}-inner one", constants=job.constants | {"inner": 1, "middle": 1, "splits": 1})
         for flag in flags:
             missing = {flag: False, **dict.fromkeys(absent[flag], None)}
+            if flag == "RELU" and "WANT_BOTH" in job.constants:
+                missing["p_y"] = None
             yield replace(job, label=f"{label}-without {flag}", constants=job.constants | missing)
 
 
@@ -202,6 +279,7 @@ JOBS = {
     job.label: job
     for job in itertools.chain(matrix_jobs(), epilogue_jobs(), random_jobs(), augment_jobs(), corner_jobs())
 }
+JOBS = {job.label: job for jobs in (*GROUPS, corner_jobs) for job in jobs()}
 
 
 @pytest.fixture(scope="session")
@@ -220,9 +298,14 @@ def test_configuration_compiles_without_spilling(label, usages):
     assert usage.shared <= SHARED_MEMORY[job.capability]
 
 
-SIXTEEN_BIT = [job.label for job in matrix_jobs() if job.types["p_h"] != "*fp32"]
+# Products in float32 proper run on the ordinary units; wgmma has no tile for TF32 of fewer than 64 rows.
+ON_TENSOR_CORES = [
+    job.label
+    for job in itertools.chain(matrix_jobs(), conv_jobs())
+    if job.types["p_x"] != "*fp32" or (job.constants["PRECISION"] == "tf32" and job.constants["BLOCK_M"] >= 64)
+]
 
 
-@pytest.mark.parametrize("label", SIXTEEN_BIT)
+@pytest.mark.parametrize("label", ON_TENSOR_CORES)
 def test_matrix_kernel_runs_on_tensor_cores(label, usages):
     assert usages[label].tensor_cores == ("wgmma" if JOBS[label].capability == 90 else "mma.sync")
