@@ -148,7 +148,8 @@ def epilogue_backward(
     """(d_both (B, 2·O, H, W), d_scale (B, O), d_shift (B, O)), None where not wanted; the tables are float32.
 
     dy, y: (B, O, H, W), best in the memory format of q; y is None unless `relu`.
-    q: (B, groups, O/groups, H, W), the second half of every group of `both`, with whatever strides that leaves.
+    q: (B, groups, O/groups, H, W), the second half of every group of `both`, with whatever strides that leaves. It is
+        looked at for d_scale alone; otherwise dy says how d_both is to lie.
     scale: (B, O), of any floating dtype.
 
     Raises:
@@ -157,8 +158,8 @@ def epilogue_backward(
     refuse_float64("gated_conv2d", dy=dy)
     batch, outputs, height, width = dy.shape
     pixels = height * width
-    q_pixel = _pixel_stride(q)
-    channels_last = pixels == 1 or q_pixel != 1
+    q_strides = (q.stride(0), q.stride(1), _pixel_stride(q)) if wants_scale else (0, 0, 0)
+    channels_last = pixels == 1 or (q_strides[2] != 1 if wants_scale else not dy.is_contiguous())
     layout = torch.channels_last if channels_last else torch.contiguous_format
     dy = dy.contiguous(memory_format=layout)
     y = y.contiguous(memory_format=layout) if relu and y is not None else None
@@ -187,9 +188,7 @@ def epilogue_backward(
             outputs,
             outputs // groups,
             pixels,
-            q.stride(0),
-            q.stride(1),
-            q_pixel,
+            *q_strides,
             2 * outputs,
             tiles_each,
             CHANNELS_LAST=channels_last,
