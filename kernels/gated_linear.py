@@ -3,7 +3,7 @@
 Two ways to compute each pair of products, and the autotuner chooses: two library products with one fused pass beside
 them ("library"), or one Triton kernel with the gates inside. One product alone is always the library's.
 
-Kernels hold rows of up to MAX_N hyperparameters in registers; gated_linear_tables computes layers of more.
+Kernels hold rows of up to MAX_N hyperparameters in registers, and refuse more.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,6 @@ import torch
 import triton
 from torch import Tensor
 
-from . import gated_linear_tables as tables
 from .autotune import size_bucket, tuner
 from .gated_linear_epilogue import (
     BWD_GATES_CONFIG,
@@ -55,6 +54,10 @@ class _Problem:
         self.inner = inner
         if max(self.M, self.I, self.O) > 2**31 - 1024:
             raise ValueError(f"gated_linear: row and column numbers are 32 bits wide; got x {tuple(x.shape)}")
+        if self.n > MAX_N:
+            raise ValueError(
+                f"gated_linear: kernels hold at most {MAX_N} hyperparameters; got {self.n}: use plain PyTorch"
+            )
         refuse_float64("gated_linear", x=x)
         self.aligned = self.I % 16 == 0 and self.O % 16 == 0
         self.options = {
@@ -62,19 +65,18 @@ class _Problem:
             "N_PAD": max(16, triton.next_power_of_2(self.n)),
         }
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-        shipped = configs(x.dtype, self.aligned, capability) if self.n <= MAX_N else []
-        self.configs = {config_name(config): config for config in shipped}
+        self.configs = {config_name(config): config for config in configs(x.dtype, self.aligned, capability)}
         sizes = " ".join(size_bucket(size) for size in (self.M, self.I, self.O))
         self.key = f"{x.dtype} {self.options['PRECISION']} {sizes} n{self.options['N_PAD']}"
 
     def named(self, choice: Choice) -> str:
         """The name of a choice; a configuration of the caller's own is added to the list."""
-        if isinstance(choice, triton.Config) and self.n <= MAX_N:
+        if isinstance(choice, triton.Config):
             self.configs[config_name(choice)] = choice
             return config_name(choice)
-        if isinstance(choice, str) and choice in (LIBRARY, *self.configs):
+        if choice in (LIBRARY, *self.configs):
             return choice
-        raise ValueError(f"config={choice!r} is none of {[LIBRARY, *self.configs]} for {self.n} hyperparameters")
+        raise ValueError(f"config={choice!r} is none of {[LIBRARY, *self.configs]}")
 
 
 def _matrix_options(
@@ -107,15 +109,9 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(y, q): x (outer·B·inner, I) of examples h (B, n), contiguous and of one dtype; q = x Rᵀ where it is to be saved.
 
-    config fixes "library", a configuration's name or a configuration; by default the autotuner chooses. Beyond MAX_N
-    hyperparameters there is "library" alone, and it means gated_linear_tables.
+    config fixes "library", a configuration's name or a configuration; by default the autotuner chooses.
     """
     problem = _Problem(x, weight, h, inner)
-    if problem.n > MAX_N:
-        problem.named(config or LIBRARY)
-        tensors = (x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
-        y, response = tables.forward(*tensors, outer, inner)
-        return y, response if save_response else None
 
     def library() -> tuple[Tensor, Tensor]:
         y, q = torch.mm(x, weight.T), torch.mm(x, response_weight.T)
@@ -301,10 +297,6 @@ def backward(
     problem = _Problem(x, weight, h, inner)
     pair = config if isinstance(config, tuple) else (config or LIBRARY, config or LIBRARY)
     name_x, name_w = (problem.named(choice) for choice in pair)
-    if problem.n > MAX_N:
-        return tables.backward(
-            dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q, outer, inner, wanted
-        )
     run = _Backward(dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q, problem)
     pair_w = want_w and want_r
     want_c = want_b or want_rb or want_gb

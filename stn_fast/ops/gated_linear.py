@@ -11,7 +11,8 @@ from torch import Tensor
 
 from stn_fast.dispatch import choose
 from stn_fast.ops._eager import eager_function, traced
-from stn_fast.ops._gated_linear_cpu import Wanted, backward_core, backward_plain, forward_core, forward_plain
+from stn_fast.ops._gated_linear_cpu import backward_core, forward_core
+from stn_fast.ops._gated_linear_plain import Wanted, backward_plain, forward_plain
 from stn_fast.ops._transforms import in_transform
 
 
@@ -51,12 +52,17 @@ def fold(
 
 
 def _backend(x: Tensor, weight: Tensor, h: Tensor) -> str:
-    """The C++ core computes in float32; plain torch serves other dtypes on the CPU, and empty tensors."""
+    """Plain torch serves what the others don't compute: empty tensors, other dtypes, too many hyperparameters."""
     backend = choose(x.device)
     if x.numel() == 0 or h.numel() == 0 or weight.numel() == 0:
         return "reference"
-    if (backend == "cpp" and x.dtype != torch.float32) or (backend == "triton" and x.dtype == torch.float64):
+    if backend == "cpp" and x.dtype != torch.float32:
         return "reference"
+    if backend == "triton":
+        from stn_fast.kernels.gated_linear import MAX_N
+
+        if x.dtype == torch.float64 or h.shape[1] > MAX_N:
+            return "reference"
     return backend
 
 

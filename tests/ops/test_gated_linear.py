@@ -138,6 +138,13 @@ def test_every_backend_and_dtype_obeys_the_2x_rule(backend, dtype, bias, layout)
     assert_as_good_as_plain_torch(operands(17, 19, 23, 3, bias=bias, dtype=dtype, device=backend, **layout))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", [dict(), dict(outer=3, inner=2)], ids=["rows", "positions"])
+def test_more_hyperparameters_than_a_kernel_holds_obey_the_2x_rule(backend, dtype, bias, layout):
+    assert_as_good_as_plain_torch(operands(6, 17, 23, 33, bias=bias, dtype=dtype, device=backend, **layout))
+
+
 def test_float64_is_exact(backend):
     tensors = operands(5, 7, 6, 3, outer=2, inner=3, dtype=torch.float64, device=backend)
     assert relative_error(apply(gated_linear, tensors), apply(reference, tensors)) < 1e-14
