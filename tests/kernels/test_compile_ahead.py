@@ -12,12 +12,11 @@ import pytest
 import torch
 from compile_ahead import SHARED_MEMORY, Job, Usage, compile_all
 
-from stn_fast.kernels import augment
+from stn_fast.kernels import augment, matmul
 from stn_fast.kernels import gated_conv2d_backward as conv_backward
 from stn_fast.kernels import gated_conv2d_epilogue as conv_epilogue
 from stn_fast.kernels import gated_conv2d_implicit as conv
 from stn_fast.kernels import gated_linear_epilogue as epilogue
-from stn_fast.kernels import matmul
 from stn_fast.kernels.matmul import config_name
 from stn_fast.kernels.perturb import NUM_WARPS, PROGRAM_ELEMENTS
 from stn_fast.kernels.tiles import TILES
@@ -227,7 +226,7 @@ def augment_jobs():
             )
 
 
-GROUPS = (matrix_jobs, epilogue_jobs, random_jobs, conv_jobs, conv_epilogue_jobs)
+GROUPS = (matrix_jobs, epilogue_jobs, random_jobs, augment_jobs, conv_jobs, conv_epilogue_jobs)
 
 
 def corner_jobs():
@@ -249,21 +248,13 @@ def corner_jobs():
     }
     never_specialised = {"first_example", "seed", "stream", "images", "crop_padding"}
     of_kernel = {}
-    for job in itertools.chain(matrix_jobs(), epilogue_jobs(), random_jobs(), augment_jobs()):
-        if job.capability == 90 and job.types.get("p_x") != "*fp32":
-            of_kernel.setdefault((job.kernel, job.constants.get("BACKWARD"), job.constants.get("MODE")), job)
-    for (kernel, backward, mode), job in of_kernel.items():
-        label = (
-            f"{kernel.split(':')[1]}{'' if backward is None else f'-{backward}'}{'' if mode is None else f'-{mode}'}"
-        )
-        sizes = [name for name, kind in job.types.items() if kind == "i32" and name not in never_specialised]
     for job in itertools.chain(*(jobs() for jobs in GROUPS)):
         if job.capability == 90 and job.types.get("p_x") != "*fp32":
             kinds = [job.constants.get(kind) for kind in ("BACKWARD", "MODE", "CHANNELS_LAST", "GROUPED")]
             of_kernel.setdefault((job.kernel, *kinds), job)
     for (kernel, *kinds), job in of_kernel.items():
         label = "-".join([kernel.split(":")[1], *(str(kind) for kind in kinds if kind is not None)])
-        sizes = [name for name, kind in job.types.items() if kind == "i32" and name not in drawn]
+        sizes = [name for name, kind in job.types.items() if kind == "i32" and name not in never_specialised]
         flags = [flag for flag in absent if flag in job.constants]
         ones = dict.fromkeys(sizes, 1)
         yield replace(job, label=f"{label}-ones", constants=job.constants | ones)
@@ -275,10 +266,6 @@ def corner_jobs():
             yield replace(job, label=f"{label}-without {flag}", constants=job.constants | missing)
 
 
-JOBS = {
-    job.label: job
-    for job in itertools.chain(matrix_jobs(), epilogue_jobs(), random_jobs(), augment_jobs(), corner_jobs())
-}
 JOBS = {job.label: job for jobs in (*GROUPS, corner_jobs) for job in jobs()}
 
 
