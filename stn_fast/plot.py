@@ -109,7 +109,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for run in runs for name in run.config.hyperparameters))
+    names = list(dict.fromkeys(name for run in runs for name in run.config.enabled))
     panels = 1 + len(names)
     columns = min(COLUMNS, panels)
     lines = -(-panels // columns)
@@ -175,7 +175,7 @@ def draw_hyperparameter(axis: Axes, runs: Sequence[Run], name: str) -> None:
         axis.fill_between(epochs, low, high, color=colour, alpha=0.16, linewidth=0)
         axis.plot(epochs, value, color=colour, linewidth=1.7)
         axis.plot(run.best["epoch"], run.best["hyperparameters"][name], "o", color=colour, markersize=5, zorder=5)
-    entries = [run.config.hyperparameters[name] for run in runs if name in run.config.hyperparameters]
+    entries = [run.config.enabled[name] for run in runs if name in run.config.enabled]
     for init in {entry.init for entry in entries}:
         axis.axhline(init, color=GREY, linestyle=":", linewidth=1)
     _scale(axis, entries)

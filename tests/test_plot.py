@@ -104,3 +104,11 @@ def test_errors_are_one_line_and_status_2(runs, tmp_path, capsys):
         said = capsys.readouterr().err
         assert says in said
         assert said.count("\n") == 1
+
+
+def test_a_hyperparameter_that_a_run_left_out_has_no_panel(tmp_path):
+    left_out = "hyperparameters.input_noise.enabled=false"
+    run(resolve(digits.config(), None, [left_out, "schedule.max_steps=2", f"run_dir={tmp_path}"]), digits.build)
+    titles = [panel.get_title("left") for panel in visible(plot.draw([plot.read_run(tmp_path)]))]
+    assert "input noise" not in titles
+    assert "weight decay" in titles

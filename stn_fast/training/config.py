@@ -69,7 +69,8 @@ def _require_positive(**values: float) -> None:
 class HyperparameterConfig:
     """One tuned hyperparameter: its first guess, its open range, and the width of its perturbation.
 
-    ``init`` is in the hyperparameter's own units; ``scale`` is a standard deviation in unconstrained units.
+    ``init`` is in the hyperparameter's own units; ``scale`` is a standard deviation in unconstrained units. One that is
+    not ``enabled`` is left out: what it would regulate does not happen, and no weight responds to it.
     """
 
     init: float
@@ -78,6 +79,7 @@ class HyperparameterConfig:
     scale: float = 0.5
     integer: bool = False
     per_example: bool = True
+    enabled: bool = True
 
     def __post_init__(self) -> None:
         low = -float("inf") if self.low is None else self.low
@@ -219,13 +221,19 @@ class Config:
     run_dir: str | None = None
 
     def __post_init__(self) -> None:
-        _require(len(self.hyperparameters) > 0, "hyperparameters", {}, "needs at least one hyperparameter")
+        names = list(self.hyperparameters)
+        _require(len(self.enabled) > 0, "hyperparameters", names, "needs at least one that is enabled")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be at least 0 and below 2**63")
         _require_at_least(1, threads=self.threads)
         share = self.train_fraction
         _require(0 < share <= 1, "train_fraction", share, "must be above 0 and at most 1")
         devices = ("cpu", "cuda")
         _require(self.device in devices, "device", self.device, did_you_mean(self.device, devices))
+
+    @property
+    def enabled(self) -> dict[str, HyperparameterConfig]:
+        """The hyperparameters that the run has."""
+        return {name: entry for name, entry in self.hyperparameters.items() if entry.enabled}
 
     @property
     def directory(self) -> str:

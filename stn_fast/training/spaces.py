@@ -5,7 +5,7 @@ from stn_fast.training.config import Config
 
 
 def build_space(config: Config) -> HyperparameterSpace:
-    """One ``Hyperparameter`` for every entry of ``config.hyperparameters``, in order."""
+    """One ``Hyperparameter`` for every enabled entry of ``config.hyperparameters``, in order."""
     return HyperparameterSpace(
         [
             Hyperparameter(
@@ -18,6 +18,6 @@ def build_space(config: Config) -> HyperparameterSpace:
                 per_example=entry.per_example,
                 response=config.method.response,
             )
-            for name, entry in config.hyperparameters.items()
+            for name, entry in config.enabled.items()
         ]
     )

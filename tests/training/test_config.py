@@ -7,6 +7,7 @@ from stn_fast.errors import UserError
 from stn_fast.recipes import digits, recipe
 from stn_fast.training.config import Config, HyperparameterConfig, MethodConfig
 from stn_fast.training.layering import differences, resolve, to_yaml
+from stn_fast.training.spaces import build_space
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,16 @@ def test_an_unknown_recipe_names_the_nearest():
 def test_a_config_needs_hyperparameters():
     with pytest.raises(UserError, match="at least one"):
         Config(recipe="digits", hyperparameters={})
+
+
+def test_a_hyperparameter_that_is_not_enabled_is_left_out():
+    config = resolve(digits.config(), None, ["hyperparameters.input_noise.enabled=false"])
+    assert set(config.hyperparameters) - set(config.enabled) == {"input_noise"}
+    assert build_space(config).names == tuple(config.enabled)
+    assert differences(digits.config(), config) == ["hyperparameters.input_noise.enabled: True -> False"]
+    left = [f"hyperparameters.{name}.enabled=false" for name in config.enabled]
+    with pytest.raises(UserError, match="at least one that is enabled"):
+        resolve(config, None, left)
 
 
 def test_layers_override_one_another_in_order(tmp_path):
