@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stn_fast.data import DataSet, Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
-from stn_fast.layers import HyperLinear
+from stn_fast.layers import HyperConv2d, HyperLinear
 
 # (model, batch, hyper) -> scalar, a mean over the examples of the batch.
 Objective = Callable[[nn.Module, Split, HyperBatch], Tensor]
@@ -41,11 +41,16 @@ def classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Te
 
 
 def decayed_classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:
-    """Cross entropy + ½·weight_decay·‖W_eff‖² averaged over examples, under the hyperparameter ``weight_decay``."""
-    decay = hyper["weight_decay"]
+    """Cross entropy + ½·weight_decay·‖W_eff‖² averaged over examples, where there is a hyperparameter `weight_decay`.
+
+    The weights of gated linear layers and convolutions are decayed; biases and norms are not.
+    """
     loss = classification_loss(model, batch, hyper)
+    if "weight_decay" not in hyper.space.names:
+        return loss
+    decay = hyper["weight_decay"]
     for layer in model.modules():
-        if isinstance(layer, HyperLinear):
+        if isinstance(layer, HyperLinear | HyperConv2d):
             loss = loss + layer.weight_decay_penalty(hyper, decay)
     return loss
 
