@@ -77,9 +77,10 @@ def response_half(both: Tensor, groups: int) -> Tensor:
 
 
 def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """channels_last where x or the filters lie so, as torch's own convolutions decide."""
+    """channels_last where x or the filters lie so, as torch's own convolutions decide: one channel by its stride."""
     for tensor in (x, weight):
-        if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        several_pixels = tensor.shape[2] * tensor.shape[3] > 1
+        if several_pixels and tensor.stride(1) == 1 and tensor.is_contiguous(memory_format=torch.channels_last):
             return torch.channels_last
     return torch.contiguous_format
 
