@@ -5,7 +5,12 @@ from types import ModuleType
 
 from stn_fast.errors import UserError, did_you_mean
 
-RECIPES = {"digits": "stn_fast.recipes.digits"}
+RECIPES = {
+    "digits": "stn_fast.recipes.digits",
+    "fashion-mnist-small": "stn_fast.recipes.fashion_mnist_small",
+    "fashion-mnist": "stn_fast.recipes.fashion_mnist",
+    "cifar10": "stn_fast.recipes.cifar10",
+}
 
 
 def recipe(name: str) -> ModuleType:
