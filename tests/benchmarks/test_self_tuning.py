@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from benchmarks import self_tuning
+from stn_fast.recipes import recipe
 
 
 def test_it_prints_every_run_the_medians_and_the_ratio(tmp_path, capsys):
@@ -23,3 +26,40 @@ def test_it_counts_runs_that_turn_non_finite(capsys):
     said = capsys.readouterr().out
     assert "not finite" in said
     assert "1 of 1 runs turned non-finite" in said
+
+
+def test_guesses_start_every_dropout_rate_there_and_nothing_else():
+    defaults = recipe("digits").config()
+    before, after = defaults.hyperparameters, self_tuning.guessed(defaults, 0.7).hyperparameters
+    changed = {name: entry.init for name, entry in after.items() if entry != before[name]}
+    assert changed == {"input_dropout": 0.7, "hidden_dropout_1": 0.7, "hidden_dropout_2": 0.7}
+    assert self_tuning.guessed(defaults, None) == defaults
+
+
+def test_runs_in_processes_of_their_own_give_what_runs_in_turn_give(tmp_path, capsys):
+    found = []
+    for jobs in ("1", "2"):
+        file = tmp_path / f"{jobs}.json"
+        arguments = ["--seeds", "1", "--epochs", "4", "--methods", "stn", "fixed", "--guesses", ".2", ".6"]
+        assert self_tuning.main([*arguments, "--jobs", jobs, "--json", str(file)]) == 0
+        found.append(json.loads(file.read_text()))
+    said = capsys.readouterr().out
+    for guess in ("0.2", "0.6"):
+        for loss in ("best validation loss", "test loss there"):
+            assert said.count(f"from dropout {guess}: {loss}, median of stn / median of fixed: ") == 2
+    key = ("seed", "guess", "valid_loss", "test_loss", "hyperparameters")
+    in_turn, at_once = ([[[row[k] for k in key] for row in rows] for rows in each.values()] for each in found)
+    assert in_turn == at_once
+    assert [row["guess"] for row in found[0]["stn"]] == [0.2, 0.6]
+    assert found[0]["stn"][0]["hyperparameters_start"]["input_dropout"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--jobs", "0"], "--jobs"), (["--seeds", "0"], "--seeds"), (["--guesses", "0.95"], "init = 0.95")],
+)
+def test_wrong_arguments_are_refused(arguments, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        self_tuning.main(arguments)
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
