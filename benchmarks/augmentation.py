@@ -8,7 +8,7 @@ thirteen of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,19 +127,25 @@ def _holes(x: Tensor, strengths: Mapping[str, Tensor], draws: Tensor) -> Tensor:
     return (down[..., None] & across[..., None, :]).any(1, keepdim=True)
 
 
-def augment_image_by_image(images: NDArray[np.uint8], strengths: NDArray[np.float32], names: tuple[str, ...]) -> Tensor:
+def augment_image_by_image(
+    images: NDArray[np.uint8],
+    strengths: NDArray[np.float32],
+    names: tuple[str, ...],
+    transform: Callable[[NDArray[np.uint8], Mapping[str, float], Draws], NDArray[np.float32]] | None = None,
+) -> Tensor:
     """As a data loader without workers does it: images (N, H, W, 3), strengths (N, 13), the results stacked."""
     generator = np.random.default_rng()
     _, height, width, _ = images.shape
+    with_noise = "input_noise" in names
     augmented = []
     for image, row in zip(images, strengths.tolist(), strict=True):
         draws = Draws(
             generator.random(13, np.float32),
             generator.random((MOST_HOLES, 2), np.float32),
-            generator.standard_normal((3, height, width), np.float32),
+            generator.standard_normal((3, height, width), np.float32) if with_noise else None,
             generator.random((1, height, width), np.float32),
         )
-        augmented.append(augment_image(image, dict(zip(names, row, strict=True)), draws))
+        augmented.append((transform or augment_image)(image, dict(zip(names, row, strict=True)), draws))
     return torch.from_numpy(np.stack(augmented))
 
 
@@ -150,24 +156,49 @@ def augment_image(image: NDArray[np.uint8], s: Mapping[str, float], draws: Draws
     picture = Image.fromarray(image).transform(
         (width, height), Image.Transform.AFFINE, _coefficients(width, height, s, u), Image.Resampling.BILINEAR
     )
+    x = _normalised(_coloured(picture, s, u))
+    high = 1 + s["input_scale"]
+    x *= np.float32(1 / high + u.gain * (high - 1 / high))
+    x += np.float32(s["input_noise"]) * draws.noise
+    x *= (draws.pixels >= s["input_dropout"]) * np.float32(1 / (1 - s["input_dropout"]))
+    _cut(x, s, draws)
+    return x
+
+
+def augment_image_for_cifar10(image: NDArray[np.uint8], s: Mapping[str, float], draws: Draws) -> NDArray[np.float32]:
+    """What of this the CIFAR-10 recipe tunes: no geometry, no noise. (3, H, W)."""
+    u = Jitters(*draws.one.tolist())
+    x = _normalised(_coloured(Image.fromarray(image), s, u))
+    high = 1 + s["input_scale"]
+    x *= np.float32(1 / high + u.gain * (high - 1 / high))
+    x *= (draws.pixels >= s["input_dropout"]) * np.float32(1 / (1 - s["input_dropout"]))
+    _cut(x, s, draws)
+    return x
+
+
+def _coloured(picture: Image.Image, s: Mapping[str, float], u: Jitters) -> Image.Image:
     picture = ImageEnhance.Brightness(picture).enhance(max(0, 1 + (2 * u.brightness - 1) * s["brightness"]))
     picture = ImageEnhance.Contrast(picture).enhance(max(0, 1 + (2 * u.contrast - 1) * s["contrast"]))
     picture = ImageEnhance.Color(picture).enhance(max(0, 1 + (2 * u.saturation - 1) * s["saturation"]))
     hsv = np.array(picture.convert("HSV"))
     hsv[..., 0] += np.uint8(round(256 * (2 * u.hue - 1) * s["hue"]) % 256)
-    picture = Image.fromarray(hsv, "HSV").convert("RGB")
+    return Image.fromarray(hsv, "HSV").convert("RGB")
 
+
+def _normalised(picture: Image.Image) -> NDArray[np.float32]:
     x = np.asarray(picture, np.float32).transpose(2, 0, 1) / np.float32(255)
-    x = (x - np.array(MEAN, np.float32)[:, None, None]) / np.array(STD, np.float32)[:, None, None]
-    high = 1 + s["input_scale"]
-    x *= np.float32(1 / high + u.gain * (high - 1 / high))
-    x += np.float32(s["input_noise"]) * draws.noise
-    x *= (draws.pixels >= s["input_dropout"]) * np.float32(1 / (1 - s["input_dropout"]))
+    normalised: NDArray[np.float32] = (x - np.array(MEAN, np.float32)[:, None, None]) / np.array(STD, np.float32)[
+        :, None, None
+    ]
+    return normalised
+
+
+def _cut(x: NDArray[np.float32], s: Mapping[str, float], draws: Draws) -> None:
+    _, height, width = x.shape
     length = int(s["cutout_length"])
     for centre_x, centre_y in draws.holes[: int(s["cutout_holes"])].tolist():
         left, top = int(centre_x * width) - length // 2, int(centre_y * height) - length // 2
         x[:, max(top, 0) : max(top + length, 0), max(left, 0) : max(left + length, 0)] = 0
-    return x
 
 
 def _coefficients(width: int, height: int, s: Mapping[str, float], u: Jitters) -> tuple[float, ...]:

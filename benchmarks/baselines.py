@@ -42,6 +42,34 @@ def gated_epilogue(
     return plain + bias + F.linear(h, weight_gate) * response + F.linear(h, bias_gate) * response_bias
 
 
+def gated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    response_weight: Tensor,
+    response_bias: Tensor,
+    weight_gate: Tensor,
+    bias_gate: Tensor,
+    h: Tensor,
+    *,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    """y = conv(x, W) + b + (h Gwᵀ) ⊙ conv(x, R) + (h Gbᵀ) ⊙ r as two branches, a gate to a channel of an example."""
+    plain = F.conv2d(x, weight, bias, stride, padding)
+    response = F.linear(h, weight_gate)[:, :, None, None] * F.conv2d(x, response_weight, None, stride, padding)
+    return plain + response + (F.linear(h, bias_gate) * response_bias)[:, :, None, None]
+
+
+def gated_channels(
+    products: Tensor, bias: Tensor, response_bias: Tensor, weight_gate: Tensor, bias_gate: Tensor, h: Tensor
+) -> Tensor:
+    """y from [P, Q] = conv(x, [W; R]) (B, 2·O, H, W): all of gated_conv2d but its convolution."""
+    plain, response = products.chunk(2, dim=1)
+    shift = bias + F.linear(h, bias_gate) * response_bias
+    return plain + F.linear(h, weight_gate)[:, :, None, None] * response + shift[:, :, None, None]
+
+
 class Limit(NamedTuple):
     """The bare library products of a gated linear layer, with all that they read prepared beforehand.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import augmentation, baselines
+from benchmarks import baselines, image_cases
 from benchmarks.baselines import Limit, Range
+from benchmarks.gradients import compiled, differentiate
 from benchmarks.timing import Provider
 
 HYPERPARAMETERS = 15
@@ -40,15 +40,6 @@ DROPOUT_DIMS: dict[str, tuple[int, tuple[int, ...]]] = {
     "channel": (0, (2, 3)),
     "locked": (1, (0,)),
 }
-
-# (B, C, H, W): a batch of CIFAR-10, and photographs
-AUGMENT_SHAPES = ((128, 3, 32, 32), (16, 3, 224, 224))
-# Strengths are drawn from 0 to these.
-AUGMENT_STRENGTHS = {
-    "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.3, "input_scale": 0.3, "input_noise": 0.2,
-    "rotation": 20.0, "translation": 0.1, "scale": 0.2, "shear": 10.0, "cutout_length": 16.99, "cutout_holes": 4.99,
-    "input_dropout": 0.3,
-}  # fmt: skip
 
 # mode: (whether the forward is timed, which of x, W, b, R, r, Gw, Gb, h have their gradient timed)
 GATED_LINEAR_MODES: dict[str, tuple[bool, tuple[bool, ...]]] = {
@@ -83,7 +74,9 @@ class Case:
         if self.op == "perturb":
             return _perturb(self)
         if self.op == "augment":
-            return _augment(self)
+            return image_cases.augment(self)
+        if self.op.startswith("gated_conv2d"):
+            return image_cases.gated_conv2d(self)
         return _dropout(self, self.op.removeprefix("dropout_"))
 
     def __str__(self) -> str:
@@ -110,40 +103,11 @@ def all_cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
         for kind, sizes in DROPOUT_SHAPES.items():
             shape = tuple(min(size, 8) for size in sizes) if quick else sizes
             yield from cases(f"dropout_{kind}", DROPOUT_MODES, shape, dtype)
-    for shape in ((4, 3, 24, 20),) if quick else AUGMENT_SHAPES:
+        for network, layers in image_cases.GATED_CONV2D_SHAPES.items():
+            for convolution in ((4, 5, 9, 9, 6, 3, 2),) if quick else layers:
+                yield from cases(f"gated_conv2d_{network}", image_cases.GATED_CONV2D_MODES, convolution, dtype)
+    for shape in ((4, 3, 24, 20),) if quick else image_cases.AUGMENT_SHAPES:
         yield from cases("augment", ("forward",), shape, torch.float32)
-
-
-def differentiate(
-    function: Callable[..., Tensor | tuple[Tensor, ...]],
-    inputs: Sequence[Tensor],
-    wanted: Sequence[bool],
-    grad_outputs: Tensor | Sequence[Tensor],
-    forward: bool = True,
-) -> Provider:
-    """Time ``function``, with the gradients of the wanted inputs; ``forward=False`` times those gradients alone."""
-    if not any(wanted):
-        plain = [tensor.detach() for tensor in inputs]
-
-        def evaluate(_: None) -> object:
-            with torch.no_grad():
-                return function(*plain)
-
-        return Provider(evaluate)
-    leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(inputs, wanted, strict=True)]
-    targets = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
-
-    def backward(outputs: Any) -> object:
-        return torch.autograd.grad(outputs, targets, grad_outputs)
-
-    if forward:
-        return Provider(lambda _: backward(function(*leaves)))
-    return Provider(backward, prepare=lambda: function(*leaves))
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for the one shape of a case."""
-    return torch.compile(function, dynamic=False)
 
 
 def gated_linear_inputs(case: Case) -> tuple[list[Tensor], Tensor]:
@@ -264,38 +228,3 @@ def _dropout(case: Case, kind: str) -> dict[str, Provider]:
         return (x * 2.0, dy * 2.0) if case.mode == "full" else x * 2.0
 
     return providers | {"limit_one_pass": Provider(scale_once)}
-
-
-def augment_inputs(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
-    """Images, and all strengths."""
-    images = torch.randint(0, 256, case.shape, dtype=torch.uint8, device=case.device)
-    return images, {
-        name: torch.rand(len(images), device=case.device) * most for name, most in AUGMENT_STRENGTHS.items()
-    }
-
-
-def _augment(case: Case) -> dict[str, Provider]:
-    from stn_fast.functional import augment
-
-    images, strengths = augment_inputs(case)
-    step = torch.zeros((), dtype=torch.int64, device=case.device)
-    options: dict[str, Any] = dict(
-        mean=augmentation.MEAN, std=augmentation.STD, flip=augmentation.FLIP, crop_padding=augmentation.CROP_PADDING
-    )
-
-    def fused(_: None) -> object:
-        return augment(images, strengths, seed=0, step=step, stream=1, **options)
-
-    def eager(_: None) -> object:
-        return augmentation.augment(images, strengths, augmentation.draw(images))
-
-    providers = {"stn_fast": Provider(fused), "eager": Provider(eager)}
-    if case.device.type == "cuda":
-        return providers  # events on a stream do not time Pillow
-    # What a data loader holds: arrays with the channels last.
-    arrays, rows = images.permute(0, 2, 3, 1).numpy().copy(), torch.stack([*strengths.values()], 1).numpy()
-
-    def by_image(_: None) -> object:
-        return augmentation.augment_image_by_image(arrays, rows, tuple(strengths))
-
-    return providers | {"pillow": Provider(by_image)}

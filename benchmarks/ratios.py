@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import platform
 import sys
 from collections.abc import Sequence
@@ -103,6 +104,27 @@ def print_case(case: Case, rows: Sequence[Row], timings: Timings) -> None:
     sys.stdout.flush()
 
 
+def print_means(rows: Sequence[Row]) -> None:
+    """Geometric means of the package's ratios over the shapes of each operation and mode that has several."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row["provider"] == "stn_fast":
+            groups.setdefault((row["op"], row["mode"], row["dtype"]), []).append(row)
+    several = {key: group for key, group in groups.items() if len(group) > 1}
+    if several:
+        print("\ngeometric means of stn_fast over shapes: to the limit, to eager")
+    for (op, mode, dtype), group in several.items():
+        means = [
+            geometric_mean([row[key] for row in group]) if all(row[key] for row in group) else None
+            for key in ("ratio_to_limit", "ratio_to_eager")
+        ]
+        print(f"  {op} {mode} {dtype}: " + ", ".join("-" if mean is None else f"{mean:.3f}" for mean in means))
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
 def write(path: Path, rows: Sequence[Row]) -> None:
     """A JSON array with one row to a line, so that two recordings can be compared with diff."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows += measured
         if options.json:
             write(options.json, rows)
+    print_means(rows)
     return 0
 
 

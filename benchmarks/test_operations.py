@@ -20,9 +20,15 @@ from benchmarks.timing import Provider
 pytest.importorskip("pytest_benchmark")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CASES = [case for case in all_cases(DEVICE) if case.mode in ("forward", "full", "valid")]
+CASES = [
+    case
+    for case in all_cases(DEVICE)
+    if case.op != "gated_conv2d_resnet18"  # takes minutes
+    if case.mode in ("forward", "full", "valid") or case.op == "gated_conv2d_alexnet"
+]
 PROVIDERS = {
     "gated_linear": ("stn_fast", "eager", "compiled", "limit_one_product", "limit_two_products"),
+    "gated_conv2d": ("stn_fast", "eager", "compiled", "limit_one_convolution"),
     "perturb": ("stn_fast", "eager", "compiled"),
     "dropout": ("stn_fast", "eager", "compiled", "limit_one_pass"),
     "augment": ("stn_fast", "eager") if DEVICE.type == "cuda" else ("stn_fast", "eager", "pillow"),
@@ -36,7 +42,7 @@ def providers_of(case: Case) -> dict[str, Provider]:
 
 @pytest.mark.parametrize(
     ("case", "name"),
-    [(case, name) for case in CASES for name in PROVIDERS[case.op.split("_")[0] if "drop" in case.op else case.op]],
+    [(case, name) for case in CASES for op, names in PROVIDERS.items() if case.op.startswith(op) for name in names],
     ids=str,
 )
 def test_speed(case: Case, name: str, benchmark: Any) -> None:

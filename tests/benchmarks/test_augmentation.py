@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from benchmarks import augmentation
-from benchmarks.cases import Case, augment_inputs
+from benchmarks.cases import Case
+from benchmarks.image_cases import augment_inputs
 from stn_fast.ops import augment as op
 
 BATCH, SIZE = 6, 24

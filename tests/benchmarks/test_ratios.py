@@ -104,7 +104,8 @@ def test_quick_run_writes_complete_rows_and_prints_a_table(tmp_path: Path, capsy
     assert ratios.main(["--device", "cpu", "--quick", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())
     assert {row["op"] for row in rows} == {
-        "gated_linear", "perturb", "dropout_flat", "dropout_channel", "dropout_locked", "augment",
+        "gated_linear", "gated_conv2d_alexnet", "gated_conv2d_resnet18", "perturb", "augment",
+        "dropout_flat", "dropout_channel", "dropout_locked",
     }  # fmt: skip
     for row in rows:
         assert set(row) == KEYS
