@@ -34,6 +34,11 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(chosen).expanduser()
 
 
+def cache_root() -> Path:
+    """The folder of what can be made again: STN_FAST_CACHE, else ~/.cache/stn_fast."""
+    return Path(os.environ.get("STN_FAST_CACHE") or Path.home() / ".cache" / "stn_fast").expanduser()
+
+
 def verified(path: Path, published: Published) -> bytes:
     """The contents of ``path``, once their size and checksum are the published ones.
 
