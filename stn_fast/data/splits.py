@@ -17,6 +17,11 @@ class Split(NamedTuple):
     inputs: Tensor
     targets: Tensor
 
+    @property
+    def examples(self) -> int:
+        """N."""
+        return len(self.inputs)
+
     def to(self, device: torch.device | str) -> Split:
         """The same examples on ``device``."""
         return Split(self.inputs.to(device), self.targets.to(device))

@@ -2,12 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from stn_fast.data import Split
 from stn_fast.training.staging import Staging
+
+
+class Sequence(Protocol):
+    """An endless sequence of batches, each of ``examples``; where one goes on from is a count and ``state_dict``."""
+
+    examples: int
+    per_pass: int
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Batching(Protocol):
+    """How batches are made of a split."""
+
+    def sequence(
+        self, split: Split, batch_size: int, *, seed: int, stream: int, device: torch.device | None = None
+    ) -> Sequence:
+        """The batches to learn from."""
+
+    def whole(self, split: Split, size: int, *, test: bool, device: torch.device | None = None) -> Iterable[Any]:
+        """The batches of an evaluation: every example once, about ``size`` at a time."""
+
+    def misfit(self, split: Split, batch_size: int) -> str | None:
+        """What is wrong with a batch size, None where it will do."""
+
+
+class IndependentExamples:
+    """Examples in any order: ``Batches`` to learn from, each split from front to back to evaluate."""
+
+    def sequence(
+        self, split: Split, batch_size: int, *, seed: int, stream: int, device: torch.device | None = None
+    ) -> Batches:
+        return Batches(split, batch_size, seed=seed, stream=stream, device=device)
+
+    def whole(
+        self, split: Split, size: int, *, test: bool, device: torch.device | str | None = None
+    ) -> Iterator[Split]:
+        for inputs, targets in zip(split.inputs.split(size), split.targets.split(size), strict=True):
+            yield Split(inputs.to(device), targets.to(device))
+
+    def misfit(self, split: Split, batch_size: int) -> str | None:
+        return None if batch_size <= split.examples else f"must be at most {split.examples}, the examples there are"
 
 
 class Batches:
@@ -24,6 +73,7 @@ class Batches:
         if not 1 <= batch_size <= len(split.inputs):
             raise ValueError(f"batch_size wants 1 to {len(split.inputs)}, the examples there are; got {batch_size}")
         self.split, self.batch_size, self.seed, self.stream = split, batch_size, seed, stream
+        self.examples = batch_size
         self.per_pass = len(split.inputs) // batch_size
         self._pass, self._order = -1, torch.empty(0, dtype=torch.int64)
         crosses = device is not None and device.type == "cuda" and not split.inputs.is_cuda
@@ -40,6 +90,13 @@ class Batches:
         batch = self._staging.receive(self._sent[1])
         self._sent = index + 1, self._staging.send(self._chosen(index + 1))
         return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the count of batches says it all."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Has nothing to put back."""
 
     def _chosen(self, index: int) -> Tensor:
         number, position = divmod(index, self.per_pass)

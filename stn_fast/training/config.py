@@ -141,21 +141,29 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD with momentum, which trains the weights.
+    """SGD with momentum, or Adam, whose β₁ ``momentum`` is: what trains the weights.
+
+    A gradient of a greater Euclidean norm than ``clip``, all weights together, is scaled down to it.
 
     After every epoch whose validation loss is no better than the best of those at least ``decay_patience`` epochs
     before it, the learning rate is multiplied by ``decay_factor``; 1 holds it. The run ends once it is below
     ``min_learning_rate``.
     """
 
+    name: Literal["sgd", "adam"] = "sgd"
     learning_rate: float = 0.05
     momentum: float = 0.9
+    clip: float | None = None
     decay_factor: float = 1.0
     decay_patience: int = 10
     min_learning_rate: float = 0.0
 
     def __post_init__(self) -> None:
+        names = ("sgd", "adam")
+        _require(self.name in names, "name", self.name, did_you_mean(self.name, names))
         _require_positive(learning_rate=self.learning_rate)
+        if self.clip is not None:
+            _require_positive(clip=self.clip)
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be at least 0 and below 1")
         _require(0 < self.decay_factor <= 1, "decay_factor", self.decay_factor, "must be above 0 and at most 1")
         _require_at_least(1, decay_patience=self.decay_patience)
@@ -183,6 +191,9 @@ class ScheduleConfig:
     ``max_steps`` ends the run early; it counts training and validation steps alike, as ``step`` in
     ``metrics.jsonl`` does. So does ``patience``, the number of epochs in a row without a new best validation loss.
     A checkpoint is written every ``checkpoint_epochs`` and at every new best validation loss.
+
+    ``batch_size`` and ``valid_batch_size`` count the examples of a step: of a text, the streams that are read side by
+    side. An evaluation takes about ``eval_batch_size`` examples, of a text words, at a time; no score depends on it.
     """
 
     epochs: int = 100
@@ -200,8 +211,28 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class TextConfig:
+    """How a text is read.
+
+    At a step each stream advances by ``window`` words, which is as far as gradients reach back. An evaluation cuts the
+    validation text into ``valid_streams`` and the test text into ``test_streams``: each begins without a past, so fewer
+    give the better and truer perplexity, and take longer. Words that the training text has fewer than ``min_count``
+    times are read as ``<unk>``.
+    """
+
+    window: int = 70
+    valid_streams: int = 10
+    test_streams: int = 1
+    min_count: int = 1
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, window=self.window, min_count=self.min_count)
+        _require_at_least(1, valid_streams=self.valid_streams, test_streams=self.test_streams)
+
+
+@dataclass(frozen=True)
 class Config:
-    """A whole run. ``run_dir`` defaults to ``runs/<recipe>-<method>-seed<seed>``.
+    """A whole run. ``run_dir`` defaults to ``runs/<recipe>-<method>-seed<seed>``; ``text`` is there for texts alone.
 
     ``train_fraction`` is the share of the training examples that is used; validation and test examples stay.
     ``threads`` is how many CPU threads it uses; without one, as many as torch is set to. Rounding may depend on it.
@@ -213,6 +244,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     hyper_optimizer: HyperOptimizerConfig = field(default_factory=HyperOptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    text: TextConfig | None = None
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None

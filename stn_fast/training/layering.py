@@ -59,6 +59,8 @@ def overlay(tree: Tree, update: Mapping[str, Any], where: str, section: str = ""
         name = f"{section}{key}"
         if key not in tree:
             raise UserError(f"unknown key '{name}' {where}: {did_you_mean(str(key), tree)}")
+        if tree[key] is None and isinstance(value, Mapping):
+            raise UserError(f"{name} {where}: the recipe has no such section of keys")
         if not isinstance(tree[key], dict):
             tree[key] = value
         elif isinstance(value, Mapping):

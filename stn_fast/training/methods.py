@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from stn_fast.data import Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.layers.regularisers import _PerExampleRegulariser
-from stn_fast.training.config import Config
+from stn_fast.training.config import Config, OptimizerConfig
+from stn_fast.training.streams import Window, without_state
 from stn_fast.training.task import Objective, Task
+
+Batch = tuple[Tensor, Tensor] | Window
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
@@ -48,6 +51,7 @@ class FixedHyperparameters:
         space: its hyperparameters; their initial values are the ones used.
         training_objective: descended by ``train_step``.
         optimizer: makes the optimizer from the parameters to train.
+        clip: the greatest Euclidean norm of a training step's gradient, which is scaled down to it; None for any.
         seed: with ``step``, fixes dropout masks and noise.
     """
 
@@ -60,9 +64,10 @@ class FixedHyperparameters:
         training_objective: Objective,
         *,
         optimizer: MakeOptimizer = default_optimizer,
+        clip: float | None = None,
         seed: int = 0,
     ) -> None:
-        self.model, self.space, self.seed = model, space.with_response("shifted"), seed
+        self.model, self.space, self.seed, self.clip = model, space.with_response("shifted"), seed, clip
         self.training_objective = training_objective
         check_streams(model)
         for name, parameter in model.named_parameters():
@@ -72,20 +77,25 @@ class FixedHyperparameters:
         self.optimizer = optimizer(trained)
         self.location, self.raw_scale = space.initial_state(trained[0].device)
 
-    def train_step(self, batch: tuple[Tensor, Tensor], step: int | Tensor) -> Tensor:
-        """Updates the weights on one training batch (inputs, targets), as a DataLoader gives it.
+    def train_step(self, batch: Batch, step: int | Tensor) -> Tensor:
+        """Updates the weights on one training batch: (inputs, targets), as a DataLoader gives it, or a ``Window``.
 
-        Returns the loss, a detached scalar on the device.
+        Returns the loss, a detached scalar on the device. What state the objective returns beside it goes to the next
+        window.
         """
-        batch = Split(*batch)
+        batch = batch if isinstance(batch, Window) else Split(*batch)
         self.model.train()
-        loss = self.training_objective(self.model, batch, self._training_hyper(len(batch.inputs), step))
+        hyper = self._training_hyper(batch.examples, step)
+        loss = without_state(self.training_objective(self.model, batch, hyper), batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.clip is not None:
+            trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.clip)
         self.optimizer.step()
         return loss.detach()
 
-    def valid_step(self, batch: tuple[Tensor, Tensor], step: int | Tensor) -> Tensor:
+    def valid_step(self, batch: Batch, step: int | Tensor) -> Tensor:
         """Has nothing to do here."""
         raise RuntimeError(f"{type(self).__name__} does not tune hyperparameters: call train_step alone")
 
@@ -131,7 +141,7 @@ class SelfTuning(FixedHyperparameters):
     and raw scale alone, through the response; the model is in evaluation mode and no weight gradient is computed.
 
     Args:
-        model, space, training_objective, optimizer, seed: as for ``FixedHyperparameters``.
+        model, space, training_objective, optimizer, clip, seed: as for ``FixedHyperparameters``.
         validation_objective: F, without penalties.
         hyper_optimizer: makes the optimizer of location and raw scale.
         entropy_weight: τ.
@@ -151,9 +161,10 @@ class SelfTuning(FixedHyperparameters):
         entropy_weight: float = 1e-3,
         tune_scales: bool = True,
         freeze: bool = False,
+        clip: float | None = None,
         seed: int = 0,
     ) -> None:
-        self.model, self.space, self.seed = model, space, seed
+        self.model, self.space, self.seed, self.clip = model, space, seed, clip
         self.training_objective, self.validation_objective = training_objective, validation_objective
         self.entropy_weight, self.tune_scales, self.tunes = entropy_weight, tune_scales, not freeze
         check_streams(model)
@@ -175,8 +186,8 @@ class SelfTuning(FixedHyperparameters):
     def _perturbed(self, batch_size: int, step: int | Tensor) -> HyperBatch:
         return self.space.sample(self.location, self.raw_scale, batch_size=batch_size, seed=self.seed, step=step)
 
-    def valid_step(self, batch: tuple[Tensor, Tensor], step: int | Tensor) -> Tensor:
-        """Updates location and raw scale on one validation batch (inputs, targets).
+    def valid_step(self, batch: Batch, step: int | Tensor) -> Tensor:
+        """Updates location and raw scale on one validation batch, as ``train_step`` takes it.
 
         Returns F without its entropy term, a detached scalar on the device. Weights and their ``.grad`` are
         left as they are.
@@ -184,18 +195,18 @@ class SelfTuning(FixedHyperparameters):
         Raises:
             RuntimeError: no hyperparameter has a part in the validation loss.
         """
-        batch = Split(*batch)
+        batch = batch if isinstance(batch, Window) else Split(*batch)
         if not self.tunes:
             raise RuntimeError("freeze=True holds the hyperparameters: call train_step alone")
         self.model.eval()
-        size = len(batch.inputs)
+        size = batch.examples
         with held(self.model.parameters()):
             hyper = (
                 self._perturbed(size, step)
                 if self.tune_scales
                 else self.space.at(self.location, batch_size=size, seed=self.seed, step=step)
             )
-            loss = self.validation_objective(self.model, batch, hyper)
+            loss = without_state(self.validation_objective(self.model, batch, hyper), batch)
             if not loss.requires_grad:
                 raise RuntimeError(
                     "the validation loss does not depend on the hyperparameters: the model wants layers that "
@@ -245,14 +256,10 @@ def held(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 def build_method(config: Config, task: Task) -> FixedHyperparameters:
     """The method that ``config.method`` names, on ``task``."""
-    optimizer = partial(
-        torch.optim.SGD,
-        lr=config.optimizer.learning_rate,
-        momentum=config.optimizer.momentum,
-    )
+    optimizer, clip = weight_optimizer(config.optimizer), config.optimizer.clip
     if config.method.name == "fixed":
         return FixedHyperparameters(
-            task.model, task.space, task.training_objective, optimizer=optimizer, seed=config.seed
+            task.model, task.space, task.training_objective, optimizer=optimizer, clip=clip, seed=config.seed
         )
     return SelfTuning(
         task.model,
@@ -267,5 +274,13 @@ def build_method(config: Config, task: Task) -> FixedHyperparameters:
         entropy_weight=config.method.entropy_weight,
         tune_scales=config.method.tune_scales,
         freeze=config.method.freeze,
+        clip=clip,
         seed=config.seed,
     )
+
+
+def weight_optimizer(config: OptimizerConfig) -> MakeOptimizer:
+    """Makes the optimizer of the weights that ``config`` describes."""
+    if config.name == "adam":
+        return partial(torch.optim.Adam, lr=config.learning_rate, betas=(config.momentum, 0.999))
+    return partial(torch.optim.SGD, lr=config.learning_rate, momentum=config.momentum)

@@ -31,8 +31,9 @@ class Progress:
         """Shows a row of metrics.jsonl; evaluations alone are worth a line."""
         if self.quiet or row["phase"] != "eval":
             return
-        accuracy = row.get("valid_accuracy")
-        text = f"valid loss {row['loss']:.4f}" + ("" if accuracy is None else f", accuracy {accuracy:.3f}")
+        text = f"valid loss {row['loss']:.4f}"
+        text += f", accuracy {row['valid_accuracy']:.3f}" if "valid_accuracy" in row else ""
+        text += f", perplexity {row['valid_perplexity']:.2f}" if "valid_perplexity" in row else ""
         epoch = row["epoch"]
         if self._bar is not None:
             self._bar.n = epoch
@@ -65,6 +66,7 @@ def summary(result: dict[str, Any]) -> str:
         f"best validation loss {result['valid_loss']:.4f} at step {result['best_step']} of {result['steps']}; there, "
         f"test loss {result['test_loss']:.4f}"
         + (f", test accuracy {result['test_accuracy']:.4f}" if "test_accuracy" in result else "")
+        + (f", test perplexity {result['test_perplexity']:.2f}" if "test_perplexity" in result else "")
     )
     lines.append(f"{result['steps']} steps at {result['steps_per_second']:.4g} a second, ended by {result['ended_by']}")
     return "\n".join(lines)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 import stn_fast
-from stn_fast.data import Split
 from stn_fast.errors import UserError
 from stn_fast.training import checkpoint
 from stn_fast.training.config import FLAGS, Config, ConfigError
@@ -111,9 +110,9 @@ def checked_task(config: Config, build_task: Callable[[Config], Task]) -> Task:
     try:
         task = build_task(config)
         for key, split in (("batch_size", task.data.train), ("valid_batch_size", task.data.valid)):
-            size, examples = getattr(config.schedule, key), len(split.inputs)
-            if size > examples:
-                raise ConfigError(f"schedule.{key}", size, f"must be at most {examples}, the examples there are")
+            size = getattr(config.schedule, key)
+            if (wrong := task.batching.misfit(split, size)) is not None:
+                raise ConfigError(f"schedule.{key}", size, wrong)
         _rehearse(task, config.schedule.batch_size)
     except UserError:
         raise
@@ -129,10 +128,10 @@ def _rehearse(task: Task, batch_size: int) -> None:
     Two examples do, which normalisation over the batch needs; what it keeps of them is put back.
     """
     device = next(task.model.parameters()).device
-    first = Split(*(part[: min(2, batch_size)] for part in task.data.train)).to(device)
+    first = task.batching.sequence(task.data.train, min(2, batch_size), seed=0, stream=0, device=device)[0]
     location, _ = task.space.initial_state(device)
     kept = [(buffer, buffer.clone()) for buffer in task.model.buffers()]
-    task.training_objective(task.model, first, task.space.at(location, batch_size=len(first.inputs)))
+    task.training_objective(task.model, first, task.space.at(location, batch_size=first.examples))
     for buffer, before in kept:
         buffer.copy_(before)
 

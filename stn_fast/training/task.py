@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,12 +12,17 @@ from torch import Tensor, nn
 from stn_fast.data import DataSet, Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.layers import HyperConv2d, HyperLinear
+from stn_fast.training.batches import Batching, IndependentExamples
 
-# (model, batch, hyper) -> scalar, a mean over the examples of the batch.
-Objective = Callable[[nn.Module, Split, HyperBatch], Tensor]
+# (model, batch, hyper) -> scalar, a mean over the examples of the batch. Where batches are windows of a text, that or
+# (scalar, new state), the state being the model's; the next window has it as its own.
+Objective = Callable[[nn.Module, Any, HyperBatch], Any]
 
-# (model, batch, hyper) -> {name: scalar}, each a sum over the examples of the batch.
-Scores = Callable[[nn.Module, Split, HyperBatch], dict[str, Tensor]]
+# (model, batch, hyper) -> {name: scalar}, each a sum over the examples of the batch, or ({...}, new state).
+Scores = Callable[[nn.Module, Any, HyperBatch], Any]
+
+# {name: mean score} -> {name: what is reported of it}.
+Report = Callable[[dict[str, float]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,8 @@ class Task:
     """All that a recipe builds and a trainer needs.
 
     ``training_objective`` may carry penalties; ``validation_objective`` must not: the hyperparameters descend it.
-    ``scores`` reports on a split; it must include ``loss``, the validation objective as a sum.
+    ``scores`` reports on a split; it must include ``loss``, the validation objective as a sum. ``report`` may add to
+    their means what is no mean itself. ``batching`` makes the batches that all of them see.
     """
 
     space: HyperparameterSpace
@@ -33,6 +40,8 @@ class Task:
     training_objective: Objective
     validation_objective: Objective
     scores: Scores
+    report: Report = dict
+    batching: Batching = field(default_factory=IndependentExamples)
 
 
 def classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:

@@ -14,12 +14,12 @@ import torch
 from stn_fast.data import Split
 from stn_fast.errors import UserError
 from stn_fast.training import checkpoint
-from stn_fast.training.batches import Batches
 from stn_fast.training.config import Config
 from stn_fast.training.methods import FixedHyperparameters
 from stn_fast.training.metrics import MeanLoss, MetricsLog, describe
 from stn_fast.training.plateau import Plateau
 from stn_fast.training.signals import Interrupted, StopRequest
+from stn_fast.training.streams import without_state
 from stn_fast.training.task import Task
 
 Row = dict[str, Any]
@@ -33,7 +33,7 @@ class Trainer:
     """Runs ``method`` on ``task`` as ``config`` says and writes rows and checkpoints.
 
     Everything that decides the next step is in ``state_dict``: batch orders and random draws are pure functions of
-    the seed and of the counts of steps, so nothing else has to be kept.
+    the seed and of the counts of steps, so nothing else has to be kept but the state that a text leaves in a model.
 
     Args:
         config, task, method: what to run.
@@ -54,8 +54,9 @@ class Trainer:
         self.report = report
         train, valid, _ = task.data
         device = method.location.device
-        self.train_batches = Batches(train, schedule.batch_size, seed=config.seed, stream=0, device=device)
-        self.valid_batches = Batches(valid, schedule.valid_batch_size, seed=config.seed, stream=1, device=device)
+        sequence, seed = task.batching.sequence, config.seed
+        self.train_batches = sequence(train, schedule.batch_size, seed=seed, stream=0, device=device)
+        self.valid_batches = sequence(valid, schedule.valid_batch_size, seed=seed, stream=1, device=device)
         self.train_steps = self.valid_steps = 0
         self.train_loss, self.valid_loss = MeanLoss(device), MeanLoss(device)
         self.best: Row = {"valid_loss": math.inf, "step": 0}
@@ -163,7 +164,7 @@ class Trainer:
         ):
             if losses.steps:
                 loss, steps = losses.take()
-                self._write(log, phase, loss, steps * batches.batch_size, self.reported_at, extra)
+                self._write(log, phase, loss, steps * batches.examples, self.reported_at, extra)
         began = self._seconds()
         valid, test = self.evaluate(self.task.data.valid), self.evaluate(self.task.data.test)
         scores = {f"valid_{name}": value for name, value in valid.items() if name != "loss"}
@@ -216,16 +217,16 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> dict[str, float]:
-        """Mean scores over all of ``split`` at the unperturbed hyperparameters, on folded weights."""
+        """Scores of all of ``split`` at the unperturbed hyperparameters, on folded weights."""
         self.method.model.eval()
         totals: dict[str, torch.Tensor] = {}
-        size = self.config.schedule.eval_batch_size
-        for inputs, targets in zip(split.inputs.split(size), split.targets.split(size), strict=True):
-            batch = Split(inputs, targets).to(self.method.location.device)
-            hyper = self.method.unperturbed(len(inputs))
-            for name, value in self.task.scores(self.method.model, batch, hyper).items():
+        size, device = self.config.schedule.eval_batch_size, self.method.location.device
+        for batch in self.task.batching.whole(split, size, test=split is self.task.data.test, device=device):
+            hyper = self.method.unperturbed(batch.examples)
+            scores = without_state(self.task.scores(self.method.model, batch, hyper), batch)
+            for name, value in scores.items():
                 totals[name] = totals.get(name, 0) + value.double()
-        return {name: total.item() / len(split.inputs) for name, total in totals.items()}
+        return self.task.report({name: total.item() / split.examples for name, total in totals.items()})
 
     def _save(self, log: MetricsLog) -> None:
         if self._saved_at == self.step:
@@ -296,6 +297,8 @@ class Trainer:
             "method": self.method.state_dict(),
             "train_steps": self.train_steps,
             "valid_steps": self.valid_steps,
+            "train_batches": self.train_batches.state_dict(),
+            "valid_batches": self.valid_batches.state_dict(),
             "train_loss": self.train_loss.state_dict(),
             "valid_loss": self.valid_loss.state_dict(),
             "best": self.best,
@@ -309,6 +312,8 @@ class Trainer:
     def load_state_dict(self, state: Row) -> None:
         """Puts back what ``state_dict`` gave."""
         self.method.load_state_dict(state["method"])
+        self.train_batches.load_state_dict(state["train_batches"])
+        self.valid_batches.load_state_dict(state["valid_batches"])
         self.train_loss.load_state_dict(state["train_loss"])
         self.valid_loss.load_state_dict(state["valid_loss"])
         self.plateau.load_state_dict(state["plateau"])
