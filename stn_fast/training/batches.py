@@ -13,7 +13,7 @@ from stn_fast.data import Split
 from stn_fast.training.staging import Staging
 
 
-class Sequence(Protocol):
+class BatchSequence(Protocol):
     """An endless sequence of batches, each of ``examples``; where one goes on from is a count and ``state_dict``."""
 
     examples: int
@@ -31,7 +31,7 @@ class Batching(Protocol):
 
     def sequence(
         self, split: Split, batch_size: int, *, seed: int, stream: int, device: torch.device | None = None
-    ) -> Sequence:
+    ) -> BatchSequence:
         """The batches to learn from."""
 
     def whole(self, split: Split, size: int, *, test: bool, device: torch.device | None = None) -> Iterable[Any]:
