@@ -224,6 +224,7 @@ def _head(figure: Figure, runs: Sequence[Run], top: float) -> None:
         config, best = runs[0].config, runs[0].best
         title = f"{config.recipe}, {config.method.label}, seed {config.seed}: best validation loss {best['loss']:.3f}"
         title += f", test accuracy there {best['test_accuracy']:.3f}" if "test_accuracy" in best else ""
+        title += f", test perplexity there {best['test_perplexity']:.1f}" if "test_perplexity" in best else ""
         figure.text(0.5, 1 - 0.25 / height, title, ha="center", va="center", fontsize=12)
     else:
         handles = [Line2D([], [], color=colour_of(i), linewidth=2.5) for i in range(len(runs))]

@@ -12,7 +12,7 @@ def rows(directory: Path, timeless: bool = True) -> list[dict]:
     return [{key: value for key, value in row.items() if not (timeless and key in TIMES)} for row in found]
 
 
-def result(directory: Path) -> dict:
-    """result.json without its times."""
+def result(directory: Path, timeless: bool = True) -> dict:
+    """result.json, without its times."""
     found = json.loads((directory / "result.json").read_text())
-    return {key: value for key, value in found.items() if key not in TIMES}
+    return {key: value for key, value in found.items() if not (timeless and key in TIMES)}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from run_files import result, rows
 from torch import nn
 
+from stn_fast import plot
 from stn_fast.data import DataSet, Split
 from stn_fast.data.text import predictions
 from stn_fast.errors import UserError
@@ -22,6 +23,7 @@ from stn_fast.training.config import Config, HyperparameterConfig, MethodConfig,
 from stn_fast.training.language import next_word_loss, next_word_scores, with_perplexity
 from stn_fast.training.layering import resolve
 from stn_fast.training.methods import FixedHyperparameters, SelfTuning, build_method
+from stn_fast.training.progress import Progress, summary
 from stn_fast.training.run import checked_task, run, using_threads
 from stn_fast.training.spaces import build_space
 from stn_fast.training.streams import ContinuousText, Streams, Window
@@ -306,6 +308,18 @@ def test_a_run_reports_perplexity_and_words(train):
     assert evaluations[-1]["loss"] < 0.95 * evaluations[0]["loss"]
     assert all(row["test_perplexity"] == math.exp(row["test_loss"]) for row in evaluations)
     assert evaluations[-1]["step"] == 4 * 20 + (3 * 20) // 2  # 2003 words in 8 streams of 12 words at a step
+
+
+def test_what_a_run_says_and_draws_names_its_perplexity(train, capsys):
+    directory = train("schedule.epochs=1")
+    got = result(directory, timeless=False)
+    assert f"test perplexity {got['test_perplexity']:.2f}" in summary(got)
+    last = rows(directory, timeless=False)[-1]
+    Progress(epochs=1).row(last)
+    assert f"perplexity {last['valid_perplexity']:.2f}" in capsys.readouterr().err
+    figure = plot.draw([plot.read_run(directory)])
+    best = plot.read_run(directory).best
+    assert any(f"test perplexity there {best['test_perplexity']:.1f}" in text.get_text() for text in figure.texts)
 
 
 def test_self_tuning_moves_what_a_text_is_learnt_with(train):
