@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from stn_fast import functional
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import GatedLayer, check_sizes, give_parameters
+from stn_fast.ops._transforms import in_transform
 
 
 class HyperBatchNorm2d(GatedLayer):
@@ -17,11 +18,12 @@ class HyperBatchNorm2d(GatedLayer):
     In training x̂ has the batch's own mean and variance, and so do the running statistics that eval mode uses. The
     batches are those run in training mode, hence those of *perturbed* hyperparameters: the activations that a
     validation step, itself perturbed, and an evaluation meet are spread around the same point. An eval-mode pass never
-    changes them.
+    changes them, nor does one under forward-mode AD or torch.func: the response step of a delta-STN is run on the batch
+    that its general step has already counted.
 
     Parameters and buffers are named and shaped as in torch.nn.BatchNorm2d, so a plain checkpoint loads with
     strict=False. weight starts at 1 and bias at 0; the responses R, r uniform in ±1, as ±1/√fan_in with the one input
-    that a channel has; the gates from N(0, 0.01²). Weight decay leaves scale and shift alone.
+    that a channel has; the gates from N(0, 0.01²).
 
     Args:
         num_features: C.
@@ -78,7 +80,8 @@ class HyperBatchNorm2d(GatedLayer):
                     f"HyperBatchNorm2d normalises by the batch in training and wants at least 2 examples; got {len(x)} "
                     "(use a larger batch or drop the last one, or call eval())"
                 )
-            self.num_batches_tracked.add_(1)
+            if not in_transform():
+                self.num_batches_tracked.add_(1)
         # y = x̂ ⊙ scale + shift, and x̂ = (x - mean) / deviation
         scale = torch.addcmul(self.weight, h @ self.weight_gate.T, self.response_weight)
         shift = torch.addcmul(self.bias, h @ self.bias_gate.T, self.response_bias)
@@ -92,8 +95,13 @@ class HyperBatchNorm2d(GatedLayer):
         return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None]).to(x.dtype)
 
     def _normalised(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        statistics = (self.running_mean, self.running_var)
-        return F.batch_norm(x, *statistics, scale, shift, self.training, self.momentum, self.eps)
+        frozen = self.training and in_transform()
+        mean, variance = (None, None) if frozen else (self.running_mean, self.running_var)
+        return F.batch_norm(x, mean, variance, scale, shift, self.training, self.momentum, self.eps)
+
+    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
+        """0: weight decay is for filters, and leaves the scale and shift of normalised activations alone."""
+        return torch.zeros_like(decay).sum()
 
     def fold(self, response: Tensor) -> nn.BatchNorm2d:
         """The plain layer this one is at one response input (n,), with a copy of the running statistics."""

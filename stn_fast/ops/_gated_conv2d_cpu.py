@@ -25,7 +25,7 @@ from torch import Tensor
 from stn_fast.ops import _gated_conv2d_driver as driver
 from stn_fast.ops._core import address
 from stn_fast.ops._gated_conv2d_driver import Geometry
-from stn_fast.ops._gated_linear_cpu import Gradients, Wanted
+from stn_fast.ops._gated_linear_plain import Gradients, Wanted
 
 _AT_ONCE = 1 << 22  # numbers: P and Q are 16 MiB
 _BLOCK = 1 << 20
@@ -167,12 +167,14 @@ def backward(
         )  # fmt: skip
 
     run = _backward_by_blocks if layout.joined else _backward_at_once
-    products = run(epilogue, dy, x, weight, response_weight, y, layout, geometry, wanted)
-    return driver.with_gates(*products, d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted)
+    dx, filters = run(epilogue, dy, x, weight, response_weight, y, layout, geometry, wanted)
+    if layout.converts:
+        filters = [None if d is None else _put(d, torch.empty_like(weight), layout) for d in filters]
+    return driver.with_gates(dx, filters, d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted)
 
 
 _Epilogue = Callable[[Tensor | None, Tensor | None, slice], None]
-_Products = tuple[Tensor | None, Tensor | None, Tensor | None]
+_Products = tuple[Tensor | None, list[Tensor | None]]  # dx and (dW, dR), these in the library's layout
 
 
 def _backward_at_once(
@@ -186,7 +188,7 @@ def _backward_at_once(
     geometry: Geometry,
     wanted: Wanted,
 ) -> _Products:
-    """dx, dW and dR from two convolutions; where it lies as P does and no ReLU follows, dy is the gradient of P."""
+    """From two convolutions; where dy lies as P does and no ReLU follows, it is the gradient of P."""
     everything = slice(0, len(x))
     wants_p, wants_q = wanted.x or wanted.weight, wanted.x or wanted.response_weight
     as_it_is = y is None and not layout.converts
@@ -212,7 +214,7 @@ def _backward_at_once(
         dx = dx.add_(more) if dx is not None and more is not None else dx
     if dx is not None and layout.converts:
         dx = _put(dx, torch.empty_like(x), layout)
-    return dx, d_weight, d_response_weight
+    return dx, [d_weight, d_response_weight]
 
 
 def _backward_by_blocks(
@@ -226,11 +228,11 @@ def _backward_by_blocks(
     geometry: Geometry,
     wanted: Wanted,
 ) -> _Products:
-    """dx, dW and dR from the joined convolution, dW and dR added up over the blocks."""
+    """From the joined convolution; dW and dR add up over the blocks."""
     if not (wanted.x or wanted.weight or wanted.response_weight):
         for block in layout.blocks():
             epilogue(None, None, block)
-        return None, None, None
+        return None, [None, None]
     _, outputs, *pixels = layout.output
     filters = _joined(weight, response_weight, geometry.groups, layout.inner)
     memory = torch.empty(layout.step, 2 * outputs, *pixels, memory_format=layout.inner)
@@ -243,13 +245,13 @@ def _backward_by_blocks(
             image = _image(x, block, layout)
         else:  # the data gradient asks for the image's shape and layout alone
             image = torch.empty(x[block].shape, memory_format=layout.inner)
-        of_x, *of_filters = driver.joined_gradients(d_both, image, filters, geometry, wanted)
+        of_x, of_filters = driver.joined_gradients(d_both, image, filters, geometry, wanted)
         if dx is not None and of_x is not None:
             _put(of_x, dx[block], layout)
         for i, part in enumerate(of_filters):
             total = totals[i]
             totals[i] = part if total is None or part is None else total.add_(part)
-    return dx, totals[0], totals[1]
+    return dx, totals
 
 
 def _joined(weight: Tensor, response_weight: Tensor, groups: int, layout: torch.memory_format) -> Tensor:

@@ -5,13 +5,13 @@ Both branches are one convolution with the filters [W; R], so that x is read onc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from stn_fast.ops._gated_linear_cpu import Gradients, Wanted
+from stn_fast.ops._gated_linear_plain import Gradients, Wanted
 
 Result: TypeAlias = tuple[Tensor, Tensor | None]
 
@@ -62,13 +62,9 @@ def join(weight: Tensor, response_weight: Tensor, groups: int) -> Tensor:
 
 
 def split(filters: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """(W, R) of `join`, each in memory of its own."""
+    """(W, R) of `join`, each in memory of its own, as results of an operation must be."""
     weight, response_weight = filters.unflatten(0, (groups, 2, -1)).unbind(1)
-    return _own(weight.flatten(0, 1)), _own(response_weight.flatten(0, 1))
-
-
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.preserve_format) if tensor._is_view() else tensor
+    return weight.clone().flatten(0, 1), response_weight.clone().flatten(0, 1)
 
 
 def response_half(both: Tensor, groups: int) -> Tensor:
@@ -213,13 +209,12 @@ def backward(
     d_both, d_scale, d_shift = kernels.epilogue_backward(
         dy, y, q, scale, groups, relu, wants_both, wants_scale, wants_shift
     )
-    dx = d_weight = d_response_weight = None
+    dx: Tensor | None = None
+    d_filters: tuple[Tensor | None, Tensor | None] = (None, None)
     if d_both is not None:
         filters = join(weight, response_weight, groups)
-        dx, d_weight, d_response_weight = joined_gradients(d_both, x, filters, geometry, wanted)
-    return with_gates(
-        dx, d_weight, d_response_weight, d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted
-    )
+        dx, d_filters = joined_gradients(d_both, x, filters, geometry, wanted)
+    return with_gates(dx, d_filters, d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted)
 
 
 def wanted_sums(response_bias: Tensor | None, wanted: Wanted) -> tuple[bool, bool]:
@@ -230,19 +225,19 @@ def wanted_sums(response_bias: Tensor | None, wanted: Wanted) -> tuple[bool, boo
 
 def joined_gradients(
     d_both: Tensor, x: Tensor, filters: Tensor, geometry: Geometry, wanted: Wanted
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dW and dR of the convolution with the joined filters, where wanted."""
+) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None]]:
+    """dx and (dW, dR) of the convolution with the joined filters, where wanted."""
     groups = geometry.groups
     if wanted.weight == wanted.response_weight:
         dx, d_filters = convolution_gradients(d_both, x, filters, geometry, wanted.x, wanted.weight)
-        return (dx, None, None) if d_filters is None else (dx, *split(d_filters, groups))
+        return dx, (None, None) if d_filters is None else split(d_filters, groups)
     dx, _ = convolution_gradients(d_both, x, filters, geometry, wanted.x, False)
     half = 0 if wanted.weight else 1
     of_filters = split(filters, groups)[half]
     of_both = d_both.unflatten(1, (groups, 2, -1))[:, :, half].flatten(1, 2)
     of_both = of_both.contiguous(memory_format=memory_format(x, filters))
     _, d_filters = convolution_gradients(of_both, x, of_filters, geometry, False, True)
-    return (dx, d_filters, None) if wanted.weight else (dx, None, d_filters)
+    return dx, (d_filters, None) if wanted.weight else (None, d_filters)
 
 
 def convolution_gradients(
@@ -260,8 +255,7 @@ def convolution_gradients(
 
 def with_gates(
     dx: Tensor | None,
-    d_weight: Tensor | None,
-    d_response_weight: Tensor | None,
+    d_filters: Sequence[Tensor | None],
     d_scale: Tensor | None,
     d_shift: Tensor | None,
     response_bias: Tensor | None,
@@ -291,9 +285,9 @@ def with_gates(
 
     return Gradients(
         x=dx,
-        weight=d_weight,
+        weight=d_filters[0],
         bias=narrow(d_bias),
-        response_weight=d_response_weight,
+        response_weight=d_filters[1],
         response_bias=narrow(d_response_bias),
         weight_gate=narrow(d_weight_gate),
         bias_gate=narrow(d_bias_gate),

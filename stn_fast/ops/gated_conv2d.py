@@ -14,7 +14,7 @@ from stn_fast.ops import _gated_conv2d_cpu as cpu
 from stn_fast.ops import _gated_conv2d_driver as driver
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_conv2d_driver import Geometry, Kernels, Plain
-from stn_fast.ops._gated_linear_cpu import Wanted
+from stn_fast.ops._gated_linear_plain import Wanted
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.gated_linear import fold
 

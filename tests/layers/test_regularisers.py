@@ -44,6 +44,28 @@ def test_locked_dropout_uses_one_mask_over_time():
     assert (y == 0).any()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_dropout2d_drops_whole_channels_at_each_examples_rate(layout):
+    layer, hyper = stn.PerExampleDropout2d("rate", stream=3), sampled(6, 4, first_example=100)
+    x = torch.randn(6, 40, 5, 4).contiguous(memory_format=layout).requires_grad_()
+    y = layer(x, hyper)
+    kept = functional.dropout(torch.ones(6, 40), hyper["rate"], seed=5, step=4, stream=3, first_example=100)
+    assert torch.equal(y, x * kept[:, :, None, None])
+    assert 0 < (kept == 0).sum() < kept.numel()
+    assert y.is_contiguous(memory_format=layout)
+    dy = torch.randn_like(y)
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy * kept[:, :, None, None])
+    assert layer.eval()(x, hyper) is x
+
+
+def test_dropout2d_wants_images():
+    layer = stn.PerExampleDropout2d("rate", stream=1)
+    with pytest.raises(ValueError, match=r"'rate'\) wants images \(B, C, H, W\).*got x \(6, 40\)"):
+        layer(torch.ones(6, 40), sampled(6))
+    with pytest.raises(ValueError, match=r"example_dim=0; got.*example_dim=1"):
+        layer(torch.ones(6, 6, 2, 2), sampled(6), example_dim=1)
+
+
 def test_unperturbed_batches_regularise_at_their_location():
     location, _ = SPACE.initial_state()
     y = stn.PerExampleDropout("rate", stream=1)(torch.ones(50, 200), SPACE.at(location, batch_size=50, seed=1, step=2))
