@@ -20,7 +20,7 @@ from .launch import device_guard, narrow, refuse_float64, split
 CONTIGUOUS_TILES = [
     triton.Config({"BLOCK_O": 64, "BLOCK_P": 16}, num_warps=4),
     triton.Config({"BLOCK_O": 16, "BLOCK_P": 64}, num_warps=4),
-    triton.Config({"BLOCK_O": 4, "BLOCK_P": 256}, num_warps=4),
+    triton.Config({"BLOCK_O": 8, "BLOCK_P": 128}, num_warps=4),
 ]
 CHANNELS_LAST_TILES = [
     triton.Config({"BLOCK_O": 16, "BLOCK_P": 64}, num_warps=8),
