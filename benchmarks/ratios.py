@@ -14,6 +14,7 @@ import math
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ops", nargs="+", metavar="OP", help="only operations whose names start so")
     parser.add_argument("--modes", nargs="+", metavar="MODE", help="only these modes")
     parser.add_argument("--seconds", type=float, default=6.0, help="time for each case, warm-up not counted")
+    parser.add_argument("--rounds", type=int, default=15, help="at least so many rounds of each case")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out, which takes long to get ready"
+    )
     parser.add_argument("--threads", type=int, help="threads of torch, instead of its own choice")
     parser.add_argument(
         "--quick", action="store_true", help="small shapes, nothing compiled: does it run, not how fast"
@@ -151,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     cases = [
-        case
+        replace(case, compiled=case.compiled and not options.no_compile)
         for case in all_cases(device, options.quick)
         if (not options.ops or case.op.startswith(tuple(options.ops)))
         and (not options.modes or case.mode in options.modes)
@@ -162,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{device_name(device)}; " + ", ".join(f"{key} {value}" for key, value in versions().items()))
     rows: list[Row] = []
     for case in cases:
-        measured, timings = measure(case, *((0.05, 3) if options.quick else (options.seconds, 15)))
+        measured, timings = measure(case, *((0.05, 3) if options.quick else (options.seconds, options.rounds)))
         print_case(case, measured, timings)
         rows += measured
         if options.json:
