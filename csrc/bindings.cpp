@@ -40,6 +40,7 @@ auto released(void (*function)(Args...)) {
 PYBIND11_MODULE(_C, m) {
     using Philox = void (*)(const std::uint32_t*, const std::uint32_t*, std::uint32_t*, std::int64_t, int);
     m.def("isa", &stn_fast::isa);
+    m.def("vendor", &stn_fast::vendor);
     m.def("openmp", &stn_fast::openmp);
     m.def("philox", released(static_cast<Philox>(&stn_fast::philox)));
     m.def("uniform", released(&stn_fast::uniform));

@@ -43,6 +43,15 @@ inline const char* isa() {
     return "baseline";
 }
 
+// Who made the processor: "amd", "intel" or "other".
+inline const char* vendor() {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (__builtin_cpu_is("amd")) return "amd";
+    if (__builtin_cpu_is("intel")) return "intel";
+#endif
+    return "other";
+}
+
 inline bool openmp() {
 #ifdef _OPENMP
     return true;

@@ -7,6 +7,9 @@ depend on `threads`. Formulas are in the headers of csrc/.
 def isa() -> str:
     """The instruction set in use: "x86-64-v4" (AVX-512), "x86-64-v3" (AVX2) or "baseline"."""
 
+def vendor() -> str:
+    """Who made the processor: "amd", "intel" or "other"."""
+
 def openmp() -> bool:
     """Whether the core was built to use several threads."""
 

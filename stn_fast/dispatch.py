@@ -131,7 +131,9 @@ def _cpp() -> Backend:
     core: Any = importlib.import_module("stn_fast._C")
     torch: Any = importlib.import_module("torch")
     threads = f"OpenMP, {torch.get_num_threads()} threads" if core.openmp() else "one thread, built without OpenMP"
-    return Backend(True, f"CPU tensors, {core.isa()} instructions, {threads}")
+    products: Any = importlib.import_module("stn_fast.ops._products")
+    library = products.library()
+    return Backend(True, f"CPU tensors, {core.isa()} instructions, products by {library}, {threads}")
 
 
 def _triton() -> Backend:

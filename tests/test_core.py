@@ -348,4 +348,5 @@ def test_the_noise_gradient_of_examples_without_elements_is_zero():
 
 def test_the_core_says_what_it_runs_on():
     assert _C.isa() in ("x86-64-v4", "x86-64-v3", "baseline")
+    assert _C.vendor() in ("amd", "intel", "other")
     assert isinstance(_C.openmp(), bool)

@@ -42,6 +42,7 @@ def test_report_describes_the_built_core() -> None:
     report = backends()["cpp"]
     assert report.available
     assert core.isa() in report.description
+    assert any(library in report.description for library in ("by oneDNN", "by torch.mm"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stn_fast.ops._core import address
 from stn_fast.ops._gated_linear_plain import Gradients, Wanted
+from stn_fast.ops._products import sum_of_two, times_transpose
 
 
 def forward_core(
@@ -26,7 +27,7 @@ def forward_core(
     """Two library products, no copy of the weights, then one fused pass over their results."""
     from stn_fast import _C
 
-    y, q = torch.mm(x, weight.T), torch.mm(x, response_weight.T)
+    y, q = times_transpose(x, weight), times_transpose(x, response_weight)
     _C.gated_epilogue_forward(
         y.data_ptr(), q.data_ptr(), h.data_ptr(), weight_gate.data_ptr(),
         address(bias), address(response_bias), address(bias_gate),
@@ -84,7 +85,7 @@ def backward_core(
             again = rows.start >= len(h) * inner
             epilogue(*inputs, 0, 0, 0, 0, 0, d_h[examples].data_ptr(), *sizes, again, torch.get_num_threads())
         if dx is not None and g is not None:
-            torch.mm(of_dy, weight, out=dx[rows]).addmm_(g, response_weight)
+            sum_of_two(of_dy, weight, g, response_weight, out=dx[rows])
         for total, factor in ((d_weight, of_dy), (d_response_weight, g)):
             if total is not None and factor is not None:
                 torch.addmm(total, factor.T, of_x, beta=rows.start > 0, out=total)

@@ -1,0 +1,57 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numerics import assert_twice_as_good
+
+from stn_fast import _C
+from stn_fast.ops import _products
+
+LIBRARIES = (
+    "torch.mm",
+    pytest.param("oneDNN", marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")),
+)
+sizes = st.sampled_from([1, 2, 3, 5, 16, 17, 31, 67, 128])
+
+
+def drawn(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@given(rows=sizes, inputs=sizes, outputs=sizes, seed=st.integers(0, 9))
+def test_either_library_computes_the_products(library, rows, inputs, outputs, seed):
+    x, weight, response = (drawn(*s, seed=seed) for s in ((rows, inputs), (outputs, inputs), (outputs, inputs)))
+    dy, g = drawn(rows, outputs, seed=seed + 10), drawn(rows, outputs, seed=seed + 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_products, "library", lambda: library)
+        y = _products.times_transpose(x, weight)
+        dx = _products.sum_of_two(dy, weight, g, response, out=torch.full((rows, inputs), torch.nan))
+    exact = x.double() @ weight.double().T
+    assert y.is_contiguous()
+    assert_twice_as_good(y, x @ weight.T, exact, name="x Wᵀ")
+    exact = dy.double() @ weight.double() + g.double() @ response.double()
+    assert_twice_as_good(dx, dy @ weight + g @ response, exact, name="dy W + g R")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_rows_of_a_larger_tensor_are_written_in_place(library, monkeypatch):
+    monkeypatch.setattr(_products, "library", lambda: library)
+    whole = torch.zeros(6, 4)
+    dy, weight = drawn(2, 3, seed=0), drawn(3, 4, seed=1)
+    assert _products.sum_of_two(dy, weight, dy, weight, out=whole[2:4]).data_ptr() == whole[2:4].data_ptr()
+    assert torch.allclose(whole[2:4], 2 * dy @ weight)
+    assert not whole[:2].any()
+    assert not whole[4:].any()
+
+
+def test_the_library_follows_from_the_processor_alone(monkeypatch):
+    for vendor, isa, expected in (
+        ("amd", "x86-64-v4", "oneDNN" if torch.backends.mkldnn.is_available() else "torch.mm"),
+        ("amd", "x86-64-v3", "torch.mm"),
+        ("intel", "x86-64-v4", "torch.mm"),
+        ("other", "baseline", "torch.mm"),
+    ):
+        monkeypatch.setattr(_C, "vendor", lambda vendor=vendor: vendor)
+        monkeypatch.setattr(_C, "isa", lambda isa=isa: isa)
+        assert _products.library.__wrapped__() == expected
