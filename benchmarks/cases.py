@@ -154,6 +154,8 @@ def _gated_linear(case: Case) -> dict[str, Provider]:
 def _gated_linear_limits(
     inputs: list[Tensor], dy: Tensor, forward: bool, wanted: Sequence[bool]
 ) -> dict[str, Provider]:
+    from stn_fast.ops._products import library, times_transpose
+
     x, weight, _, response_weight, _, weight_gate, _, h = inputs
     limit = Limit.of(x, weight, response_weight, dy, dy * (h @ weight_gate.T))
 
@@ -165,7 +167,14 @@ def _gated_linear_limits(
         products = limit.forward_two() if forward else ()
         return products + (limit.backward_two(weights=wanted[1]) if any(wanted) else ())
 
-    return {"limit_one_product": Provider(one), "limit_two_products": Provider(two)}
+    def onednn(_: None) -> object:
+        products = [times_transpose(limit.x, limit.both_weights)] if forward else []
+        products += [times_transpose(limit.both_dy, limit.both_weights.T)] if any(wanted) else []
+        return products + ([limit.both_dy.T @ limit.x] if wanted[1] else [])
+
+    providers = {"limit_one_product": Provider(one), "limit_two_products": Provider(two)}
+    ours = x.device.type == "cpu" and x.dtype == torch.float32 and library() == "oneDNN"
+    return providers | ({"onednn_products": Provider(onednn)} if ours else {})
 
 
 def _perturb(case: Case) -> dict[str, Provider]:
