@@ -15,7 +15,7 @@ them itself, at greater cost than the epilogues, which read one layout and write
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -33,6 +33,11 @@ _LAST_PIXELS = 256  # pixels of an image from which the library is faster pixel 
 _LEAST_1X1 = 16  # examples below which torch computes a 1x1 convolution on one thread with slow code
 
 
+def _empty(shape: Sequence[int], layout: torch.memory_format) -> Tensor:
+    """Memory for the core to write: float32 on the CPU, whatever torch.set_default_dtype and _device say."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)
+
+
 @cache
 def _keep_freed_memory() -> None:
     """Makes glibc keep the memory of a block for the next one, instead of giving it back and asking for fresh pages.
@@ -40,7 +45,7 @@ def _keep_freed_memory() -> None:
     It learns by itself what a program frees, up to 32 MiB, and keeps twice as much: told once, by a tensor that is
     never touched and so takes no memory, it doesn't depend on what ran before. Other allocators don't mind.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 class Plan(NamedTuple):
@@ -122,14 +127,14 @@ def forward(
         everything = slice(0, len(x))
         image = _image(x, everything, layout)
         p, q = (convolve(image, _laid_out(filters, layout.inner)) for filters in (weight, response_weight))
-        y = torch.empty(layout.output) if layout.converts else p
+        y = _empty(layout.output, layout.outer) if layout.converts else p
         epilogue(p, q, y, None, everything)
         return y, q.unflatten(1, (groups, -1)) if save_response else None
 
     _keep_freed_memory()
     filters = _joined(weight, response_weight, groups, layout.inner)
-    y = torch.empty(layout.output, memory_format=layout.outer)
-    saved = torch.empty(layout.output, memory_format=layout.inner) if save_response else None
+    y = _empty(layout.output, layout.outer)
+    saved = _empty(layout.output, layout.inner) if save_response else None
     for block in layout.blocks():
         both = convolve(_image(x, block, layout), filters)
         epilogue(both, _second(both, groups), y[block], _part(saved, block), block)
@@ -194,7 +199,7 @@ def _backward_at_once(
     as_it_is = y is None and not layout.converts
 
     def empty() -> Tensor:
-        return torch.empty(layout.output, memory_format=layout.inner)
+        return _empty(layout.output, layout.inner)
 
     d_p = empty() if wants_p and not as_it_is else None
     d_q = empty() if wants_q else None
@@ -235,7 +240,7 @@ def _backward_by_blocks(
         return None, [None, None]
     _, outputs, *pixels = layout.output
     filters = _joined(weight, response_weight, geometry.groups, layout.inner)
-    memory = torch.empty(layout.step, 2 * outputs, *pixels, memory_format=layout.inner)
+    memory = _empty((layout.step, 2 * outputs, *pixels), layout.inner)
     dx = torch.empty_like(x) if wanted.x else None
     totals: list[Tensor | None] = [None, None]
     for block in layout.blocks():
@@ -244,7 +249,7 @@ def _backward_by_blocks(
         if wanted.weight or wanted.response_weight:
             image = _image(x, block, layout)
         else:  # the data gradient asks for the image's shape and layout alone
-            image = torch.empty(x[block].shape, memory_format=layout.inner)
+            image = _empty(x[block].shape, layout.inner)
         of_x, of_filters = driver.joined_gradients(d_both, image, filters, geometry, wanted)
         if dx is not None and of_x is not None:
             _put(of_x, dx[block], layout)
@@ -257,7 +262,7 @@ def _backward_by_blocks(
 def _joined(weight: Tensor, response_weight: Tensor, groups: int, layout: torch.memory_format) -> Tensor:
     """The filters [W; R] in the library's layout."""
     outputs, inputs, *kernel = weight.shape
-    joined = torch.empty(2 * outputs, inputs, *kernel, memory_format=layout)
+    joined = _empty((2 * outputs, inputs, *kernel), layout)
     halves = joined.unflatten(0, (groups, 2, -1))
     for half, filters in enumerate((weight, response_weight)):
         if groups == 1:
@@ -270,7 +275,7 @@ def _joined(weight: Tensor, response_weight: Tensor, groups: int, layout: torch.
 def _laid_out(filters: Tensor, layout: torch.memory_format, to: Tensor | None = None) -> Tensor:
     """Contiguous or channels_last filters in the library's layout, in `to` if given.
 
-    Its strides are spelled out by torch.empty: contiguous() leaves those of filters over one channel ambiguous.
+    Its strides are spelled out by _empty: contiguous() leaves those of filters over one channel ambiguous.
     """
     from stn_fast._C import transpose
 
@@ -278,7 +283,7 @@ def _laid_out(filters: Tensor, layout: torch.memory_format, to: Tensor | None = 
     if to is None:
         if not converts:
             return filters
-        to = torch.empty(filters.shape, memory_format=layout)
+        to = _empty(filters.shape, layout)
     if not converts:
         return to.copy_(filters)
     outputs, inputs, *kernel = filters.shape
@@ -302,7 +307,7 @@ def _image(x: Tensor, block: slice, layout: Plan) -> Tensor:
     part = x[block]
     if not layout.converts:
         return part
-    image = torch.empty(part.shape, memory_format=layout.inner)
+    image = _empty(part.shape, layout.inner)
     batch, channels, height, width = part.shape
     transpose(part.data_ptr(), image.data_ptr(), batch, channels, height * width, torch.get_num_threads())
     return image

@@ -246,7 +246,7 @@ def _compute(
 
         batch, channels, height, width = images.shape
         out = torch.empty_like(images, dtype=torch.float32)
-        per_channel = torch.tensor([mean, std], dtype=torch.float32)
+        per_channel = torch.tensor([mean, std], dtype=torch.float32, device="cpu")
         _C.augment(
             images.data_ptr(), table.data_ptr(), per_channel[0].data_ptr(), per_channel[1].data_ptr(), out.data_ptr(),
             batch, channels, height, width, mask, flip, crop_padding, first_example, seed, int(step), stream,

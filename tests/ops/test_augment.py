@@ -224,6 +224,19 @@ def test_images_of_any_layout(cpu_backend):
         assert torch.equal(augment(layout, strided, **WHERE, **COLOUR), want)
 
 
+@use_backend("cpp")
+def test_torch_s_default_dtype_and_device_don_t_change_what_the_core_reads():
+    x, strengths = images(), some(STRENGTHS, 4)
+    want = augment(x, strengths, **WHERE, **COLOUR)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(augment(x, strengths, **WHERE, **COLOUR), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(augment(x, strengths, **WHERE, **COLOUR), want)
+
+
 def test_step_as_tensor_is_the_step_as_int(cpu_backend):
     x, strengths = images(), some(STRENGTHS, 4)
     got = augment(x, strengths, **(WHERE | dict(step=torch.tensor(4))), **COLOUR)

@@ -245,6 +245,29 @@ def test_non_contiguous_inputs_and_gradients(backend, way):
         assert relative_error(got, wish) < 1e-6
 
 
+@pytest.mark.parametrize("size", [(7, 5), (19, 17)])
+def test_torch_s_default_dtype_and_device_don_t_change_what_the_core_writes(size, layout, way):
+    """Its memory is float32 on the CPU: narrower numbers would be written over their end."""
+    tensors = operands(size=size, layout=layout)
+    dy = torch.randn_like(reference(*tensors, padding=1))
+
+    def everything():
+        return [gated_conv2d(*tensors, padding=1), *gradients(gated_conv2d, leaves(tensors), dy, padding=1)]
+
+    want = everything()
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            results.append(everything())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        results.append(everything())
+    for result in results:
+        assert all(torch.equal(got, wish) for got, wish in zip(result, want, strict=True))
+
+
 def test_the_layout_of_the_result_is_that_of_torch(layout):
     tensors = operands(3, 4, 6, (19, 18), layout=layout)
     like = F.conv2d(tensors[0], tensors[1], padding=1)
