@@ -69,11 +69,18 @@ def fetch(folder: Path, published: Published) -> bytes:
 
 @contextmanager
 def downloaded(path: Path, published: Published) -> Iterator[Path]:
-    """A file beside ``path`` that holds the published contents, checked; what is left of it at the end is removed.
+    """A file with the published contents, checked: ``path`` itself where somebody has put it there, else one beside it.
+
+    What is left at the end of a file that was downloaded is removed.
 
     Raises:
-        UserError: no address gives the file; one line says what was missing, why, and where to put it by hand.
+        UserError: as ``verified``; or no address gives the file, and one line says what was missing, why, and where to
+            put it by hand.
     """
+    if path.exists():
+        verified(path, published)
+        yield path
+        return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -81,6 +81,20 @@ def test_only_what_is_missing_is_unpacked(tmp_path, small):
     assert kept.stat().st_ino == before
 
 
+def test_an_archive_put_there_by_hand_is_read_as_the_error_promises(tmp_path, small):
+    contents = small.files.pop("archive")
+    with pytest.raises(UserError, match=r"put the file there by hand") as caught:
+        cifar10.load(tmp_path)
+    archive = Path(str(caught.value).partition(" is missing")[0])
+    archive.write_bytes(contents[:-5])
+    with pytest.raises(UserError, match=r"a\.tar\.gz is cut short"):
+        cifar10.load(tmp_path)
+    archive.write_bytes(contents)
+    assert len(cifar10.load(tmp_path).train.inputs) == 10
+    assert archive.read_bytes() == contents
+    assert small.asked == ["archive"]
+
+
 @pytest.mark.parametrize("damage", [lambda contents: contents[:-5], lambda contents: b"x" + contents[1:]])
 def test_a_damaged_archive_leaves_nothing_behind(tmp_path, small, damage):
     small.files["archive"] = damage(small.files["archive"])
