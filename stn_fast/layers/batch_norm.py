@@ -69,6 +69,9 @@ class HyperBatchNorm2d(GatedLayer):
             raise ValueError(
                 f"HyperBatchNorm2d has num_features={self.num_features} of (B, C, H, W); got x {tuple(x.shape)}"
             )
+        one_is_double = (x.dtype == torch.float64) != (self.weight.dtype == torch.float64)
+        if one_is_double or not x.is_floating_point():
+            raise ValueError(f"HyperBatchNorm2d is {self.weight.dtype} and x {x.dtype}; cast one, as in x.to(weight)")
         self._check_response(hyper)
         functional.check_examples("HyperBatchNorm2d", x, hyper)
         h = functional.response_input(hyper, self.weight)

@@ -171,6 +171,13 @@ def test_misfits_are_named():
     x = images().float()
     with pytest.raises(ValueError, match=r"num_features=5 of \(B, C, H, W\); got x \(4, 3, 6, 7\)"):
         layer(images(features=3).float(), sampled(4))
+    for wrong in (x.double(), x.to(torch.uint8)):
+        for training in (True, False):
+            with pytest.raises(ValueError, match=rf"is torch.float32 and x {wrong.dtype}; cast one"):
+                layer.train(training)(wrong, sampled(4))
+    with pytest.raises(ValueError, match=r"is torch.float64 and x torch.float32; cast one"):
+        layer_of()(x, sampled(4))
+    layer.train()
     with pytest.raises(ValueError, match=r"HyperBatch has 3 examples, but x \(4, 5, 6, 7\) has 4"):
         layer(x, sampled(3))
     with pytest.raises(ValueError, match=r"wants h \(B, n\) or \(n,\) for x \(4, 5, 6, 7\); got \(3, 2\)"):
