@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stn_fast import functional
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import GatedLayer, check_sizes, give_parameters
+from stn_fast.ops.gated_conv2d import pair
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -136,7 +137,5 @@ class HyperConv2d(GatedLayer):
 
 
 def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or any(not isinstance(v, int) or v < least for v in pair):
-        raise ValueError(f"HyperConv2d wants {name} as an int or a pair of them, at least {least}; got {value!r}")
-    return pair
+    vertical, horizontal = pair("HyperConv2d", name, value, least)
+    return vertical, horizontal

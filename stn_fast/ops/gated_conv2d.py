@@ -230,7 +230,7 @@ def gated_conv2d(
         x, weight, response_weight, weight_gate, h = (t.to(dtype) for t in (x, weight, response_weight, weight_gate, h))
         bias, response_bias, bias_gate = (None if t is None else t.to(dtype) for t in (bias, response_bias, bias_gate))
     _check(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, groups)
-    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    stride, dilation = pair("gated_conv2d", "stride", stride, 1), pair("gated_conv2d", "dilation", dilation, 1)
     x, padding = _explicit_padding(x, weight, padding, stride, dilation)
     _check_image(x, weight, padding, dilation)
     if h.ndim == 1:
@@ -249,11 +249,12 @@ def gated_conv2d(
     return run(*operands, stride, padding, dilation, groups, relu, save_response)[0]
 
 
-def _pair(name: str, value: IntOrPair, least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2 or any(not isinstance(v, int) or v < least for v in pair):
-        raise ValueError(f"gated_conv2d wants {name} as an int or a pair of them, at least {least}; got {value!r}")
-    return pair
+def pair(who: str, name: str, value: IntOrPair, least: int) -> list[int]:
+    """One number a direction, (vertical, horizontal); raises ValueError naming what is no int or pair of them."""
+    both = [value, value] if isinstance(value, int) else value
+    if not isinstance(both, list | tuple) or len(both) != 2 or any(not isinstance(v, int) or v < least for v in both):
+        raise ValueError(f"{who} wants {name} as an int or a pair of them, at least {least}; got {value!r}")
+    return list(both)
 
 
 def _explicit_padding(
@@ -265,7 +266,7 @@ def _explicit_padding(
     if padding != "same":
         if isinstance(padding, str):
             raise ValueError(f"gated_conv2d wants padding as numbers, 'same' or 'valid'; got {padding!r}")
-        return x, _pair("padding", padding, 0)
+        return x, pair("gated_conv2d", "padding", padding, 0)
     if stride != [1, 1]:
         raise ValueError(f"gated_conv2d: padding='same' wants stride 1, as in torch; got stride={stride}")
     total = [dilation[d] * (weight.shape[2 + d] - 1) for d in (0, 1)]

@@ -120,6 +120,7 @@ def test_relu_is_that_of_the_layer_without_it():
         (dict(num_hyperparameters=0), "num_hyperparameters >= 1; got 0"),
         (dict(groups=3), "in_channels divisible by groups=3; got 4"),
         (dict(groups=4), "out_channels divisible by groups=4; got 6"),
+        (dict(kernel_size=3.0), "kernel_size as an int or a pair of them, at least 1; got 3.0"),
         (dict(kernel_size=0), "kernel_size as an int or a pair of them, at least 1; got 0"),
         (dict(stride=(1, 2, 3)), r"stride as an int or a pair of them, at least 1; got \(1, 2, 3\)"),
         (dict(padding=-1), "padding as an int or a pair of them, at least 0; got -1"),
