@@ -12,11 +12,11 @@ from stn_fast import functional
 from stn_fast.errors import did_you_mean
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter
 from stn_fast.layers.regularisers import _PerExampleRegulariser
-from stn_fast.ops.augment import STRENGTHS, domain
+from stn_fast.ops.augment import STRENGTHS, check_settings, domain, per_channel
 
 
 class PerExampleAugmentation(_PerExampleRegulariser):
-    """uint8 images (B, C, H, W) → normalised float32 images: the first layer of a network.
+    """uint8 images (B, C, H, W) → normalised images in the dtype of the model: the first layer of a network.
 
     In training `stn_fast.functional.augment`, which says what each strength does and in which order; in eval mode
     (x / 255 − mean) / std and nothing else.
@@ -32,7 +32,8 @@ class PerExampleAugmentation(_PerExampleRegulariser):
         image_size: the side of the square images that the network behind takes; others are refused. Default: any.
 
     Raises:
-        ValueError: a name is unknown or given twice, or mean and std don't agree on the channels.
+        ValueError: a name is unknown or given twice, mean and std don't agree on the channels, or a setting is out of
+            its range; the message names it.
     """
 
     _byte_mean: Tensor
@@ -58,7 +59,10 @@ class PerExampleAugmentation(_PerExampleRegulariser):
             raise ValueError(f"PerExampleAugmentation wants every strength once; given twice: {', '.join(twice)}")
         if len(mean) not in (1, 3) or len(mean) != len(std):
             raise ValueError(f"PerExampleAugmentation wants a mean and a std for 1 or 3 channels; got {mean} and {std}")
-        self.names = tuple(names)
+        self.names, who = tuple(names), type(self).__name__
+        for name, numbers in (("mean", mean), ("std", std)):
+            per_channel(who, name, numbers, len(mean))
+        check_settings(who, std, flip, crop_padding)
         self.mean, self.std = tuple(mean), tuple(std)
         self.flip, self.crop_padding, self.image_size = flip, crop_padding, image_size
         # Not part of the state: a checkpoint of the network behind loads with and without this layer.
@@ -73,7 +77,7 @@ class PerExampleAugmentation(_PerExampleRegulariser):
         self._check_batch(x, hyper, 0)
         for name in self.names:
             self._check_bounds(hyper.space[name], *x.shape[2:])
-        return functional.augment(
+        augmented = functional.augment(
             x,
             {name: hyper[name] for name in self.names},
             mean=self.mean,
@@ -82,6 +86,7 @@ class PerExampleAugmentation(_PerExampleRegulariser):
             flip=self.flip,
             crop_padding=self.crop_padding,
         )
+        return augmented.to(self._byte_mean.dtype)
 
     def _check_images(self, x: Tensor) -> None:
         channels, side = len(self.mean), self.image_size

@@ -10,8 +10,8 @@ def check_coordinates(
     """Returns `step` as a tensor on the device; raises ValueError naming the coordinate that does not fit."""
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"{operation} wants an int 0 <= seed < 2**63; got {seed!r}")
-    if first_example < 0:
-        raise ValueError(f"{operation} wants first_example >= 0; got {first_example}")
+    if not isinstance(first_example, int) or first_example < 0:
+        raise ValueError(f"{operation} wants an int first_example >= 0; got {first_example!r}")
     if not isinstance(step, Tensor):
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"{operation} wants an int step >= 0, or a tensor; got {step!r}")
@@ -26,6 +26,10 @@ def check_coordinates(
 
 def check_strength(operation: str, name: str, strength: Tensor, x: Tensor, batch_size: int, stream: int) -> None:
     """Raises ValueError where the strength is not one float32 number an example, or the stream is reserved."""
+    if not isinstance(strength, Tensor):
+        raise ValueError(
+            f"{operation} wants {name} as a tensor ({batch_size},) float32, one entry an example; got {strength!r}"
+        )
     if strength.shape != (batch_size,) or strength.dtype != torch.float32 or strength.device != x.device:
         raise ValueError(
             f"{operation} wants {name} ({batch_size},) float32 on {x.device}, one entry an example of x "

@@ -246,9 +246,9 @@ def _compute(
 
         batch, channels, height, width = images.shape
         out = torch.empty_like(images, dtype=torch.float32)
-        per_channel = torch.tensor([mean, std], dtype=torch.float32, device="cpu")
+        statistics = torch.tensor([mean, std], dtype=torch.float32, device="cpu")
         _C.augment(
-            images.data_ptr(), table.data_ptr(), per_channel[0].data_ptr(), per_channel[1].data_ptr(), out.data_ptr(),
+            images.data_ptr(), table.data_ptr(), statistics[0].data_ptr(), statistics[1].data_ptr(), out.data_ptr(),
             batch, channels, height, width, mask, flip, crop_padding, first_example, seed, int(step), stream,
             torch.get_num_threads(),
         )  # fmt: skip
@@ -325,15 +325,11 @@ def augment(
     _check_images(images)
     batch, channels, height, width = images.shape
     _check_strengths(images, strengths, stream)
-    mean, std = _per_channel("mean", mean, channels), _per_channel("std", std, channels)
-    if not all(number > 0 for number in std):
-        raise ValueError(f"augment wants std > 0 for every channel; got {std}")
-    if not 0 <= flip <= 1:
-        raise ValueError(f"augment wants flip in [0, 1], the rate of mirror images; got {flip}")
-    if not isinstance(crop_padding, int) or not 0 <= crop_padding <= min(height, width):
+    mean, std = (per_channel("augment", name, numbers, channels) for name, numbers in (("mean", mean), ("std", std)))
+    check_settings("augment", std, flip, crop_padding)
+    if crop_padding > min(height, width):
         raise ValueError(
-            f"augment wants an int crop_padding from 0 to the side of the images, {min(height, width)}; "
-            f"got {crop_padding!r}"
+            f"augment wants a crop_padding from 0 to the side of the images, {min(height, width)}; got {crop_padding}"
         )
     check_stream("augment", stream)
     step = check_coordinates("augment", images.device, seed, step, first_example)
@@ -348,7 +344,19 @@ def augment(
     return (_augment if traced(images, *strengths.values()) else _compute)(*arguments)
 
 
+def check_settings(who: str, std: Sequence[float], flip: float, crop_padding: int) -> None:
+    """Raises ValueError where a setting is wrong for images of any size; the message names the argument."""
+    if not all(number > 0 for number in std):
+        raise ValueError(f"{who} wants std > 0 for every channel; got {list(std)}")
+    if not 0 <= flip <= 1:
+        raise ValueError(f"{who} wants flip in [0, 1], the rate of mirror images; got {flip}")
+    if not isinstance(crop_padding, int) or crop_padding < 0:
+        raise ValueError(f"{who} wants crop_padding as an int, at least 0; got {crop_padding!r}")
+
+
 def _check_images(images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise ValueError(f"augment wants images as a tensor; got {type(images).__name__} (torch.as_tensor makes one)")
     if images.dtype != torch.uint8:
         cure = "; floats in [0, 1] become bytes by (255 * images).round().to(torch.uint8)"
         raise ValueError(f"augment wants uint8 images; got {images.dtype}{cure if images.is_floating_point() else ''}")
@@ -375,12 +383,11 @@ def _check_strengths(images: Tensor, strengths: Mapping[str, Tensor], stream: in
             raise ValueError(f"augment has a strength {one!r} without {other!r}; cutout takes both")
 
 
-def _per_channel(name: str, numbers: Sequence[float], channels: int) -> list[float]:
+def per_channel(who: str, name: str, numbers: Sequence[float], channels: int) -> list[float]:
+    """The numbers as floats; raises ValueError naming them where they aren't finite and one a channel."""
     values = [float(number) for number in numbers]
     if len(values) != channels or not all(map(math.isfinite, values)):
-        raise ValueError(
-            f"augment wants {name} of {channels} finite numbers, one a channel of the images; got {values}"
-        )
+        raise ValueError(f"{who} wants {name} of {channels} finite numbers, one a channel of the images; got {values}")
     return values
 
 

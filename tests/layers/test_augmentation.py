@@ -106,6 +106,28 @@ def test_bounds_that_a_strength_could_leave_its_domain_in_are_refused(name, low,
         layer()(images(width=10), sampled(6, space=space))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_images_have_the_dtype_of_the_model_in_training_as_in_evaluation(training):
+    for dtype in (torch.float64, torch.bfloat16):
+        assert layer().to(dtype).train(training)(images(), sampled(6)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(std=(0.2, 0.0, 0.2)), r"std > 0 for every channel; got \[0.2, 0.0, 0.2\]"),
+        (dict(mean=(0.2, float("nan"), 0.2)), "mean of 3 finite numbers"),
+        (dict(flip=1.5), r"flip in \[0, 1\].*got 1.5"),
+        (dict(crop_padding=-1), "crop_padding as an int, at least 0; got -1"),
+        (dict(crop_padding=0.5), "crop_padding as an int, at least 0; got 0.5"),
+    ],
+    ids=str,
+)
+def test_settings_are_refused_where_the_layer_is_made(options, message):
+    with pytest.raises(ValueError, match=f"PerExampleAugmentation wants {message}"):
+        layer(**options)
+
+
 def test_misfits_are_named():
     with pytest.raises(ValueError, match="no strength 'brightnes'; did you mean 'brightness'"):
         layer(["brightnes"])

@@ -361,13 +361,16 @@ X = images()
         (X, {}, dict(mean=[0.1, float("nan"), 0.1]), r"mean of 3 finite numbers"),
         (X, {}, dict(flip=1.5), r"flip in \[0, 1\].*got 1.5"),
         (X, {}, dict(flip=float("nan")), r"flip in \[0, 1\].*got nan"),
-        (X, {}, dict(crop_padding=-1), r"crop_padding from 0 to the side of the images, 8; got -1"),
+        (X.numpy(), {}, {}, r"images as a tensor; got ndarray"),
+        (X, dict(hue=0.1), {}, r"hue as a tensor \(4,\) float32.*got 0.1"),
+        (X, {}, dict(crop_padding=-1), r"crop_padding as an int, at least 0; got -1"),
         (X, {}, dict(crop_padding=9), r"crop_padding from 0 to the side of the images, 8; got 9"),
-        (X, {}, dict(crop_padding=0.5), r"an int crop_padding.*got 0.5"),
+        (X, {}, dict(crop_padding=0.5), r"crop_padding as an int, at least 0; got 0.5"),
         (X, {}, dict(stream=0), r"1 <= stream"),
         (X, {}, dict(seed=-1), r"0 <= seed"),
         (X, {}, dict(step=-1), r"step >= 0, or a tensor; got -1"),
         (X, {}, dict(first_example=-1), r"first_example >= 0; got -1"),
+        (X, {}, dict(first_example=1.5), r"an int first_example >= 0; got 1.5"),
     ],
 )
 def test_misfits_are_named(x, strengths, change, message):
