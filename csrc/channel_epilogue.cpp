@@ -44,6 +44,8 @@ struct Tile {
 
 // NaN stays NaN.
 STN_FAST_INLINE float rectified(float v) { return 0.0f > v ? 0.0f : v; }
+// As torch's rule: where y is NaN the gradient passes.
+STN_FAST_INLINE float rectified_gradient(float y, float g) { return y <= 0.0f ? 0.0f : g; }
 
 #if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
 // Four by four numbers by shuffles, which no compiler finds by itself.
@@ -163,7 +165,7 @@ STN_FAST_CLONES void backward_planes(const Backward& t, const Tile& tile) {
             const float* STN_FAST_RESTRICT g = t.dy + at;
             if (t.y) {
                 const float* STN_FAST_RESTRICT y = t.y + at;
-                for (std::int64_t i = 0; i < count; ++i) masked[i] = y[i] > 0.0f ? g[i] : 0.0f;
+                for (std::int64_t i = 0; i < count; ++i) masked[i] = rectified_gradient(y[i], g[i]);
                 g = masked;
             }
             const std::int64_t to = (tile.example * t.sizes.halves() * t.sizes.channels() + tile.half + o) * pixels + first;
@@ -210,7 +212,7 @@ STN_FAST_CLONES void backward_rows(const Backward& t, const Tile& tile) {
             const float* STN_FAST_RESTRICT g = t.y_last ? t.dy + at : dy_strip[i];
             if (t.y) {
                 const float* STN_FAST_RESTRICT y = t.y_last ? t.y + at : y_strip[i];
-                for (int o = 0; o < tile.width; ++o) masked[o] = y[o] > 0.0f ? g[o] : 0.0f;
+                for (int o = 0; o < tile.width; ++o) masked[o] = rectified_gradient(y[o], g[o]);
                 g = masked;
             }
             const std::int64_t to = pixel * t.sizes.halves() * channels + tile.half;

@@ -122,7 +122,7 @@ class Plain:
         wants_shift: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if relu and y is not None:
-            dy = torch.where(y > 0, dy, 0)
+            dy = torch.where(y <= 0, 0, dy)  # as torch's rule: where y is NaN the gradient passes
         wide = dy.to(scale.dtype)
         d_both = None
         if wants_both:

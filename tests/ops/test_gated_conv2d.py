@@ -283,6 +283,12 @@ def test_nan_is_not_rectified_away(backend, layout, way):
     y = gated_conv2d(*tensors, padding=1, relu=True)
     assert torch.equal(y.isnan(), reference(*tensors, padding=1, relu=True).isnan())
     assert y.isnan().sum() == 9 * 6
+    bias = [tensor.clone().requires_grad_(i == 2) for i, tensor in enumerate(tensors)]
+    got, want = (
+        torch.autograd.grad((z := f(*bias, padding=1, relu=True)), bias[2], torch.ones_like(z))[0]
+        for f in (gated_conv2d, reference)
+    )
+    assert torch.equal(got, want)  # counts of where y > 0 or is NaN
 
 
 @pytest.mark.parametrize("size", [(7, 5), (40, 40)])
