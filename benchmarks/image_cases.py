@@ -95,13 +95,21 @@ def gated_conv2d(case: Case) -> dict[str, Provider]:
     both_dy = torch.cat([dy, dy * (h @ weight_gate.T)[:, :, None, None]], dim=1)
     mask = [wanted[0], wanted[1], False]
 
-    def limit(_: None) -> object:
-        products = F.conv2d(x, both_weights, None, stride, padding)
-        return products, torch.ops.aten.convolution_backward(
-            both_dy, x, both_weights, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, mask
-        )
+    def bare(layout: torch.memory_format) -> Provider:
+        images, filters, incoming = (t.contiguous(memory_format=layout) for t in (x.detach(), both_weights, both_dy))
 
-    return providers | {"limit_one_convolution": Provider(limit)}
+        def convolutions(_: None) -> object:
+            products = F.conv2d(images, filters, None, stride, padding)
+            return products, torch.ops.aten.convolution_backward(
+                incoming, images, filters, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, mask
+            )
+
+        return Provider(convolutions)
+
+    return providers | {
+        "limit_one_convolution": bare(torch.contiguous_format),
+        "channels_last_convolution": bare(torch.channels_last),
+    }
 
 
 def augment_inputs(case: Case) -> tuple[Tensor, dict[str, Tensor]]:

@@ -90,11 +90,11 @@ def measure(case: Case, seconds: float, min_rounds: int) -> tuple[list[Row], Tim
 def print_case(case: Case, rows: Sequence[Row], timings: Timings) -> None:
     """A table of one case, fastest first, and for a validation backward its share of the full one."""
     print(f"\n{case}   ({len(timings.microseconds)} rounds)", flush=True)
-    print(f"  {'provider':<24}{'p50 µs':>12}{'p20':>12}{'p80':>12}{'/limit':>9}{'/eager':>9}{'peak MB':>10}")
+    print(f"  {'provider':<28}{'p50 µs':>12}{'p20':>12}{'p80':>12}{'/limit':>9}{'/eager':>9}{'peak MB':>10}")
     for row in sorted(rows, key=lambda row: row["p50"]):
         to_limit = f"{row['ratio_to_limit']:.3f}" if row["ratio_to_limit"] is not None else "-"
         print(
-            f"  {row['provider']:<24}{row['p50']:>12.1f}{row['p20']:>12.1f}{row['p80']:>12.1f}{to_limit:>9}"
+            f"  {row['provider']:<28}{row['p50']:>12.1f}{row['p20']:>12.1f}{row['p80']:>12.1f}{to_limit:>9}"
             f"{row['ratio_to_eager']:>9.3f}{row['peak_bytes'] / 1e6:>10.2f}"
         )
     if case.mode == "valid_backward":
