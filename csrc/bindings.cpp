@@ -6,6 +6,7 @@
 #include "channel_epilogue.h"
 #include "dropout.h"
 #include "gated_linear.h"
+#include "gated_lstm_cell.h"
 #include "isa.h"
 #include "noise.h"
 #include "perturb.h"
@@ -53,6 +54,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("augment", released(&stn_fast::augment));
     m.def("gated_epilogue_forward", released(&stn_fast::gated_epilogue_forward));
     m.def("gated_epilogue_backward", released(&stn_fast::gated_epilogue_backward));
+    m.def("gated_lstm_cell_forward", released(&stn_fast::gated_lstm_cell_forward));
+    m.def("gated_lstm_cell_backward", released(&stn_fast::gated_lstm_cell_backward));
     m.def("channel_epilogue_forward", released(&stn_fast::channel_epilogue_forward));
     m.def("channel_epilogue_backward", released(&stn_fast::channel_epilogue_backward));
     m.def("transpose", released(&stn_fast::transpose));

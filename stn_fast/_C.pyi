@@ -172,6 +172,37 @@ def gated_epilogue_backward(
 ) -> None:
     """g = dy ⊙ (h Gwᵀ) and the wanted gradients of gates, biases and h, in one pass over dy and q."""
 
+def gated_lstm_cell_forward(
+    gates: int,
+    p: int,
+    q: int,
+    scale: int,
+    shift: int,
+    c_before: int,
+    c: int,
+    h: int,
+    batch: int,
+    hidden: int,
+    threads: int,
+) -> None:
+    """Activates the gates in place, i, f, g, o of gates + p + scale ⊙ q + shift; c = f ⊙ c_before + i ⊙ g, h = o ⊙ tanh c."""
+
+def gated_lstm_cell_backward(
+    dy: int,
+    dh: int,
+    dc: int,
+    gates: int,
+    c: int,
+    c_before: int,
+    scale: int,
+    d_gates: int,
+    d_q: int,
+    batch: int,
+    hidden: int,
+    threads: int,
+) -> None:
+    """d_gates, before the activations, d_q = d_gates ⊙ scale and dc, of c_before instead of c, from dy + dh and dc."""
+
 def channel_epilogue_forward(
     p: int,
     q: int,

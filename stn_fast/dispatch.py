@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 Name = Literal["cpp", "triton", "reference"]
@@ -90,16 +91,18 @@ def _why_not(name: str, device_type: str) -> str | None:
     return None
 
 
-def choose(device: _Device) -> Name:
+def choose(device: _Device, without: Mapping[str, str] = MappingProxyType({})) -> Name:
     """The backend for tensors on ``device``: the one asked for by ``use_backend``, else the fastest here.
 
+    ``without`` names backends that lack the operation, and says why; "reference" serves automatic choices then.
     Raises RuntimeError, saying why, when the one asked for can't serve this device. An automatic choice never
     raises.
     """
     name = _requested.get()
     if name == "auto":
-        return _automatic(device.type)
-    if reason := _why_not(name, device.type):
+        automatic = _automatic(device.type)
+        return "reference" if automatic in without else automatic
+    if reason := _why_not(name, device.type) or without.get(name):
         raise RuntimeError(
             f"backend {name!r} was asked for and can't be used: {reason}. use_backend('auto') chooses one that runs."
         )

@@ -1,0 +1,303 @@
+"""gated_lstm: one layer of an LSTM, in one direction, whose weights respond to each example's hyperparameters."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from stn_fast.dispatch import choose
+from stn_fast.ops import _gated_lstm_driver as driver
+from stn_fast.ops import gated_linear
+from stn_fast.ops._eager import eager_function, traced
+from stn_fast.ops._gated_lstm_driver import Saved, Weights
+from stn_fast.ops._transforms import in_transform
+
+__all__ = ["Weights", "fold", "gated_lstm", "reference"]
+
+State = tuple[Tensor, Tensor]
+
+
+def reference(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    from_input: Weights,
+    from_hidden: Weights,
+    h: Tensor,
+    reverse: bool = False,
+) -> tuple[Tensor, State]:
+    """The definition, in plain torch. Differentiable in every mode; kernels are tested against it."""
+    states, (hidden, cell) = [], (h_0, c_0)
+    for x_t in x.unbind(0)[:: -1 if reverse else 1]:
+        before = gated_linear.reference(x_t, *from_input, h) + gated_linear.reference(hidden, *from_hidden, h)
+        i, f, g, o = before.chunk(4, dim=-1)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        hidden = o.sigmoid() * cell.tanh()
+        states.append(hidden)
+    return torch.stack(states[:: -1 if reverse else 1]), (hidden, cell)
+
+
+def fold(weights: Weights, h: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the plain LSTM's side that `weights` are at a single h (n,)."""
+    return gated_linear.fold(*weights, h)
+
+
+def _backend(x: Tensor, h: Tensor, hidden: Tensor) -> str:
+    """Plain torch serves what the C++ core doesn't compute, and CUDA, for which no kernel of this exists."""
+    backend = choose(x.device, without={"triton": "gated_lstm has no Triton kernels, and CUDA runs it in plain torch"})
+    if backend == "cpp" and (x.dtype != torch.float32 or 0 in (x.numel(), h.numel(), hidden.numel())):
+        return "reference"
+    return backend
+
+
+def _kernels(backend: str) -> driver.Kernels:
+    if backend == "cpp":
+        from stn_fast.ops._gated_lstm_cpu import Core
+
+        return Core()
+    return driver.Plain()
+
+
+def _compute(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    bias_ih: Tensor | None,
+    response_weight_ih: Tensor,
+    response_bias_ih: Tensor | None,
+    weight_gate_ih: Tensor,
+    bias_gate_ih: Tensor | None,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    response_weight_hh: Tensor,
+    response_bias_hh: Tensor | None,
+    weight_gate_hh: Tensor,
+    bias_gate_hh: Tensor | None,
+    h: Tensor,
+    reverse: bool,
+    save: bool,
+    save_response: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, c_n, *Saved), what is saved being empty where nobody will ask."""
+    from_input = Weights(weight_ih, bias_ih, response_weight_ih, response_bias_ih, weight_gate_ih, bias_gate_ih)
+    from_hidden = Weights(weight_hh, bias_hh, response_weight_hh, response_bias_hh, weight_gate_hh, bias_gate_hh)
+    y, c_n, saved = driver.forward(
+        _kernels(_backend(x, h, h_0)), x, h_0, c_0, from_input, from_hidden, h,
+        reverse=reverse, save=save, save_response=save_response,
+    )  # fmt: skip
+    if saved is None:
+        saved = Saved(*(x.new_empty(0) for _ in Saved._fields))
+    return y, c_n, *saved
+
+
+_gated_lstm = torch.library.custom_op("stn_fast::gated_lstm", _compute, mutates_args=())
+
+
+@_gated_lstm.register_fake
+def _(x, h_0, c_0, *rest):
+    *_, _, save, save_response = rest
+    (steps, batch), hidden = x.shape[:2], h_0.shape[1]
+    nothing = torch.Size([0])
+    gates, cells = torch.Size([steps, batch, 4 * hidden]), torch.Size([steps, batch, hidden])
+    rows = torch.Size([steps * batch, 4 * hidden])
+    shapes = (gates, cells, rows, gates) if save and save_response else (gates, cells, nothing, nothing)
+    saved = [x.new_empty(shape if save else nothing) for shape in shapes]
+    return x.new_empty(cells), torch.empty_like(c_0), *saved
+
+
+def _compute_backward(
+    dy: Tensor,
+    d_last_cell: Tensor | None,
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    response_weight_ih: Tensor,
+    response_bias_ih: Tensor | None,
+    weight_gate_ih: Tensor,
+    bias_gate_ih: Tensor | None,
+    weight_hh: Tensor,
+    response_weight_hh: Tensor,
+    response_bias_hh: Tensor | None,
+    weight_gate_hh: Tensor,
+    bias_gate_hh: Tensor | None,
+    h: Tensor,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    input_response: Tensor,
+    hidden_response: Tensor,
+    reverse: bool,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """The wanted gradients, in the order of the operands of `gated_lstm`."""
+    from_input = Weights(weight_ih, None, response_weight_ih, response_bias_ih, weight_gate_ih, bias_gate_ih)
+    from_hidden = Weights(weight_hh, None, response_weight_hh, response_bias_hh, weight_gate_hh, bias_gate_hh)
+    saved = Saved(gates, cells, input_response, hidden_response)
+    gradients = driver.backward(
+        _kernels(_backend(x, h, h_0)), dy.contiguous(), d_last_cell, x, h_0, c_0, from_input, from_hidden, h, y, saved,
+        reverse=reverse, wanted=wanted,
+    )  # fmt: skip
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+_gated_lstm_backward = torch.library.custom_op("stn_fast::gated_lstm_backward", _compute_backward, mutates_args=())
+
+
+@_gated_lstm_backward.register_fake
+def _(dy, d_last_cell, x, h_0, c_0, *rest):
+    weights, h, wanted = rest[:10], rest[10], rest[-1]
+    sides = [(side[0], side[0].new_empty(side[0].shape[0]), *side[1:]) for side in (weights[:5], weights[5:])]
+    likes = (x, h_0, c_0, *sides[0], *sides[1], h)
+    return [torch.empty_like(like) for like, wants in zip(likes, wanted, strict=True) if wants]
+
+
+_OPERANDS = 16
+
+
+def _setup_context(ctx, inputs, output):
+    x, h_0, c_0, *weights, h, ctx.reverse, _, _ = inputs
+    y, _, *saved = output
+    biases = (1, 7)
+    kept = [weight for position, weight in enumerate(weights) if position not in biases]
+    ctx.save_for_backward(x, h_0, c_0, *kept, h, y, *saved)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(compute, ctx, dy, d_last_cell, *_):
+    wanted = list(ctx.needs_input_grad[:_OPERANDS])
+    if not any(wanted) or (dy is None and d_last_cell is None):
+        return (None,) * (_OPERANDS + 3)
+    saved = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(saved[-5])
+    gradients = iter(compute(dy, d_last_cell, *saved, ctx.reverse, wanted))
+    return (*(next(gradients) if wants else None for wants in wanted), None, None, None)
+
+
+_gated_lstm.register_autograd(partial(_backward, _gated_lstm_backward), setup_context=_setup_context)
+_eager = eager_function(_compute, _setup_context, _backward, _compute_backward, _gated_lstm_backward)
+
+
+def gated_lstm(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    from_input: Weights,
+    from_hidden: Weights,
+    h: Tensor,
+    *,
+    reverse: bool = False,
+) -> tuple[Tensor, State]:
+    """One layer of an LSTM, in one direction, whose weights respond to each example's hyperparameters.
+
+    i, f, g, o = linear(x_t; h) + linear(h_{t−1}; h), with
+        linear(x; h) = x Wᵀ + b + (h Gwᵀ) ⊙ (x Rᵀ) + (h Gbᵀ) ⊙ r, each with weights of its own, then
+    c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(g) and h_t = σ(o) ⊙ tanh(c_t), as in torch.nn.LSTM.
+
+    Args:
+        x: (T, B, I), at least one time step.
+        h_0, c_0: the state before the first step, (B, H).
+        from_input, from_hidden: `Weights` of 4H outputs, of I and of H inputs.
+        h: response input, (B, n) with one row an example, or (n,) shared by all of them: then the layer is
+            folded into a plain LSTM and costs half the products.
+        reverse: whether time runs from the last step to the first; y stays in the order of x.
+
+    All tensors are on one device and of one dtype: float32, float64, bfloat16 or float16. Under autocast each is cast
+    to autocast's, but float64 is left alone, as in torch. Gradients are computed for those inputs alone that require
+    one. Forward-mode AD and torch.compile are supported; second derivatives in reverse mode are not, and raise.
+
+    Returns:
+        y (T, B, H) and the state after the last step, (h_n, c_n), each (B, H); h_n is a view of y.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
+        RuntimeError: `use_backend` asks for Triton, which has no kernels for it.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, h_0, c_0, h = (tensor.to(dtype) for tensor in (x, h_0, c_0, h))
+        from_input, from_hidden = (
+            Weights(*(None if tensor is None else tensor.to(dtype) for tensor in weights))  # type: ignore[arg-type]
+            for weights in (from_input, from_hidden)
+        )
+    _check(x, h_0, c_0, from_input, from_hidden, h)
+    if h.ndim == 1:
+        return _folded(x, h_0, c_0, fold(from_input, h), fold(from_hidden, h), reverse)
+    if in_transform():
+        return reference(x, h_0, c_0, from_input, from_hidden, h, reverse)
+    tensors = (x, h_0, c_0, *from_input, *from_hidden, h)
+    needed = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    gates = (h, from_input.weight_gate, from_hidden.weight_gate)
+    save_response = needed and any(tensor.requires_grad for tensor in gates)
+    run = _gated_lstm if traced(*(tensor for tensor in tensors if tensor is not None)) else _eager
+    operands = (None if tensor is None else tensor.contiguous() for tensor in tensors)
+    y, c_n, *_ = run(*operands, reverse, needed, save_response)
+    return y, (y[0 if reverse else -1], c_n)
+
+
+def _folded(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    from_input: tuple[Tensor, Tensor | None],
+    from_hidden: tuple[Tensor, Tensor | None],
+    reverse: bool,
+) -> tuple[Tensor, State]:
+    """torch's own LSTM with these weights and biases."""
+    biases = [bias for bias in (from_input[1], from_hidden[1]) if bias is not None]
+    weights = [from_input[0], from_hidden[0], *biases]
+    y, h_n, c_n = torch._VF.lstm(
+        x.flip(0) if reverse else x,
+        (h_0[None], c_0[None]),
+        weights,
+        has_biases=bool(biases),
+        num_layers=1,
+        dropout=0.0,
+        train=False,
+        bidirectional=False,
+        batch_first=False,
+    )
+    return y.flip(0) if reverse else y, (h_n[0], c_n[0])
+
+
+def _check(x: Tensor, h_0: Tensor, c_0: Tensor, from_input: Weights, from_hidden: Weights, h: Tensor) -> None:
+    if x.ndim != 3 or x.shape[0] < 1 or h_0.ndim != 2 or h.ndim not in (1, 2):
+        raise ValueError(
+            "gated_lstm wants x (T, B, I) of at least one time step, h_0 (B, H) and h (B, n) or (n,); "
+            f"got x {tuple(x.shape)}, h_0 {tuple(h_0.shape)}, h {tuple(h.shape)}"
+        )
+    (_, batch, inputs), hidden, n = x.shape, h_0.shape[1], h.shape[-1]
+    wanted = {
+        "h_0": (h_0, (batch, hidden)),
+        "c_0": (c_0, (batch, hidden)),
+        "h": (h, (batch, n) if h.ndim == 2 else (n,)),
+    }
+    absent = [t is None for side in (from_input, from_hidden) for t in (side.bias, side.response_bias, side.bias_gate)]
+    if any(absent) and not all(absent):
+        raise ValueError(
+            "gated_lstm: give bias, response_bias and bias_gate of both from_input and from_hidden, or none of them"
+        )
+    for side, weights, columns in (("from_input", from_input, inputs), ("from_hidden", from_hidden, hidden)):
+        outputs = 4 * hidden
+        shapes = ((outputs, columns), (outputs,), (outputs, columns), (outputs,), (outputs, n), (outputs, n))
+        for name, tensor, shape in zip(Weights._fields, weights, shapes, strict=True):
+            if tensor is not None:
+                wanted[f"{side}.{name}"] = tensor, shape
+    for name, (tensor, shape) in wanted.items():
+        if tensor.shape != shape:
+            raise ValueError(
+                f"gated_lstm: {name} must be {shape} to fit x {tuple(x.shape)}, h_0 {tuple(h_0.shape)} and "
+                f"h {tuple(h.shape)}; got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"gated_lstm: {name} is {tensor.dtype} on {tensor.device}, x {x.dtype} on {x.device}; "
+                f"they must agree (cast one: {name}.to(x))"
+            )
+    if not x.is_floating_point():
+        raise ValueError(f"gated_lstm wants floating point tensors; got {x.dtype}")
+

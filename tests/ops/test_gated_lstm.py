@@ -1,0 +1,455 @@
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numerics import assert_twice_as_good, relative_error
+
+from stn_fast.dispatch import use_backend
+from stn_fast.ops.gated_lstm import Weights, fold, gated_lstm, reference
+
+SIDE = ("weight", "bias", "response_weight", "response_bias", "weight_gate", "bias_gate")
+NAMES = ("x", "h_0", "c_0", *(f"{side}.{name}" for side in ("from_input", "from_hidden") for name in SIDE), "h")
+BIASES = [i for i, name in enumerate(NAMES) if "bias" in name]
+VALIDATION = tuple(name in ("x", "h") for name in NAMES)
+# Drawn alike at every run: a sum of one number may cancel to less than its rounding, and pass or fail by chance.
+property_test = settings(
+    derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def operands(steps, batch, inputs, hidden, n, *, bias=True, dtype=torch.float32, seed=0):
+    """As NAMES, drawn in float64 so that every dtype rounds the same."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    def side(columns):
+        matrix, scale = (4 * hidden, columns), columns**-0.5
+        biases = [drawn(4 * hidden), drawn(4 * hidden), drawn(4 * hidden, n)] if bias else [None] * 3
+        return [
+            drawn(*matrix, scale=scale), biases[0], drawn(*matrix, scale=scale), biases[1],
+            drawn(4 * hidden, n), biases[2],
+        ]  # fmt: skip
+
+    state = [drawn(batch, hidden), drawn(batch, hidden)]
+    return [drawn(steps, batch, inputs), *state, *side(inputs), *side(hidden), drawn(batch, n)]
+
+
+def apply(function, tensors, reverse=False):
+    """`function` is gated_lstm or reference: y, h_n, c_n."""
+    x, h_0, c_0, *weights, h = tensors
+    y, state = function(x, h_0, c_0, Weights(*weights[:6]), Weights(*weights[6:]), h, reverse=reverse)
+    return y, *state
+
+
+def leaves(tensors, dtype=None, wanted=(True,) * 16):
+    return [
+        None if t is None else t.detach().to(dtype or t.dtype).requires_grad_(w)
+        for t, w in zip(tensors, wanted, strict=True)
+    ]
+
+
+def gradients(function, tensors, incoming, reverse=False):
+    """Of what requires one, given gradients of y, h_n, c_n; None is a result that nobody uses."""
+    asked = [t for t in tensors if t is not None and t.requires_grad]
+    used = [(r, d.to(r)) for r, d in zip(apply(function, tensors, reverse), incoming, strict=True) if d is not None]
+    results, given_ones = zip(*used, strict=True)
+    return torch.autograd.grad(results, asked, given_ones, materialize_grads=True)
+
+
+def drawn_gradients(results, dtype, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(dtype) for r in results]
+
+
+def assert_as_good_as_plain_torch(tensors, wanted=(True,) * 16, reverse=False, used=(True, True, True)):
+    """y, h_n, c_n and every wanted gradient, by the 2x rule."""
+    exact, plain, ours = (leaves(tensors, d, wanted) for d in (torch.float64, None, None))
+    results = apply(gated_lstm, ours, reverse), apply(reference, plain, reverse), apply(reference, exact, reverse)
+    for name, *three in zip(("y", "h_n", "c_n"), *results, strict=True):
+        assert three[0].dtype == tensors[0].dtype
+        assert_twice_as_good(*three, name=name)
+    if not any(t is not None and t.requires_grad for t in ours):
+        return
+    incoming = [d if u else None for d, u in zip(drawn_gradients(results[2], tensors[0].dtype), used, strict=True)]
+    for name, *three in zip(
+        [n for n, t in zip(NAMES, ours, strict=True) if t is not None and t.requires_grad],
+        gradients(gated_lstm, ours, incoming, reverse),
+        gradients(reference, plain, incoming, reverse),
+        gradients(reference, exact, incoming, reverse),
+        strict=True,
+    ):
+        assert three[0].dtype == tensors[0].dtype
+        assert_twice_as_good(*three, name=name)
+
+
+def plain_lstm(x, h_0, c_0, weights, biases):
+    """torch's LSTM with these weights, for float64 inputs of one batch."""
+    plain = torch.nn.LSTM(x.shape[2], h_0.shape[1], bias=biases[0] is not None, dtype=x.dtype)
+    given_ones = dict(zip(("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"), weights + biases, strict=True))
+    result, (h_n, c_n) = torch.func.functional_call(
+        plain, {name: value for name, value in given_ones.items() if value is not None}, (x, (h_0[None], c_0[None]))
+    )
+    return result, h_n[0], c_n[0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_reference_is_torchs_lstm_with_each_examples_own_weights(bias):
+    """Weight for weight, W + diag(Gw h) R and b + (Gb h) ⊙ r, computed here."""
+    tensors = operands(4, 3, 5, 6, 2, bias=bias, dtype=torch.float64)
+    x, h_0, c_0, *weights, h = tensors
+    got = apply(reference, tensors)
+    for b in range(3):
+        own, own_biases = [], []
+        for w, bias_, r, r_bias, gate, bias_gate in (weights[:6], weights[6:]):
+            own.append(w + torch.diag(gate @ h[b]) @ r)
+            own_biases.append(bias_ + torch.diag(bias_gate @ h[b]) @ r_bias if bias else None)
+        want = plain_lstm(x[:, b : b + 1], h_0[b : b + 1], c_0[b : b + 1], own, own_biases)
+        assert relative_error(got[0][:, b : b + 1], want[0]) < 1e-14
+        assert relative_error(got[1][b : b + 1], want[1]) < 1e-14
+        assert relative_error(got[2][b : b + 1], want[2]) < 1e-14
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_gradient_of_the_reference_matches_finite_differences(bias, reverse):
+    tensors = leaves(operands(3, 2, 3, 2, 2, bias=bias, dtype=torch.float64))
+
+    def of_given(*values):
+        left = iter(values)
+        return apply(reference, [None if t is None else next(left) for t in tensors], reverse)
+
+    assert torch.autograd.gradcheck(of_given, [t for t in tensors if t is not None])
+
+
+@property_test
+@given(
+    steps=st.integers(1, 6), batch=st.integers(1, 9), inputs=st.integers(1, 40),
+    hidden=st.sampled_from([1, 2, 3, 7, 13, 16, 17, 31, 37]), n=st.integers(1, 9), bias=st.booleans(),
+    reverse=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+@use_backend("cpp")
+def test_core_is_as_exact_as_plain_torch(steps, batch, inputs, hidden, n, bias, reverse, seed):
+    assert_as_good_as_plain_torch(operands(steps, batch, inputs, hidden, n, bias=bias, seed=seed), reverse=reverse)
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 2, 5, 257, 3), (2, 67, 5, 251, 2), (1, 1, 1, 1, 1), (1, 5, 3, 4, 2), (9, 1, 3, 4, 2), (2, 3, 130, 8, 40)]
+)
+@use_backend("cpp")
+def test_core_is_right_across_its_tasks_and_threads(shape):
+    assert_as_good_as_plain_torch(operands(*shape))
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_every_backend_and_dtype_obeys_the_2x_rule(name, dtype, bias, reverse):
+    with use_backend(name):
+        assert_as_good_as_plain_torch(operands(5, 17, 19, 23, 3, bias=bias, dtype=dtype), reverse=reverse)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+def test_float64_is_exact(name):
+    tensors = operands(5, 3, 7, 6, 3, dtype=torch.float64)
+    with use_backend(name):
+        incoming = drawn_gradients(apply(reference, tensors), torch.float64)
+        got = gradients(gated_lstm, leaves(tensors), incoming)
+        for mine, want in zip(got, gradients(reference, leaves(tensors), incoming), strict=True):
+            assert relative_error(mine, want) < 1e-13
+        for mine, want in zip(apply(gated_lstm, tensors), apply(reference, tensors), strict=True):
+            assert relative_error(mine, want) < 1e-14
+
+
+SUBSETS = [tuple(i == k for i in range(16)) for k in range(16)]
+SUBSETS += [tuple(i != k for i in range(16)) for k in range(16)]
+SUBSETS += [tuple((mask >> i) & 1 == 1 for i in range(16)) for mask in range(1999, 65536, 1999)]
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+@pytest.mark.parametrize("chunk", range(4))
+def test_subsets_of_wanted_gradients_are_right(name, chunk):
+    """Each alone, all but each, and others: what is computed never depends on what else is wanted."""
+    tensors = operands(3, 4, 5, 6, 2)
+    with use_backend(name):
+        for wanted in [*SUBSETS, VALIDATION, (False,) * 16][chunk::4]:
+            assert_as_good_as_plain_torch(tensors, wanted)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("used", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+def test_gradients_arrive_through_y_the_last_hidden_and_the_last_cell_state(name, used, reverse):
+    with use_backend(name):
+        assert_as_good_as_plain_torch(operands(3, 4, 5, 6, 2), used=used, reverse=reverse)
+
+
+def test_a_sequence_in_two_parts_is_the_sequence_at_once():
+    """The state carries everything: values, and gradients across the cut."""
+    tensors = leaves(operands(7, 3, 5, 6, 2))
+    x, h_0, c_0, *rest = tensors
+    y, h_n, c_n = apply(gated_lstm, tensors)
+    first, *state = apply(gated_lstm, [x[:3], h_0, c_0, *rest])
+    second, last_h, last_c = apply(gated_lstm, [x[3:], *state, *rest])
+    results = torch.cat([first, second]), last_h, last_c
+    for got, want in zip(results, (y, h_n, c_n), strict=True):
+        assert relative_error(got, want) < 1e-6
+    incoming = drawn_gradients(results, torch.float32)
+    for got, want in zip(
+        torch.autograd.grad(results, tensors, incoming),
+        torch.autograd.grad((y, h_n, c_n), tensors, incoming),
+        strict=True,
+    ):
+        assert relative_error(got, want) < 2e-6
+
+
+def test_reverse_is_the_flipped_sequence():
+    tensors = operands(5, 3, 4, 6, 2)
+    y, h_n, c_n = apply(gated_lstm, tensors, reverse=True)
+    flipped = apply(gated_lstm, [tensors[0].flip(0), *tensors[1:]])
+    assert torch.equal(y, flipped[0].flip(0))
+    assert torch.equal(h_n, flipped[1])
+    assert torch.equal(c_n, flipped[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_validation_step_computes_no_weight_gradient(dtype):
+    """Frozen parameters: of the large products only those behind dx and the hidden states may run."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    steps, batch, inputs, hidden, n = 8, 32, 48, 40, 3
+    results = apply(gated_lstm, leaves(operands(steps, batch, inputs, hidden, n, dtype=dtype), wanted=VALIDATION))
+    with FlopCounterMode(display=False) as counter:
+        results[0].sum().backward()
+    rows, wide = steps * batch, 4 * hidden
+    assert counter.get_total_flops() <= 2 * rows * wide * 2 * (inputs + hidden) + 2 * batch * wide * 6 * n
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+@pytest.mark.parametrize("empty", [dict(batch=0), dict(inputs=0), dict(n=0)], ids=str)
+def test_empty_sizes_give_empty_or_zero_results(name, empty):
+    sizes = dict(steps=2, batch=3, inputs=4, hidden=5, n=2) | empty
+    steps, batch, inputs, hidden, n = sizes.values()
+    with use_backend(name):
+        tensors = operands(steps, batch, max(inputs, 1), hidden, n)
+        if inputs == 0:
+            tensors = [t if i not in (0, 3, 5) else t[..., :0] for i, t in enumerate(tensors)]
+        tensors = leaves(tensors)
+        results = apply(gated_lstm, tensors)
+        assert results[0].shape == (steps, batch, hidden)
+        assert all(g.isfinite().all() for g in torch.autograd.grad(sum(r.sum() for r in results), tensors))
+        for got, want in zip(results, apply(reference, tensors), strict=True):
+            assert relative_error(got, want) < 1e-6
+
+
+def test_non_contiguous_inputs_and_gradients():
+    tensors = operands(3, 6, 5, 7, 3)
+    twisted = [t.transpose(0, -1).contiguous().transpose(0, -1) if t.ndim > 1 else t for t in tensors]
+    strided = [torch.stack([t, t], dim=-1)[..., 0] for t in tensors]
+    y = apply(gated_lstm, tensors)[0]
+    incoming = [torch.ones(()).expand_as(y), None, torch.ones(()).expand_as(tensors[1])]
+    want = gradients(gated_lstm, leaves(tensors), incoming)
+    for other in (twisted, strided):
+        other = leaves(other)
+        assert relative_error(apply(gated_lstm, other)[0], y) < 1e-6
+        for got, wish in zip(gradients(gated_lstm, other, incoming), want, strict=True):
+            assert relative_error(got, wish) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+def test_backward_leaves_what_it_reads_as_it_was(name):
+    """The same graph twice, as retain_graph promises, and the gradients that came in."""
+    tensors = leaves(operands(3, 4, 5, 6, 2))
+    with use_backend(name):
+        results = apply(gated_lstm, tensors)
+        incoming = drawn_gradients(results, torch.float32)
+        before = [d.clone() for d in incoming]
+        first = torch.autograd.grad(results, tensors, incoming, retain_graph=True)
+        second = torch.autograd.grad(results, tensors, incoming)
+    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, incoming, before))
+
+
+@use_backend("cpp")
+def test_results_do_not_depend_on_the_number_of_threads():
+    """The cells' own: products of the library may depend on its threads, and none of theirs is so small."""
+    from stn_fast.ops._gated_lstm_cpu import Core
+
+    batch, hidden, before = 70, 261, torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    wide = [torch.randn(batch, 4 * hidden, generator=generator) for _ in range(5)]
+    c_before, dy, dh, dc = (torch.randn(batch, hidden, generator=generator) for _ in range(4))
+    runs = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            gates, *rest = (t.clone() for t in wide)
+            c, h, d_gates, d_q = c_before.clone(), dy.clone(), wide[0].clone(), wide[0].clone()
+            Core.cell_forward(gates, *rest, c_before, c, h)
+            Core.cell_backward(dy, dh, d_c := dc.clone(), gates, c, c_before, wide[3], d_gates, d_q)
+            runs.append((gates, c, h, d_c, d_gates, d_q))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert all(map(torch.equal, other, runs[0]))
+
+
+def test_folding_gives_the_plain_lstm_at_one_shared_h():
+    *tensors, h = operands(4, 3, 5, 6, 2, dtype=torch.float64)
+    for reverse in (False, True):
+        shared = apply(gated_lstm, [*tensors, h[0]], reverse)
+        for got, want in zip(shared, apply(gated_lstm, [*tensors, h[:1].expand(3, -1)], reverse), strict=True):
+            assert relative_error(got, want) < 1e-14
+    (weight_ih, bias_ih), (weight_hh, bias_hh) = (fold(Weights(*side), h[0]) for side in (tensors[3:9], tensors[9:15]))
+    want = plain_lstm(*tensors[:3], [weight_ih, weight_hh], [bias_ih, bias_hh])
+    for got, wish in zip(apply(gated_lstm, [*tensors, h[0]]), want, strict=True):
+        assert relative_error(got, wish) < 1e-14
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_folded_layer_carries_gradients_to_h_and_the_state(bias):
+    *tensors, h = operands(4, 3, 5, 6, 2, bias=bias, dtype=torch.float64)
+    got = leaves([*tensors, h[0]])
+    want = leaves([*tensors, h[:1]])
+    incoming = drawn_gradients(apply(reference, [*tensors, h]), torch.float64)
+    folded = gradients(gated_lstm, got, incoming)
+    rows = apply(gated_lstm, [*want[:-1], want[-1].expand(3, -1)])
+    asked = [t for t in want if t is not None]
+    for mine, wish in zip(folded, torch.autograd.grad(rows, asked, incoming), strict=True):
+        assert relative_error(mine, wish.view_as(mine)) < 1e-12
+
+
+def test_forward_mode_tangent_is_not_silently_zero():
+    primals = operands(3, 2, 4, 5, 2, dtype=torch.float64)
+    tangents = operands(3, 2, 4, 5, 2, dtype=torch.float64, seed=1)
+    _, got = torch.func.jvp(lambda *t: apply(gated_lstm, t), tuple(primals), tuple(tangents))
+    step = 1e-6
+    ahead = apply(gated_lstm, [p + step * t for p, t in zip(primals, tangents, strict=True)])
+    behind = apply(gated_lstm, [p - step * t for p, t in zip(primals, tangents, strict=True)])
+    for tangent, a, b in zip(got, ahead, behind, strict=True):
+        assert relative_error(tangent, (a - b) / (2 * step)) < 1e-7
+
+
+def test_works_under_grad_and_vmap_of_torch_func():
+    x, *tensors, h = operands(3, 2, 4, 5, 2, dtype=torch.float64)
+    grad = torch.func.grad(lambda h_: apply(gated_lstm, [x, *tensors, h_])[0].square().sum())(h)
+    leaf = h.clone().requires_grad_()
+    want = torch.autograd.grad(apply(reference, [x, *tensors, leaf])[0].square().sum(), leaf)[0]
+    assert relative_error(grad, want) < 1e-12
+    many = torch.vmap(lambda x_: apply(gated_lstm, [x_, *tensors, h])[0])(torch.stack([x, 2 * x]))
+    assert relative_error(many[1], apply(gated_lstm, [2 * x, *tensors, h])[0]) < 1e-12
+
+
+def test_second_derivatives_in_reverse_mode_raise_instead_of_lying():
+    tensors = leaves(operands(2, 3, 4, 5, 2))
+    first = torch.autograd.grad(apply(gated_lstm, tensors)[0].square().sum(), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(first[0].sum(), tensors[3], allow_unused=True)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_registration_is_complete(name, bias):
+    tensors = operands(3, 2, 4, 5, 2, bias=bias)
+    with use_backend(name):
+        args = leaves(tensors)
+        torch.library.opcheck(torch.ops.stn_fast.gated_lstm.default, (*args, False, True, True))
+        y, _, *saved = torch.ops.stn_fast.gated_lstm(*tensors, False, True, True)
+        kept = [t for i, t in enumerate(tensors) if i not in (4, 10)]
+        wanted = [t is not None for t in tensors]
+        torch.library.opcheck(
+            torch.ops.stn_fast.gated_lstm_backward.default,
+            (torch.randn_like(y), torch.randn_like(tensors[2]), *kept, y, *saved, False, wanted),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+def test_compiles_without_graph_break_to_the_same_numbers():
+    tensors = leaves(operands(3, 4, 5, 7, 3))
+    compiled = torch.compile(lambda *t: apply(gated_lstm, t), fullgraph=True, backend="aot_eager")
+    results = apply(gated_lstm, tensors)
+    incoming = drawn_gradients(results, torch.float32)
+    assert all(map(torch.equal, compiled(*tensors), results))
+    got = torch.autograd.grad(compiled(*tensors), tensors, incoming)
+    assert all(map(torch.equal, got, torch.autograd.grad(results, tensors, incoming)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_computes_in_its_dtype_and_returns_float32_gradients(dtype):
+    tensors = leaves(operands(3, 4, 5, 7, 3))
+    with torch.autocast("cpu", dtype=dtype):
+        results = apply(gated_lstm, tensors)
+    plain = apply(reference, leaves(tensors, dtype))
+    for got, other, exact in zip(results, plain, apply(reference, leaves(tensors, torch.float64)), strict=True):
+        assert got.dtype == dtype
+        assert_twice_as_good(got, other, exact)
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(results[0].float().sum(), tensors))
+
+
+def test_autocast_leaves_float64_alone_as_torch_does():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert apply(gated_lstm, operands(2, 3, 4, 5, 2, dtype=torch.float64))[0].dtype == torch.float64
+
+
+def test_memory_kept_for_backward_is_what_is_stated():
+    """Gates, cells and y, and both responses where a gate's gradient is wanted; nothing without a gradient."""
+    steps, batch, hidden = 6, 8, 16
+    tensors = operands(steps, batch, 12, hidden, 3)
+    operands_ = sum(t.numel() for i, t in enumerate(tensors) if i not in (4, 10))  # not the biases themselves
+
+    def saved(wanted):
+        numbers = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()) or t, lambda t: t):
+            apply(gated_lstm, leaves(tensors, wanted=wanted))
+        return sum(numbers)
+
+    cell = steps * batch * hidden
+    assert saved((True,) * 16) == operands_ + (4 + 1 + 1 + 8) * cell
+    assert saved(tuple(name == "x" for name in NAMES)) == operands_ + (4 + 1 + 1) * cell
+    assert saved((False,) * 16) == 0
+
+
+def test_triton_is_refused_by_name_until_it_has_kernels():
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"gated_lstm has no Triton kernels.*use_backend"):
+        apply(gated_lstm, operands(2, 3, 4, 5, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x", torch.randn(3, 4, 6), r"from_input.weight must be \(28, 6\).*got \(28, 5\)"),
+        ("x", torch.randn(4, 5), r"wants x \(T, B, I\).*got x \(4, 5\)"),
+        ("x", torch.randn(0, 4, 5), r"at least one time step.*got x \(0, 4, 5\)"),
+        ("h_0", torch.randn(3, 7), r"h_0 must be \(4, 7\).*got \(3, 7\)"),
+        ("c_0", torch.randn(4, 6), r"c_0 must be \(4, 7\).*got \(4, 6\)"),
+        ("from_hidden.weight", torch.randn(28, 6), r"from_hidden.weight must be \(28, 7\).*got \(28, 6\)"),
+        ("from_hidden.response_weight", torch.randn(7, 7), r"from_hidden.response_weight must be \(28, 7\)"),
+        ("from_input.weight_gate", torch.randn(28, 2), r"from_input.weight_gate must be \(28, 3\)"),
+        ("from_hidden.bias_gate", torch.randn(27, 3), r"from_hidden.bias_gate must be \(28, 3\)"),
+        ("from_input.bias", torch.randn(1), r"from_input.bias must be \(28,\)"),
+        ("h", torch.randn(5, 3), r"h must be \(4, 3\).*got \(5, 3\)"),
+        ("h", torch.randn(4, 1, 3), r"h \(B, n\) or \(n,\)"),
+        ("h", torch.randn(4, 3, dtype=torch.float64), r"h is torch.float64.*x torch.float32"),
+        ("from_hidden.weight", torch.randn(28, 7, device="meta"), r"from_hidden.weight is torch.float32 on meta"),
+        ("from_hidden.bias", None, r"of both from_input and from_hidden, or none"),
+    ],
+)  # fmt: skip
+def test_misfits_are_named(name, value, message):
+    tensors = operands(3, 4, 5, 7, 3)
+    tensors[NAMES.index(name)] = value
+    with pytest.raises(ValueError, match=message):
+        apply(gated_lstm, tensors)
+
+
+def test_biases_on_one_side_alone_are_refused():
+    tensors = operands(3, 4, 5, 7, 3)
+    with pytest.raises(ValueError, match="of both from_input and from_hidden, or none"):
+        apply(gated_lstm, [None if i in BIASES[:3] else t for i, t in enumerate(tensors)])
+
+
+def test_whole_numbers_are_refused():
+    tensors = [t.to(torch.int64) for t in operands(3, 4, 5, 7, 3)]
+    with pytest.raises(ValueError, match=r"floating point tensors; got torch.int64"):
+        apply(gated_lstm, tensors)
