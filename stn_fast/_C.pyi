@@ -185,7 +185,7 @@ def gated_lstm_cell_forward(
     hidden: int,
     threads: int,
 ) -> None:
-    """Activates the gates in place, i, f, g, o of gates + p + scale ⊙ q + shift; c = f ⊙ c_before + i ⊙ g, h = o ⊙ tanh c."""
+    """gates ← activated (gates + p + scale ⊙ q + shift) = i, f, g, o; c = f ⊙ c_before + i ⊙ g; h = o ⊙ tanh c."""
 
 def gated_lstm_cell_backward(
     dy: int,

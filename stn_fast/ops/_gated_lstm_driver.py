@@ -1,8 +1,8 @@
-"""gated_lstm over a whole sequence: products of all time steps at once where time allows, and one step at a time else.
+"""gated_lstm over a whole sequence: products of all time steps at once where time allows, else one step at a time.
 
-What surrounds a step's products is one pass, `cell_forward` or `cell_backward`: plain torch here, fused kernels elsewhere.
-The input's share of all steps, and every gradient of weights, gates and hyperparameters, are those of a gated linear
-layer whose rows are (T, B) positions of B examples.
+What surrounds a step's products is one pass, `cell_forward` or `cell_backward`: plain torch here, fused kernels
+elsewhere. The input's share of all steps, and every gradient of weights, gates and hyperparameters, are those of a
+gated linear layer whose rows are (T, B) positions of B examples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stn_fast.ops._gated_linear_plain import Gradients, Wanted, backward_plain, 
 
 
 class Weights(NamedTuple):
-    """W, b, R, r, Gw, Gb of a gated linear layer with O outputs; bias, response_bias and bias_gate may be None together.
+    """W, b, R, r, Gw, Gb of a gated linear layer with O outputs; b, r and Gb may be None together.
 
     Shapes: weight, response_weight (O, I); bias, response_bias (O,); weight_gate, bias_gate (O, n).
     """
@@ -31,7 +31,8 @@ class Weights(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward needs of forward: activated gates i, f, g, o (T, B, 4H), cell states (T, B, H), both x Rᵀ."""
+    """What backward needs of forward: activated gates i, f, g, o (T, B, 4H), cell states (T, B, H), and both responses
+    x Rᵀ (T, B, 4H), of no time step where nobody wants the gradient of a gate or of the hyperparameters."""
 
     gates: Tensor
     cells: Tensor
@@ -73,7 +74,7 @@ class Kernels(Protocol):
         d_gates: Tensor,
         d_q: Tensor,
     ) -> None:
-        """Writes d_gates, before the activations, d_q ← d_gates ⊙ scale and dc ← that of c_before, from dy + dh and dc."""
+        """From dy + dh and dc: d_gates, before the activations, d_q ← d_gates ⊙ scale and dc ← that of c_before."""
 
 
 class Plain:
@@ -161,8 +162,8 @@ def forward(
         c_before = c
     if not save:
         return y, c_before.clone(), None
-    nothing = x.new_empty(0)
-    responses = (input_response, hidden_response) if save_response else (nothing, nothing)
+    nothing = x.new_empty(0, batch, wide)
+    responses = (input_response.view_as(gates), hidden_response) if save_response else (nothing, nothing.clone())
     return y, c_before.clone(), Saved(gates, cells, *responses)
 
 
@@ -184,7 +185,7 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of x, h_0, c_0, all of `from_input`, all of `from_hidden` and h; None where not wanted."""
     wants_x, wants_h_0, wants_c_0, *wants_weights, wants_h = wanted
-    steps, batch = x.shape[:2]
+    steps = len(x)
     cells = saved.cells
     scale = h @ from_hidden.weight_gate.T
     d_gates = torch.empty_like(saved.gates)
@@ -204,7 +205,7 @@ def backward(
 
     def linear(weights: Weights, positions: Tensor, response: Tensor, *wants: bool) -> Gradients:
         rows = (d_gates.flatten(0, 1), positions.flatten(0, 1), weights.weight, *weights[2:], h)
-        return kernels.linear_backward(*rows, response.flatten(0, -2), steps, 1, Wanted(*wants, wants_h))
+        return kernels.linear_backward(*rows, response.flatten(0, 1), steps, 1, Wanted(*wants, wants_h))
 
     input_side = linear(from_input, x, saved.input_response, wants_x, *wants_weights[:6])
     before = torch.cat([y[1:], h_0[None]] if reverse else [h_0[None], y[:-1]]) if any(wants_weights[6:]) else y

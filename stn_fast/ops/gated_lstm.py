@@ -81,7 +81,7 @@ def _compute(
     save: bool,
     save_response: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, c_n, *Saved), what is saved being empty where nobody will ask."""
+    """(y, c_n, *Saved), what is saved having no time step where nobody will ask."""
     from_input = Weights(weight_ih, bias_ih, response_weight_ih, response_bias_ih, weight_gate_ih, bias_gate_ih)
     from_hidden = Weights(weight_hh, bias_hh, response_weight_hh, response_bias_hh, weight_gate_hh, bias_gate_hh)
     y, c_n, saved = driver.forward(
@@ -89,7 +89,8 @@ def _compute(
         reverse=reverse, save=save, save_response=save_response,
     )  # fmt: skip
     if saved is None:
-        saved = Saved(*(x.new_empty(0) for _ in Saved._fields))
+        batch, hidden = h_0.shape
+        saved = Saved(*(x.new_empty(0, batch, width) for width in (4 * hidden, hidden, 4 * hidden, 4 * hidden)))
     return y, c_n, *saved
 
 
@@ -100,12 +101,12 @@ _gated_lstm = torch.library.custom_op("stn_fast::gated_lstm", _compute, mutates_
 def _(x, h_0, c_0, *rest):
     *_, _, save, save_response = rest
     (steps, batch), hidden = x.shape[:2], h_0.shape[1]
-    nothing = torch.Size([0])
-    gates, cells = torch.Size([steps, batch, 4 * hidden]), torch.Size([steps, batch, hidden])
-    rows = torch.Size([steps * batch, 4 * hidden])
-    shapes = (gates, cells, rows, gates) if save and save_response else (gates, cells, nothing, nothing)
-    saved = [x.new_empty(shape if save else nothing) for shape in shapes]
-    return x.new_empty(cells), torch.empty_like(c_0), *saved
+
+    def kept(width, wants):
+        return x.new_empty(steps if wants else 0, batch, width)
+
+    saved = kept(4 * hidden, save), kept(hidden, save), *(kept(4 * hidden, save and save_response) for _ in range(2))
+    return kept(hidden, True), torch.empty_like(c_0), *saved
 
 
 def _compute_backward(
@@ -300,4 +301,3 @@ def _check(x: Tensor, h_0: Tensor, c_0: Tensor, from_input: Weights, from_hidden
             )
     if not x.is_floating_point():
         raise ValueError(f"gated_lstm wants floating point tensors; got {x.dtype}")
-

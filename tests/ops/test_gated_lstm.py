@@ -8,7 +8,8 @@ from stn_fast.dispatch import use_backend
 from stn_fast.ops.gated_lstm import Weights, fold, gated_lstm, reference
 
 SIDE = ("weight", "bias", "response_weight", "response_bias", "weight_gate", "bias_gate")
-NAMES = ("x", "h_0", "c_0", *(f"{side}.{name}" for side in ("from_input", "from_hidden") for name in SIDE), "h")
+SIDES = ("input", "hidden")
+NAMES = ("x", "h_0", "c_0", *(f"from_{side}.{name}" for side in SIDES for name in SIDE), "h")
 BIASES = [i for i, name in enumerate(NAMES) if "bias" in name]
 VALIDATION = tuple(name in ("x", "h") for name in NAMES)
 # Drawn alike at every run: a sum of one number may cancel to less than its rounding, and pass or fail by chance.
@@ -111,6 +112,35 @@ def test_the_reference_is_torchs_lstm_with_each_examples_own_weights(bias):
         assert relative_error(got[2][b : b + 1], want[2]) < 1e-14
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_with_zero_gates_it_is_torchs_lstm(dtype, bias, reverse):
+    """Output, states and the gradients of all that torch's LSTM has, by the 2x rule and in float64 to its precision."""
+    tensors = operands(6, 5, 7, 9, 3, bias=bias, dtype=dtype)
+    tensors = [t if t is None or "gate" not in name else 0 * t for name, t in zip(NAMES, tensors, strict=True)]
+    shared = [NAMES.index(name) for name in NAMES[:3]]
+    shared += [NAMES.index(f"from_{side}.{name}") for name in ("weight", "bias")[: 1 + bias] for side in SIDES]
+
+    def of_torch(of_dtype):
+        own = leaves(tensors, of_dtype, tuple(i in shared for i in range(16)))
+        x, h_0, c_0, *weights = own
+        given = (x.flip(0) if reverse else x, h_0, c_0, [weights[0], weights[6]], [weights[1], weights[7]])
+        y, *state = plain_lstm(*given)
+        results = y.flip(0) if reverse else y, *state
+        return results, torch.autograd.grad(results, [own[i] for i in shared], [d.to(of_dtype) for d in incoming])
+
+    ours = leaves(tensors)
+    results = apply(gated_lstm, ours, reverse)
+    incoming = drawn_gradients(results, dtype)
+    got = results, torch.autograd.grad(results, [ours[i] for i in shared], incoming)
+    for mine, plain, exact in zip(got, of_torch(dtype), of_torch(torch.float64), strict=True):
+        for three in zip(mine, plain, exact, strict=True):
+            if dtype == torch.float64:
+                assert relative_error(three[0], three[2]) < 1e-14
+            assert_twice_as_good(*three)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_gradient_of_the_reference_matches_finite_differences(bias, reverse):
@@ -135,7 +165,8 @@ def test_core_is_as_exact_as_plain_torch(steps, batch, inputs, hidden, n, bias, 
 
 
 @pytest.mark.parametrize(
-    "shape", [(3, 2, 5, 257, 3), (2, 67, 5, 251, 2), (1, 1, 1, 1, 1), (1, 5, 3, 4, 2), (9, 1, 3, 4, 2), (2, 3, 130, 8, 40)]
+    "shape",
+    [(3, 2, 5, 257, 3), (2, 67, 5, 251, 2), (1, 1, 1, 1, 1), (1, 5, 3, 4, 2), (9, 1, 3, 4, 2), (2, 3, 130, 8, 40)],
 )
 @use_backend("cpp")
 def test_core_is_right_across_its_tasks_and_threads(shape):
