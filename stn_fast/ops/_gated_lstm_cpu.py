@@ -28,7 +28,7 @@ class Core:
 
         _C.gated_lstm_cell_forward(
             gates.data_ptr(), p.data_ptr(), q.data_ptr(), scale.data_ptr(), address(shift), c_before.data_ptr(),
-            c.data_ptr(), h.data_ptr(), *c.shape, torch.get_num_threads(),
+            c.data_ptr(), h.data_ptr(), len(c), c.shape[1], torch.get_num_threads(),
         )  # fmt: skip
 
     @staticmethod
@@ -47,5 +47,5 @@ class Core:
 
         _C.gated_lstm_cell_backward(
             dy.data_ptr(), address(dh), dc.data_ptr(), gates.data_ptr(), c.data_ptr(), c_before.data_ptr(),
-            scale.data_ptr(), d_gates.data_ptr(), d_q.data_ptr(), *c.shape, torch.get_num_threads(),
+            scale.data_ptr(), d_gates.data_ptr(), d_q.data_ptr(), len(c), c.shape[1], torch.get_num_threads(),
         )  # fmt: skip

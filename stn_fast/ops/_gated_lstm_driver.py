@@ -7,7 +7,7 @@ gated linear layer whose rows are (T, B) positions of B examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -43,10 +43,12 @@ class Saved(NamedTuple):
 class Kernels(Protocol):
     """A gated linear layer and the pass around a time step's products."""
 
-    def linear_forward(self, x: Tensor, *rest: Tensor | int | None) -> tuple[Tensor, Tensor]:
-        """(y, x Rᵀ); as `forward_plain`."""
+    @property
+    def linear_forward(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """As `forward_plain`: y and x Rᵀ."""
 
-    def linear_backward(self, dy: Tensor, *rest: Tensor | int | Wanted | None) -> Gradients:
+    @property
+    def linear_backward(self) -> Callable[..., Gradients]:
         """As `backward_plain`."""
 
     def cell_forward(
@@ -203,13 +205,13 @@ def backward(
         if not first or wants_h_0:
             dh = torch.mm(d_gates[t], from_hidden.weight, out=product).addmm_(d_q, from_hidden.response_weight)
 
-    def linear(weights: Weights, positions: Tensor, response: Tensor, *wants: bool) -> Gradients:
+    def linear(weights: Weights, positions: Tensor, response: Tensor, wants: Sequence[bool]) -> Gradients:
         rows = (d_gates.flatten(0, 1), positions.flatten(0, 1), weights.weight, *weights[2:], h)
-        return kernels.linear_backward(*rows, response.flatten(0, 1), steps, 1, Wanted(*wants, wants_h))
+        return kernels.linear_backward(*rows, response.flatten(0, 1), steps, 1, Wanted._make([*wants, wants_h]))
 
-    input_side = linear(from_input, x, saved.input_response, wants_x, *wants_weights[:6])
+    input_side = linear(from_input, x, saved.input_response, [wants_x, *wants_weights[:6]])
     before = torch.cat([y[1:], h_0[None]] if reverse else [h_0[None], y[:-1]]) if any(wants_weights[6:]) else y
-    hidden_side = linear(from_hidden, before, saved.hidden_response, False, *wants_weights[6:])
+    hidden_side = linear(from_hidden, before, saved.hidden_response, [False, *wants_weights[6:]])
     d_h = None if input_side.h is None or hidden_side.h is None else input_side.h + hidden_side.h
     return [
         None if input_side.x is None else input_side.x.view_as(x),

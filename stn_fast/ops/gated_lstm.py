@@ -272,7 +272,7 @@ def _check(x: Tensor, h_0: Tensor, c_0: Tensor, from_input: Weights, from_hidden
             f"got x {tuple(x.shape)}, h_0 {tuple(h_0.shape)}, h {tuple(h.shape)}"
         )
     (_, batch, inputs), hidden, n = x.shape, h_0.shape[1], h.shape[-1]
-    wanted = {
+    wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "h_0": (h_0, (batch, hidden)),
         "c_0": (c_0, (batch, hidden)),
         "h": (h, (batch, n) if h.ndim == 2 else (n,)),
@@ -283,8 +283,8 @@ def _check(x: Tensor, h_0: Tensor, c_0: Tensor, from_input: Weights, from_hidden
             "gated_lstm: give bias, response_bias and bias_gate of both from_input and from_hidden, or none of them"
         )
     for side, weights, columns in (("from_input", from_input, inputs), ("from_hidden", from_hidden, hidden)):
-        outputs = 4 * hidden
-        shapes = ((outputs, columns), (outputs,), (outputs, columns), (outputs,), (outputs, n), (outputs, n))
+        matrix, vector, gate = (4 * hidden, columns), (4 * hidden,), (4 * hidden, n)
+        shapes = (matrix, vector, matrix, vector, gate, gate)
         for name, tensor, shape in zip(Weights._fields, weights, shapes, strict=True):
             if tensor is not None:
                 wanted[f"{side}.{name}"] = tensor, shape
