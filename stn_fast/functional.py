@@ -8,8 +8,10 @@ from torch import Tensor
 
 from stn_fast.ops import gated_conv2d as _gated_conv2d
 from stn_fast.ops import gated_linear as _gated_linear
+from stn_fast.ops import gated_lstm as _gated_lstm
 from stn_fast.ops.augment import augment
 from stn_fast.ops.dropout import dropout
+from stn_fast.ops.gated_lstm import Weights
 from stn_fast.ops.noise import noise
 from stn_fast.ops.perturb import perturb
 from stn_fast.ops.weight_decay import weight_decay_penalty
@@ -17,7 +19,17 @@ from stn_fast.ops.weight_decay import weight_decay_penalty
 if TYPE_CHECKING:
     from stn_fast.hyperparameters import HyperBatch
 
-__all__ = ["augment", "dropout", "gated_conv2d", "gated_linear", "noise", "perturb", "weight_decay_penalty"]
+__all__ = [
+    "Weights",
+    "augment",
+    "dropout",
+    "gated_conv2d",
+    "gated_linear",
+    "gated_lstm",
+    "noise",
+    "perturb",
+    "weight_decay_penalty",
+]
 
 
 def response_input(hyper: HyperBatch | Tensor, like: Tensor) -> Tensor:
@@ -83,3 +95,19 @@ def gated_conv2d(
         x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h,
         stride=stride, padding=padding, dilation=dilation, groups=groups, relu=relu,
     )  # fmt: skip
+
+
+def gated_lstm(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    from_input: Weights,
+    from_hidden: Weights,
+    hyper: HyperBatch | Tensor,
+    *,
+    reverse: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`stn_fast.ops.gated_lstm.gated_lstm`, which documents it, taking a HyperBatch or its response."""
+    h = response_input(hyper, from_input.weight)
+    check_examples("gated_lstm", x, hyper, example_dim=1)
+    return _gated_lstm.gated_lstm(x, h_0, c_0, from_input, from_hidden, h, reverse=reverse)
