@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from stn_fast.hyperparameters import HyperBatch as HyperBatch
     from stn_fast.hyperparameters import Hyperparameter as Hyperparameter
     from stn_fast.hyperparameters import HyperparameterSpace as HyperparameterSpace
+    from stn_fast.layers import DropConnect as DropConnect
     from stn_fast.layers import HyperBatchNorm2d as HyperBatchNorm2d
     from stn_fast.layers import HyperConv2d as HyperConv2d
     from stn_fast.layers import HyperLinear as HyperLinear
+    from stn_fast.layers import HyperLSTM as HyperLSTM
     from stn_fast.layers import PerExampleAugmentation as PerExampleAugmentation
     from stn_fast.layers import PerExampleDropout as PerExampleDropout
     from stn_fast.layers import PerExampleDropout2d as PerExampleDropout2d
@@ -31,8 +33,10 @@ _HOME = {
     "HyperBatch": "stn_fast.hyperparameters",
     "Hyperparameter": "stn_fast.hyperparameters",
     "HyperparameterSpace": "stn_fast.hyperparameters",
+    "DropConnect": "stn_fast.layers",
     "HyperBatchNorm2d": "stn_fast.layers",
     "HyperConv2d": "stn_fast.layers",
+    "HyperLSTM": "stn_fast.layers",
     "HyperLinear": "stn_fast.layers",
     "PerExampleAugmentation": "stn_fast.layers",
     "PerExampleDropout": "stn_fast.layers",

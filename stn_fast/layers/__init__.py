@@ -4,11 +4,14 @@ from stn_fast.layers.augmentation import PerExampleAugmentation
 from stn_fast.layers.batch_norm import HyperBatchNorm2d
 from stn_fast.layers.conv import HyperConv2d
 from stn_fast.layers.linear import HyperLinear
-from stn_fast.layers.regularisers import PerExampleDropout, PerExampleDropout2d, PerExampleNoise
+from stn_fast.layers.lstm import HyperLSTM
+from stn_fast.layers.regularisers import DropConnect, PerExampleDropout, PerExampleDropout2d, PerExampleNoise
 
 __all__ = [
+    "DropConnect",
     "HyperBatchNorm2d",
     "HyperConv2d",
+    "HyperLSTM",
     "HyperLinear",
     "PerExampleAugmentation",
     "PerExampleDropout",

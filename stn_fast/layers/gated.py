@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,14 @@ from torch import Tensor, nn
 from stn_fast import functional
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.ops.gated_linear import fold
+
+
+@runtime_checkable
+class Decayed(Protocol):
+    """A layer with weights that weight decay is for."""
+
+    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
+        """½ · mean over examples of decay[b] · ‖W_eff[b]‖², a scalar."""
 
 
 class GatedLayer(nn.Module):
@@ -64,20 +73,12 @@ class GatedLayer(nn.Module):
         return functional.weight_decay_penalty(self.weight, self.response_weight, self.weight_gate, h, decay)
 
     def _check_response(self, hyper: HyperBatch | Tensor) -> None:
-        n = (hyper if isinstance(hyper, Tensor) else hyper.response).shape[-1]
-        if n != self.num_hyperparameters:
-            raise ValueError(
-                f"{type(self).__name__} has num_hyperparameters={self.num_hyperparameters}; got {n} of them "
-                "(num_hyperparameters=len(space) fits)"
-            )
+        check_response(type(self).__name__, self.num_hyperparameters, hyper)
 
     @torch.no_grad()
     def _folded(self, response: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the plain layer this one is at one response input (n,)."""
-        if response.shape != (self.num_hyperparameters,):
-            raise ValueError(
-                f"fold wants a response of shape ({self.num_hyperparameters},); got {tuple(response.shape)}"
-            )
+        check_folding(self.num_hyperparameters, response)
         return fold(
             self.weight,
             self.bias,
@@ -94,6 +95,22 @@ def check_sizes(layer: str, **sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{layer} wants {name} >= 1; got {value}")
+
+
+def check_response(layer: str, num_hyperparameters: int, hyper: HyperBatch | Tensor) -> None:
+    """Raises ValueError where a layer is called with another number of hyperparameters than it has gates for."""
+    n = (hyper if isinstance(hyper, Tensor) else hyper.response).shape[-1]
+    if n != num_hyperparameters:
+        raise ValueError(
+            f"{layer} has num_hyperparameters={num_hyperparameters}; got {n} of them "
+            "(num_hyperparameters=len(space) fits)"
+        )
+
+
+def check_folding(num_hyperparameters: int, response: Tensor) -> None:
+    """Raises ValueError where a layer is folded at anything but one response input."""
+    if response.shape != (num_hyperparameters,):
+        raise ValueError(f"fold wants a response of shape ({num_hyperparameters},); got {tuple(response.shape)}")
 
 
 def give_parameters(plain: nn.Linear | nn.Conv2d | nn.BatchNorm2d, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Layers whose strength is a hyperparameter of each example: dropout and additive noise."""
+"""Layers whose strength is a hyperparameter: dropout and noise by the example, DropConnect by the batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stn_fast import functional
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter
 
 
-class _PerExampleRegulariser(nn.Module):
+class _Regulariser(nn.Module):
     """Looks its strength up in the HyperBatch by name, and does nothing in eval mode.
 
     Args:
@@ -25,6 +25,16 @@ class _PerExampleRegulariser(nn.Module):
         if stream < 1:
             raise ValueError(f"{type(self).__name__} wants stream >= 1, distinct for every layer; got {stream}")
         self.name, self.stream = name, stream
+
+    def _check_range(self, hyperparameter: Hyperparameter) -> None:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.name!r}, stream={self.stream}"
+
+
+class _PerExampleRegulariser(_Regulariser):
+    """Each example has a strength of its own, and draws of its own wherever it is in the global batch."""
 
     def _check_batch(self, x: Tensor, hyper: HyperBatch, example_dim: int) -> None:
         if x.shape[example_dim] != len(hyper):
@@ -42,11 +52,34 @@ class _PerExampleRegulariser(nn.Module):
         """Where this layer's random numbers lie."""
         return dict(seed=hyper.seed, step=hyper.step, stream=self.stream, first_example=hyper.first_example)
 
-    def _check_range(self, hyperparameter: Hyperparameter) -> None:
-        raise NotImplementedError
 
-    def extra_repr(self) -> str:
-        return f"{self.name!r}, stream={self.stream}"
+class _PerBatchRegulariser(_Regulariser):
+    """One strength serves the whole batch, and one draw: the same in every process that has a part of it."""
+
+    def _strength(self, hyper: HyperBatch) -> Tensor:
+        """(1,), or (0,) of a batch without examples."""
+        hyperparameter = hyper.space[self.name]
+        if hyperparameter.per_example:
+            raise ValueError(
+                f"hyperparameter {self.name!r} is the strength of {type(self).__name__}, which is one for the whole "
+                "batch; it wants per_example=False"
+            )
+        self._check_range(hyperparameter)
+        return hyper[self.name][:1]
+
+    def _draw(self, hyper: HyperBatch) -> dict[str, Any]:
+        """Where this layer's random numbers lie."""
+        return dict(seed=hyper.seed, step=hyper.step, stream=self.stream, first_example=0)
+
+
+def _check_rate(hyperparameter: Hyperparameter) -> None:
+    """Raises ValueError where a dropout rate could leave [0, 1)."""
+    name, low, high = hyperparameter.name, hyperparameter.low, hyperparameter.high
+    if low is None or low < 0 or high is None or high >= 1:
+        raise ValueError(
+            f"hyperparameter {name!r} is a dropout rate and wants bounds 0 <= low and high < 1; "
+            f"got low={low}, high={high}"
+        )
 
 
 class PerExampleDropout(_PerExampleRegulariser):
@@ -63,12 +96,7 @@ class PerExampleDropout(_PerExampleRegulariser):
         self.shared_dims = tuple(shared_dims)
 
     def _check_range(self, hyperparameter: Hyperparameter) -> None:
-        low, high = hyperparameter.low, hyperparameter.high
-        if low is None or low < 0 or high is None or high >= 1:
-            raise ValueError(
-                f"hyperparameter {self.name!r} is a dropout rate and wants bounds 0 <= low and high < 1; "
-                f"got low={low}, high={high}"
-            )
+        _check_rate(hyperparameter)
 
     def forward(self, x: Tensor, hyper: HyperBatch, example_dim: int = 0) -> Tensor:
         if not self.training:
@@ -132,3 +160,25 @@ class PerExampleNoise(_PerExampleRegulariser):
             **self._draw(hyper),
             example_dim=example_dim,
         )
+
+
+class DropConnect(_PerBatchRegulariser):
+    """Inverted dropout of a layer's weights: y = W · keep / (1 − rate), one mask for the whole batch.
+
+    Nothing is stored for backward, which draws the mask again. Weights of one shape that are passed at one step, as
+    W and its response R, have the same mask.
+
+    Args:
+        name: hyperparameter that is the rate, with bounds 0 <= low and high < 1 and per_example=False.
+        stream: at least 1; sets its random draws apart from those of the model's other layers.
+    """
+
+    def _check_range(self, hyperparameter: Hyperparameter) -> None:
+        _check_rate(hyperparameter)
+
+    def forward(self, weight: Tensor, hyper: HyperBatch) -> Tensor:
+        """Any shape → the same."""
+        if not self.training:
+            return weight
+        rate = self._strength(hyper)
+        return functional.dropout(weight[None], rate, **self._draw(hyper))[0] if len(rate) else weight

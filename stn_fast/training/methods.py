@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stn_fast.data import Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
-from stn_fast.layers.regularisers import _PerExampleRegulariser
+from stn_fast.layers.regularisers import _Regulariser
 from stn_fast.training.config import Config, OptimizerConfig
 from stn_fast.training.streams import Window, without_state
 from stn_fast.training.task import Objective, Task
@@ -45,7 +45,8 @@ class FixedHyperparameters:
     """Ordinary training: hyperparameters stay at their first guess and no weight responds to them.
 
     The response parameters of gated layers (``response_weight``, ``response_bias``, ``weight_gate``,
-    ``bias_gate``) take no part: they are held, and the response input is zero.
+    ``bias_gate``, and an LSTM's of each layer, as ``weight_gate_hh_l0``) take no part: they are held, and the response
+    input is zero.
 
     Args:
         model: called as ``model(inputs, hyper)``.
@@ -72,7 +73,7 @@ class FixedHyperparameters:
         self.training_objective = training_objective
         check_streams(model)
         for name, parameter in model.named_parameters():
-            if name.rpartition(".")[2] in RESPONSE_PARAMETERS:
+            if is_response(name):
                 parameter.requires_grad_(False)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = optimizer(trained)
@@ -229,11 +230,16 @@ class SelfTuning(FixedHyperparameters):
         self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
 
 
+def is_response(name: str) -> bool:
+    """Whether a parameter of this name belongs to the response of a gated layer, not to its weights."""
+    return name.rpartition(".")[2].startswith(RESPONSE_PARAMETERS)
+
+
 def check_streams(model: nn.Module) -> None:
     """Raises ValueError where two layers of the model would draw the same random numbers."""
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, _PerExampleRegulariser):
+        if isinstance(module, _Regulariser):
             if module.stream in owners:
                 raise ValueError(
                     f"{owners[module.stream]!r} and {name!r} both draw from stream {module.stream}, so "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stn_fast.data import DataSet, Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
-from stn_fast.layers import HyperConv2d, HyperLinear
+from stn_fast.layers.gated import Decayed
 from stn_fast.training.batches import Batching, IndependentExamples
 
 # (model, batch, hyper) -> scalar, a mean over the examples of the batch. Where batches are windows of a text, that or
@@ -52,14 +52,14 @@ def classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Te
 def decayed_classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:
     """Cross entropy + ½·weight_decay·‖W_eff‖² averaged over examples, where there is a hyperparameter `weight_decay`.
 
-    The weights of gated linear layers and convolutions are decayed; biases and norms are not.
+    The matrices and filters of gated layers are decayed; biases and norms are not.
     """
     loss = classification_loss(model, batch, hyper)
     if "weight_decay" not in hyper.space.names:
         return loss
     decay = hyper["weight_decay"]
     for layer in model.modules():
-        if isinstance(layer, HyperLinear | HyperConv2d):
+        if isinstance(layer, Decayed):
             loss = loss + layer.weight_decay_penalty(hyper, decay)
     return loss
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from stn_fast.data import Split
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
-from stn_fast.layers import PerExampleNoise
+from stn_fast.layers import HyperLSTM, PerExampleNoise
 from stn_fast.models.mlp import mlp
-from stn_fast.training.methods import RESPONSE_PARAMETERS, FixedHyperparameters, SelfTuning
+from stn_fast.training.methods import FixedHyperparameters, SelfTuning, is_response
 from stn_fast.training.task import classification_loss, decayed_classification_loss
 
 SPACE = HyperparameterSpace(
@@ -126,11 +126,30 @@ def test_fixed_hyperparameters_leave_the_response_out(model, batch):
     before = snapshot(model)
     method = FixedHyperparameters(model, SPACE, decayed_classification_loss)
     method.train_step(batch, 0)
-    plain = {name for name in before if name.rpartition(".")[2] not in RESPONSE_PARAMETERS}
+    plain = {name for name in before if not is_response(name)}
     assert moved(before, model) == plain
     assert all(p.grad is None for name, p in model.named_parameters() if name not in plain)
     with pytest.raises(RuntimeError, match="does not tune"):
         method.valid_step(batch, 1)
+
+
+def test_fixed_hyperparameters_leave_an_lstms_response_out_too(batch):
+    """Its parameters are those of torch.nn.LSTM; what is named beside them is the response."""
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = HyperLSTM(6, 4, 2, bidirectional=True, num_hyperparameters=len(SPACE))
+
+        def forward(self, x, hyper):
+            return self.lstm(x[None], hyper)[0][0]
+
+    torch.manual_seed(0)
+    model = Network()
+    before = snapshot(model)
+    FixedHyperparameters(model, SPACE, decayed_classification_loss).train_step(batch, 0)
+    plain = torch.nn.LSTM(6, 4, 2, bidirectional=True)
+    assert moved(before, model) == {f"lstm.{name}" for name, _ in plain.named_parameters()}
 
 
 def test_fixed_hyperparameters_without_dropout_are_plain_torch_training(batch):

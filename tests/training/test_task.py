@@ -11,24 +11,27 @@ from stn_fast.training.task import classification_loss, decayed_classification_l
 
 
 class Network(nn.Module):
-    """One gated convolution, one gated norm, one gated layer."""
+    """One gated convolution, one gated norm, one gated layer, and an LSTM that sees its activations in turn."""
 
     def __init__(self, n):
         super().__init__()
         self.conv = stn.HyperConv2d(2, 3, 3, num_hyperparameters=n)
         self.norm = stn.HyperBatchNorm2d(3, num_hyperparameters=n)
+        self.lstm = stn.HyperLSTM(3, 3, num_hyperparameters=n)
         self.linear = stn.HyperLinear(3, 4, num_hyperparameters=n)
 
     def forward(self, x, hyper):
-        return self.linear(self.norm(self.conv(x, hyper), hyper).mean((2, 3)), hyper)
+        pixels = self.norm(self.conv(x, hyper), hyper).flatten(2).permute(2, 0, 1)
+        return self.linear(self.lstm(pixels, hyper)[0][-1], hyper)
 
 
 def setting(*names):
     torch.manual_seed(0)
     space = stn.HyperparameterSpace([stn.Hyperparameter(name, low=0.0, init=0.5) for name in names])
     model = Network(len(space)).eval()
-    for layer in (model.conv, model.linear):
-        nn.init.normal_(layer.weight_gate)
+    for name, parameter in model.named_parameters():
+        if "weight_gate" in name:
+            nn.init.normal_(parameter)
     hyper = space.sample(*space.initial_state(), batch_size=5, seed=0, step=0)
     return model, Split(torch.randn(5, 2, 6, 6), torch.randint(4, (5,))), hyper
 
@@ -37,10 +40,11 @@ def test_decay_is_that_of_every_example_s_own_weights():
     model, batch, hyper = setting("weight_decay", "input_noise")
     expected = F.cross_entropy(model(batch.inputs, hyper), batch.targets).double()
     for row, decay in zip(hyper.response, hyper["weight_decay"], strict=True):
-        for layer in (model.conv, model.linear):
-            gate = (layer.weight_gate @ row).view(-1, *[1] * (layer.weight.ndim - 1))
-            weight = (layer.weight + gate * layer.response_weight).double()
-            expected = expected + 0.5 * decay * weight.square().sum() / len(hyper)
+        for layer, end in ((model.conv, ""), (model.linear, ""), (model.lstm, "_ih_l0"), (model.lstm, "_hh_l0")):
+            names = (f"{name}{end}" for name in ("weight", "response_weight", "weight_gate"))
+            weight, response, gate = (getattr(layer, name) for name in names)
+            own = (weight + (gate @ row).view(-1, *[1] * (weight.ndim - 1)) * response).double()
+            expected = expected + 0.5 * decay * own.square().sum() / len(hyper)
     assert decayed_classification_loss(model, batch, hyper).item() == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -1,0 +1,256 @@
+"""HyperLSTM: torch.nn.LSTM whose weights respond to each example's hyperparameters."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from itertools import chain, count
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from stn_fast import functional
+from stn_fast.functional import Weights
+from stn_fast.hyperparameters import HyperBatch
+from stn_fast.layers.gated import check_folding, check_response, check_sizes
+from stn_fast.layers.regularisers import DropConnect, PerExampleDropout
+from stn_fast.ops.gated_lstm import fold
+
+State = tuple[Tensor, Tensor]
+
+
+class HyperLSTM(nn.Module):
+    """An LSTM whose matrices respond to each example's hyperparameters h, constant over time (STN, section 3.1).
+
+    i, f, g, o = linear(x_t; h) + linear(h_{t−1}; h), each a gated linear layer with parameters of its own, then the
+    usual cell; `stn_fast.functional.gated_lstm` gives the formulas.
+
+    Parameters have torch's names and shapes, `weight_ih_l0`, `bias_hh_l1_reverse`, so a plain checkpoint loads with
+    strict=False; those of the response are named beside them, `response_weight_ih_l0`, `weight_gate_ih_l0` and so on.
+    W, R, b, r start uniform in ±1/√hidden_size as torch's do, and the gates from N(0, 0.01²), as published.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, bidirectional: as in torch.nn.LSTM.
+        dropout: name of the hyperparameter that is the rate of locked dropout behind every layer but the last, one
+            mask for all time steps of an example. None or 0.0 for none.
+        proj_size: 0; projections are not supported.
+        num_hyperparameters: n, at least 1.
+        recurrent_dropout: name of the hyperparameter that is the rate of DropConnect on the hidden-to-hidden matrices,
+            W and R under the same mask, one for the batch. It must have per_example=False. None for none.
+        stream: the first of the streams that the two draw from, at least 1: num_layers − 1 of them, then one for every
+            layer and direction. Wanted where there is either.
+
+    Shapes, of layer k: weight_ih, response_weight_ih (4H, I), I being input_size or, for k > 0, H times the directions;
+    weight_hh, response_weight_hh (4H, H); biases and their responses (4H,); gates (4H, n).
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+    """
+
+    weight_ih_l0: nn.Parameter
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: str | float | None = None,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        num_hyperparameters: int,
+        recurrent_dropout: str | None = None,
+        stream: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_sizes(
+            "HyperLSTM",
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_hyperparameters=num_hyperparameters,
+        )
+        if proj_size != 0:
+            raise ValueError(f"HyperLSTM has no projections of the hidden state: proj_size must be 0; got {proj_size}")
+        super().__init__()
+        self.input_size, self.hidden_size, self.num_layers, self.bias = input_size, hidden_size, num_layers, bias
+        self.batch_first, self.bidirectional, self.num_hyperparameters = batch_first, bidirectional, num_hyperparameters
+        wide, n = 4 * hidden_size, num_hyperparameters
+        for layer in range(num_layers):
+            inputs = input_size if layer == 0 else hidden_size * (2 if bidirectional else 1)
+            for suffix in self._suffixes(layer):
+                for side, columns in (("ih", inputs), ("hh", hidden_size)):
+                    shapes = ((wide, columns), (wide,), (wide, columns), (wide,), (wide, n), (wide, n))
+                    for name, shape in zip(Weights._fields, shapes, strict=True):
+                        absent = "bias" in name and not bias
+                        parameter = None if absent else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                        self.register_parameter(f"{name}_{side}_{suffix}", parameter)
+        self._add_regularisers(dropout, recurrent_dropout, stream)
+        self.reset_parameters()
+
+    def _suffixes(self, layer: int) -> list[str]:
+        """How the names of a layer's parameters end, a direction each, in the order of the states."""
+        return [f"l{layer}", f"l{layer}_reverse"] if self.bidirectional else [f"l{layer}"]
+
+    def _add_regularisers(self, dropout: str | float | None, recurrent_dropout: str | None, stream: int | None) -> None:
+        for name, value in (("dropout", dropout or None), ("recurrent_dropout", recurrent_dropout)):
+            if value is not None and not isinstance(value, str):
+                raise ValueError(
+                    f"HyperLSTM wants {name} as the name of the hyperparameter that is its rate; got {value!r}"
+                )
+            if value is not None and stream is None:
+                raise ValueError(
+                    f"HyperLSTM with {name}={value!r} wants stream, an int >= 1 that sets its random draws apart"
+                )
+        if isinstance(dropout, str) and self.num_layers == 1:
+            warnings.warn(
+                f"HyperLSTM: dropout={dropout!r} is applied behind every layer but the last, and num_layers is 1",
+                stacklevel=3,
+            )
+        self.dropouts, self.drop_connects = nn.ModuleDict(), nn.ModuleDict()
+        # A place draws from the same stream whatever regularisers there are.
+        streams = count(1 if stream is None else stream)
+        for layer in range(self.num_layers - 1):
+            own = next(streams)
+            if isinstance(dropout, str):
+                self.dropouts[f"l{layer}"] = PerExampleDropout(dropout, stream=own, shared_dims=(0,))
+        for suffix in chain.from_iterable(map(self._suffixes, range(self.num_layers))):
+            own = next(streams)
+            if recurrent_dropout is not None:
+                self.drop_connects[suffix] = DropConnect(recurrent_dropout, stream=own)
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.hidden_size)
+        for name, parameter in self.named_parameters():
+            if "gate" in name:
+                nn.init.normal_(parameter, std=0.01)
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor, hyper: HyperBatch | Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Input, hyperparameters, state before the first step → output of the last layer, state after the last step.
+
+        Args:
+            x: (T, B, I), or (B, T, I) where `batch_first`; (T, I) for a single example without a batch.
+            hyper: a HyperBatch, or its response (B, n) or (n,); in training mode with dropout a HyperBatch.
+            state: (h_0, c_0), each (num_layers · directions, B, H), without B where x has none; None for zeros.
+
+        Returns:
+            y, as x with H · directions in the place of I, and (h_n, c_n), as `state`.
+
+        Raises:
+            TypeError: x is a PackedSequence, which is not supported, or dropout has no HyperBatch to draw by.
+            ValueError: shapes do not fit together.
+        """
+        if isinstance(x, PackedSequence):
+            raise TypeError(
+                "HyperLSTM takes no PackedSequence; pad the sequences (torch.nn.utils.rnn.pad_packed_sequence) and "
+                "leave the padding out of the loss"
+            )
+        if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
+            raise ValueError(
+                f"HyperLSTM has input_size={self.input_size} and wants x ({'B, T' if self.batch_first else 'T, B'}, I) "
+                f"or (T, I); got x {tuple(x.shape)}"
+            )
+        check_response("HyperLSTM", self.num_hyperparameters, hyper)
+        batch_dim = 0 if self.batch_first else 1
+        if x.ndim == 2:
+            state = None if state is None else (state[0].unsqueeze(1), state[1].unsqueeze(1))
+            y, (h_n, c_n) = self(x.unsqueeze(batch_dim), hyper, state)
+            return y.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
+        functional.check_examples("HyperLSTM", x, hyper, batch_dim)
+        if self.training and isinstance(hyper, Tensor) and (self.dropouts or self.drop_connects):
+            raise TypeError("HyperLSTM with dropout wants a HyperBatch in training mode, not its response alone")
+        y, after = self._layers(x.transpose(0, 1) if self.batch_first else x, hyper, state)
+        return y.transpose(0, 1) if self.batch_first else y, after
+
+    def _layers(self, y: Tensor, hyper: HyperBatch | Tensor, state: State | None) -> tuple[Tensor, State]:
+        """(T, B, I) → (T, B, H · directions), and the state after the last step."""
+        h = functional.response_input(hyper, self.weight_ih_l0)
+        before = zip(*self._state(y, state), strict=True)
+        after: list[State] = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for suffix, (h_0, c_0) in zip(self._suffixes(layer), before, strict=False):
+                weights = self._weights("ih", suffix), self._connected(suffix, hyper)
+                output, last = functional.gated_lstm(y, h_0, c_0, *weights, h, reverse=suffix.endswith("reverse"))
+                outputs.append(output)
+                after.append(last)
+            y = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
+            if f"l{layer}" in self.dropouts:
+                y = self.dropouts[f"l{layer}"](y, hyper, example_dim=1)
+        h_n, c_n = (torch.stack(states) for states in zip(*after, strict=True))
+        return y, (h_n, c_n)
+
+    def _state(self, x: Tensor, state: State | None) -> State:
+        """(h_0, c_0) of x (T, B, I), zeros where there is none."""
+        shape = (self.num_layers * (2 if self.bidirectional else 1), x.shape[1], self.hidden_size)
+        if state is None:
+            zeros = x.new_zeros(shape)
+            return zeros, zeros
+        for name, tensor in zip(("h_0", "c_0"), state, strict=True):
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"HyperLSTM: {name} must be {shape}, (num_layers · directions, B, H), to fit a batch of "
+                    f"{x.shape[1]}; got {tuple(tensor.shape)}"
+                )
+        return state
+
+    def _weights(self, side: str, suffix: str) -> Weights:
+        return Weights._make(getattr(self, f"{name}_{side}_{suffix}") for name in Weights._fields)
+
+    def _connected(self, suffix: str, hyper: HyperBatch | Tensor) -> Weights:
+        """The hidden-to-hidden weights, under DropConnect where there is one."""
+        weights = self._weights("hh", suffix)
+        if suffix not in self.drop_connects:
+            return weights
+        drop = self.drop_connects[suffix]
+        return weights._replace(
+            weight=drop(weights.weight, hyper), response_weight=drop(weights.response_weight, hyper)
+        )
+
+    def _sides(self) -> Iterator[tuple[str, Weights]]:
+        """(how their names end, weights) of both sides of every layer and direction."""
+        for suffix in chain.from_iterable(map(self._suffixes, range(self.num_layers))):
+            for side in ("ih", "hh"):
+                yield f"{side}_{suffix}", self._weights(side, suffix)
+
+    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
+        """½ · mean_b decay[b] ‖W + diag(Gw h[b]) R‖², a scalar, summed over all matrices; biases are not decayed."""
+        h = functional.response_input(hyper, self.weight_ih_l0)
+        penalties = [
+            functional.weight_decay_penalty(of_side.weight, of_side.response_weight, of_side.weight_gate, h, decay)
+            for _, of_side in self._sides()
+        ]
+        return torch.stack(penalties).sum()
+
+    @torch.no_grad()
+    def fold(self, response: Tensor) -> nn.LSTM:
+        """The plain LSTM this one is at one response input (n,). It has no dropout: torch's is another, not locked."""
+        check_folding(self.num_hyperparameters, response)
+        plain = nn.LSTM(
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            self.bias,
+            self.batch_first,
+            bidirectional=self.bidirectional,
+            device="meta",
+        )
+        for ending, of_side in self._sides():
+            for name, folded in zip(("weight", "bias"), fold(of_side, response.to(of_side.weight)), strict=True):
+                if folded is not None:
+                    setattr(plain, f"{name}_{ending}", nn.Parameter(folded))
+        return plain.train(self.training)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, bias={self.bias}, "
+            f"batch_first={self.batch_first}, bidirectional={self.bidirectional}, "
+            f"num_hyperparameters={self.num_hyperparameters}"
+        )
