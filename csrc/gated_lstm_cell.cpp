@@ -13,33 +13,28 @@ constexpr std::int64_t kUnits = 256;         // hidden units of a task
 
 struct Forward {
     float* gates;
-    const float *p, *q, *scale, *shift, *c_before;
-    float *c, *h;
+    const float *both, *scale, *shift, *c_before;
+    float *c, *h, *response;
     std::int64_t hidden;
 };
 
 // Hidden units [first, first + count) of one example.
 STN_FAST_CLONES void forward_units(const Forward& t, std::int64_t example, std::int64_t first, std::int64_t count) {
-    const std::int64_t at = example * t.hidden + first, wide = 4 * example * t.hidden + first;
-    float* STN_FAST_RESTRICT gates[4];
-    const float *p[4], *q[4], *scale[4], *shift[4];
+    const std::int64_t at = example * t.hidden + first, wide = 4 * example * t.hidden + first, next = t.hidden;
     for (int k = 0; k < 4; ++k) {
-        const std::int64_t from = wide + k * t.hidden;
-        gates[k] = t.gates + from, p[k] = t.p + from, q[k] = t.q + from, scale[k] = t.scale + from;
-        shift[k] = t.shift ? t.shift + from : nullptr;
-    }
-    for (int k = 0; k < 4; ++k) {
-        float* STN_FAST_RESTRICT gate = gates[k];
-        const float *p_k = p[k], *q_k = q[k], *scale_k = scale[k], *shift_k = shift[k];
-        if (shift_k) {
+        float* gate = t.gates + wide + k * next;
+        const float *p = t.both + wide + (4 * example + k) * next, *q = p + 4 * next, *scale = t.scale + wide + k * next;
+        if (t.shift) {
+            const float* shift = t.shift + wide + k * next;
 #pragma omp simd
-            for (std::int64_t j = 0; j < count; ++j) gate[j] += p_k[j] + scale_k[j] * q_k[j] + shift_k[j];
+            for (std::int64_t j = 0; j < count; ++j) gate[j] += p[j] + scale[j] * q[j] + shift[j];
         } else {
 #pragma omp simd
-            for (std::int64_t j = 0; j < count; ++j) gate[j] += p_k[j] + scale_k[j] * q_k[j];
+            for (std::int64_t j = 0; j < count; ++j) gate[j] += p[j] + scale[j] * q[j];
         }
+        if (t.response) std::copy_n(q, count, t.response + wide + k * next);
     }
-    float *i = gates[0], *f = gates[1], *g = gates[2], *o = gates[3];
+    float *i = t.gates + wide, *f = i + next, *g = f + next, *o = g + next;
     const float* c_before = t.c_before + at;
     float *c = t.c + at, *h = t.h + at;
 #pragma omp simd
@@ -57,7 +52,7 @@ struct Backward {
     const float *dy, *dh;
     float* dc;
     const float *gates, *c, *c_before, *scale;
-    float *d_gates, *d_q;
+    float *d_gates, *d_both;
     std::int64_t hidden;
 };
 
@@ -86,7 +81,8 @@ STN_FAST_CLONES void backward_units(const Backward& t, std::int64_t example, std
     }
     for (int k = 0; k < 4; ++k) {
         const float *d_gate = t.d_gates + wide + k * next, *scale = t.scale + wide + k * next;
-        float* d_q = t.d_q + wide + k * next;
+        float *d_p = t.d_both + wide + (4 * example + k) * next, *d_q = d_p + 4 * next;
+        std::copy_n(d_gate, count, d_p);
 #pragma omp simd
         for (std::int64_t j = 0; j < count; ++j) d_q[j] = d_gate[j] * scale[j];
     }
@@ -104,15 +100,15 @@ void over_units(const Task& task, void (*units)(const Task&, std::int64_t, std::
 
 }  // namespace
 
-void gated_lstm_cell_forward(float* gates, const float* p, const float* q, const float* scale, const float* shift,
-                             const float* c_before, float* c, float* h, std::int64_t batch, std::int64_t hidden, int threads) {
-    over_units(Forward{gates, p, q, scale, shift, c_before, c, h, hidden}, forward_units, batch, hidden, threads);
+void gated_lstm_cell_forward(float* gates, const float* both, const float* scale, const float* shift, const float* c_before,
+                             float* c, float* h, float* response, std::int64_t batch, std::int64_t hidden, int threads) {
+    over_units(Forward{gates, both, scale, shift, c_before, c, h, response, hidden}, forward_units, batch, hidden, threads);
 }
 
 void gated_lstm_cell_backward(const float* dy, const float* dh, float* dc, const float* gates, const float* c,
-                              const float* c_before, const float* scale, float* d_gates, float* d_q, std::int64_t batch,
+                              const float* c_before, const float* scale, float* d_gates, float* d_both, std::int64_t batch,
                               std::int64_t hidden, int threads) {
-    over_units(Backward{dy, dh, dc, gates, c, c_before, scale, d_gates, d_q, hidden}, backward_units, batch, hidden, threads);
+    over_units(Backward{dy, dh, dc, gates, c, c_before, scale, d_gates, d_both, hidden}, backward_units, batch, hidden, threads);
 }
 
 }  // namespace stn_fast

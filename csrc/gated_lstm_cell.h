@@ -3,19 +3,20 @@
 
 namespace stn_fast {
 
-// One time step of a gated LSTM around its matrix products. Rows are examples: gates, p, q, scale and shift are (batch, 4 hidden) in
-// the order i, f, g, o; c_before, c, h and their gradients are (batch, hidden). Results don't depend on `threads`.
+// One time step of a gated LSTM around its matrix products. Rows are examples: gates, scale, shift and response are (batch,
+// 4 hidden) in the order i, f, g, o; c_before, c, h and their gradients are (batch, hidden). Results don't depend on `threads`.
 
 // gates holds what the input contributes on entry, and sigmoid(i), sigmoid(f), tanh(g), sigmoid(o) of
 //     gates + p + scale * q + shift
-// on return; then c = f * c_before + i * g and h = o * tanh(c). p and q are h_before W^T and h_before R^T; shift may be null.
-void gated_lstm_cell_forward(float* gates, const float* p, const float* q, const float* scale, const float* shift,
-                             const float* c_before, float* c, float* h, std::int64_t batch, std::int64_t hidden, int threads);
+// on return; then c = f * c_before + i * g and h = o * tanh(c). Rows of `both`, (batch, 8 hidden), are p = h_before W^T and
+// then q = h_before R^T, which is copied to `response` unless that is null. shift may be null.
+void gated_lstm_cell_forward(float* gates, const float* both, const float* scale, const float* shift, const float* c_before,
+                             float* c, float* h, float* response, std::int64_t batch, std::int64_t hidden, int threads);
 
-// From the gradient of h, which is dy plus dh (null: zero), and that of c: d_gates, that of what the activations were applied to,
-// d_q = d_gates * scale, and in place of dc that of c_before.
+// From the gradient of h, which is dy plus dh (null: zero), and that of c: d_gates, that of what the activations were applied to;
+// again in d_both, (batch, 8 hidden), each row followed by d_gates * scale; and in place of dc that of c_before.
 void gated_lstm_cell_backward(const float* dy, const float* dh, float* dc, const float* gates, const float* c,
-                              const float* c_before, const float* scale, float* d_gates, float* d_q, std::int64_t batch,
+                              const float* c_before, const float* scale, float* d_gates, float* d_both, std::int64_t batch,
                               std::int64_t hidden, int threads);
 
 }  // namespace stn_fast

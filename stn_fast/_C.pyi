@@ -174,13 +174,13 @@ def gated_epilogue_backward(
 
 def gated_lstm_cell_forward(
     gates: int,
-    p: int,
-    q: int,
+    both: int,
     scale: int,
     shift: int,
     c_before: int,
     c: int,
     h: int,
+    response: int,
     batch: int,
     hidden: int,
     threads: int,
@@ -196,12 +196,12 @@ def gated_lstm_cell_backward(
     c_before: int,
     scale: int,
     d_gates: int,
-    d_q: int,
+    d_both: int,
     batch: int,
     hidden: int,
     threads: int,
 ) -> None:
-    """d_gates, before the activations, d_q = d_gates ⊙ scale and dc, of c_before instead of c, from dy + dh and dc."""
+    """d_gates, before the activations, d_both = [d_gates, d_gates ⊙ scale], and dc ← that of c_before."""
 
 def channel_epilogue_forward(
     p: int,

@@ -9,13 +9,25 @@ from numerics import assert_twice_as_good
 from stn_fast import _C
 
 
-def cell_forward(gates, p, q, scale, shift, c_before):
+def cell_forward(gates, p, q, scale, shift, c_before, threads=1):
     """Activated gates, c and h."""
     gates, c, h = gates.clone(), torch.full_like(c_before, math.nan), torch.full_like(c_before, math.nan)
-    address = 0 if shift is None else shift.data_ptr()
-    pointers = [t.data_ptr() for t in (gates, p, q, scale)]
-    _C.gated_lstm_cell_forward(*pointers, address, *(t.data_ptr() for t in (c_before, c, h)), *c.shape, 1)
+    both, response = torch.cat([p, q], dim=1), torch.full_like(q, math.nan)
+    tensors = gates, both, scale, shift, c_before, c, h, response
+    _C.gated_lstm_cell_forward(*(0 if t is None else t.data_ptr() for t in tensors), *c.shape, threads)
+    assert torch.equal(response, q)
     return gates, c, h
+
+
+def cell_backward(dy, dh, dc, gates, c, c_before, scale, threads=1):
+    """d_gates, d_gates ⊙ scale and the gradient of c_before."""
+    d_c, d_gates = dc.clone(), torch.full_like(gates, math.nan)
+    d_both = torch.cat([d_gates, d_gates], dim=1)
+    tensors = dy, dh, d_c, gates, c, c_before, scale, d_gates, d_both
+    _C.gated_lstm_cell_backward(*(0 if t is None else t.data_ptr() for t in tensors), *c.shape, threads)
+    again, d_q = d_both.chunk(2, dim=1)
+    assert torch.equal(again, d_gates)
+    return d_gates, d_q, d_c
 
 
 def activated(values):
@@ -96,10 +108,19 @@ def test_backward_is_the_gradient_of_the_cell(batch, hidden, more):
 
     zero = torch.zeros_like(before)
     gates, c, _ = cell_forward(before, zero, zero, zero, None, c_before)
-    d_gates, d_q, d_c = torch.full_like(before, math.nan), torch.full_like(before, math.nan), dc.clone()
-    _C.gated_lstm_cell_backward(
-        dy.data_ptr(), dh.data_ptr() if more else 0, d_c.data_ptr(), gates.data_ptr(), c.data_ptr(),
-        c_before.data_ptr(), scale.data_ptr(), d_gates.data_ptr(), d_q.data_ptr(), batch, hidden, 1,
-    )  # fmt: skip
+    d_gates, d_q, d_c = cell_backward(dy, dh if more else None, dc, gates, c, c_before, scale)
     for three in zip((d_gates, d_q, d_c), in_torch(torch.float32), in_torch(torch.float64), strict=True):
         assert_twice_as_good(*three)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    batch, hidden = SIZES[-1]
+    generator = torch.Generator().manual_seed(0)
+    wide = [torch.randn(batch, 4 * hidden, generator=generator) for _ in range(5)]
+    c_before, dy, dh, dc = (torch.randn(batch, hidden, generator=generator) for _ in range(4))
+    runs = []
+    for threads in (1, 2, 3):
+        gates, c, h = cell_forward(*wide, c_before, threads)
+        runs.append((gates, c, h, *cell_backward(dy, dh, dc, gates, c, c_before, wide[3], threads)))
+    for other in runs[1:]:
+        assert all(map(torch.equal, other, runs[0]))

@@ -1,4 +1,7 @@
-"""The C++ core's part of gated_lstm: float32 on the CPU, as `_gated_lstm_driver.Kernels` describes it."""
+"""The C++ core's part of gated_lstm: float32 on the CPU, as `_gated_lstm_driver.Kernels` describes it.
+
+A time step is one product with [W; R] and one pass of the core around it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from torch import Tensor
 
 from stn_fast.ops._core import address
 from stn_fast.ops._gated_linear_cpu import backward_core, forward_core
+from stn_fast.ops._gated_lstm_driver import Recurrence, RecurrenceGradients, in_time
 
 
 class Core:
@@ -14,38 +18,71 @@ class Core:
     linear_backward = staticmethod(backward_core)
 
     @staticmethod
-    def cell_forward(
+    def recurrence_forward(
         gates: Tensor,
-        p: Tensor,
-        q: Tensor,
+        h_0: Tensor,
+        c_0: Tensor,
+        weight: Tensor,
+        response_weight: Tensor,
         scale: Tensor,
         shift: Tensor | None,
-        c_before: Tensor,
-        c: Tensor,
-        h: Tensor,
-    ) -> None:
+        reverse: bool,
+        save: bool,
+        save_response: bool,
+    ) -> Recurrence:
         from stn_fast import _C
 
-        _C.gated_lstm_cell_forward(
-            gates.data_ptr(), p.data_ptr(), q.data_ptr(), scale.data_ptr(), address(shift), c_before.data_ptr(),
-            c.data_ptr(), h.data_ptr(), len(c), c.shape[1], torch.get_num_threads(),
-        )  # fmt: skip
+        (steps, batch, wide), hidden, threads = gates.shape, h_0.shape[1], torch.get_num_threads()
+        y, weights, both = (
+            gates.new_empty(steps, batch, hidden),
+            _joined(weight, response_weight),
+            gates.new_empty(batch, 2 * wide),
+        )
+        cells = torch.empty_like(y) if save else gates.new_empty(1, batch, hidden).expand_as(y)
+        response = torch.empty_like(gates) if save_response else None
+        h, c = h_0, c_0
+        for t in in_time(steps, reverse):
+            torch.mm(h, weights, out=both)
+            h, c_before, c = y[t], c, cells[t]
+            _C.gated_lstm_cell_forward(
+                gates[t].data_ptr(), both.data_ptr(), scale.data_ptr(), address(shift), c_before.data_ptr(),
+                c.data_ptr(), h.data_ptr(), 0 if response is None else response[t].data_ptr(), batch, hidden, threads,
+            )  # fmt: skip
+        return Recurrence(y, c.clone(), cells if save else None, response)
 
     @staticmethod
-    def cell_backward(
+    def recurrence_backward(
         dy: Tensor,
-        dh: Tensor | None,
-        dc: Tensor,
+        d_last_cell: Tensor | None,
         gates: Tensor,
-        c: Tensor,
-        c_before: Tensor,
+        cells: Tensor,
+        c_0: Tensor,
+        weight: Tensor,
+        response_weight: Tensor,
         scale: Tensor,
-        d_gates: Tensor,
-        d_q: Tensor,
-    ) -> None:
+        reverse: bool,
+        wants_h_0: bool,
+    ) -> RecurrenceGradients:
         from stn_fast import _C
 
-        _C.gated_lstm_cell_backward(
-            dy.data_ptr(), address(dh), dc.data_ptr(), gates.data_ptr(), c.data_ptr(), c_before.data_ptr(),
-            scale.data_ptr(), d_gates.data_ptr(), d_q.data_ptr(), len(c), c.shape[1], torch.get_num_threads(),
-        )  # fmt: skip
+        (steps, batch, wide), hidden, threads = gates.shape, c_0.shape[1], torch.get_num_threads()
+        d_gates, d_both, dh = torch.empty_like(gates), gates.new_empty(batch, 2 * wide), torch.empty_like(c_0)
+        weights = _joined(weight, response_weight).T
+        dc = torch.zeros_like(c_0) if d_last_cell is None else d_last_cell.clone(memory_format=torch.contiguous_format)
+        later = 0
+        order = in_time(steps, reverse)
+        for position in range(steps - 1, -1, -1):
+            t = order[position]
+            c_before = cells[order[position - 1]] if position else c_0
+            _C.gated_lstm_cell_backward(
+                dy[t].data_ptr(), later, dc.data_ptr(), gates[t].data_ptr(), cells[t].data_ptr(), c_before.data_ptr(),
+                scale.data_ptr(), d_gates[t].data_ptr(), d_both.data_ptr(), batch, hidden, threads,
+            )  # fmt: skip
+            if position or wants_h_0:
+                later = torch.mm(d_both, weights, out=dh).data_ptr()
+        return RecurrenceGradients(d_gates, dh if wants_h_0 else None, dc)
+
+
+def _joined(weight: Tensor, response_weight: Tensor) -> Tensor:
+    """[Wᵀ, Rᵀ] (H, 8H): laid out so, both directions' products of a few rows are fastest."""
+    return torch.cat([weight.T, response_weight.T], dim=1)

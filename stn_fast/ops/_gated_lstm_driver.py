@@ -1,8 +1,8 @@
-"""gated_lstm over a whole sequence: products of all time steps at once where time allows, else one step at a time.
+"""gated_lstm around its recurrence: all products of all time steps at once where time allows.
 
-What surrounds a step's products is one pass, `cell_forward` or `cell_backward`: plain torch here, fused kernels
-elsewhere. The input's share of all steps, and every gradient of weights, gates and hyperparameters, are those of a
-gated linear layer whose rows are (T, B) positions of B examples.
+The input's share of every step, and every gradient of weights, gates and hyperparameters, are those of a gated linear
+layer whose rows are (T, B) positions of B examples. What is left to do step by step is the recurrence: plain torch in
+`_gated_lstm_plain`, fused kernels elsewhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from stn_fast.ops._gated_linear_plain import Gradients, Wanted, backward_plain, forward_plain
+from stn_fast.ops._gated_linear_plain import Gradients, Wanted
 
 
 class Weights(NamedTuple):
@@ -40,8 +40,25 @@ class Saved(NamedTuple):
     hidden_response: Tensor
 
 
+class Recurrence(NamedTuple):
+    """y (T, B, H), c_n (B, H), and where kept the cell states (T, B, H) and the responses h_{t−1} Rᵀ (T, B, 4H)."""
+
+    y: Tensor
+    c_n: Tensor
+    cells: Tensor | None
+    response: Tensor | None
+
+
+class RecurrenceGradients(NamedTuple):
+    """d_gates (T, B, 4H), before the activations; dh_0 (B, H) where wanted; dc_0 (B, H), in float32 at least."""
+
+    d_gates: Tensor
+    d_h_0: Tensor | None
+    d_c_0: Tensor
+
+
 class Kernels(Protocol):
-    """A gated linear layer and the pass around a time step's products."""
+    """A gated linear layer and the recurrence. Tensors are contiguous."""
 
     @property
     def linear_forward(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -51,82 +68,44 @@ class Kernels(Protocol):
     def linear_backward(self) -> Callable[..., Gradients]:
         """As `backward_plain`."""
 
-    def cell_forward(
+    def recurrence_forward(
         self,
         gates: Tensor,
-        p: Tensor,
-        q: Tensor,
+        h_0: Tensor,
+        c_0: Tensor,
+        weight: Tensor,
+        response_weight: Tensor,
         scale: Tensor,
         shift: Tensor | None,
-        c_before: Tensor,
-        c: Tensor,
-        h: Tensor,
-    ) -> None:
-        """Writes gates ← activated (gates + p + scale ⊙ q + shift), c ← f ⊙ c_before + i ⊙ g and h ← o ⊙ tanh c."""
+        reverse: bool,
+        save: bool,
+        save_response: bool,
+    ) -> Recurrence:
+        """gates (T, B, 4H) hold the input's share on entry and, where `save`, activated i, f, g, o on return.
 
-    def cell_backward(
+        They are of gates[t] + h_{t−1} Wᵀ + scale ⊙ h_{t−1} Rᵀ + shift with W, R (4H, H) and scale, shift (B, 4H).
+        Cells and responses are kept where `save` and `save_response`.
+        """
+
+    def recurrence_backward(
         self,
         dy: Tensor,
-        dh: Tensor | None,
-        dc: Tensor,
+        d_last_cell: Tensor | None,
         gates: Tensor,
-        c: Tensor,
-        c_before: Tensor,
+        cells: Tensor,
+        c_0: Tensor,
+        weight: Tensor,
+        response_weight: Tensor,
         scale: Tensor,
-        d_gates: Tensor,
-        d_q: Tensor,
-    ) -> None:
-        """From dy + dh and dc: d_gates, before the activations, d_q ← d_gates ⊙ scale and dc ← that of c_before."""
+        reverse: bool,
+        wants_h_0: bool,
+    ) -> RecurrenceGradients:
+        """From the gradients of y and c_n and what `recurrence_forward` kept."""
 
 
-class Plain:
-    """In plain torch, for any dtype and device; a step of 16-bit numbers is computed in float32 and rounded once."""
-
-    linear_forward = staticmethod(forward_plain)
-    linear_backward = staticmethod(backward_plain)
-
-    @staticmethod
-    def cell_forward(
-        gates: Tensor,
-        p: Tensor,
-        q: Tensor,
-        scale: Tensor,
-        shift: Tensor | None,
-        c_before: Tensor,
-        c: Tensor,
-        h: Tensor,
-    ) -> None:
-        wide = torch.promote_types(gates.dtype, torch.float32)
-        before = torch.addcmul(gates.to(wide) + p, scale.to(wide), q.to(wide))
-        i, f, g, o = (before if shift is None else before + shift).chunk(4, -1)
-        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        cell = f * c_before + i * g
-        gates.copy_(torch.cat([i, f, g, o], dim=-1))
-        c.copy_(cell)
-        h.copy_(o * cell.tanh())
-
-    @staticmethod
-    def cell_backward(
-        dy: Tensor,
-        dh: Tensor | None,
-        dc: Tensor,
-        gates: Tensor,
-        c: Tensor,
-        c_before: Tensor,
-        scale: Tensor,
-        d_gates: Tensor,
-        d_q: Tensor,
-    ) -> None:
-        i, f, g, o = gates.to(dc.dtype).chunk(4, -1)
-        d_h = dy.to(dc.dtype) if dh is None else dy.to(dc.dtype) + dh
-        tanh_c = c.to(dc.dtype).tanh()
-        d_c = dc + d_h * o * (1 - tanh_c * tanh_c)
-        d_i, d_f = d_c * g * i * (1 - i), d_c * c_before * f * (1 - f)
-        d_g, d_o = d_c * i * (1 - g * g), d_h * tanh_c * o * (1 - o)
-        before = torch.cat([d_i, d_f, d_g, d_o], dim=-1)
-        d_gates.copy_(before)
-        d_q.copy_(before * scale)
-        dc.copy_(d_c * f)
+def in_time(steps: int, reverse: bool) -> range:
+    """The time steps in the order in which forward takes them."""
+    return range(steps - 1, -1, -1) if reverse else range(steps)
 
 
 def forward(
@@ -143,30 +122,21 @@ def forward(
     save_response: bool,
 ) -> tuple[Tensor, Tensor, Saved | None]:
     """(y (T, B, H), last cell state, what backward needs); the responses x Rᵀ are kept where `save_response`."""
-    steps, batch = x.shape[:2]
-    wide = from_hidden.weight.shape[0]
+    (steps, batch), wide = x.shape[:2], from_hidden.weight.shape[0]
     both, input_response = kernels.linear_forward(x.flatten(0, 1), *from_input, h, steps, 1)
     gates = both.view(steps, batch, wide)
-    scale = h @ from_hidden.weight_gate.T
     shift = None
     if from_hidden.bias is not None and from_hidden.response_bias is not None and from_hidden.bias_gate is not None:
         shift = torch.addcmul(from_hidden.bias, h @ from_hidden.bias_gate.T, from_hidden.response_bias)
-    weight, response_weight = from_hidden.weight.T, from_hidden.response_weight.T
-    y, p = x.new_empty(steps, batch, h_0.shape[1]), x.new_empty(batch, wide)
-    cells = torch.empty_like(y) if save else x.new_empty(1, *c_0.shape)
-    hidden_response = x.new_empty(steps if save_response else 1, batch, wide)
-    h_before, c_before = h_0, c_0
-    for t in _order(steps, reverse):
-        q, c = hidden_response[t if save_response else 0], cells[t if save else 0]
-        torch.mm(h_before, weight, out=p)
-        torch.mm(h_before, response_weight, out=q)
-        kernels.cell_forward(gates[t], p, q, scale, shift, c_before, c, h_before := y[t])
-        c_before = c
-    if not save:
-        return y, c_before.clone(), None
-    nothing = x.new_empty(0, batch, wide)
-    responses = (input_response.view_as(gates), hidden_response) if save_response else (nothing, nothing.clone())
-    return y, c_before.clone(), Saved(gates, cells, *responses)
+    y, c_n, cells, hidden_response = kernels.recurrence_forward(
+        gates, h_0, c_0, from_hidden.weight, from_hidden.response_weight, h @ from_hidden.weight_gate.T, shift,
+        reverse, save, save_response,
+    )  # fmt: skip
+    if cells is None:
+        return y, c_n, None
+    if hidden_response is None:
+        return y, c_n, Saved(gates, cells, *(x.new_empty(0, batch, wide) for _ in range(2)))
+    return y, c_n, Saved(gates, cells, input_response.view_as(gates), hidden_response)
 
 
 def backward(
@@ -187,41 +157,27 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of x, h_0, c_0, all of `from_input`, all of `from_hidden` and h; None where not wanted."""
     wants_x, wants_h_0, wants_c_0, *wants_weights, wants_h = wanted
-    steps = len(x)
-    cells = saved.cells
-    scale = h @ from_hidden.weight_gate.T
-    d_gates = torch.empty_like(saved.gates)
-    d_q = torch.empty_like(d_gates[0])
-    # The gradient of the cell state is handed from step to step: in float32 at least, as a sum of many terms.
-    dc = torch.zeros_like(c_0, dtype=torch.promote_types(c_0.dtype, torch.float32))
-    if d_last_cell is not None:
-        dc.copy_(d_last_cell)
-    dh, product = None, torch.empty_like(h_0)
-    order = _order(steps, reverse)
-    for position in range(steps - 1, -1, -1):
-        t, first = order[position], position == 0
-        c_before = c_0 if first else cells[order[position - 1]]
-        kernels.cell_backward(dy[t], dh, dc, saved.gates[t], cells[t], c_before, scale, d_gates[t], d_q)
-        if not first or wants_h_0:
-            dh = torch.mm(d_gates[t], from_hidden.weight, out=product).addmm_(d_q, from_hidden.response_weight)
+    d_gates, d_h_0, d_c_0 = kernels.recurrence_backward(
+        dy, d_last_cell, saved.gates, saved.cells, c_0, from_hidden.weight, from_hidden.response_weight,
+        h @ from_hidden.weight_gate.T, reverse, wants_h_0,
+    )  # fmt: skip
 
     def linear(weights: Weights, positions: Tensor, response: Tensor, wants: Sequence[bool]) -> Gradients:
         rows = (d_gates.flatten(0, 1), positions.flatten(0, 1), weights.weight, *weights[2:], h)
-        return kernels.linear_backward(*rows, response.flatten(0, 1), steps, 1, Wanted._make([*wants, wants_h]))
+        return kernels.linear_backward(*rows, response.flatten(0, 1), len(x), 1, Wanted._make([*wants, wants_h]))
 
     input_side = linear(from_input, x, saved.input_response, [wants_x, *wants_weights[:6]])
-    before = torch.cat([y[1:], h_0[None]] if reverse else [h_0[None], y[:-1]]) if any(wants_weights[6:]) else y
+    # Only the gradients of W and R read the states before each step.
+    before = y
+    if wants_weights[6] or wants_weights[8]:
+        before = torch.cat([y[1:], h_0[None]] if reverse else [h_0[None], y[:-1]])
     hidden_side = linear(from_hidden, before, saved.hidden_response, [False, *wants_weights[6:]])
     d_h = None if input_side.h is None or hidden_side.h is None else input_side.h + hidden_side.h
     return [
         None if input_side.x is None else input_side.x.view_as(x),
-        dh if wants_h_0 else None,
-        dc.to(c_0.dtype) if wants_c_0 else None,
+        d_h_0,
+        d_c_0.to(c_0.dtype) if wants_c_0 else None,
         *input_side[1:7],
         *hidden_side[1:7],
         d_h,
     ]
-
-
-def _order(steps: int, reverse: bool) -> range:
-    return range(steps - 1, -1, -1) if reverse else range(steps)

@@ -12,6 +12,7 @@ from stn_fast.ops import _gated_lstm_driver as driver
 from stn_fast.ops import gated_linear
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_lstm_driver import Saved, Weights
+from stn_fast.ops._gated_lstm_plain import Plain
 from stn_fast.ops._transforms import in_transform
 
 __all__ = ["Weights", "fold", "gated_lstm", "reference"]
@@ -57,7 +58,7 @@ def _kernels(backend: str) -> driver.Kernels:
         from stn_fast.ops._gated_lstm_cpu import Core
 
         return Core()
-    return driver.Plain()
+    return Plain()
 
 
 def _compute(

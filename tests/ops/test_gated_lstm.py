@@ -303,30 +303,6 @@ def test_backward_leaves_what_it_reads_as_it_was(name):
     assert all(map(torch.equal, incoming, before))
 
 
-@use_backend("cpp")
-def test_results_do_not_depend_on_the_number_of_threads():
-    """The cells' own: products of the library may depend on its threads, and none of theirs is so small."""
-    from stn_fast.ops._gated_lstm_cpu import Core
-
-    batch, hidden, before = 70, 261, torch.get_num_threads()
-    generator = torch.Generator().manual_seed(0)
-    wide = [torch.randn(batch, 4 * hidden, generator=generator) for _ in range(5)]
-    c_before, dy, dh, dc = (torch.randn(batch, hidden, generator=generator) for _ in range(4))
-    runs = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            gates, *rest = (t.clone() for t in wide)
-            c, h, d_gates, d_q = c_before.clone(), dy.clone(), wide[0].clone(), wide[0].clone()
-            Core.cell_forward(gates, *rest, c_before, c, h)
-            Core.cell_backward(dy, dh, d_c := dc.clone(), gates, c, c_before, wide[3], d_gates, d_q)
-            runs.append((gates, c, h, d_c, d_gates, d_q))
-    finally:
-        torch.set_num_threads(before)
-    for other in runs[1:]:
-        assert all(map(torch.equal, other, runs[0]))
-
-
 def test_folding_gives_the_plain_lstm_at_one_shared_h():
     *tensors, h = operands(4, 3, 5, 6, 2, dtype=torch.float64)
     for reverse in (False, True):
