@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, image_cases
+from benchmarks import baselines, image_cases, sequence_cases
 from benchmarks.baselines import Limit, Range
 from benchmarks.gradients import compiled, differentiate
 from benchmarks.timing import Provider
@@ -71,6 +71,8 @@ class Case:
         torch._dynamo.reset()
         if self.op == "gated_linear":
             return _gated_linear(self)
+        if self.op == "gated_lstm":
+            return sequence_cases.gated_lstm(self)
         if self.op == "perturb":
             return _perturb(self)
         if self.op == "augment":
@@ -97,6 +99,8 @@ def all_cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
     for dtype in dtypes:
         for layer in ((32, 64, 48),) if quick else GATED_LINEAR_SHAPES:
             yield from cases("gated_linear", GATED_LINEAR_MODES, layer, dtype)
+        for sequence in ((3, 4, 16),) if quick else sequence_cases.GATED_LSTM_SHAPES:
+            yield from cases("gated_lstm", sequence_cases.GATED_LSTM_MODES, sequence, dtype)
     for batch in PERTURB_BATCHES[:1] if quick else PERTURB_BATCHES:
         yield from cases("perturb", PERTURB_MODES, (batch, HYPERPARAMETERS), torch.float32)
     for dtype in dtypes:

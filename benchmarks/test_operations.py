@@ -29,6 +29,7 @@ CASES = [
 PROVIDERS = {
     "gated_linear": ("stn_fast", "eager", "compiled", "limit_one_product", "limit_two_products"),
     "gated_conv2d": ("stn_fast", "eager", "compiled", "limit_one_convolution"),
+    "gated_lstm": ("stn_fast", "eager", "compiled_step", "concatenated", "plain_lstm", "limit_one_product"),
     "perturb": ("stn_fast", "eager", "compiled"),
     "dropout": ("stn_fast", "eager", "compiled", "limit_one_pass"),
     "augment": ("stn_fast", "eager") if DEVICE.type == "cuda" else ("stn_fast", "eager", "pillow"),

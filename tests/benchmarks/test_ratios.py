@@ -104,7 +104,7 @@ def test_quick_run_writes_complete_rows_and_prints_a_table(tmp_path: Path, capsy
     assert ratios.main(["--device", "cpu", "--quick", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())
     assert {row["op"] for row in rows} == {
-        "gated_linear", "gated_conv2d_alexnet", "gated_conv2d_resnet18", "perturb", "augment",
+        "gated_linear", "gated_conv2d_alexnet", "gated_conv2d_resnet18", "gated_lstm", "perturb", "augment",
         "dropout_flat", "dropout_channel", "dropout_locked",
     }  # fmt: skip
     for row in rows:
