@@ -5,6 +5,7 @@
 #include "augment.h"
 #include "channel_epilogue.h"
 #include "dropout.h"
+#include "gated_embedding.h"
 #include "gated_linear.h"
 #include "gated_lstm_cell.h"
 #include "isa.h"
@@ -52,6 +53,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("noise_forward", released(&stn_fast::noise_forward));
     m.def("noise_backward", released(&stn_fast::noise_backward));
     m.def("augment", released(&stn_fast::augment));
+    m.def("gated_embedding_forward", released(&stn_fast::gated_embedding_forward));
+    m.def("gated_embedding_backward", released(&stn_fast::gated_embedding_backward));
     m.def("gated_epilogue_forward", released(&stn_fast::gated_epilogue_forward));
     m.def("gated_epilogue_backward", released(&stn_fast::gated_epilogue_backward));
     m.def("gated_lstm_cell_forward", released(&stn_fast::gated_lstm_cell_forward));

@@ -132,6 +132,39 @@ def augment(
 ) -> None:
     """uint8 images (batch, channels, height, width) to augmented, normalised floats; table (13, batch) of strengths."""
 
+def gated_embedding_forward(
+    tokens: int,
+    weight: int,
+    response_weight: int,
+    s: int,
+    scale: int,
+    e: int,
+    rows: int,
+    batch: int,
+    inner: int,
+    width: int,
+    threads: int,
+) -> None:
+    """e[m] = scale[t] (weight[t] + s[b] ⊙ response_weight[t]), t = tokens[m] and b the example of row m."""
+
+def gated_embedding_backward(
+    de: int,
+    tokens: int,
+    response_weight: int,
+    s: int,
+    scale: int,
+    d_weight: int,
+    d_response_weight: int,
+    d_s: int,
+    rows: int,
+    batch: int,
+    inner: int,
+    width: int,
+    padding: int,
+    threads: int,
+) -> None:
+    """With g = scale[t] de[m]: d_weight[t] += g, d_response_weight[t] += s[b] ⊙ g, t ≠ padding; d_s[b] += R[t] ⊙ g."""
+
 def gated_epilogue_forward(
     y: int,
     q: int,

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from stn_fast.hyperparameters import Hyperparameter as Hyperparameter
     from stn_fast.hyperparameters import HyperparameterSpace as HyperparameterSpace
     from stn_fast.layers import DropConnect as DropConnect
+    from stn_fast.layers import EmbeddingDropout as EmbeddingDropout
     from stn_fast.layers import HyperBatchNorm2d as HyperBatchNorm2d
     from stn_fast.layers import HyperConv2d as HyperConv2d
+    from stn_fast.layers import HyperEmbedding as HyperEmbedding
     from stn_fast.layers import HyperLinear as HyperLinear
     from stn_fast.layers import HyperLSTM as HyperLSTM
     from stn_fast.layers import PerExampleAugmentation as PerExampleAugmentation
@@ -34,8 +36,10 @@ _HOME = {
     "Hyperparameter": "stn_fast.hyperparameters",
     "HyperparameterSpace": "stn_fast.hyperparameters",
     "DropConnect": "stn_fast.layers",
+    "EmbeddingDropout": "stn_fast.layers",
     "HyperBatchNorm2d": "stn_fast.layers",
     "HyperConv2d": "stn_fast.layers",
+    "HyperEmbedding": "stn_fast.layers",
     "HyperLSTM": "stn_fast.layers",
     "HyperLinear": "stn_fast.layers",
     "PerExampleAugmentation": "stn_fast.layers",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from stn_fast.ops import gated_conv2d as _gated_conv2d
+from stn_fast.ops import gated_embedding as _gated_embedding
 from stn_fast.ops import gated_linear as _gated_linear
 from stn_fast.ops import gated_lstm as _gated_lstm
 from stn_fast.ops.augment import augment
@@ -24,6 +25,7 @@ __all__ = [
     "augment",
     "dropout",
     "gated_conv2d",
+    "gated_embedding",
     "gated_linear",
     "gated_lstm",
     "noise",
@@ -111,3 +113,27 @@ def gated_lstm(
     h = response_input(hyper, from_input.weight)
     check_examples("gated_lstm", x, hyper, example_dim=1)
     return _gated_lstm.gated_lstm(x, h_0, c_0, from_input, from_hidden, h, reverse=reverse)
+
+
+def gated_embedding(
+    tokens: Tensor,
+    weight: Tensor,
+    response_weight: Tensor,
+    weight_gate: Tensor,
+    hyper: HyperBatch | Tensor,
+    *,
+    example_dim: int = 0,
+    padding_idx: int | None = None,
+    sparse: bool = False,
+    rate: Tensor | None = None,
+    seed: int = 0,
+    step: Tensor | int = 0,
+    stream: int = 1,
+) -> Tensor:
+    """`stn_fast.ops.gated_embedding.gated_embedding`, which documents it, taking a HyperBatch or its response."""
+    h = response_input(hyper, weight)
+    check_examples("gated_embedding", tokens, hyper, example_dim)
+    return _gated_embedding.gated_embedding(
+        tokens, weight, response_weight, weight_gate, h, example_dim=example_dim, padding_idx=padding_idx,
+        sparse=sparse, rate=rate, seed=seed, step=step, stream=stream,
+    )  # fmt: skip

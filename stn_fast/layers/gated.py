@@ -30,6 +30,7 @@ class GatedLayer(nn.Module):
         weight_shape: of W and R, (O, ...).
         bias: whether to have b, and with it r and Gb.
         num_hyperparameters: n, at least 1.
+        gated_dim: the dimension of W and R that is the outputs'.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class GatedLayer(nn.Module):
         num_hyperparameters: int,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        gated_dim: int = 0,
     ):
         super().__init__()
         self.num_hyperparameters = num_hyperparameters
-        outputs = weight_shape[0]
+        outputs = weight_shape[gated_dim]
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))

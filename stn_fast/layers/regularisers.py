@@ -72,7 +72,7 @@ class _PerBatchRegulariser(_Regulariser):
         return dict(seed=hyper.seed, step=hyper.step, stream=self.stream, first_example=0)
 
 
-def _check_rate(hyperparameter: Hyperparameter) -> None:
+def check_rate(hyperparameter: Hyperparameter) -> None:
     """Raises ValueError where a dropout rate could leave [0, 1)."""
     name, low, high = hyperparameter.name, hyperparameter.low, hyperparameter.high
     if low is None or low < 0 or high is None or high >= 1:
@@ -96,7 +96,7 @@ class PerExampleDropout(_PerExampleRegulariser):
         self.shared_dims = tuple(shared_dims)
 
     def _check_range(self, hyperparameter: Hyperparameter) -> None:
-        _check_rate(hyperparameter)
+        check_rate(hyperparameter)
 
     def forward(self, x: Tensor, hyper: HyperBatch, example_dim: int = 0) -> Tensor:
         if not self.training:
@@ -174,7 +174,7 @@ class DropConnect(_PerBatchRegulariser):
     """
 
     def _check_range(self, hyperparameter: Hyperparameter) -> None:
-        _check_rate(hyperparameter)
+        check_rate(hyperparameter)
 
     def forward(self, weight: Tensor, hyper: HyperBatch) -> Tensor:
         """Any shape → the same."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from compile_ahead import SHARED_MEMORY, Job, Usage, compile_all
 
-from stn_fast.kernels import augment, matmul
+from stn_fast.kernels import augment, gated_embedding, matmul
 from stn_fast.kernels import gated_conv2d_backward as conv_backward
 from stn_fast.kernels import gated_conv2d_epilogue as conv_epilogue
 from stn_fast.kernels import gated_conv2d_implicit as conv
@@ -226,7 +226,22 @@ def augment_jobs():
             )
 
 
-GROUPS = (matrix_jobs, epilogue_jobs, random_jobs, augment_jobs, conv_jobs, conv_epilogue_jobs)
+def embedding_jobs():
+    tables = {"p_tokens": "*i64", "p_s": "*fp32", "p_scale": "*fp32"}
+    for capability, floats, tile in itertools.product(CAPABILITIES, FLOATS, gated_embedding.TILES):
+        for aligned in BOOLS:
+            yield Job(
+                "stn_fast.kernels.gated_embedding:gated_embedding_fwd_kernel",
+                f"embedding-sm{capability}-{floats}-{tile.kwargs['COLS']} columns{'-aligned' if aligned else ''}",
+                capability,
+                typed(floats, "rows", "batch", "inner", "D", "column_tiles", **tables, p_e=f"*{floats}"),
+                {"HAS_SCALE": True, **tile.kwargs},
+                tile.num_warps,
+                divisible=frozenset("D") if aligned else frozenset(),
+            )
+
+
+GROUPS = (matrix_jobs, epilogue_jobs, random_jobs, augment_jobs, conv_jobs, conv_epilogue_jobs, embedding_jobs)
 
 
 def corner_jobs():
@@ -241,6 +256,7 @@ def corner_jobs():
         "HAS_D_VALUES": ["p_d_values"],
         "HAS_D_RESPONSE": ["p_d_response"],
         "HAS_SHIFT": ["p_shift"],
+        "HAS_SCALE": ["p_scale"],
         "RELU": [],
         "WANT_BOTH": ["p_d_both"],
         "WANT_SCALE": ["p_q", "p_scale_partial"],
