@@ -10,6 +10,9 @@ RECIPES = {
     "fashion-mnist-small": "stn_fast.recipes.fashion_mnist_small",
     "fashion-mnist": "stn_fast.recipes.fashion_mnist",
     "cifar10": "stn_fast.recipes.cifar10",
+    "ptb-small": "stn_fast.recipes.ptb_small",
+    "ptb": "stn_fast.recipes.ptb",
+    "wikitext2": "stn_fast.recipes.wikitext2",
 }
 
 

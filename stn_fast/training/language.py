@@ -1,11 +1,12 @@
 """The objectives of language models, which are called as ``model(inputs, hyper, state)`` on the windows of a text.
 
-A model returns (logits (T, B, words), new state); ``state`` is None where a text begins.
+A model returns (logits (T, B, words), new state, ...); ``state`` is None where a text begins.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,13 +17,45 @@ from stn_fast.training.streams import IGNORED, State, Window
 
 def next_word_loss(model: nn.Module, window: Window, hyper: HyperBatch) -> tuple[Tensor, State]:
     """Mean cross entropy of the window's words in nats, and the state after it."""
-    return _cross_entropy(model, window, hyper, "mean")
+    logits, state, *_ = model(window.inputs, hyper, window.state)
+    return _cross_entropy(logits, window, "mean"), state
+
+
+def regularised_next_word_loss(model: nn.Module, window: Window, hyper: HyperBatch) -> tuple[Tensor, State]:
+    """``next_word_loss`` and ``activation_penalty`` of a ``LanguageModel``: for training alone."""
+    outputs = model(window.inputs, hyper, window.state)
+    loss = _cross_entropy(outputs.logits, window, "mean") + activation_penalty(outputs.raw, outputs.dropped, hyper)
+    return loss, outputs.state
 
 
 def next_word_scores(model: nn.Module, window: Window, hyper: HyperBatch) -> tuple[dict[str, Tensor], State]:
     """The cross entropy of the window's words in nats, summed, as ``loss``; and the state after it."""
-    loss, state = _cross_entropy(model, window, hyper, "sum")
-    return {"loss": loss}, state
+    logits, state, *_ = model(window.inputs, hyper, window.state)
+    return {"loss": _cross_entropy(logits, window, "sum")}, state
+
+
+def activation_penalty(raw: Tensor, dropped: Tensor, hyper: HyperBatch) -> Tensor | float:
+    """α·mean(dropped²) + β·mean((raw_t − raw_{t−1})²), the mean also over examples of different α and β.
+
+    AR and TAR of Merity et al. (2017). α is the hyperparameter ``activation_regularization``, β is
+    ``temporal_activation_regularization``; one that the space lacks counts as 0.
+
+    Args:
+        raw, dropped: h of the last layer before and after its dropout, (T, B, H).
+
+    Raises:
+        ValueError: α or β could be negative.
+    """
+    penalty: Any = 0.0
+    # A single word has no step before it.
+    change = raw[1:] - raw[:-1] if len(raw) > 1 else raw.new_zeros(raw.shape)
+    for name, activations in (("activation_regularization", dropped), ("temporal_activation_regularization", change)):
+        if name in hyper.space.names:
+            low = hyper.space[name].low
+            if low is None or low < 0:
+                raise ValueError(f"hyperparameter {name!r} weighs a penalty and wants a bound low >= 0; got low={low}")
+            penalty = penalty + (hyper[name] * activations.square().mean((0, 2))).mean()
+    return penalty
 
 
 def with_perplexity(means: dict[str, float]) -> dict[str, float]:
@@ -34,7 +67,6 @@ def with_perplexity(means: dict[str, float]) -> dict[str, float]:
     return {**means, "perplexity": perplexity}
 
 
-def _cross_entropy(model: nn.Module, window: Window, hyper: HyperBatch, reduction: str) -> tuple[Tensor, State]:
-    logits, state = model(window.inputs, hyper, window.state)
+def _cross_entropy(logits: Tensor, window: Window, reduction: str) -> Tensor:
     targets = window.targets.flatten()
-    return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction=reduction), state
+    return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction=reduction)

@@ -16,7 +16,7 @@ from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.training.disk import sync, writing
 
 # These keys alone may differ between two runs of one seed.
-TIMES = ("wall_seconds", "examples_per_second", "steps_per_second")
+TIMES = ("wall_seconds", "examples_per_second", "steps_per_second", "peak_bytes")
 
 
 class MetricsLog:

@@ -68,5 +68,8 @@ def summary(result: dict[str, Any]) -> str:
         + (f", test accuracy {result['test_accuracy']:.4f}" if "test_accuracy" in result else "")
         + (f", test perplexity {result['test_perplexity']:.2f}" if "test_perplexity" in result else "")
     )
-    lines.append(f"{result['steps']} steps at {result['steps_per_second']:.4g} a second, ended by {result['ended_by']}")
+    lines.append(
+        f"{result['steps']} steps at {result['steps_per_second']:.4g} a second, ended by {result['ended_by']}; "
+        f"at most {result['peak_bytes'] / 1e6:,.0f} MB of memory"
+    )
     return "\n".join(lines)

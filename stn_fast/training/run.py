@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -156,6 +158,7 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
         "best_step": trainer.best["step"],
         "wall_seconds": round(trainer.wall_seconds, 3),
         "steps_per_second": round(steps / max(trainer.step_seconds, 1e-9), 2),
+        "peak_bytes": peak_bytes(config.device),
         **{f"{split}_{name}": value for split, values in scores.items() for name, value in values.items()},
         "hyperparameters": space.values(location),
         "hyperparameters_start": space.values(start),
@@ -163,6 +166,14 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
         "moved_in_initial_scales": dict(zip(space.names, ((location - start) / scales).tolist(), strict=True)),
         "versions": versions(config.device),
     }
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory at once: on CUDA of what torch allocated, else the whole process's in the host."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def versions(device: str) -> dict[str, str | int]:
