@@ -3,8 +3,10 @@
     python -m benchmarks.self_tuning digits --seeds 5
     python -m benchmarks.self_tuning digits --seeds 20 --methods stn --learning-rate-factor 2
     python -m benchmarks.self_tuning fashion-mnist-small --seeds 3 --methods stn fixed --guesses .05 .5
+    python -m benchmarks.self_tuning ptb-small --seeds 2 --guesses .05 .6 --jobs 2
 
-Prints one row for every run, medians, the ratios of validation and test losses, and how many runs turned non-finite.
+Prints one row for every run, medians, the ratios of validation and test losses (of texts: perplexities), and how many
+runs turned non-finite.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +36,25 @@ COLUMNS = {
     "moved": "moved > σ",
     "wall_seconds": "seconds",
 }
-LOSSES = {"valid_loss": "best validation loss", "test_loss": "test loss there"}
+COLUMNS_OF_TEXTS = {
+    "valid_perplexity": "valid perplexity",
+    "test_perplexity": "test perplexity",
+    "moved": "moved > σ",
+    "wall_seconds": "seconds",
+}
+COMPARED = {
+    "valid_loss": "best validation loss",
+    "test_loss": "test loss there",
+    "valid_perplexity": "best validation perplexity",
+    "test_perplexity": "test perplexity there",
+}
 
 Result = dict[str, Any]
+
+
+def dropout_rates(defaults: Config) -> list[str]:
+    """The hyperparameters that a guess is for: every rate of dropout, of words and weights too, and nothing else."""
+    return [name for name in defaults.hyperparameters if "dropout" in name]
 
 
 def guessed(defaults: Config, guess: float | None) -> Config:
@@ -47,8 +65,7 @@ def guessed(defaults: Config, guess: float | None) -> Config:
     """
     if guess is None:
         return defaults
-    entries = dict(defaults.hyperparameters)
-    rates = [name for name in entries if "dropout" in name]
+    entries, rates = dict(defaults.hyperparameters), dropout_rates(defaults)
     if not rates:
         raise UserError(f"--guesses sets dropout rates, and {defaults.recipe} has none")
     return replace(defaults, hyperparameters=entries | {name: replace(entries[name], init=guess) for name in rates})
@@ -96,34 +113,55 @@ def measured(configs: Sequence[Config], jobs: int) -> Iterator[Iterator[Result]]
 def table(title: str, results: Sequence[Result]) -> str:
     """One line for every run and one for the median."""
     finite = [result for result in results if not result["diverged"]]
-    lines = [f"{title:>15}  " + "  ".join(f"{column:>13}" for column in COLUMNS.values())]
-    lines += [
-        f"{'seed':>12} {result['seed']:>2}  "
-        + ("not finite" if result["diverged"] else "  ".join(f"{result[key]:13.4g}" for key in COLUMNS))
-        for result in results
-    ]
+    columns = COLUMNS_OF_TEXTS if any("test_perplexity" in result for result in finite) else COLUMNS
+    widths = [max(13, len(head)) for head in columns.values()]
+
+    def line(start: str, cells: Iterable[str]) -> str:
+        return f"{start:>15}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=False))
+
+    lines = [line(title, columns.values())]
+    for result in results:
+        cells = ["not finite"] if result["diverged"] else [f"{result[key]:.4g}" for key in columns]
+        lines.append(line(f"seed {result['seed']:>2}", cells))
     if finite:
-        medians = (statistics.median(result[key] for result in finite) for key in COLUMNS)
-        lines.append(f"{'median':>15}  " + "  ".join(f"{median:13.4g}" for median in medians))
+        lines.append(line("median", (f"{statistics.median(run[key] for run in finite):.4g}" for key in columns)))
     lines.append(f"{'':>15}  {len(results) - len(finite)} of {len(results)} runs turned non-finite")
     return "\n".join(lines)
 
 
-def median_loss(results: Sequence[Result], key: str) -> float:
+def median_score(results: Sequence[Result], key: str) -> float:
     """Median over runs of ``key`` at the best validation loss; infinite for a run that turned non-finite."""
     return statistics.median(float("inf") if r["diverged"] else r[key] for r in results)
 
 
-def ratios(results: dict[str, list[Result]], guess: float | None) -> list[str]:
-    """One line for every loss and every method that stn is compared with."""
-    start = "" if guess is None else f"from dropout {guess:g}: "
+def ratios(one: Sequence[Result], other: Sequence[Result], says: str) -> list[str]:
+    """One line for every score in which runs are compared."""
+    of_text = any("test_perplexity" in result for result in [*one, *other])
     return [
-        f"{start}{what}, median of stn / median of {other}: "
-        f"{median_loss(results['stn'], key) / median_loss(results[other], key):.3f}"
-        for other in ("fixed", "frozen")
-        if "stn" in results and other in results
-        for key, what in LOSSES.items()
+        f"{says.format(what)}: {median_score(one, key) / median_score(other, key):.3f}"
+        for key, what in COMPARED.items()
+        if key.endswith("perplexity") == of_text
     ]
+
+
+def comparisons(runs: Mapping[tuple[str, float | None], Sequence[Result]]) -> list[str]:
+    """stn with the other methods from every guess, then stn with fixed hyperparameters from another guess.
+
+    ``runs`` are by method and guess.
+    """
+    guesses = list(dict.fromkeys(guess for _, guess in runs))
+    lines = []
+    for guess in guesses:
+        start = "" if guess is None else f"from dropout {guess:g}: "
+        for method in ("fixed", "frozen"):
+            if ("stn", guess) in runs and (method, guess) in runs:
+                says = f"{start}{{}}, median of stn / median of {method}"
+                lines += ratios(runs["stn", guess], runs[method, guess], says)
+    for guess, other in itertools.permutations(guesses, 2):
+        if ("stn", guess) in runs and ("fixed", other) in runs:
+            says = f"{{}}, median of stn from dropout {guess:g} / median of fixed from dropout {other:g}"
+            lines += ratios(runs["stn", guess], runs["fixed", other], says)
+    return lines
 
 
 def parser() -> argparse.ArgumentParser:
@@ -132,8 +170,9 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 (default: 5)")
     it.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     it.add_argument(
-        "--guesses", nargs="+", type=float, metavar="RATE", help="what every dropout rate starts from (default: recipe)"
-    )
+        "--guesses", nargs="+", type=float, metavar="RATE",
+        help="what every dropout rate starts from; the other hyperparameters keep the recipe's guess (default: recipe)",
+    )  # fmt: skip
     it.add_argument("--learning-rate-factor", type=float, default=1.0, help="multiplies both learning rates")
     it.add_argument("--epochs", type=int, help="instead of the recipe's own")
     it.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the CPU's threads (default: 1)")
@@ -146,8 +185,9 @@ def parser() -> argparse.ArgumentParser:
 def compare(flags: argparse.Namespace, defaults: Config) -> dict[str, list[Result]]:
     """Makes the runs, guess by guess and method by method, and prints them as they come; the results by method."""
     guesses: list[float | None] = flags.guesses or [None]
-    results: dict[str, list[Result]] = {method: [] for method in flags.methods}
-    compared: list[str] = []
+    if flags.guesses:
+        print(f"a guess is where these start: {', '.join(dropout_rates(defaults))}\n")
+    runs: dict[tuple[str, float | None], list[Result]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         configs = []
         for guess, method, seed in itertools.product(guesses, flags.methods, range(flags.seeds)):
@@ -156,17 +196,15 @@ def compare(flags: argparse.Namespace, defaults: Config) -> dict[str, list[Resul
             base = guessed(defaults, guess)
             configs.append(configure(base, method, seed, flags.learning_rate_factor, target, flags.epochs))
         with measured(configs, flags.jobs) as coming:
-            for guess in guesses:
-                here: dict[str, list[Result]] = {}
-                for method in flags.methods:
-                    here[method] = [{**result, "guess": guess} for result in itertools.islice(coming, flags.seeds)]
-                    print(
-                        table(method if guess is None else f"{method} from {guess:g}", here[method]) + "\n", flush=True
-                    )
-                    results[method] += here[method]
-                compared += ratios(here, guess)
-    print("\n".join(compared))
-    return results
+            for guess, method in itertools.product(guesses, flags.methods):
+                runs[method, guess] = [{**result, "guess": guess} for result in itertools.islice(coming, flags.seeds)]
+                title = method if guess is None else f"{method} from {guess:g}"
+                print(table(title, runs[method, guess]) + "\n", flush=True)
+    print("\n".join(comparisons(runs)))
+    return {
+        method: [result for (of, _), results in runs.items() if of == method for result in results]
+        for method in flags.methods
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

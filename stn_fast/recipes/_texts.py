@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from stn_fast.training.task import Task
 
 
+WIDTH = 650  # of a word's vector and of a layer, as published
+
+
 def hyperparameters() -> dict[str, HyperparameterConfig]:
     """The seven of the paper's table, in its order; σ is 1 and held.
 
@@ -61,7 +64,7 @@ def published(recipe: str) -> Config:
     )
 
 
-def build_task(config: Config, load: Callable[..., Corpus], *, width: int = 650, layers: int = 2) -> Task:
+def build_task(config: Config, load: Callable[..., Corpus], *, width: int, layers: int = 2) -> Task:
     """The task of naming the next word; weights are drawn from ``config.seed``.
 
     Args:

@@ -16,7 +16,7 @@ SHARE = 0.05  # the first 46,480 words; 3,141 distinct ones are there at least t
 
 
 def config() -> Config:
-    """Two layers of 200 units and the hyperparameters of ``ptb``. One thread: two save little and cost others much."""
+    """Two layers of 200 units and the hyperparameters of ``ptb``."""
     return replace(
         _texts.published("ptb-small"),
         optimizer=OptimizerConfig(name="adam", learning_rate=4e-3, momentum=0.9, clip=0.25),
