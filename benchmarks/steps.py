@@ -56,13 +56,20 @@ def steps(mode: str, batch: int) -> dict[str, Provider]:
     }
 
 
-def rows_of(mode: str, batch: int, providers: dict[str, Provider], timings: Timings, device: torch.device) -> list[Row]:
+def rows_of(
+    op: str,
+    mode: str,
+    shape: Sequence[int],
+    providers: dict[str, Provider],
+    timings: Timings,
+    device: torch.device,
+) -> list[Row]:
     """One row for every provider, as `benchmarks.ratios` writes them; the published step is the eager one."""
     return [
         {
-            "op": "alexnet_step",
+            "op": op,
             "mode": mode,
-            "shape": [batch, 3, 32, 32],
+            "shape": list(shape),
             "dtype": "float32",
             "provider": name,
             **{f"p{q}": round(timings.percentile(name, q), 2) for q in (20, 50, 80)},
@@ -91,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for mode in options.modes:
         providers = steps(mode, options.batch)
         timings = interleave(providers, device, options.seconds, options.rounds)
-        rows += rows_of(mode, options.batch, providers, timings, device)
+        shape = (options.batch, 3, 32, 32)
+        rows += rows_of("alexnet_step", mode, shape, providers, timings, device)
         ours, theirs = (timings.percentile(name, 50) / 1e3 for name in providers)
         ratio = timings.ratio("stn_fast", "published")
         print(f"{mode:<16} stn_fast {ours:8.1f} ms   published {theirs:8.1f} ms   ratio {ratio:.3f}", flush=True)

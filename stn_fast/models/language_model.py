@@ -1,4 +1,4 @@
-"""A self-tuning LSTM language model with the STN paper's regularisers (section 4.2), each where its space has it."""
+"""A self-tuning LSTM language model with the STN paper's regularisers, each where its space has it."""
 
 from __future__ import annotations
 

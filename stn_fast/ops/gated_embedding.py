@@ -195,7 +195,7 @@ def gated_embedding(
     step: Tensor | int = 0,
     stream: int = 1,
 ) -> Tensor:
-    """Word vectors that respond to hyperparameters, every example to its own (STN, section 4.1).
+    """Word vectors that respond to hyperparameters, every example to its own (MacKay et al., 2019).
 
     e = m[t] (E[t] + (h Gwᵀ) ⊙ R[t])
 

@@ -1,4 +1,4 @@
-"""ptb: the STN paper's LSTM on Penn Treebank, with its seven tuned hyperparameters (section 4.2)."""
+"""ptb: the STN paper's LSTM on Penn Treebank, with its seven tuned hyperparameters."""
 
 from __future__ import annotations
 

@@ -6,10 +6,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from stn_fast.data import Split
-from stn_fast.models import ImageClassifier, alexnet
-from stn_fast.recipes import cifar10
+from stn_fast.data.text import predictions
+from stn_fast.models import ImageClassifier, LanguageModel, alexnet
+from stn_fast.recipes import cifar10, ptb
+from stn_fast.training.language import next_word_loss, regularised_next_word_loss
 from stn_fast.training.methods import SelfTuning
 from stn_fast.training.spaces import build_space
+from stn_fast.training.streams import Streams
 from stn_fast.training.task import classification_loss, decayed_classification_loss
 
 BATCH = 4
@@ -40,6 +43,27 @@ def test_alexnet_keeps_nothing_from_step_to_step():
 
     cycle()  # momentum and Adam's moments stay from here on
     assert kept_bytes(lambda: [cycle() for _ in range(2)]) == 0
+
+
+def test_a_language_model_keeps_nothing_from_step_to_step():
+    space = build_space(ptb.config())
+    method = SelfTuning(
+        LanguageModel(space, 50, 8, 8), space, regularised_next_word_loss, next_word_loss, tune_scales=False, clip=0.25
+    )
+    text = predictions(torch.arange(2000) % 50, 0)
+    train, valid = (Streams(text, BATCH, 9, seed=0, stream=stream) for stream in range(2))
+    counts = [iter(range(100)) for _ in range(3)]
+
+    def cycle():
+        steps, trained, validated = counts
+        method.train_step(train[next(trained)], next(steps))
+        method.train_step(train[next(trained)], next(steps))
+        method.valid_step(valid[next(validated)], next(steps))
+        for tensor in (*method.model.parameters(), *method.tuned):
+            tensor.grad = None
+
+    kept_bytes(cycle)  # Adam's moments stay, and the states of both texts, which the next ones take the place of
+    assert kept_bytes(lambda: [cycle() for _ in range(3)]) == 0
 
 
 def test_what_is_kept_would_show():

@@ -1,0 +1,70 @@
+"""What the package's language model is compared with computes what it stands for."""
+
+import numpy as np
+import torch
+
+from benchmarks import baselines, language_steps, published_language
+from stn_fast.models import LanguageModel
+from stn_fast.recipes import recipe
+from stn_fast.training.spaces import build_space
+
+SPACE = build_space(recipe("ptb").config())
+WORDS, WIDTH, BATCH = 13, 6, 3
+
+
+def trainer():
+    torch.manual_seed(0)
+    ranges = [baselines.Range(h.low, h.high, h.integer) for h in SPACE]
+    shared = [not h.per_example for h in SPACE]
+    sizes = dict(words=WORDS, width=WIDTH, layers=2, batch=BATCH)
+    return published_language.Trainer(SPACE.names, ranges, shared, *SPACE.initial_state(), **sizes)
+
+
+def window(time=5):
+    return torch.randint(WORDS, (2, time, BATCH), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_published_network_is_the_packages() -> None:
+    """Same weights in both: the same logits and states, so their steps do the same arithmetic."""
+    ours, theirs = LanguageModel(SPACE, WORDS, WIDTH, WIDTH).eval(), trainer().model
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    with torch.no_grad():
+        for name in ("weight", "response_weight", "weight_gate"):
+            getattr(theirs, name).copy_(getattr(ours.embedding, name))
+        for number, layer in enumerate(theirs.layers):
+            for side, gated in (("ih", layer.from_input), ("hh", layer.from_hidden)):
+                for name, parameter in gated.named_parameters():
+                    parameter.copy_(getattr(ours.lstm, f"{name}_{side}_l{number}"))
+        hyper = SPACE.sample(*SPACE.initial_state(), batch_size=BATCH, seed=0, step=0)
+        tokens, state = window()[0], torch.randn(2, BATCH, WIDTH)
+        outputs = ours(tokens, hyper, (state, 2 * state))
+        states = [(h, 2 * h) for h in state]
+        logits, after, raw, dropped = theirs(tokens, hyper.response, None, states)
+    torch.testing.assert_close(logits, outputs.logits, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(raw, outputs.raw, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(torch.stack([cell for _, cell in after]), outputs.state[1], rtol=1e-3, atol=1e-5)
+    assert dropped is raw
+
+
+def test_the_published_steps_train_and_tune_and_carry_states() -> None:
+    it = trainer()
+    inputs, targets = window()
+    losses = [it.train_step(inputs, targets).item() for _ in range(2)]
+    assert np.isfinite(losses).all()
+    assert losses[0] != losses[1]
+    assert it.states["train"][1][1].any()
+    assert not it.states["valid"][1][1].any()
+    weight, location = it.model.weight.detach().clone(), it.location.detach().clone()
+    it.valid_step(inputs, targets)
+    assert torch.equal(it.model.weight, weight)
+    assert it.model.weight.grad is not None
+    assert (it.location != location).all()
+
+
+def test_the_command_prints_a_ratio_and_writes_rows(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(language_steps.SHAPES, "ptb", (5, 2, 6, 13))
+    file = tmp_path / "rows.json"
+    assert language_steps.main(["--sizes", "ptb", "--seconds", "0", "--rounds", "2", "--json", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("ratio") == 2
+    assert file.read_text().count('"op": "language_step"') == 4
