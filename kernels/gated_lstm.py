@@ -1,4 +1,4 @@
-"""The recurrence of a gated LSTM on a GPU: all time steps of a layer, forward and backward, given x's share of the gates.
+"""The recurrence of a gated LSTM on a GPU: all steps of a layer, forward and backward, given x's share of the gates.
 
 Three ways to compute it, and the autotuner chooses: launch by launch, a library product and a kernel at each step
 ("steps"); the same launches replayed as one CUDA graph ("graph"), which spares the host; and for small layers the whole
@@ -52,8 +52,8 @@ def _ways(
     found: dict[str, Way] = {STEPS: partial(run, prepare, inputs)}
     if gates.is_cuda and not torch.cuda.is_current_stream_capturing():
         found[GRAPH] = partial(replay, (*key, gates.dtype, *gates.shape), gates.device, prepare, inputs)
-    hidden = gates.shape[2] // 4
-    shipped = sequence.configs(hidden) if sequence.applies(gates.dtype, hidden) else []
+    capability = torch.cuda.get_device_capability(gates.device) if gates.is_cuda else (9, 0)
+    shipped = sequence.configs(capability) if sequence.applies(gates.dtype, gates.shape[2] // 4) else []
     for config in [*shipped, own] if isinstance(own, triton.Config) else shipped:
         found[sequence.config_name(config)] = partial(at_once, config)
     return found
@@ -89,7 +89,7 @@ def forward(
     save_response: bool,
     config: Choice | None = None,
 ) -> Result:
-    """The layer's states from gates (T, B, 4H), which hold x's share on entry and, where `save`, are activated in place.
+    """The layer's states from gates (T, B, 4H): x's share on entry and, where `save`, activated on return.
 
     h_0, c_0 (B, H); W, R (4H, H); scale, shift (B, 4H), the gates of hyperparameters h Gwᵀ and b + (h Gbᵀ) ⊙ r. All are
     contiguous and of one dtype. The cell state is float32 from step to step. `config` fixes the way; by default the

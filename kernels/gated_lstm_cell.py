@@ -164,9 +164,9 @@ def gated_lstm_bwd_step_kernel(
     H,
     BLOCK: tl.constexpr,
 ):
-    """Step t, which came after step t_before, or -1. The table: dy, activated gates, cells, c_0, and the result d_gates.
+    """Step t, which came after step t_before, or -1. The table: dy, activated gates, cells, c_0, d_gates.
 
-    From dh, what the later step's product gave, and dc in float32, which is replaced by that of the step before.
+    d_gates come from dh, what the later step's product gave, and dc in float32, which is replaced by that of the step before.
     """
     dtype: tl.constexpr = p_d_both.dtype.element_ty
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -6,15 +6,14 @@ from numerics import assert_twice_as_good
 
 from stn_fast.kernels import gated_lstm as kernels
 from stn_fast.kernels import gated_lstm_sequence as sequence
-from stn_fast.kernels.autotune import Autotuner
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = ("gates", "h_0", "c_0")
 # T, B, H
 SHAPES = [(4, 5, 7), (1, 3, 16), (3, 17, 33)]
-CONFIGS = {sequence.config_name(c): c for c in (*sequence.SMALL_CONFIGS, *sequence.LARGE_CONFIGS)}
-SMALL = sequence.SMALL_CONFIGS[0]
+CONFIGS = {sequence.config_name(c): c for c in (*sequence.HOPPER_CONFIGS, *sequence.AMPERE_CONFIGS)}
+SMALL = sequence.AMPERE_CONFIGS[0]
 
 
 def operands(steps, batch, hidden, dtype, bias=True):
