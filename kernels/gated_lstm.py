@@ -67,7 +67,7 @@ def _name(
         return sequence.config_name(config)
     if config is None:
         steps, batch, wide = gates.shape
-        precision = torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
+        precision = torch.backends.cuda.matmul.fp32_precision
         sizes = " ".join(size_bucket(size) for size in (steps, batch, wide // 4))
         problem = f"gated_lstm {' '.join(map(str, key))} {gates.dtype} {precision} {sizes}"
         return tuner.choose(problem, {name: partial(timed, name) for name in ways}, STEPS, gates.device)

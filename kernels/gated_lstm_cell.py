@@ -166,7 +166,7 @@ def gated_lstm_bwd_step_kernel(
 ):
     """Step t, which came after step t_before, or -1. The table: dy, activated gates, cells, c_0, d_gates.
 
-    d_gates come from dh, what the later step's product gave, and dc in float32, which is replaced by that of the step before.
+    d_gates come from dh, what the later step's product gave, and from dc in float32, which becomes the step before's.
     """
     dtype: tl.constexpr = p_d_both.dtype.element_ty
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
