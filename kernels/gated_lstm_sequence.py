@@ -234,11 +234,12 @@ def backward(inputs: BackwardInputs, reverse: bool, config: triton.Config) -> tu
     """(dh_0, dc_0 in float32), and d_gates in `inputs`."""
     dy, gates, cells, c_0, weight, response_weight, scale, dc, d_gates = inputs
     steps, batch, hidden = dy.shape
-    dh = torch.zeros_like(c_0, dtype=torch.float32)
-    dc = torch.zeros_like(dh) if dc is None else dc.to(torch.float32, copy=True)
+    dh, dc_0 = (torch.zeros_like(c_0, dtype=torch.float32) for _ in range(2))
+    if dc is not None:
+        dc_0.copy_(dc)
     grid, options = _options(batch, hidden, config)
     gated_lstm_bwd_sequence_kernel[grid](
-        dy, gates, cells, c_0, torch.cat([weight, response_weight]), scale, dc, dh, d_gates, steps, batch,
+        dy, gates, cells, c_0, torch.cat([weight, response_weight]), scale, dc_0, dh, d_gates, steps, batch,
         REVERSE=reverse, **options,
     )  # fmt: skip
-    return dh.to(dy.dtype), dc
+    return dh.to(dy.dtype), dc_0

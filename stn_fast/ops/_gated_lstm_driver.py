@@ -61,8 +61,8 @@ class Kernels(Protocol):
     """A gated linear layer and the recurrence. Tensors are contiguous."""
 
     @property
-    def linear_forward(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """As `forward_plain`: y and x Rᵀ."""
+    def linear_forward(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """As `forward_plain`: y and x Rᵀ, which may be left out where it isn't kept."""
 
     @property
     def linear_backward(self) -> Callable[..., Gradients]:
@@ -134,7 +134,7 @@ def forward(
     )  # fmt: skip
     if cells is None:
         return y, c_n, None
-    if hidden_response is None:
+    if input_response is None or hidden_response is None:
         return y, c_n, Saved(gates, cells, *(x.new_empty(0, batch, wide) for _ in range(2)))
     return y, c_n, Saved(gates, cells, input_response.view_as(gates), hidden_response)
 

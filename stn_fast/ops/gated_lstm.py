@@ -46,18 +46,24 @@ def fold(weights: Weights, h: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _backend(x: Tensor, h: Tensor, hidden: Tensor) -> str:
-    """Plain torch serves what the C++ core doesn't compute, and CUDA, for which no kernel of this exists."""
-    backend = choose(x.device, without={"triton": "gated_lstm has no Triton kernels, and CUDA runs it in plain torch"})
-    if backend == "cpp" and (x.dtype != torch.float32 or 0 in (x.numel(), h.numel(), hidden.numel())):
+    """The C++ core computes in float32; plain torch serves other dtypes on the CPU, float64 and empty tensors."""
+    backend = choose(x.device)
+    if 0 in (x.numel(), h.numel(), hidden.numel()):
+        return "reference"
+    if (backend == "cpp" and x.dtype != torch.float32) or (backend == "triton" and x.dtype == torch.float64):
         return "reference"
     return backend
 
 
-def _kernels(backend: str) -> driver.Kernels:
+def _kernels(backend: str, save_response: bool = False) -> driver.Kernels:
     if backend == "cpp":
         from stn_fast.ops._gated_lstm_cpu import Core
 
         return Core()
+    if backend == "triton":
+        from stn_fast.ops._gated_lstm_triton import Triton
+
+        return Triton(save_response)
     return Plain()
 
 
@@ -86,7 +92,7 @@ def _compute(
     from_input = Weights(weight_ih, bias_ih, response_weight_ih, response_bias_ih, weight_gate_ih, bias_gate_ih)
     from_hidden = Weights(weight_hh, bias_hh, response_weight_hh, response_bias_hh, weight_gate_hh, bias_gate_hh)
     y, c_n, saved = driver.forward(
-        _kernels(_backend(x, h, h_0)), x, h_0, c_0, from_input, from_hidden, h,
+        _kernels(_backend(x, h, h_0), save_response), x, h_0, c_0, from_input, from_hidden, h,
         reverse=reverse, save=save, save_response=save_response,
     )  # fmt: skip
     if saved is None:
@@ -217,7 +223,6 @@ def gated_lstm(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
-        RuntimeError: `use_backend` asks for Triton, which has no kernels for it.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)

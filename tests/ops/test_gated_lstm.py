@@ -431,11 +431,6 @@ def test_memory_kept_for_backward_is_what_is_stated():
     assert saved((False,) * 16) == 0
 
 
-def test_triton_is_refused_by_name_until_it_has_kernels():
-    with use_backend("triton"), pytest.raises(RuntimeError, match=r"gated_lstm has no Triton kernels.*use_backend"):
-        apply(gated_lstm, operands(2, 3, 4, 5, 2))
-
-
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
