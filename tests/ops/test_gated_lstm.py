@@ -45,6 +45,10 @@ def apply(function, tensors, reverse=False):
     return y, *state
 
 
+def on(device, tensors):
+    return [None if t is None else t.to(device) for t in tensors]
+
+
 def leaves(tensors, dtype=None, wanted=(True,) * 16):
     return [
         None if t is None else t.detach().to(dtype or t.dtype).requires_grad_(w)
@@ -186,25 +190,22 @@ def test_core_is_right_with_weights_laid_out_beforehand_and_without(packed, monk
     assert_as_good_as_plain_torch(operands(3, 5, 4, hidden, 2))
 
 
-@pytest.mark.parametrize("name", ["reference", "cpp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_every_backend_and_dtype_obeys_the_2x_rule(name, dtype, bias, reverse):
-    with use_backend(name):
-        assert_as_good_as_plain_torch(operands(5, 17, 19, 23, 3, bias=bias, dtype=dtype), reverse=reverse)
+def test_every_backend_and_dtype_obeys_the_2x_rule(backend, dtype, bias, reverse):
+    tensors = operands(5, 17, 19, 23, 3, bias=bias, dtype=dtype)
+    assert_as_good_as_plain_torch(on(backend, tensors), reverse=reverse)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpp"])
-def test_float64_is_exact(name):
-    tensors = operands(5, 3, 7, 6, 3, dtype=torch.float64)
-    with use_backend(name):
-        incoming = drawn_gradients(apply(reference, tensors), torch.float64)
-        got = gradients(gated_lstm, leaves(tensors), incoming)
-        for mine, want in zip(got, gradients(reference, leaves(tensors), incoming), strict=True):
-            assert relative_error(mine, want) < 1e-13
-        for mine, want in zip(apply(gated_lstm, tensors), apply(reference, tensors), strict=True):
-            assert relative_error(mine, want) < 1e-14
+def test_float64_is_exact(backend):
+    tensors = on(backend, operands(5, 3, 7, 6, 3, dtype=torch.float64))
+    incoming = drawn_gradients(apply(reference, tensors), torch.float64)
+    got = gradients(gated_lstm, leaves(tensors), incoming)
+    for mine, want in zip(got, gradients(reference, leaves(tensors), incoming), strict=True):
+        assert relative_error(mine, want) < 1e-13
+    for mine, want in zip(apply(gated_lstm, tensors), apply(reference, tensors), strict=True):
+        assert relative_error(mine, want) < 1e-14
 
 
 SUBSETS = [tuple(i == k for i in range(16)) for k in range(16)]
@@ -212,22 +213,18 @@ SUBSETS += [tuple(i != k for i in range(16)) for k in range(16)]
 SUBSETS += [tuple((mask >> i) & 1 == 1 for i in range(16)) for mask in range(1999, 65536, 1999)]
 
 
-@pytest.mark.parametrize("name", ["reference", "cpp"])
 @pytest.mark.parametrize("chunk", range(4))
-def test_subsets_of_wanted_gradients_are_right(name, chunk):
+def test_subsets_of_wanted_gradients_are_right(backend, chunk):
     """Each alone, all but each, and others: what is computed never depends on what else is wanted."""
-    tensors = operands(3, 4, 5, 6, 2)
-    with use_backend(name):
-        for wanted in [*SUBSETS, VALIDATION, (False,) * 16][chunk::4]:
-            assert_as_good_as_plain_torch(tensors, wanted)
+    tensors = on(backend, operands(2, 4, 5, 6, 2))
+    for wanted in [*SUBSETS, VALIDATION, (False,) * 16][chunk::4]:
+        assert_as_good_as_plain_torch(tensors, wanted)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("used", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
-@pytest.mark.parametrize("name", ["reference", "cpp"])
-def test_gradients_arrive_through_y_the_last_hidden_and_the_last_cell_state(name, used, reverse):
-    with use_backend(name):
-        assert_as_good_as_plain_torch(operands(3, 4, 5, 6, 2), used=used, reverse=reverse)
+def test_gradients_arrive_through_y_the_last_hidden_and_the_last_cell_state(backend, used, reverse):
+    assert_as_good_as_plain_torch(on(backend, operands(3, 4, 5, 6, 2)), used=used, reverse=reverse)
 
 
 def test_a_sequence_in_two_parts_is_the_sequence_at_once():
@@ -271,21 +268,19 @@ def test_validation_step_computes_no_weight_gradient(dtype):
     assert counter.get_total_flops() <= 2 * rows * wide * 2 * (inputs + hidden) + 2 * batch * wide * 6 * n
 
 
-@pytest.mark.parametrize("name", ["reference", "cpp"])
 @pytest.mark.parametrize("empty", [dict(batch=0), dict(inputs=0), dict(n=0)], ids=str)
-def test_empty_sizes_give_empty_or_zero_results(name, empty):
+def test_empty_sizes_give_empty_or_zero_results(backend, empty):
     sizes = dict(steps=2, batch=3, inputs=4, hidden=5, n=2) | empty
     steps, batch, inputs, hidden, n = sizes.values()
-    with use_backend(name):
-        tensors = operands(steps, batch, max(inputs, 1), hidden, n)
-        if inputs == 0:
-            tensors = [t if i not in (0, 3, 5) else t[..., :0] for i, t in enumerate(tensors)]
-        tensors = leaves(tensors)
-        results = apply(gated_lstm, tensors)
-        assert results[0].shape == (steps, batch, hidden)
-        assert all(g.isfinite().all() for g in torch.autograd.grad(sum(r.sum() for r in results), tensors))
-        for got, want in zip(results, apply(reference, tensors), strict=True):
-            assert relative_error(got, want) < 1e-6
+    tensors = on(backend, operands(steps, batch, max(inputs, 1), hidden, n))
+    if inputs == 0:
+        tensors = [t if i not in (0, 3, 5) else t[..., :0] for i, t in enumerate(tensors)]
+    tensors = leaves(tensors)
+    results = apply(gated_lstm, tensors)
+    assert results[0].shape == (steps, batch, hidden)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(sum(r.sum() for r in results), tensors))
+    for got, want in zip(results, apply(reference, tensors), strict=True):
+        assert relative_error(got, want) < 1e-6
 
 
 def test_non_contiguous_inputs_and_gradients():
@@ -302,16 +297,14 @@ def test_non_contiguous_inputs_and_gradients():
             assert relative_error(got, wish) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["reference", "cpp"])
-def test_backward_leaves_what_it_reads_as_it_was(name):
+def test_backward_leaves_what_it_reads_as_it_was(backend):
     """The same graph twice, as retain_graph promises, and the gradients that came in."""
-    tensors = leaves(operands(3, 4, 5, 6, 2))
-    with use_backend(name):
-        results = apply(gated_lstm, tensors)
-        incoming = drawn_gradients(results, torch.float32)
-        before = [d.clone() for d in incoming]
-        first = torch.autograd.grad(results, tensors, incoming, retain_graph=True)
-        second = torch.autograd.grad(results, tensors, incoming)
+    tensors = leaves(on(backend, operands(3, 4, 5, 6, 2)))
+    results = apply(gated_lstm, tensors)
+    incoming = on(backend, drawn_gradients(results, torch.float32))
+    before = [d.clone() for d in incoming]
+    first = torch.autograd.grad(results, tensors, incoming, retain_graph=True)
+    second = torch.autograd.grad(results, tensors, incoming)
     assert all(map(torch.equal, first, second))
     assert all(map(torch.equal, incoming, before))
 
@@ -369,21 +362,19 @@ def test_second_derivatives_in_reverse_mode_raise_instead_of_lying():
         torch.autograd.grad(first[0].sum(), tensors[3], allow_unused=True)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpp"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_registration_is_complete(name, bias):
-    tensors = operands(3, 2, 4, 5, 2, bias=bias)
-    with use_backend(name):
-        args = leaves(tensors)
-        torch.library.opcheck(torch.ops.stn_fast.gated_lstm.default, (*args, False, True, True))
-        y, _, *saved = torch.ops.stn_fast.gated_lstm(*tensors, False, True, True)
-        kept = [t for i, t in enumerate(tensors) if i not in (4, 10)]
-        wanted = [t is not None for t in tensors]
-        torch.library.opcheck(
-            torch.ops.stn_fast.gated_lstm_backward.default,
-            (torch.randn_like(y), torch.randn_like(tensors[2]), *kept, y, *saved, False, wanted),
-            test_utils=("test_schema", "test_faketensor"),
-        )
+def test_registration_is_complete(backend, bias):
+    tensors = on(backend, operands(3, 2, 4, 5, 2, bias=bias))
+    args = leaves(tensors)
+    torch.library.opcheck(torch.ops.stn_fast.gated_lstm.default, (*args, False, True, True))
+    y, _, *saved = torch.ops.stn_fast.gated_lstm(*tensors, False, True, True)
+    kept = [t for i, t in enumerate(tensors) if i not in (4, 10)]
+    wanted = [t is not None for t in tensors]
+    torch.library.opcheck(
+        torch.ops.stn_fast.gated_lstm_backward.default,
+        (torch.randn_like(y), torch.randn_like(tensors[2]), *kept, y, *saved, False, wanted),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def test_compiles_without_graph_break_to_the_same_numbers():
