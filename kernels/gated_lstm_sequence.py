@@ -205,12 +205,17 @@ def applies(dtype: torch.dtype, hidden: int) -> bool:
     return dtype in DTYPES and hidden <= MAX_HIDDEN and hidden % 8 == 0
 
 
+def padded(hidden: int) -> int:
+    """The length of a row of weights in a tile; in backward they are its rows, and tensor cores want 64."""
+    return max(64, triton.next_power_of_2(hidden))
+
+
 def configs(capability: tuple[int, int]) -> list[triton.Config]:
     return HOPPER_CONFIGS if capability >= (9, 0) else AMPERE_CONFIGS
 
 
 def _options(batch: int, hidden: int, config: triton.Config) -> tuple[tuple[int], dict[str, object]]:
-    sizes = {"HIDDEN": hidden, "BLOCK_K": max(16, triton.next_power_of_2(hidden))}
+    sizes = {"HIDDEN": hidden, "BLOCK_K": padded(hidden)}
     grid = (triton.cdiv(batch, config.kwargs["BLOCK_B"]),)
     return grid, sizes | config.kwargs | {"num_warps": config.num_warps, "num_stages": config.num_stages}
 

@@ -17,6 +17,8 @@ from stn_fast.kernels import gated_conv2d_backward as conv_backward
 from stn_fast.kernels import gated_conv2d_epilogue as conv_epilogue
 from stn_fast.kernels import gated_conv2d_implicit as conv
 from stn_fast.kernels import gated_linear_epilogue as epilogue
+from stn_fast.kernels import gated_lstm_sequence as sequence
+from stn_fast.kernels.gated_lstm_cell import STEP_CONFIG
 from stn_fast.kernels.matmul import config_name
 from stn_fast.kernels.perturb import NUM_WARPS, PROGRAM_ELEMENTS
 from stn_fast.kernels.tiles import TILES
@@ -35,6 +37,7 @@ POINTERS = [
     *["p_x", "p_y", "p_q", "p_h", "p_dy", "p_dx", "p_g", "p_out", "p_weight", "p_bias", "p_response_weight"],
     *["p_response_bias", "p_weight_gate", "p_bias_gate", "p_d_weight", "p_d_bias", "p_d_response_weight"],
     *["p_d_response_bias", "p_d_weight_gate", "p_d_bias_gate", "p_both", "p_d_both"],
+    *["p_gates", "p_d_gates", "p_cells", "p_h_0", "p_c_0", "p_weights", "p_products", "p_response"],
 ]
 PARTIAL = dict.fromkeys(["p_dh_partial", "p_s_partial", "p_c_partial", "p_bias_partial"], "*fp32")
 TABLES = dict.fromkeys(["p_scale", "p_shift", "p_scale_partial", "p_shift_partial"], "*fp32")
@@ -153,6 +156,49 @@ def conv_epilogue_jobs():
                     )
 
 
+LSTM_KEPT = {"HAS_SHIFT": True, "SAVE": True, "SAVE_RESPONSE": True}
+
+
+def lstm_step_jobs():
+    step = STEP_CONFIG.kwargs
+    for capability, floats, aligned in itertools.product(CAPABILITIES, FLOATS, BOOLS):
+        own = {"p_addresses": "*i64", "p_cell": "*fp32", "p_dc": "*fp32"}
+        own |= dict.fromkeys(["p_scale", "p_shift", "p_dh"], f"*{floats}")
+        for name, constants in (("fwd_step", LSTM_KEPT | step), ("bwd_step", step)):
+            yield Job(
+                f"stn_fast.kernels.gated_lstm_cell:gated_lstm_{name}_kernel",
+                f"lstm_{name}-sm{capability}-{floats}{'-aligned' if aligned else ''}",
+                capability,
+                typed(floats, "t", "t_before", "batch", "H", **own),
+                constants,
+                STEP_CONFIG.num_warps,
+                divisible=frozenset("H") if aligned else frozenset(),
+            )
+    for capability in CAPABILITIES:
+        addresses = {"p_addresses": "*i64", **dict.fromkeys(["p_0", "p_1", "p_2", "p_3", "p_4"], "*bf16")}
+        kernel = "stn_fast.kernels.gated_lstm_cell:gated_lstm_addresses_kernel"
+        yield Job(kernel, f"lstm_addresses-sm{capability}", capability, addresses, {}, num_warps=4)
+
+
+def lstm_sequence_jobs():
+    # Every length that a row of weights is filled up to, and float16 once.
+    hidden_sizes = [(256, "bf16"), (200, "bf16"), (200, "fp16"), (104, "bf16"), (64, "bf16")]
+    for capability, (hidden, floats) in itertools.product(CAPABILITIES, hidden_sizes):
+        own = dict.fromkeys(["p_cell", "p_dc", "p_dh"], "*fp32") | dict.fromkeys(["p_scale", "p_shift"], f"*{floats}")
+        for config in sequence.configs(divmod(capability, 10)):
+            sizes = {"HIDDEN": hidden, "BLOCK_K": sequence.padded(hidden), "REVERSE": True, **config.kwargs}
+            for name, constants in (("fwd", LSTM_KEPT | sizes), ("bwd", sizes)):
+                yield Job(
+                    f"stn_fast.kernels.gated_lstm_sequence:gated_lstm_{name}_sequence_kernel",
+                    f"lstm_{name}_sequence-sm{capability}-{floats}-{hidden}-{sequence.config_name(config)}",
+                    capability,
+                    typed(floats, "steps", "batch", **own),
+                    constants,
+                    config.num_warps,
+                    config.num_stages,
+                )
+
+
 def random_jobs():
     for capability, floats, tile in itertools.product(CAPABILITIES, FLOATS, TILES):
         suffix = f"sm{capability}-{floats}-{tile.kwargs['COLS']} columns"
@@ -242,6 +288,7 @@ def embedding_jobs():
 
 
 GROUPS = (matrix_jobs, epilogue_jobs, random_jobs, augment_jobs, conv_jobs, conv_epilogue_jobs, embedding_jobs)
+GROUPS += (lstm_step_jobs, lstm_sequence_jobs)
 
 
 def corner_jobs():
@@ -261,8 +308,9 @@ def corner_jobs():
         "WANT_BOTH": ["p_d_both"],
         "WANT_SCALE": ["p_q", "p_scale_partial"],
         "WANT_SHIFT": ["p_shift_partial"],
+        **{flag: [] for flag in ("SAVE", "SAVE_RESPONSE", "REVERSE")},
     }
-    never_specialised = {"first_example", "seed", "stream", "images", "crop_padding"}
+    never_specialised = {"first_example", "seed", "stream", "images", "crop_padding", "t", "t_before"}
     of_kernel = {}
     for job in itertools.chain(*(jobs() for jobs in GROUPS)):
         if job.capability == 90 and job.types.get("p_x") != "*fp32":
@@ -304,8 +352,8 @@ def test_configuration_compiles_without_spilling(label, usages):
 # Products in float32 proper run on the ordinary units; wgmma has no tile for TF32 of fewer than 64 rows.
 ON_TENSOR_CORES = [
     job.label
-    for job in itertools.chain(matrix_jobs(), conv_jobs())
-    if job.types["p_x"] != "*fp32" or (job.constants["PRECISION"] == "tf32" and job.constants["BLOCK_M"] >= 64)
+    for job in itertools.chain(matrix_jobs(), conv_jobs(), lstm_sequence_jobs())
+    if job.types.get("p_x") != "*fp32" or (job.constants["PRECISION"] == "tf32" and job.constants["BLOCK_M"] >= 64)
 ]
 
 
