@@ -40,6 +40,10 @@ def _check(gates: Tensor) -> None:
         raise ValueError(f"gated_lstm: the numbers of a step are counted in 32 bits; got gates {tuple(gates.shape)}")
 
 
+def _can_replay(gates: Tensor) -> bool:
+    return gates.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
 def _ways(
     gates: Tensor,
     key: tuple[object, ...],
@@ -50,7 +54,7 @@ def _ways(
 ) -> dict[str, Way]:
     """All that may run here, by name. A configuration of the caller's own is one of them."""
     found: dict[str, Way] = {STEPS: partial(run, prepare, inputs)}
-    if gates.is_cuda and not torch.cuda.is_current_stream_capturing():
+    if _can_replay(gates):
         found[GRAPH] = partial(replay, (*key, gates.dtype, *gates.shape), gates.device, prepare, inputs)
     capability = torch.cuda.get_device_capability(gates.device) if gates.is_cuda else (9, 0)
     shipped = sequence.configs(capability) if sequence.applies(gates.dtype, gates.shape[2] // 4) else []

@@ -29,7 +29,8 @@ def tanh(b):
 
 @triton.jit
 def sigmoid(b):
-    return 1.0 / (1.0 + tl.exp(-b))
+    b_exp = tl.exp(-tl.abs(b))  # of -b it would overflow
+    return tl.where(b < 0, b_exp, 1.0) / (1.0 + b_exp)
 
 
 @triton.jit

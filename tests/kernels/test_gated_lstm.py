@@ -1,11 +1,17 @@
 """The recurrence of gated LSTMs, every way to compute it, against plain torch in float64."""
 
+from collections import OrderedDict
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from numerics import assert_twice_as_good
 
 from stn_fast.kernels import gated_lstm as kernels
 from stn_fast.kernels import gated_lstm_sequence as sequence
+from stn_fast.kernels import gated_lstm_steps as steps
+from stn_fast.kernels.autotune import Autotuner
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -16,12 +22,12 @@ CONFIGS = {sequence.config_name(c): c for c in (*sequence.HOPPER_CONFIGS, *seque
 SMALL = sequence.AMPERE_CONFIGS[0]
 
 
-def operands(steps, batch, hidden, dtype, bias=True):
+def operands(length, batch, hidden, dtype, bias=True):
     """x's share, h_0, c_0, W, R, scale, shift, and the gradients of y and c_n, drawn in float64 and rounded."""
-    generator = torch.Generator().manual_seed(steps + batch + hidden)
+    generator = torch.Generator().manual_seed(length + batch + hidden)
     wide = 4 * hidden
-    shapes = [(steps, batch, wide), (batch, hidden), (batch, hidden), (wide, hidden), (wide, hidden), (batch, wide)]
-    shapes += [(batch, wide), (steps, batch, hidden), (batch, hidden)]
+    shapes = [(length, batch, wide), (batch, hidden), (batch, hidden), (wide, hidden), (wide, hidden), (batch, wide)]
+    shapes += [(batch, wide), (length, batch, hidden), (batch, hidden)]
     drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     for i in (3, 4):
         drawn[i] *= hidden**-0.5
@@ -114,3 +120,133 @@ def test_every_configuration_obeys_the_2x_rule(config):
 def test_sizes_of_one_and_long_rows_are_right(config, shape):
     """In float32: of two 16-bit results of a few numbers, either may be by far the closer by chance."""
     assert_right(*operands(*shape, torch.float32), config if config == "steps" else SMALL)
+
+
+@pytest.mark.parametrize("config", ["steps", "one launch"])
+@pytest.mark.parametrize("save", [(True, False), (False, False)], ids=str)
+def test_only_what_is_asked_for_is_kept(config, save):
+    """Without `save` the gates stay x's share: nobody will read them."""
+    config = config if config == "steps" else SMALL
+    tensors, incoming = operands(3, 5, 7, torch.float32)
+    y, c_n, gates, cells, response = ran(tensors, config, False, *save)
+    y_plain, c_plain, gates_plain, *_ = plain(*tensors)
+    exact = plain(*(t.double() for t in tensors))
+    assert_twice_as_good(y, y_plain, exact[0])
+    assert_twice_as_good(c_n, c_plain, exact[1])
+    assert response is None
+    assert (cells is not None) == save[0]
+    if not save[0]:
+        assert torch.equal(gates.cpu(), tensors[0])
+        return
+    assert_twice_as_good(gates, gates_plain, exact[2])
+    assert ran_backward(tensors, incoming, (gates, cells), config, want_h_0=False)[1] is None
+
+
+@pytest.mark.parametrize("config", ["steps", "one launch"])
+def test_the_last_cell_state_may_have_no_gradient(config):
+    tensors, (dy, _) = operands(3, 5, 7, torch.float32)
+    assert_right(tensors, (dy, None), config if config == "steps" else SMALL)
+
+
+def test_saturated_gates_and_tiny_ones_keep_their_digits():
+    """tanh is made of exp here, which overflows or cancels where one isn't careful."""
+    tensors, incoming = operands(3, 4, 5, torch.float32)
+    for scale in (1e-4, 1e-2, 1.0, 40.0, 1e4):
+        assert_right([tensors[0] * scale, *(t * min(scale, 1.0) for t in tensors[1:])], incoming, "steps")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What `replay` needs of CUDA graphs, without a device: capturing launches nothing, replaying launches again."""
+
+    class Graph:
+        replays = 0
+
+        def replay(self):
+            Graph.replays += 1
+            next(known.prepared for known in steps._captured.values() if known.graph is self).launch()
+
+    @contextmanager
+    def capture(*_, **__):
+        with pytest.MonkeyPatch.context() as captured:
+            for kind in (steps.Forward, steps.Backward):
+                captured.setattr(kind, "launch", lambda _: None)
+            yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(steps, "_captured", OrderedDict())
+    monkeypatch.setattr(kernels, "_can_replay", lambda _: True)
+    return Graph
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="real graphs are tested in test_gated_lstm_gpu.py")
+def test_a_graph_serves_other_tensors_and_keeps_nothing_of_the_last_ones(graphs):
+    """Two sequences forward, then both backward: each as if it were the only one."""
+    first, second = ([t + k for t in operands(3, 5, 7, torch.float32)[0]] for k in (0, 0.1))
+    incoming = operands(3, 5, 7, torch.float32)[1]
+    want = [ran(tensors, "steps") for tensors in (first, second)]
+    got = [ran(tensors, "graph") for tensors in (first, second)]
+    for mine, wish in zip(got, want, strict=True):
+        assert all(map(torch.equal, mine, wish))
+    for tensors, mine, wish in zip((first, second), got, want, strict=True):
+        gradients = ran_backward(tensors, incoming, mine[2:4], "graph")
+        assert all(map(torch.equal, gradients, ran_backward(tensors, incoming, wish[2:4], "steps")))
+    assert graphs.replays == 2
+    assert len(steps._captured) == 2
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="real graphs are tested in test_gated_lstm_gpu.py")
+def test_graphs_made_in_inference_mode_serve_training_and_the_oldest_makes_place(graphs, monkeypatch):
+    monkeypatch.setattr(steps, "MAX_GRAPHS", 2)
+    shapes = [(2, 3, 4), (3, 3, 4), (4, 3, 4), (2, 3, 4)]
+    for mode in (torch.inference_mode(), nullcontext()):
+        for shape in shapes:
+            tensors, _ = operands(*shape, torch.float32)
+            with mode:
+                got = ran(tensors, "graph")
+            assert all(map(torch.equal, got, ran(tensors, "steps")))
+            assert len(steps._captured) <= 2
+    assert graphs.replays == 1
+
+
+def test_an_unknown_way_is_named_with_the_known_ones():
+    tensors, _ = operands(2, 3, 16, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"config='fastest' is none of \['steps',.* 'sequence-"):
+        ran(tensors, "fastest")
+
+
+def test_one_launch_is_for_small_layers_in_16_bits():
+    assert sequence.applies(torch.bfloat16, 200)
+    assert sequence.applies(torch.float16, sequence.MAX_HIDDEN)
+    for dtype, hidden in ((torch.float32, 200), (torch.bfloat16, 264), (torch.bfloat16, 199)):
+        assert not sequence.applies(dtype, hidden)
+
+
+def test_float64_is_refused():
+    tensors, _ = operands(2, 3, 4, torch.float64)
+    with pytest.raises(TypeError, match="gates is float64"):
+        ran(tensors, "steps")
+
+
+def test_the_autotuner_times_copies_and_its_choice_is_taken(monkeypatch, tmp_path):
+    """Timing a way activates its gates; the sequence itself must still hold x's share when its turn comes."""
+    asked = []
+
+    def timer(candidate):
+        candidate()
+        asked.append(candidate.args[0])
+        return 1.0 if candidate.args[0] == sequence.config_name(SMALL) else 2.0
+
+    monkeypatch.delenv("STN_FAST_AUTOTUNE", raising=False)
+    monkeypatch.setattr(kernels, "tuner", Autotuner(timer, tmp_path / "autotune.json"))
+    monkeypatch.setattr(sequence, "HOPPER_CONFIGS", [SMALL])
+    tensors, incoming = operands(3, 5, 16, torch.bfloat16)
+    assert_right(tensors, incoming, None)
+    ways = ["steps", *(["graph"] if DEVICE == "cuda" else []), sequence.config_name(SMALL)]
+    assert asked == 2 * ways
+    got = ran(tensors, None)
+    assert all(map(torch.equal, got, ran(tensors, sequence.config_name(SMALL))))
+    assert asked == 2 * ways
