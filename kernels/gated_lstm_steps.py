@@ -171,6 +171,9 @@ class _Captured(NamedTuple):
 
 
 _captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+# A library product keeps its scratch memory by the stream it was captured on, so every stream has another to capture
+# on: graphs that run one after the other may share that memory, others may not.
+_capture_streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
 # Held from filling the buffers until the results are taken out, all of which only queues work: of two threads on one
 # stream, one would fill them for the other.
 _lock = threading.Lock()
@@ -199,7 +202,8 @@ def replay(
     `key` says all that doesn't change from call to call: what `prepare` makes. The first call of a key runs the pass
     launch by launch, which also compiles its kernels, and captures it for the later ones.
     """
-    key = (*key, device, torch.cuda.current_stream(device).cuda_stream, *_library_settings())
+    stream = (device, torch.cuda.current_stream(device).cuda_stream)
+    key = (*key, *stream, *_library_settings())
     with _lock:
         known = _captured.get(key)
         if known is not None:
@@ -214,8 +218,10 @@ def replay(
             prepared.launch()
             results = prepared.results()
             graph = torch.cuda.CUDAGraph()
+            if stream not in _capture_streams:
+                _capture_streams[stream] = torch.cuda.Stream(device)
             # Other threads, of a data loader say, may allocate meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=_capture_streams[stream], capture_error_mode="thread_local"):
                 prepared.launch()
         _captured[key] = _Captured(prepared, graph, device)
         if len(_captured) > MAX_GRAPHS:

@@ -176,8 +176,10 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(steps, "_captured", OrderedDict())
+    monkeypatch.setattr(steps, "_capture_streams", {})
     monkeypatch.setattr(kernels, "_can_replay", lambda _: True)
     return Graph
 
