@@ -99,7 +99,7 @@ def all_cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
     for dtype in dtypes:
         for layer in ((32, 64, 48),) if quick else GATED_LINEAR_SHAPES:
             yield from cases("gated_linear", GATED_LINEAR_MODES, layer, dtype)
-        for sequence in ((3, 4, 16),) if quick else sequence_cases.GATED_LSTM_SHAPES:
+        for sequence in ((3, 4, 16),) if quick else sequence_cases.gated_lstm_shapes(device):
             yield from cases("gated_lstm", sequence_cases.GATED_LSTM_MODES, sequence, dtype)
     for batch in PERTURB_BATCHES[:1] if quick else PERTURB_BATCHES:
         yield from cases("perturb", PERTURB_MODES, (batch, HYPERPARAMETERS), torch.float32)

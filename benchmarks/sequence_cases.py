@@ -22,6 +22,8 @@ HYPERPARAMETERS = 7
 
 # (T, B, H), the input as wide as the hidden state: a layer of the PTB network, and of its small sister.
 GATED_LSTM_SHAPES = ((70, 40, 650), (35, 20, 200))
+# On CUDA also a layer of a larger language model, which would take a CPU seconds.
+LARGE_GATED_LSTM_SHAPES = ((70, 80, 1150),)
 
 _X_STATE, _WEIGHTS, _H = (True,) * 3, (True,) * 12, (True,)
 _VALID = (True, False, False) + (False,) * 12 + (True,)
@@ -33,6 +35,10 @@ GATED_LSTM_MODES: dict[str, tuple[bool, tuple[bool, ...]]] = {
     "full_backward": (False, (*_X_STATE, *_WEIGHTS, *_H)),
     "valid_backward": (False, _VALID),
 }
+
+
+def gated_lstm_shapes(device: torch.device) -> tuple[tuple[int, ...], ...]:
+    return GATED_LSTM_SHAPES + (LARGE_GATED_LSTM_SHAPES if device.type == "cuda" else ())
 
 
 def gated_lstm_inputs(case: Case) -> tuple[list[Tensor], Tensor]:
@@ -69,11 +75,21 @@ def gated_lstm(case: Case) -> dict[str, Provider]:
         providers["concatenated"] = provider(partial(sequences.concatenated_lstm, epilogue=epilogue, step=cell))
     # Its own inputs alone: x, the state, and W and b of both sides.
     own = tuple(want and k in (0, 1, 2, 3, 4, 9, 10) for k, want in enumerate(wanted))
-    providers["plain_lstm"] = provider(sequences.plain_lstm, own)
+    providers["plain_lstm"] = differentiate(sequences.plain_lstm, _in_one_piece(inputs), own, dy, forward)
     if case.mode == "valid_backward":
         _, everything = GATED_LSTM_MODES["full_backward"]
         providers["stn_fast_full_backward"] = provider(_fused, everything)
     return providers | _limits(case, inputs, forward, wanted)
+
+
+def _in_one_piece(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The same operands, W and b of both sides where torch.nn.LSTM puts them: cuDNN would copy them in every call."""
+    x, h_0, *_ = inputs
+    plain = torch.nn.LSTM(x.shape[2], h_0.shape[1], device=x.device, dtype=x.dtype)
+    laid_out = list(inputs)
+    for parameter, k in zip(plain.parameters(), (3, 9, 4, 10), strict=True):
+        laid_out[k] = parameter.detach().copy_(inputs[k])
+    return laid_out
 
 
 def _fused(x: Tensor, h_0: Tensor, c_0: Tensor, *weights_and_h: Tensor) -> Tensor:

@@ -6,7 +6,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import sequences
 from benchmarks.cases import Case
-from benchmarks.sequence_cases import GATED_LSTM_MODES, gated_lstm_inputs, sequence_limit
+from benchmarks.sequence_cases import (
+    GATED_LSTM_MODES,
+    GATED_LSTM_SHAPES,
+    _in_one_piece,
+    gated_lstm_inputs,
+    gated_lstm_shapes,
+    sequence_limit,
+)
 
 CASE = Case("gated_lstm", "full", (4, 3, 6), torch.float32, torch.device("cpu"), compiled=False)
 STEPS, BATCH, HIDDEN = CASE.shape
@@ -43,6 +50,18 @@ def test_plain_lstm_is_torchs() -> None:
     plain.load_state_dict(dict(zip(names, (*weights[:2], *weights[6:8]), strict=True)))
     got = sequences.plain_lstm(x, h_0, c_0, *weights, h)
     torch.testing.assert_close(got, plain(x, (h_0[None], c_0[None]))[0])
+
+
+def test_the_plain_lstm_that_is_timed_has_the_same_weights_in_one_piece() -> None:
+    inputs, _ = gated_lstm_inputs(CASE)
+    laid_out = _in_one_piece(inputs)
+    assert all(map(torch.equal, laid_out, inputs))
+    torch.testing.assert_close(sequences.plain_lstm(*laid_out), sequences.plain_lstm(*inputs))
+
+
+def test_cuda_measures_the_layers_of_both_language_models() -> None:
+    assert set(gated_lstm_shapes(torch.device("cuda"))) == {(70, 40, 650), (70, 80, 1150), (35, 20, 200)}
+    assert set(gated_lstm_shapes(torch.device("cpu"))) == set(GATED_LSTM_SHAPES)
 
 
 @pytest.mark.parametrize("mode", GATED_LSTM_MODES)
