@@ -161,7 +161,7 @@ class HyperLSTM(nn.Module):
         batch_dim = 0 if self.batch_first else 1
         if x.ndim == 2:
             state = None if state is None else (state[0].unsqueeze(1), state[1].unsqueeze(1))
-            y, (h_n, c_n) = self(x.unsqueeze(batch_dim), hyper, state)
+            y, (h_n, c_n) = self.forward(x.unsqueeze(batch_dim), hyper, state)
             return y.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
         functional.check_examples("HyperLSTM", x, hyper, batch_dim)
         if self.training and isinstance(hyper, Tensor) and (self.dropouts or self.drop_connects):
