@@ -5,15 +5,13 @@ A time step is one product with [W; R] and one pass of the core around it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from stn_fast.ops._core import address
 from stn_fast.ops._gated_linear_cpu import backward_core, forward_core
 from stn_fast.ops._gated_lstm_driver import Recurrence, RecurrenceGradients, in_time
+from stn_fast.ops._products import many_times_transpose
 
 
 class Core:
@@ -36,7 +34,7 @@ class Core:
         from stn_fast import _C
 
         (steps, batch, _), hidden, threads = gates.shape, h_0.shape[1], torch.get_num_threads()
-        times_weights = _product(torch.cat([weight, response_weight]), batch)
+        times_weights = many_times_transpose(torch.cat([weight, response_weight]), batch)
         y = gates.new_empty(steps, batch, hidden)
         cells = torch.empty_like(y) if save else gates.new_empty(1, batch, hidden).expand_as(y)
         response = torch.empty_like(gates) if save_response else None
@@ -67,7 +65,7 @@ class Core:
 
         (steps, batch, wide), hidden, threads = gates.shape, c_0.shape[1], torch.get_num_threads()
         d_gates, d_both = torch.empty_like(gates), gates.new_empty(batch, 2 * wide)
-        times_weights = _product(torch.cat([weight, response_weight]).T, batch)
+        times_weights = many_times_transpose(torch.cat([weight, response_weight]).T, batch)
         dc = torch.zeros_like(c_0) if d_last_cell is None else d_last_cell.clone(memory_format=torch.contiguous_format)
         dh = None
         order = in_time(steps, reverse)
@@ -81,29 +79,3 @@ class Core:
             if position or wants_h_0:
                 dh = times_weights(d_both)
         return RecurrenceGradients(d_gates, dh if wants_h_0 else None, dc)
-
-
-_LARGE = 1 << 20  # numbers of a weight: below it is in the caches anyway, and laying it out costs what it gains
-
-
-def _product(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    """x (rows, I) → x weightᵀ for many x, weight (O, I). The next result may take the place of the last.
-
-    Of a few rows, much of the time of a library product goes into laying the weight out; oneDNN takes one that is.
-    """
-    if weight.numel() > _LARGE and packs_weights():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    out, transposed = weight.new_empty(rows, len(weight)), weight.T
-    return lambda x: torch.mm(x, transposed, out=out)
-
-
-@cache
-def packs_weights() -> bool:
-    """Whether torch has these products of oneDNN, which are internal to it: tried once, on numbers that are exact."""
-    x, weight = torch.eye(3), torch.arange(12.0).view(4, 3)
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
-        return torch.equal(torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""), weight.T)
-    except (AttributeError, RuntimeError, TypeError):
-        return False

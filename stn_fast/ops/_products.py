@@ -7,6 +7,7 @@ machine don't change from run to run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -19,8 +20,23 @@ def library() -> str:
     from stn_fast import _C
 
     measured = _C.vendor() == "amd" and _C.isa() == "x86-64-v4"
-    offered = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return "oneDNN" if measured and offered else "torch.mm"
+    return "oneDNN" if measured and offers_onednn() else "torch.mm"
+
+
+@cache
+def offers_onednn() -> bool:
+    """Whether torch has these products of oneDNN, which are internal to it: tried once, on numbers that are exact."""
+    x, weight, other = torch.eye(3), torch.arange(12.0).view(4, 3), torch.ones(3, 4)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
+        results = (
+            torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""),
+            torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
+            torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, "add") - other,
+        )
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return all(torch.equal(result, weight.T) for result in results)
 
 
 def times_transpose(x: Tensor, weight: Tensor) -> Tensor:
@@ -36,3 +52,18 @@ def sum_of_two(dy: Tensor, weight: Tensor, g: Tensor, response_weight: Tensor, o
         first = torch.ops.mkldnn._linear_pointwise(dy, weight.T, None, "none", [], "")
         return out.copy_(torch.ops.mkldnn._linear_pointwise.binary(g, first, response_weight.T, None, "add"))
     return torch.mm(dy, weight, out=out).addmm_(g, response_weight)
+
+
+_LARGE = 1 << 20  # numbers of a weight: below it is in the caches anyway, and laying it out costs what it gains
+
+
+def many_times_transpose(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    """x (rows, I) → x Wᵀ for many x, W (O, I). The next result may take the place of the last.
+
+    Of a few rows, much of the time of a library product goes into laying the weight out; oneDNN takes one that is.
+    """
+    if weight.numel() > _LARGE and offers_onednn():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    out, transposed = weight.new_empty(rows, len(weight)), weight.T
+    return lambda x: torch.mm(x, transposed, out=out)

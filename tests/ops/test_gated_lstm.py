@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from numerics import assert_twice_as_good, relative_error
 
 from stn_fast.dispatch import use_backend
-from stn_fast.ops import _gated_lstm_cpu
+from stn_fast.ops import _products
 from stn_fast.ops.gated_lstm import Weights, fold, gated_lstm, reference
 
 SIDE = ("weight", "bias", "response_weight", "response_bias", "weight_gate", "bias_gate")
@@ -182,11 +182,11 @@ def test_core_is_right_across_its_tasks_and_threads(shape):
 @use_backend("cpp")
 def test_core_is_right_with_weights_laid_out_beforehand_and_without(packed, monkeypatch):
     """Large weights; where torch lacks the internal products of oneDNN, its public ones do."""
-    if packed and not _gated_lstm_cpu.packs_weights():
+    if packed and not _products.offers_onednn():
         pytest.skip("this torch has no products with packed weights")
-    monkeypatch.setattr(_gated_lstm_cpu, "packs_weights", lambda: packed)
+    monkeypatch.setattr(_products, "offers_onednn", lambda: packed)
     hidden = 370
-    assert 8 * hidden**2 > _gated_lstm_cpu._LARGE
+    assert 8 * hidden**2 > _products._LARGE
     assert_as_good_as_plain_torch(operands(3, 5, 4, hidden, 2))
 
 
