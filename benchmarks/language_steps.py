@@ -46,7 +46,7 @@ def steps(mode: str, shape: Sequence[int]) -> dict[str, Provider]:
         space,
         language.regularised_next_word_loss,
         language.next_word_loss,
-        optimizer=partial(torch.optim.SGD, lr=0.1),
+        optimizer=partial(torch.optim.SGD, lr=0.1, fused=True),
         tune_scales=False,
         clip=0.25,
     )

@@ -14,6 +14,9 @@ from stn_fast import train
 from stn_fast.training import checkpoint
 from stn_fast.training.trainer import Trainer
 
+# As this process was started with them: whoever runs it in the background may have had it ignore Ctrl-C.
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
 SHORT = ["--epochs", "4", "--set", "method.warmup_epochs=1", "--set", "schedule.checkpoint_epochs=2"]
 
 KILL_AT_STEP = """
@@ -162,8 +165,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(whole, tmp_path
 
 
 def test_signal_handlers_are_put_back(whole):
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert {number: signal.getsignal(number) for number in HANDLERS} == HANDLERS
 
 
 def test_a_process_killed_outright_resumes_to_the_same_numbers(whole, tmp_path):
