@@ -87,7 +87,7 @@ def test_the_sdist_holds_all_that_a_build_needs(built: Built) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {
         str(path.relative_to(ROOT))
-        for pattern in ("csrc/*", "kernels/*.py", "stn_fast/**/*.py*")
+        for pattern in ("csrc/*", "kernels/*.py", "kernels/cuda/*", "stn_fast/**/*.py*")
         for path in ROOT.glob(pattern)
     }
     needed = {name for name in needed if "__pycache__" not in name}
@@ -98,7 +98,8 @@ def test_the_wheel_holds_the_core_the_kernels_and_the_types(built: Built) -> Non
     with zipfile.ZipFile(built.wheel) as archive:
         names = set(archive.namelist())
     assert any(re.fullmatch(r"stn_fast/_C\..*(so|pyd)", name) for name in names)
-    assert {f"stn_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} <= names
+    kernels = {path.relative_to(ROOT) for pattern in ("*.py", "cuda/*") for path in (ROOT / "kernels").glob(pattern)}
+    assert {f"stn_fast/{path}" for path in kernels} <= names
     assert {"stn_fast/py.typed", "stn_fast/_C.pyi"} <= names
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "stn_fast").rglob("*.py")} <= names
     strangers = {name.split("/")[0] for name in names if not re.match(r"stn_fast(/|-)", name)}

@@ -1,0 +1,267 @@
+// The recurrence of a gated LSTM over a whole sequence in one launch, forward and backward. All blocks stay resident: each keeps
+// its share of W_hh and R_hh in shared memory from the first step to the last, and a barrier of the grid parts the steps.
+//
+// Sizes: T steps, B examples, H hidden units. Gates are i, f, g, o, and a row of 4H holds them one after the other. All tensors
+// are contiguous bfloat16; sums, activations and what is carried from step to step are float32.
+#include <tiles.h>
+
+namespace stn_fast {
+
+constexpr int kGates = 4, kBranches = 2, kParts = kGates * kBranches;  // branch 0 is W, branch 1 is R
+constexpr int kCellGate = 2;                                          // g: tanh; the others: sigmoid
+
+STN_FAST_DEVICE float read(const Bfloat16* from, int64 at) { return widen(from[at]); }
+
+// Forward. A tile of columns is a hidden unit: column 2 q + branch is gate q of that branch. So the four lanes that share a row
+// of the product hold P and Q of one gate each, and a quarter of the cell is computed in each of them.
+template <class S>
+STN_FAST_DEVICE void keep_units(const Bfloat16* weight, const Bfloat16* response_weight, unsigned* right) {
+    constexpr int kPairs = S::kDepthTiles * kTileDepth / 2;
+    for (int i = threadIdx.x; i < S::kColumnTiles * kTileColumns * kPairs; i += kThreads) {
+        const int column = i / kPairs, k = i % kPairs * 2;
+        const int unit = blockIdx.x * S::kColumnTiles + column / kParts, gate = column % kParts / kBranches;
+        const Bfloat16* matrix = column % kBranches ? response_weight : weight;
+        const Bfloat16* row = matrix + (static_cast<int64>(gate) * S::kHidden + unit) * S::kHidden;
+        const bool inside = unit < S::kHidden;
+        const Bfloat16 low = inside && k < S::kHidden ? row[k] : Bfloat16{0};
+        const Bfloat16 high = inside && k + 1 < S::kHidden ? row[k + 1] : Bfloat16{0};
+        right[right_word<S>(k, column)] = pack(low, high);
+    }
+}
+
+// On entry gates (T, B, 4H) is what the input contributes; scale, shift (B, 4H) gate the response, h_0, c_0 (B, H) are the state
+// before the first step, weight and response_weight (4H, H). Writes y (T, B, H) and the last cell state c_n (B, H); with
+// kSave also the activated gates in place and cells (T, B, H); with kSaveResponse also response (T, B, 4H), h_{t-1} R^T.
+// `exchange` holds two left factors, zeros on entry: h_{t-1} of this step and that of the next.
+template <class S, bool kHasShift, bool kSave, bool kSaveResponse>
+__global__ void __launch_bounds__(kThreads, 1)
+    gated_lstm_forward(Bfloat16* gates, const Bfloat16* h_0, const Bfloat16* c_0, const Bfloat16* weight,
+                       const Bfloat16* response_weight, const Bfloat16* scale, const Bfloat16* shift, Bfloat16* y, Bfloat16* c_n,
+                       Bfloat16* cells, Bfloat16* response, uint4* exchange, unsigned* counter, int64 steps, int64 batch,
+                       int64 reverse) {
+    constexpr int64 kHidden = S::kHidden, kWide = kGates * kHidden;
+    uint2* right = reinterpret_cast<uint2*>(shared_memory());
+    float4* shares = reinterpret_cast<float4*>(right + S::kRightVectors);
+    GridBarrier barrier(counter);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, gate = lane % 4;
+
+    struct Place {
+        int64 example, unit;
+        bool inside;
+    };
+    // Which cell this lane works on in the n-th tile of its warp in a pass; `half` says which of its two rows.
+    const auto place = [&](int pass, int n, int half) {
+        const int tile = warp + n * kWarps;
+        const int row_tile = pass * S::kAtOnce + tile / S::kColumnTiles;
+        const int64 example = row_tile * kTileRows + half * 8 + lane / 4;
+        const int64 unit = static_cast<int64>(blockIdx.x) * S::kColumnTiles + tile % S::kColumnTiles;
+        return Place{example, unit, tile < S::kPassTiles && example < batch && unit < kHidden};
+    };
+
+    keep_units<S>(weight, response_weight, reinterpret_cast<unsigned*>(right));
+    float c[S::kPasses][S::kTilesOfWarp][2], from_input[S::kPasses][S::kTilesOfWarp][2];
+    unsigned terms[S::kPasses][S::kTilesOfWarp][2];  // scale and shift
+#pragma unroll
+    for (int pass = 0; pass < S::kPasses; ++pass) {
+#pragma unroll
+        for (int n = 0; n < S::kTilesOfWarp; ++n) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const Place at = place(pass, n, half);
+                const int64 state = at.example * kHidden + at.unit, wide = at.example * kWide + gate * kHidden + at.unit;
+                c[pass][n][half] = at.inside ? read(c_0, state) : 0.0f;
+                terms[pass][n][half] = 0;
+                if (!at.inside) continue;
+                terms[pass][n][half] = pack(scale[wide], kHasShift ? shift[wide] : Bfloat16{0});
+                if (gate == 0) reinterpret_cast<Bfloat16*>(exchange)[left_position<S>(at.example, at.unit)] = h_0[state];
+            }
+        }
+    }
+
+    for (int64 step = 0; step < steps; ++step) {
+        const int64 t = reverse ? steps - 1 - step : step;
+        barrier.arrive();
+        // What the input contributes is on its way while other blocks are waited for.
+#pragma unroll
+        for (int pass = 0; pass < S::kPasses; ++pass) {
+#pragma unroll
+            for (int n = 0; n < S::kTilesOfWarp; ++n) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const Place at = place(pass, n, half);
+                    const int64 wide = (t * batch + at.example) * kWide + gate * kHidden + at.unit;
+                    from_input[pass][n][half] = at.inside ? read(gates, wide) : 0.0f;
+                }
+            }
+        }
+        barrier.wait();
+        const uint4* before = exchange + step % 2 * S::kLeftVectors;
+        Bfloat16* after = reinterpret_cast<Bfloat16*>(exchange + (step + 1) % 2 * S::kLeftVectors);
+#pragma unroll
+        for (int pass = 0; pass < S::kPasses; ++pass) {
+            if (pass > 0) synchronise_block();  // the shares of the pass before have been read
+            multiply<S>(before, right, pass * S::kAtOnce, shares);
+            synchronise_block();
+#pragma unroll
+            for (int n = 0; n < S::kTilesOfWarp; ++n) {
+                if (warp + n * kWarps >= S::kPassTiles) continue;
+                const float4 product = total<S>(shares, warp + n * kWarps);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const Place at = place(pass, n, half);
+                    const float p = half ? product.z : product.x, q = half ? product.w : product.y;
+                    const unsigned term = terms[pass][n][half];
+                    const float factor = widen(Bfloat16{static_cast<unsigned short>(term)});
+                    const float constant = widen(Bfloat16{static_cast<unsigned short>(term >> 16)});
+                    const float sum = from_input[pass][n][half] + p + factor * q + constant;
+                    const float activated = gate == kCellGate ? hyperbolic_tangent(sum) : sigmoid(sum);
+                    const int first = lane - gate;
+                    const float i = from_lane(activated, first), f = from_lane(activated, first + 1);
+                    const float g = from_lane(activated, first + 2), o = from_lane(activated, first + 3);
+                    const float cell = f * c[pass][n][half] + i * g;
+                    const Bfloat16 hidden = narrow(o * hyperbolic_tangent(cell));
+                    c[pass][n][half] = cell;
+                    if (!at.inside) continue;
+                    const int64 position = t * batch + at.example, state = position * kHidden + at.unit;
+                    const int64 wide = position * kWide + gate * kHidden + at.unit;
+                    if (kSave) gates[wide] = narrow(activated);
+                    if (kSaveResponse) response[wide] = narrow(q);
+                    if (gate == 0) y[state] = hidden;
+                    if (gate == 1) after[left_position<S>(at.example, at.unit)] = hidden;
+                    if (gate == 2 && kSave) cells[state] = narrow(cell);
+                    if (gate == 3 && step == steps - 1) c_n[at.example * kHidden + at.unit] = narrow(cell);
+                }
+            }
+        }
+    }
+}
+
+// Backward. The sum over 4H gates of both branches is cut into kParts, gate by gate and branch by branch, and a block multiplies
+// one part by one slice of the columns of W or R: so a block reads no more of what others wrote than in forward. Column c of a
+// slice is hidden unit c of that slice.
+template <class S>
+STN_FAST_DEVICE void keep_columns(const Bfloat16* weight, const Bfloat16* response_weight, int part, int first_column,
+                                  unsigned* right) {
+    constexpr int kColumns = S::kColumnTiles * kTileColumns;
+    const Bfloat16* matrix = part % kBranches ? response_weight : weight;
+    const Bfloat16* rows = matrix + static_cast<int64>(part / kBranches) * S::kHidden * S::kHidden;
+    for (int i = threadIdx.x; i < kColumns * S::kDepthTiles * kTileDepth / 2; i += kThreads) {
+        const int column = i % kColumns, k = i / kColumns * 2;
+        const int64 at = static_cast<int64>(k) * S::kHidden + first_column + column;
+        const bool inside = first_column + column < S::kHidden;
+        const Bfloat16 low = inside && k < S::kHidden ? rows[at] : Bfloat16{0};
+        const Bfloat16 high = inside && k + 1 < S::kHidden ? rows[at + S::kHidden] : Bfloat16{0};
+        right[right_word<S>(k, column)] = pack(low, high);
+    }
+}
+
+// From dy (T, B, H), d_last_cell (B, H; null: zeros), the activated gates (T, B, 4H) and cells (T, B, H) of forward, c_0, scale
+// and the weights: d_gates (T, B, 4H), the gradient of what the activations were applied to, those of c_0, in float32, and,
+// where d_h_0 is not null, of h_0. `exchange` holds kParts left factors, zeros on entry: d_gates of the step for W, and times
+// scale for R. `products` (kParts, rows, columns) are the parts of dh, in whole tiles.
+template <class S>
+__global__ void __launch_bounds__(kThreads, 1)
+    gated_lstm_backward(const Bfloat16* dy, const Bfloat16* d_last_cell, const Bfloat16* gates, const Bfloat16* cells,
+                        const Bfloat16* c_0, const Bfloat16* weight, const Bfloat16* response_weight, const Bfloat16* scale,
+                        Bfloat16* d_gates, Bfloat16* d_h_0, float* d_c_0, uint4* exchange, float* products, unsigned* counter,
+                        int64 steps, int64 batch, int64 reverse) {
+    constexpr int64 kHidden = S::kHidden, kWide = kGates * kHidden;
+    constexpr int kSlice = S::kColumnTiles * kTileColumns, kSlices = ceil_div(S::kHidden, kSlice);
+    constexpr int kRows = S::kRowTiles * kTileRows, kColumns = kSlices * kSlice;
+    constexpr int kAllThreads = kSlices * kParts * kThreads, kCells = ceil_div(kRows * S::kHidden, kAllThreads);
+    uint2* right = reinterpret_cast<uint2*>(shared_memory());
+    float4* shares = reinterpret_cast<float4*>(right + S::kRightVectors);
+    GridBarrier barrier(counter);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int part = blockIdx.x % kParts, first_column = blockIdx.x / kParts * kSlice;
+    keep_columns<S>(weight, response_weight, part, first_column, reinterpret_cast<unsigned*>(right));
+
+    // The cells of a step are dealt out to all threads of the grid; each keeps its own from step to step.
+    const int64 first_cell = static_cast<int64>(blockIdx.x) * kThreads + threadIdx.x, all_cells = batch * kHidden;
+    const auto sum_of_parts = [&](int64 example, int64 unit) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int p = 0; p < kParts; ++p) sum += load_shared_by_blocks(products + (p * kRows + example) * kColumns + unit);
+        return sum;
+    };
+    float dc[kCells], scales[kCells][kGates];
+#pragma unroll
+    for (int n = 0; n < kCells; ++n) {
+        const int64 cell = first_cell + static_cast<int64>(n) * kAllThreads;
+        dc[n] = 0.0f;
+        if (cell >= all_cells) continue;
+        if (d_last_cell) dc[n] = read(d_last_cell, cell);
+#pragma unroll
+        for (int q = 0; q < kGates; ++q) scales[n][q] = read(scale, cell / kHidden * kWide + q * kHidden + cell % kHidden);
+    }
+
+    for (int64 left = steps - 1; left >= 0; --left) {
+        const int64 t = reverse ? steps - 1 - left : left, t_before = reverse ? t + 1 : t - 1;
+        const bool last = left == steps - 1;
+        float activated[kCells][kGates], c[kCells], c_before[kCells], dh[kCells];
+#pragma unroll
+        for (int n = 0; n < kCells; ++n) {
+            const int64 cell = first_cell + static_cast<int64>(n) * kAllThreads;
+            if (cell >= all_cells) continue;
+            const int64 wide = (t * batch + cell / kHidden) * kWide + cell % kHidden;
+#pragma unroll
+            for (int q = 0; q < kGates; ++q) activated[n][q] = read(gates, wide + q * kHidden);
+            c[n] = read(cells, t * all_cells + cell);
+            c_before[n] = left == 0 ? read(c_0, cell) : read(cells, t_before * all_cells + cell);
+            dh[n] = read(dy, t * all_cells + cell);
+        }
+        if (!last) barrier.wait();
+#pragma unroll
+        for (int n = 0; n < kCells; ++n) {
+            const int64 cell = first_cell + static_cast<int64>(n) * kAllThreads;
+            if (cell >= all_cells) continue;
+            const int64 example = cell / kHidden, unit = cell % kHidden;
+            if (!last) dh[n] += sum_of_parts(example, unit);
+            const float i = activated[n][0], f = activated[n][1], g = activated[n][2], o = activated[n][3];
+            const float tanh_c = hyperbolic_tangent(c[n]);
+            const float d_c = dc[n] + dh[n] * o * (1.0f - tanh_c * tanh_c);
+            const float before[kGates] = {d_c * g * i * (1.0f - i), d_c * c_before[n] * f * (1.0f - f),
+                                          d_c * i * (1.0f - g * g), dh[n] * tanh_c * o * (1.0f - o)};
+            dc[n] = d_c * f;
+            const int64 wide = (t * batch + example) * kWide + unit;
+            Bfloat16* left_factor = reinterpret_cast<Bfloat16*>(exchange) + left_position<S>(example, unit);
+#pragma unroll
+            for (int q = 0; q < kGates; ++q) {
+                const Bfloat16 number = narrow(before[q]);
+                d_gates[wide + q * kHidden] = number;
+                left_factor[int64{kBranches} * q * S::kLeftVectors * 8] = number;
+                left_factor[(int64{kBranches} * q + 1) * S::kLeftVectors * 8] = narrow(before[q] * scales[n][q]);
+            }
+        }
+        if (left == 0 && !d_h_0) break;
+        barrier.arrive();
+        barrier.wait();
+#pragma unroll 1
+        for (int pass = 0; pass < S::kPasses; ++pass) {
+            if (pass > 0) synchronise_block();  // the shares of the pass before have been read
+            multiply<S>(exchange + part * S::kLeftVectors, right, pass * S::kAtOnce, shares);
+            synchronise_block();
+            for (int tile = warp; tile < S::kPassTiles; tile += kWarps) {
+                const int row_tile = pass * S::kAtOnce + tile / S::kColumnTiles;
+                if (row_tile >= S::kRowTiles) break;
+                const float4 sum = total<S>(shares, tile);
+                const int row = row_tile * kTileRows + lane / 4;
+                const int column = first_column + tile % S::kColumnTiles * kTileColumns + lane % 4 * 2;
+                float* to = products + (static_cast<int64>(part) * kRows + row) * kColumns + column;
+                *reinterpret_cast<float2*>(to) = float2{sum.x, sum.y};
+                *reinterpret_cast<float2*>(to + 8 * kColumns) = float2{sum.z, sum.w};
+            }
+        }
+        barrier.arrive();
+    }
+
+    if (d_h_0) barrier.wait();
+    for (int n = 0; n < kCells; ++n) {
+        const int64 cell = first_cell + static_cast<int64>(n) * kAllThreads;
+        if (cell >= all_cells) continue;
+        d_c_0[cell] = dc[n];
+        if (d_h_0) d_h_0[cell] = narrow(sum_of_parts(cell / kHidden, cell % kHidden));
+    }
+}
+
+}  // namespace stn_fast

@@ -1,0 +1,314 @@
+"""The recurrence of a gated LSTM in one launch for all time steps: CUDA C++ in kernels/cuda, for bfloat16.
+
+Blocks keep their shares of W_hh and R_hh in shared memory from the first step to the last, and wait for each other
+between steps. So all of them must be resident at once, which bounds H by what the device's shared memory holds;
+`why_not` says where a size doesn't fit.
+
+The code is compiled at first use, by NVRTC through cuda.core (the extra `cuda` of this package), for the sizes at
+hand. It serves the sizes in PROVEN, and whatever it is asked for: see `use_persistent`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import device_guard
+
+SOURCES = Path(__file__).with_name("cuda")
+# As kernels/cuda/tiles.h has them.
+WARPS = 8
+THREADS = 32 * WARPS
+TILE_ROWS = TILE_DEPTH = 16
+TILE_COLUMNS = 8
+GATES = 4
+PARTS = 2 * GATES
+MAX_EXAMPLES = 128
+# What a thread's 255 registers leave room for, as compiled for sm_80 and sm_90: factors and sums of one pass, and the
+# tiles whose cells a warp carries from step to step in forward. With two tiles more, registers were spilled.
+PASS_REGISTERS = 144
+CARRIED_TILES = 10
+
+
+class Limits(NamedTuple):
+    """What a device offers: its multiprocessors, and the shared memory that a block may ask for."""
+
+    multiprocessors: int
+    shared_bytes: int
+
+
+class Proven(NamedTuple):
+    """Sizes for which a row in benchmarks/results shows that this is faster, on devices of this capability."""
+
+    capability: tuple[int, int]
+    hidden: int
+    examples: range
+
+
+PROVEN: tuple[Proven, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a launch cuts up its work; `Shape` of kernels/cuda/tiles.h has the same arithmetic."""
+
+    hidden: int
+    row_tiles: int
+    column_tiles: int
+    at_once: int
+    blocks: int
+
+    @property
+    def shape(self) -> str:
+        return f"stn_fast::Shape<{self.hidden}, {self.row_tiles}, {self.column_tiles}, {self.at_once}>"
+
+    @property
+    def shared_bytes(self) -> int:
+        weights = _ceil_div(self.hidden, TILE_DEPTH) * self.column_tiles * 32 * 8
+        return weights + WARPS * self.at_once * self.column_tiles * 32 * 16
+
+    @property
+    def passes(self) -> int:
+        """In which the tiles of rows are multiplied."""
+        return _ceil_div(self.row_tiles, self.at_once)
+
+    @property
+    def left_bytes(self) -> int:
+        """Of one left factor, (B, H) in whole tiles."""
+        return self.row_tiles * TILE_ROWS * _ceil_div(self.hidden, TILE_DEPTH) * TILE_DEPTH * 2
+
+    @property
+    def slices(self) -> int:
+        """Of columns, in backward."""
+        return self.blocks // PARTS
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def plan_forward(batch: int, hidden: int, limits: Limits) -> Plan | str:
+    """A block owns some hidden units, a tile of columns each: as few as there are multiprocessors for."""
+    units = _ceil_div(hidden, limits.multiprocessors)
+    plan = _fit(batch, hidden, units, _ceil_div(hidden, units), limits)
+    if isinstance(plan, Plan) and (carried := plan.passes * _ceil_div(plan.at_once * units, WARPS)) > CARRIED_TILES:
+        return (
+            f"{batch} examples of {hidden} hidden units don't fit: a warp would carry the cells of {carried} tiles in "
+            f"its registers, which hold {CARRIED_TILES}"
+        )
+    return plan
+
+
+def plan_backward(batch: int, hidden: int, limits: Limits) -> Plan | str:
+    """PARTS blocks, a gate of one branch each, share a slice of the columns."""
+    most = limits.multiprocessors // PARTS
+    if most == 0:
+        return f"backward takes {PARTS} multiprocessors at least, and the device has {limits.multiprocessors}"
+    tiles = _ceil_div(hidden, TILE_COLUMNS * most)
+    return _fit(batch, hidden, tiles, PARTS * _ceil_div(hidden, TILE_COLUMNS * tiles), limits)
+
+
+def _fit(batch: int, hidden: int, column_tiles: int, blocks: int, limits: Limits) -> Plan | str:
+    """The plan that multiplies as many tiles of rows at once as registers and shared memory hold; or why none fits."""
+    row_tiles = _ceil_div(batch, TILE_ROWS)
+    depth_of_warp = _ceil_div(_ceil_div(hidden, TILE_DEPTH), WARPS)
+    for at_once in range(row_tiles, 0, -1):
+        plan = Plan(hidden, row_tiles, column_tiles, at_once, blocks)
+        if plan.shared_bytes <= limits.shared_bytes and 4 * at_once * (column_tiles + depth_of_warp) <= PASS_REGISTERS:
+            return plan
+    return (
+        f"{hidden} hidden units don't fit: {column_tiles} tiles of columns in each of {blocks} blocks take "
+        f"{plan.shared_bytes} bytes of shared memory and {4 * (column_tiles + depth_of_warp)} registers a thread, and "
+        f"there are {limits.shared_bytes} and {PASS_REGISTERS}"
+    )
+
+
+@cache
+def _import_failure() -> str | None:
+    """None when cuda.core imports, else the reason why it doesn't."""
+    try:
+        importlib.import_module("cuda.core")
+    except (ImportError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@cache
+def _limits(device: torch.device) -> Limits:
+    properties = torch.cuda.get_device_properties(device)
+    return Limits(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def why_not(batch: int, hidden: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the recurrence of these sizes can't run here; None when it can."""
+    if dtype != torch.bfloat16:
+        return f"it computes in bfloat16, and the tensors are {dtype}"
+    if not 1 <= batch <= MAX_EXAMPLES:
+        return f"it takes 1 to {MAX_EXAMPLES} examples, and there are {batch}"
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, and the tensors are on {device.type!r}"
+    if failure := _import_failure():
+        return f"cuda.core does not import ({failure}): pip install 'stn-fast[cuda]'"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "its tensor core instructions need compute capability 8.0 or newer"
+    plans = (plan(batch, hidden, _limits(device)) for plan in (plan_forward, plan_backward))
+    return next((plan for plan in plans if isinstance(plan, str)), None)
+
+
+_asked_for = False
+
+
+@contextmanager
+def use_persistent() -> Iterator[None]:
+    """Within the `with` block, gated_lstm on CUDA takes this recurrence, for any size that fits, or raises.
+
+    Holds for the whole process, as autograd runs the backward of CUDA tensors in threads of its own.
+    """
+    global _asked_for
+    before, _asked_for = _asked_for, True
+    try:
+        yield
+    finally:
+        _asked_for = before
+
+
+def chosen(batch: int, hidden: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this recurrence is the one to take: it was asked for, or is proven for the sizes.
+
+    Raises RuntimeError, saying why, when it was asked for and can't run.
+    """
+    if _asked_for:
+        if reason := why_not(batch, hidden, dtype, device):
+            raise RuntimeError(f"the persistent recurrence of gated_lstm was asked for and can't be used: {reason}")
+        return True
+    if device.type != "cuda":
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    rows = (row for row in PROVEN if row.capability == capability and row.hidden == hidden and batch in row.examples)
+    return any(rows) and why_not(batch, hidden, dtype, device) is None
+
+
+def compile_kernels(expressions: tuple[str, ...], capability: tuple[int, int]) -> Any:
+    """The machine code, a cuda.core.ObjectCode, of kernels named as C++ has them; needs no device."""
+    core = importlib.import_module("cuda.core")
+    options = core.ProgramOptions(
+        name="gated_lstm_persistent",
+        std="c++17",
+        arch=f"sm_{capability[0]}{capability[1]}",
+        include_path=str(SOURCES),
+    )
+    source = (SOURCES / "gated_lstm_persistent.cu").read_text()
+    return core.Program(source, "c++", options).compile("cubin", name_expressions=expressions)
+
+
+@cache
+def _kernel(expression: str, shared_bytes: int, device: torch.device) -> Any:
+    """A kernel ready to launch on the device, which must be the current one."""
+    core, driver = importlib.import_module("cuda.core"), importlib.import_module("cuda.bindings.driver")
+    index = torch.cuda.current_device()
+    core.Device(index).set_current()
+    kernel = compile_kernels((expression,), torch.cuda.get_device_capability(device)).get_kernel(expression)
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, kernel.handle, index)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{expression} was refused {shared_bytes} bytes of shared memory: {status}")
+    return kernel
+
+
+def _launch(expression: str, plan: Plan, arguments: tuple[int, ...], device: torch.device) -> None:
+    """Launches cooperatively on torch's current stream: the driver refuses a grid that isn't resident all at once."""
+    core = importlib.import_module("cuda.core")
+    kernel = _kernel(expression, plan.shared_bytes, device)
+    config = core.LaunchConfig(grid=plan.blocks, block=THREADS, shmem_size=plan.shared_bytes, is_cooperative=True)
+    stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
+    core.launch(stream, config, kernel, *arguments)
+
+
+def _workspace(like: Tensor, left_factors: int, plan: Plan) -> tuple[Tensor, int, int]:
+    """(zeros, address of left factors, address of the barrier's counter), one piece of memory."""
+    counter_at = left_factors * plan.left_bytes
+    memory = like.new_zeros(counter_at + 16, dtype=torch.uint8)
+    return memory, memory.data_ptr(), memory.data_ptr() + counter_at
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def forward(
+    gates: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight: Tensor,
+    response_weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    reverse: bool,
+    save: bool,
+    save_response: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(y (T, B, H), c_n (B, H), cell states (T, B, H) with `save`, h_{t−1} Rᵀ (T, B, 4H) with `save_response`).
+
+    gates (T, B, 4H) hold x's share on entry and, where `save`, are activated in place. h_0, c_0 (B, H); W, R (4H, H);
+    scale, shift (B, 4H), the gates of hyperparameters h Gwᵀ and b + (h Gbᵀ) ⊙ r. All are contiguous and bfloat16. The
+    cell state is float32 from step to step.
+
+    Raises:
+        ValueError: the sizes don't fit this device; `why_not` would have said so.
+    """
+    steps, batch, wide = gates.shape
+    plan = plan_forward(batch, wide // GATES, _limits(gates.device))
+    if isinstance(plan, str):
+        raise ValueError(f"gated_lstm: {plan}")
+    y, c_n = gates.new_empty(steps, batch, plan.hidden), torch.empty_like(c_0)
+    cells = torch.empty_like(y) if save else None
+    response = torch.empty_like(gates) if save_response else None
+    flags = ", ".join(str(flag).lower() for flag in (shift is not None, save, save_response))
+    with device_guard(gates):
+        memory, exchange, counter = _workspace(gates, 2, plan)
+        tensors = (gates, h_0, c_0, weight, response_weight, scale, shift, y, c_n, cells, response)
+        arguments = (*map(_address, tensors), exchange, counter, steps, batch, int(reverse))
+        _launch(f"stn_fast::gated_lstm_forward<{plan.shape}, {flags}>", plan, arguments, gates.device)
+    del memory
+    return y, c_n, cells, response
+
+
+def backward(
+    dy: Tensor,
+    d_last_cell: Tensor | None,
+    gates: Tensor,
+    cells: Tensor,
+    c_0: Tensor,
+    weight: Tensor,
+    response_weight: Tensor,
+    scale: Tensor,
+    reverse: bool,
+    want_h_0: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(d_gates (T, B, 4H), before the activations, dh_0 (B, H) where wanted, dc_0 (B, H) in float32).
+
+    From what `forward` kept and the gradients of y and of the last cell state.
+    """
+    steps, batch, hidden = dy.shape
+    plan = plan_backward(batch, hidden, _limits(dy.device))
+    if isinstance(plan, str):
+        raise ValueError(f"gated_lstm: {plan}")
+    d_gates, d_c_0 = torch.empty_like(gates), torch.empty_like(c_0, dtype=torch.float32)
+    d_h_0 = torch.empty_like(c_0) if want_h_0 else None
+    rows, columns = plan.row_tiles * TILE_ROWS, plan.slices * plan.column_tiles * TILE_COLUMNS
+    with device_guard(dy):
+        memory, exchange, counter = _workspace(dy, PARTS, plan)
+        products = dy.new_empty(PARTS, rows, columns, dtype=torch.float32)
+        tensors = (dy, d_last_cell, gates, cells, c_0, weight, response_weight, scale, d_gates, d_h_0, d_c_0)
+        arguments = (*map(_address, tensors), exchange, _address(products), counter, steps, batch, int(reverse))
+        _launch(f"stn_fast::gated_lstm_backward<{plan.shape}>", plan, arguments, dy.device)
+    del memory
+    return d_gates, d_h_0, d_c_0

@@ -1,0 +1,205 @@
+"""The persistent recurrence of gated LSTMs: its CUDA C++ run on the host, how it is cut up, and when it is refused."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+from emulated_device import EmulatedDevice
+from gated_lstm_recurrence import Operands, assert_right, operands
+
+from stn_fast.kernels import gated_lstm_persistent as persistent
+from stn_fast.kernels.gated_lstm_persistent import Limits, Plan, plan_backward, plan_forward
+
+H100, A100 = Limits(132, 232_448), Limits(108, 166_912)
+CPU = torch.device("cpu")
+
+
+def ran(given: Operands, reverse: bool = False) -> dict[str, torch.Tensor]:
+    """Everything that forward keeps and backward computes from it."""
+    share, *rest, dy, d_last_cell = given
+    gates = share.clone()
+    y, c_n, cells, response = persistent.forward(gates, *rest, reverse, True, True)
+    _, c_0, weight, response_weight, scale, _ = rest
+    gradients = persistent.backward(
+        dy, d_last_cell, gates, cells, c_0, weight, response_weight, scale, reverse, want_h_0=True
+    )
+    names = ("y", "c_n", "gates", "cells", "response", "d_gates", "dh_0", "dc_0")
+    return dict(zip(names, (y, c_n, gates, cells, response, *gradients), strict=True))
+
+
+# Multiprocessors and shared memory decide how the work is cut up: here one unit a block, several, blocks whose last
+# units don't exist, one tile of rows and more, at once and in passes.
+@pytest.mark.parametrize(
+    ("shape", "limits"),
+    [
+        ((3, 17, 13), Limits(8, 166_912)),
+        ((2, 3, 13), Limits(13, 166_912)),
+        ((3, 33, 40), Limits(9, 50_000)),
+        ((2, 40, 72), Limits(16, 60_000)),
+        ((1, 16, 16), Limits(8, 166_912)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
+def test_emulated_blocks_obey_the_2x_rule(shape, limits, reverse, monkeypatch):
+    EmulatedDevice(*limits).take_the_place_of_cuda(monkeypatch)
+    given = operands(*shape, bias=not reverse, last_cell=not reverse)
+    assert_right(ran(given, reverse), given, reverse)
+
+
+def test_the_shapes_above_take_all_paths():
+    sizes = [(17, 13, Limits(8, 166_912)), (33, 40, Limits(9, 50_000)), (40, 72, Limits(16, 60_000))]
+    plans = [plan(*each) for each in sizes for plan in (plan_forward, plan_backward)]
+    assert {plan.passes for plan in plans} >= {1, 2}
+    assert any(plan.row_tiles % plan.at_once for plan in plans), "no last pass of fewer tiles"
+    assert any(plan.blocks * plan.column_tiles > plan.hidden for plan in plans[::2]), "no unit that doesn't exist"
+
+
+def test_the_language_models_layer_is_right_in_the_blocks_that_an_h100_runs(monkeypatch):
+    device = EmulatedDevice(*H100)
+    device.take_the_place_of_cuda(monkeypatch)
+    given = operands(2, 40, 650)
+    assert_right(ran(given), given, reverse=False)
+    assert [plan.blocks for _, plan in device.launched] == [130, 112]
+
+
+def test_the_order_in_which_blocks_and_warps_run_changes_no_bit(monkeypatch):
+    device = EmulatedDevice(9, 50_000)
+    device.take_the_place_of_cuda(monkeypatch)
+    given = operands(3, 33, 40)
+    first = ran(given)
+    for device.order in (1, 2, 3):
+        assert all(torch.equal(one, first[name]) for name, one in ran(given).items()), device.order
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("gated_lstm_persistent.cu", "        barrier.wait();\n        const uint4* before"),
+        ("gated_lstm_persistent.cu", "        if (!last) barrier.wait();\n"),
+        ("gated_lstm_persistent.cu", "        barrier.wait();\n#pragma unroll 1"),
+        ("gated_lstm_persistent.cu", "synchronise_block();\n#pragma unroll"),
+        ("gated_lstm_persistent.cu", "            if (pass > 0) synchronise_block();  // the shares"),
+    ],
+    ids=["forward", "parts of dh", "gradients of gates", "shares", "passes"],
+)
+def test_a_barrier_less_shows_under_emulation(file, line, tmp_path, monkeypatch):
+    """So that the test above means something."""
+    sources = shutil.copytree(persistent.SOURCES, tmp_path / "cuda")
+    code = (sources / file).read_text()
+    assert line in code
+    kept = line.split(";", 1)[1]
+    (sources / file).write_text(code.replace(line, kept, 1))
+    given = operands(3, 33, 40)
+    right, broken = EmulatedDevice(9, 50_000), EmulatedDevice(9, 50_000, sources)
+    right.take_the_place_of_cuda(monkeypatch)
+    expected = ran(given)
+    broken.take_the_place_of_cuda(monkeypatch)
+    for broken.order in range(4):
+        try:
+            got = ran(given)
+        except AssertionError:
+            return
+        if not all(torch.equal(one, expected[name]) for name, one in got.items()):
+            return
+    pytest.fail("nothing went wrong")
+
+
+def test_what_nobody_wants_is_not_computed_and_changes_nothing_else(monkeypatch):
+    device = EmulatedDevice(8, 166_912)
+    device.take_the_place_of_cuda(monkeypatch)
+    given = operands(3, 17, 13)
+    everything = ran(given)
+    share, *rest, dy, d_last_cell = given
+    gates = share.clone()
+    y, c_n, cells, response = persistent.forward(gates, *rest, False, False, False)
+    assert cells is None
+    assert response is None
+    assert torch.equal(gates, share), "x's share was overwritten, though nobody keeps gates"
+    assert torch.equal(y, everything["y"])
+    assert torch.equal(c_n, everything["c_n"])
+    _, c_0, weight, response_weight, scale, _ = rest
+    kept = everything["gates"], everything["cells"]
+    d_gates, dh_0, dc_0 = persistent.backward(
+        dy, d_last_cell, *kept, c_0, weight, response_weight, scale, False, want_h_0=False
+    )
+    assert dh_0 is None
+    assert torch.equal(d_gates, everything["d_gates"])
+    assert torch.equal(dc_0, everything["dc_0"])
+
+
+@pytest.mark.parametrize(("batch", "hidden"), [(40, 650), (80, 1150), (20, 200)], ids=str)
+def test_layers_of_the_benchmarks_fit_an_h100(batch, hidden):
+    for plan in (plan_forward(batch, hidden, H100), plan_backward(batch, hidden, H100)):
+        assert isinstance(plan, Plan)
+        assert plan.blocks <= H100.multiprocessors, "blocks that can't all be resident would wait for ever"
+        assert plan.shared_bytes <= H100.shared_bytes
+    weights = 8 * hidden * hidden * 2
+    assert plan.blocks * plan.shared_bytes >= weights, "the weights can't all be there"
+
+
+@pytest.mark.parametrize("multiprocessors", [7, 8, 20, 108, 132, 148])
+def test_no_plan_asks_for_more_than_there_is(multiprocessors):
+    limits = Limits(multiprocessors, A100.shared_bytes)
+    for batch, hidden in ((b, h) for b in (1, 16, 40, 128) for h in (1, 8, 13, 200, 650, 1024, 1150)):
+        for plan in (plan_forward(batch, hidden, limits), plan_backward(batch, hidden, limits)):
+            if isinstance(plan, str):
+                continue
+            assert plan.blocks <= multiprocessors
+            assert plan.shared_bytes <= limits.shared_bytes
+            assert plan.row_tiles * 16 >= batch
+    assert "multiprocessors" in plan_backward(4, 8, Limits(7, A100.shared_bytes))
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch):
+    assert "1150 hidden units don't fit" in plan_forward(80, 1150, A100)
+    assert "128 examples of 1150 hidden units" in plan_forward(128, 1150, H100)
+    monkeypatch.setattr(persistent, "_limits", lambda _: A100)
+    given = operands(1, 1, 1150)
+    with pytest.raises(ValueError, match=r"1150 hidden units don't fit: .* 166912"):
+        persistent.forward(*given[:-2], False, True, True)
+
+
+def test_why_not_says_what_is_missing(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    assert "bfloat16" in persistent.why_not(40, 650, torch.float32, cuda)
+    assert "1 to 128 examples, and there are 129" in persistent.why_not(129, 650, torch.bfloat16, cuda)
+    assert "'cpu'" in persistent.why_not(40, 650, torch.bfloat16, CPU)
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    persistent._import_failure.cache_clear()
+    assert "pip install" in persistent.why_not(40, 650, torch.bfloat16, cuda)
+    persistent._import_failure.cache_clear()
+
+
+class Device:
+    """torch.cuda as far as the choice asks it."""
+
+    def __init__(self, monkeypatch, capability=(9, 0), limits=H100):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(persistent, "_limits", lambda _: limits)
+        monkeypatch.setattr(persistent, "_import_failure", lambda: None)
+
+
+def test_it_is_chosen_where_it_is_proven_and_where_it_is_asked_for(monkeypatch):
+    Device(monkeypatch)
+    sizes = (40, 650, torch.bfloat16, torch.device("cuda", 0))
+    assert persistent.why_not(*sizes) is None
+    assert not persistent.chosen(*sizes), "no row shows that it is faster"
+    with persistent.use_persistent():
+        assert persistent.chosen(*sizes)
+    assert not persistent.chosen(*sizes)
+    monkeypatch.setattr(persistent, "PROVEN", (persistent.Proven((9, 0), 650, range(33, 49)),))
+    assert persistent.chosen(*sizes)
+    assert not persistent.chosen(20, *sizes[1:])
+    assert not persistent.chosen(40, 650, torch.float32, sizes[-1])
+    assert not persistent.chosen(40, 650, torch.bfloat16, CPU)
+
+
+def test_asked_for_where_it_cannot_run_it_raises(monkeypatch):
+    Device(monkeypatch, (7, 5))
+    with persistent.use_persistent():
+        with pytest.raises(RuntimeError, match=r"capability 8\.0"):
+            persistent.chosen(40, 650, torch.bfloat16, torch.device("cuda", 0))
+        with pytest.raises(RuntimeError, match="'cpu'"):
+            persistent.chosen(40, 650, torch.bfloat16, CPU)
