@@ -143,7 +143,7 @@ def _import_failure() -> str | None:
 
 @cache
 def _limits(device: torch.device) -> Limits:
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     return Limits(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
@@ -217,7 +217,7 @@ def _kernel(expression: str, shared_bytes: int, device: torch.device) -> Any:
     core.Device(index).set_current()
     kernel = compile_kernels((expression,), torch.cuda.get_device_capability(device)).get_kernel(expression)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, kernel.handle, index)
+    (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, int(kernel.handle), index)
     if status != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"{expression} was refused {shared_bytes} bytes of shared memory: {status}")
     return kernel

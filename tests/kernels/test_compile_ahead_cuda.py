@@ -87,5 +87,5 @@ def test_a_mistake_in_the_code_is_shown_with_the_compilers_words(monkeypatch, tm
 
     (tmp_path / "gated_lstm_persistent.cu").write_text("int broken(;\n")
     monkeypatch.setattr(gated_lstm_persistent, "SOURCES", tmp_path)
-    with pytest.raises(Exception, match="gated_lstm_persistent.*error"):
+    with pytest.raises(Exception, match=r"gated_lstm_persistent.*error"):
         compile_kernels(("broken",), (9, 0))
