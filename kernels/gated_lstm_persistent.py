@@ -212,12 +212,10 @@ def compile_kernels(expressions: tuple[str, ...], capability: tuple[int, int]) -
 @cache
 def _kernel(expression: str, shared_bytes: int, device: torch.device) -> Any:
     """A kernel ready to launch on the device, which must be the current one."""
-    core, driver = importlib.import_module("cuda.core"), importlib.import_module("cuda.bindings.driver")
-    index = torch.cuda.current_device()
-    core.Device(index).set_current()
+    driver = importlib.import_module("cuda.bindings.driver")
     kernel = compile_kernels((expression,), torch.cuda.get_device_capability(device)).get_kernel(expression)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, int(kernel.handle), index)
+    (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, int(kernel.handle), device.index)
     if status != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"{expression} was refused {shared_bytes} bytes of shared memory: {status}")
     return kernel
@@ -226,6 +224,7 @@ def _kernel(expression: str, shared_bytes: int, device: torch.device) -> Any:
 def _launch(expression: str, plan: Plan, arguments: tuple[int, ...], device: torch.device) -> None:
     """Launches cooperatively on torch's current stream: the driver refuses a grid that isn't resident all at once."""
     core = importlib.import_module("cuda.core")
+    core.Device(device.index).set_current()  # autograd's threads may not have used the device before
     kernel = _kernel(expression, plan.shared_bytes, device)
     config = core.LaunchConfig(grid=plan.blocks, block=THREADS, shmem_size=plan.shared_bytes, is_cooperative=True)
     stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)

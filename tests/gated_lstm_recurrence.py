@@ -1,10 +1,13 @@
-"""The recurrence of a gated LSTM in plain torch, for any dtype, and operands for it."""
+"""The recurrence of a gated LSTM in plain torch, for any dtype, and operands for it and for a layer."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from numerics import assert_twice_as_good
 from torch import Tensor
+
+from stn_fast.ops.gated_lstm import Weights
 
 DIFFERENTIATED = ("d_gates", "dh_0", "dc_0")
 
@@ -66,3 +69,32 @@ def assert_right(got: dict[str, Tensor], given: Operands, reverse: bool) -> None
     rounded, exact = (plain(given, dtype, reverse) for dtype in (torch.bfloat16, torch.float64))
     for name, tensor in got.items():
         assert_twice_as_good(tensor, rounded[name], exact[name], name)
+
+
+def layer(
+    steps: int, batch: int, inputs: int, hidden: int, n: int, device: str = "cpu"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """x, h_0, c_0, both sides' weights and h, and the gradients of y and c_n, in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    wide, state = 4 * hidden, (batch, hidden)
+    shapes: list[tuple[int, ...]] = [(steps, batch, inputs), state, state]
+    for width in (inputs, hidden):
+        shapes += [(wide, width), (wide,), (wide, width), (wide,), (wide, n), (wide, n)]
+    shapes += [(batch, n), (steps, *state), state]
+    scales = [1.0 if len(shape) == 1 or shape[0] != wide else shape[1] ** -0.5 for shape in shapes]
+    drawn = [torch.randn(shape, generator=generator) * scale for shape, scale in zip(shapes, scales, strict=True)]
+    *leaves, dy, d_last_cell = (tensor.to(device, torch.bfloat16) for tensor in drawn)
+    return leaves, [dy, d_last_cell]
+
+
+def differentiated(
+    function: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]]],
+    leaves: list[Tensor],
+    incoming: list[Tensor],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """y, c_n and the gradients of all leaves."""
+    x, h_0, c_0, *weights, h = inputs = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
+    y, (_, c_n) = function(x, h_0, c_0, Weights(*weights[:6]), Weights(*weights[6:]), h)
+    given = [gradient.to(dtype) for gradient in incoming]
+    return [y, c_n, *torch.autograd.grad((y, c_n), inputs, given)]

@@ -6,10 +6,13 @@ import sys
 import pytest
 import torch
 from emulated_device import EmulatedDevice
-from gated_lstm_recurrence import Operands, assert_right, operands
+from gated_lstm_recurrence import Operands, assert_right, differentiated, layer, operands
+from numerics import assert_twice_as_good
 
+from stn_fast.dispatch import use_backend
 from stn_fast.kernels import gated_lstm_persistent as persistent
 from stn_fast.kernels.gated_lstm_persistent import Limits, Plan, plan_backward, plan_forward
+from stn_fast.ops.gated_lstm import gated_lstm, reference
 
 H100, A100 = Limits(132, 232_448), Limits(108, 166_912)
 CPU = torch.device("cpu")
@@ -194,6 +197,20 @@ def test_it_is_chosen_where_it_is_proven_and_where_it_is_asked_for(monkeypatch):
     assert not persistent.chosen(20, *sizes[1:])
     assert not persistent.chosen(40, 650, torch.float32, sizes[-1])
     assert not persistent.chosen(40, 650, torch.bfloat16, CPU)
+
+
+def test_the_operation_takes_it_where_it_is_chosen(monkeypatch):
+    """Every gradient of gated_lstm, from emulated recurrences between the interpreter's products."""
+    device = EmulatedDevice(8, 166_912)
+    device.take_the_place_of_cuda(monkeypatch)
+    monkeypatch.setattr(persistent, "chosen", lambda *sizes: sizes == (3, 13, torch.bfloat16, CPU))
+    leaves, incoming = layer(2, 3, 5, 13, 2)
+    with use_backend("triton"):
+        got = differentiated(gated_lstm, leaves, incoming, torch.bfloat16)
+    assert [expression.split("<")[0][-8:] for expression, _ in device.launched] == ["_forward", "backward"]
+    plain, exact = (differentiated(reference, leaves, incoming, d) for d in (torch.bfloat16, torch.float64))
+    for three in zip(got, plain, exact, strict=True):
+        assert_twice_as_good(*three)
 
 
 def test_asked_for_where_it_cannot_run_it_raises(monkeypatch):
