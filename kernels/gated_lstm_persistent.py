@@ -32,10 +32,12 @@ TILE_COLUMNS = 8
 GATES = 4
 PARTS = 2 * GATES
 MAX_EXAMPLES = 128
-# What a thread's 255 registers leave room for, as compiled for sm_80 and sm_90: factors and sums of one pass, and the
-# tiles whose cells a warp carries from step to step in forward. With two tiles more, registers were spilled.
+# Of a thread's 255 registers, those that factors and sums of one pass may take.
 PASS_REGISTERS = 144
-CARRIED_TILES = 10
+# Cells of a step that a thread may have in its registers in backward; with six, some were spilled.
+CELLS = 5
+# Bytes of shared memory that forward keeps for a tile, `Kept` of kernels/cuda/gated_lstm_persistent.cu.
+KEPT_BYTES = 5 * 32 * 4
 
 
 class Limits(NamedTuple):
@@ -65,6 +67,7 @@ class Plan:
     column_tiles: int
     at_once: int
     blocks: int
+    kept_bytes: int  # of a tile, from step to step
 
     @property
     def shape(self) -> str:
@@ -73,12 +76,8 @@ class Plan:
     @property
     def shared_bytes(self) -> int:
         weights = _ceil_div(self.hidden, TILE_DEPTH) * self.column_tiles * 32 * 8
-        return weights + WARPS * self.at_once * self.column_tiles * 32 * 16
-
-    @property
-    def passes(self) -> int:
-        """In which the tiles of rows are multiplied."""
-        return _ceil_div(self.row_tiles, self.at_once)
+        shares = WARPS * self.at_once * self.column_tiles * 32 * 16
+        return weights + shares + self.row_tiles * self.column_tiles * self.kept_bytes
 
     @property
     def left_bytes(self) -> int:
@@ -98,13 +97,7 @@ def _ceil_div(a: int, b: int) -> int:
 def plan_forward(batch: int, hidden: int, limits: Limits) -> Plan | str:
     """A block owns some hidden units, a tile of columns each: as few as there are multiprocessors for."""
     units = _ceil_div(hidden, limits.multiprocessors)
-    plan = _fit(batch, hidden, units, _ceil_div(hidden, units), limits)
-    if isinstance(plan, Plan) and (carried := plan.passes * _ceil_div(plan.at_once * units, WARPS)) > CARRIED_TILES:
-        return (
-            f"{batch} examples of {hidden} hidden units don't fit: a warp would carry the cells of {carried} tiles in "
-            f"its registers, which hold {CARRIED_TILES}"
-        )
-    return plan
+    return _fit(batch, hidden, units, _ceil_div(hidden, units), KEPT_BYTES, limits)
 
 
 def plan_backward(batch: int, hidden: int, limits: Limits) -> Plan | str:
@@ -113,21 +106,28 @@ def plan_backward(batch: int, hidden: int, limits: Limits) -> Plan | str:
     if most == 0:
         return f"backward takes {PARTS} multiprocessors at least, and the device has {limits.multiprocessors}"
     tiles = _ceil_div(hidden, TILE_COLUMNS * most)
-    return _fit(batch, hidden, tiles, PARTS * _ceil_div(hidden, TILE_COLUMNS * tiles), limits)
+    plan = _fit(batch, hidden, tiles, PARTS * _ceil_div(hidden, TILE_COLUMNS * tiles), 0, limits)
+    if isinstance(plan, str):
+        return plan
+    cells = _ceil_div(plan.row_tiles * TILE_ROWS * hidden, plan.blocks * THREADS)
+    if cells > CELLS:
+        return f"{batch} examples of {hidden} hidden units are {cells} cells a thread, whose registers hold {CELLS}"
+    return plan
 
 
-def _fit(batch: int, hidden: int, column_tiles: int, blocks: int, limits: Limits) -> Plan | str:
+def _fit(batch: int, hidden: int, column_tiles: int, blocks: int, kept_bytes: int, limits: Limits) -> Plan | str:
     """The plan that multiplies as many tiles of rows at once as registers and shared memory hold; or why none fits."""
     row_tiles = _ceil_div(batch, TILE_ROWS)
     depth_of_warp = _ceil_div(_ceil_div(hidden, TILE_DEPTH), WARPS)
     for at_once in range(row_tiles, 0, -1):
-        plan = Plan(hidden, row_tiles, column_tiles, at_once, blocks)
+        plan = Plan(hidden, row_tiles, column_tiles, at_once, blocks, kept_bytes)
         if plan.shared_bytes <= limits.shared_bytes and 4 * at_once * (column_tiles + depth_of_warp) <= PASS_REGISTERS:
             return plan
+    registers = 4 * (column_tiles + depth_of_warp)
     return (
-        f"{hidden} hidden units don't fit: {column_tiles} tiles of columns in each of {blocks} blocks take "
-        f"{plan.shared_bytes} bytes of shared memory and {4 * (column_tiles + depth_of_warp)} registers a thread, and "
-        f"there are {limits.shared_bytes} and {PASS_REGISTERS}"
+        f"{batch} examples of {hidden} hidden units don't fit: {column_tiles} tiles of columns in each of {blocks} "
+        f"blocks take {plan.shared_bytes} bytes of shared memory and {registers} registers a thread, and there are "
+        f"{limits.shared_bytes} and {PASS_REGISTERS}"
     )
 
 

@@ -11,6 +11,8 @@ constexpr int kGates = 4, kBranches = 2, kParts = kGates * kBranches;  // branch
 constexpr int kCellGate = 2;                                          // g: tanh; the others: sigmoid
 
 STN_FAST_DEVICE float read(const Bfloat16* from, int64 at) { return widen(from[at]); }
+STN_FAST_DEVICE float lower(unsigned word) { return widen(Bfloat16{static_cast<unsigned short>(word)}); }
+STN_FAST_DEVICE float upper(unsigned word) { return widen(Bfloat16{static_cast<unsigned short>(word >> 16)}); }
 
 // Forward. A tile of columns is a hidden unit: column 2 q + branch is gate q of that branch. So the four lanes that share a row
 // of the product hold P and Q of one gate each, and a quarter of the cell is computed in each of them.
@@ -29,6 +31,14 @@ STN_FAST_DEVICE void keep_units(const Bfloat16* weight, const Bfloat16* response
     }
 }
 
+// What the lanes of a warp keep of their two cells each in a tile: from step to step scale and shift, packed, and the cell state,
+// and of one step what the input contributes to both. No lane reads another's. As registers they would be too many.
+struct Kept {
+    unsigned terms[2][32];
+    float c[2][32];
+    unsigned from_input[32];
+};
+
 // On entry gates (T, B, 4H) is what the input contributes; scale, shift (B, 4H) gate the response, h_0, c_0 (B, H) are the state
 // before the first step, weight and response_weight (4H, H). Writes y (T, B, H) and the last cell state c_n (B, H); with
 // kSave also the activated gates in place and cells (T, B, H); with kSaveResponse also response (T, B, 4H), h_{t-1} R^T.
@@ -45,35 +55,36 @@ __global__ void __launch_bounds__(kThreads, 1)
     GridBarrier barrier(counter);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, gate = lane % 4;
 
+    // The tiles of a warp, over all passes: n-th of a pass, or none.
+    constexpr int kTiles = S::kRowTiles * S::kColumnTiles;
+    Kept* kept = reinterpret_cast<Kept*>(shares + kWarps * S::kPassTiles * 32);
+    const auto tile_of = [&](int pass, int n) {
+        const int tile = warp + n * kWarps, index = pass * S::kPassTiles + tile;
+        return tile < S::kPassTiles && index < kTiles ? index : -1;
+    };
     struct Place {
         int64 example, unit;
         bool inside;
     };
-    // Which cell this lane works on in the n-th tile of its warp in a pass; `half` says which of its two rows.
-    const auto place = [&](int pass, int n, int half) {
-        const int tile = warp + n * kWarps;
-        const int row_tile = pass * S::kAtOnce + tile / S::kColumnTiles;
-        const int64 example = row_tile * kTileRows + half * 8 + lane / 4;
+    // The cell of this lane in a tile; `half` says which of its two rows.
+    const auto place = [&](int tile, int half) {
+        const int64 example = tile / S::kColumnTiles * kTileRows + half * 8 + lane / 4;
         const int64 unit = static_cast<int64>(blockIdx.x) * S::kColumnTiles + tile % S::kColumnTiles;
-        return Place{example, unit, tile < S::kPassTiles && example < batch && unit < kHidden};
+        return Place{example, unit, example < batch && unit < kHidden};
     };
 
     keep_units<S>(weight, response_weight, reinterpret_cast<unsigned*>(right));
-    float c[S::kPasses][S::kTilesOfWarp][2], from_input[S::kPasses][S::kTilesOfWarp][2];
-    unsigned terms[S::kPasses][S::kTilesOfWarp][2];  // scale and shift
-#pragma unroll
     for (int pass = 0; pass < S::kPasses; ++pass) {
-#pragma unroll
         for (int n = 0; n < S::kTilesOfWarp; ++n) {
-#pragma unroll
+            const int tile = tile_of(pass, n);
+            if (tile < 0) continue;
             for (int half = 0; half < 2; ++half) {
-                const Place at = place(pass, n, half);
+                const Place at = place(tile, half);
                 const int64 state = at.example * kHidden + at.unit, wide = at.example * kWide + gate * kHidden + at.unit;
-                c[pass][n][half] = at.inside ? read(c_0, state) : 0.0f;
-                terms[pass][n][half] = 0;
-                if (!at.inside) continue;
-                terms[pass][n][half] = pack(scale[wide], kHasShift ? shift[wide] : Bfloat16{0});
-                if (gate == 0) reinterpret_cast<Bfloat16*>(exchange)[left_position<S>(at.example, at.unit)] = h_0[state];
+                kept[tile].c[half][lane] = at.inside ? read(c_0, state) : 0.0f;
+                kept[tile].terms[half][lane] = at.inside ? pack(scale[wide], kHasShift ? shift[wide] : Bfloat16{0}) : 0;
+                if (!at.inside || gate > 0) continue;
+                reinterpret_cast<Bfloat16*>(exchange)[left_position<S>(at.example, at.unit)] = h_0[state];
             }
         }
     }
@@ -82,45 +93,53 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int64 t = reverse ? steps - 1 - step : step;
         barrier.arrive();
         // What the input contributes is on its way while other blocks are waited for.
+        unsigned fetched[S::kPasses][S::kTilesOfWarp];
 #pragma unroll
         for (int pass = 0; pass < S::kPasses; ++pass) {
 #pragma unroll
             for (int n = 0; n < S::kTilesOfWarp; ++n) {
-#pragma unroll
+                const int tile = tile_of(pass, n);
+                Bfloat16 both[2] = {};
                 for (int half = 0; half < 2; ++half) {
-                    const Place at = place(pass, n, half);
+                    const Place at = place(tile, half);
                     const int64 wide = (t * batch + at.example) * kWide + gate * kHidden + at.unit;
-                    from_input[pass][n][half] = at.inside ? read(gates, wide) : 0.0f;
+                    if (tile >= 0 && at.inside) both[half] = gates[wide];
                 }
+                fetched[pass][n] = pack(both[0], both[1]);
             }
         }
         barrier.wait();
+#pragma unroll
+        for (int pass = 0; pass < S::kPasses; ++pass) {
+#pragma unroll
+            for (int n = 0; n < S::kTilesOfWarp; ++n) {
+                const int tile = tile_of(pass, n);
+                if (tile >= 0) kept[tile].from_input[lane] = fetched[pass][n];
+            }
+        }
         const uint4* before = exchange + step % 2 * S::kLeftVectors;
         Bfloat16* after = reinterpret_cast<Bfloat16*>(exchange + (step + 1) % 2 * S::kLeftVectors);
-#pragma unroll
+#pragma unroll 1
         for (int pass = 0; pass < S::kPasses; ++pass) {
             if (pass > 0) synchronise_block();  // the shares of the pass before have been read
             multiply<S>(before, right, pass * S::kAtOnce, shares);
             synchronise_block();
-#pragma unroll
             for (int n = 0; n < S::kTilesOfWarp; ++n) {
-                if (warp + n * kWarps >= S::kPassTiles) continue;
+                const int tile = tile_of(pass, n);
+                if (tile < 0) continue;
                 const float4 product = total<S>(shares, warp + n * kWarps);
-#pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const Place at = place(pass, n, half);
+                    const Place at = place(tile, half);
                     const float p = half ? product.z : product.x, q = half ? product.w : product.y;
-                    const unsigned term = terms[pass][n][half];
-                    const float factor = widen(Bfloat16{static_cast<unsigned short>(term)});
-                    const float constant = widen(Bfloat16{static_cast<unsigned short>(term >> 16)});
-                    const float sum = from_input[pass][n][half] + p + factor * q + constant;
+                    const unsigned term = kept[tile].terms[half][lane], from_input = kept[tile].from_input[lane];
+                    const float sum = (half ? upper(from_input) : lower(from_input)) + p + lower(term) * q + upper(term);
                     const float activated = gate == kCellGate ? hyperbolic_tangent(sum) : sigmoid(sum);
                     const int first = lane - gate;
                     const float i = from_lane(activated, first), f = from_lane(activated, first + 1);
                     const float g = from_lane(activated, first + 2), o = from_lane(activated, first + 3);
-                    const float cell = f * c[pass][n][half] + i * g;
+                    const float cell = f * kept[tile].c[half][lane] + i * g;
                     const Bfloat16 hidden = narrow(o * hyperbolic_tangent(cell));
-                    c[pass][n][half] = cell;
+                    kept[tile].c[half][lane] = cell;
                     if (!at.inside) continue;
                     const int64 position = t * batch + at.example, state = position * kHidden + at.unit;
                     const int64 wide = position * kWide + gate * kHidden + at.unit;
@@ -184,28 +203,28 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int p = 0; p < kParts; ++p) sum += load_shared_by_blocks(products + (p * kRows + example) * kColumns + unit);
         return sum;
     };
-    float dc[kCells], scales[kCells][kGates];
+    float dc[kCells];
 #pragma unroll
     for (int n = 0; n < kCells; ++n) {
         const int64 cell = first_cell + static_cast<int64>(n) * kAllThreads;
         dc[n] = 0.0f;
-        if (cell >= all_cells) continue;
-        if (d_last_cell) dc[n] = read(d_last_cell, cell);
-#pragma unroll
-        for (int q = 0; q < kGates; ++q) scales[n][q] = read(scale, cell / kHidden * kWide + q * kHidden + cell % kHidden);
+        if (d_last_cell && cell < all_cells) dc[n] = read(d_last_cell, cell);
     }
 
     for (int64 left = steps - 1; left >= 0; --left) {
         const int64 t = reverse ? steps - 1 - left : left, t_before = reverse ? t + 1 : t - 1;
         const bool last = left == steps - 1;
-        float activated[kCells][kGates], c[kCells], c_before[kCells], dh[kCells];
+        float activated[kCells][kGates], scales[kCells][kGates], c[kCells], c_before[kCells], dh[kCells];
 #pragma unroll
         for (int n = 0; n < kCells; ++n) {
             const int64 cell = first_cell + static_cast<int64>(n) * kAllThreads;
             if (cell >= all_cells) continue;
-            const int64 wide = (t * batch + cell / kHidden) * kWide + cell % kHidden;
+            const int64 wide = cell / kHidden * kWide + cell % kHidden;
 #pragma unroll
-            for (int q = 0; q < kGates; ++q) activated[n][q] = read(gates, wide + q * kHidden);
+            for (int q = 0; q < kGates; ++q) {
+                activated[n][q] = read(gates, t * batch * kWide + wide + q * kHidden);
+                scales[n][q] = read(scale, wide + q * kHidden);
+            }
             c[n] = read(cells, t * all_cells + cell);
             c_before[n] = left == 0 ? read(c_0, cell) : read(cells, t_before * all_cells + cell);
             dh[n] = read(dy, t * all_cells + cell);

@@ -25,7 +25,6 @@ struct Shape {
     static constexpr int kTilesOfWarp = ceil_div(kPassTiles, kWarps);
     static constexpr int kLeftVectors = row_tiles * kDepthTiles * 32;      // uint4 of a left factor
     static constexpr int kRightVectors = kDepthTiles * column_tiles * 32;  // uint2 of a block's right factor
-    static constexpr int kSharedBytes = kRightVectors * 8 + kWarps * kPassTiles * 32 * 16;
 };
 
 // Where left[row][k] lies, counted in bfloat16.
