@@ -70,9 +70,12 @@ def concatenated_lstm(
 
 
 def plain_lstm(x: Tensor, hidden: Tensor, cell: Tensor, *weights_and_h: Tensor) -> Tensor:
-    """torch's own LSTM with W and b of both sides: half the products of the gated one, for orientation."""
+    """torch's own LSTM with W and b of both sides: half the products of the gated one, for orientation.
+
+    In its training mode, the only one that cuDNN has a backward pass for.
+    """
     weights = [weights_and_h[k] for k in (0, 6, 1, 7)]
-    y: Tensor = torch.lstm(x, [hidden[None], cell[None]], weights, True, 1, 0.0, False, False, False)[0]
+    y: Tensor = torch.lstm(x, [hidden[None], cell[None]], weights, True, 1, 0.0, True, False, False)[0]
     return y
 
 

@@ -254,17 +254,22 @@ def _folded(
     from_hidden: tuple[Tensor, Tensor | None],
     reverse: bool,
 ) -> tuple[Tensor, State]:
-    """torch's own LSTM with these weights and biases."""
+    """torch's own LSTM with these weights and biases.
+
+    In its training mode where a gradient may be asked for: cuDNN keeps what backward needs in no other, whatever the
+    mode of the layer is. Without dropout the results are the same.
+    """
     biases = [bias for bias in (from_input[1], from_hidden[1]) if bias is not None]
     weights = [from_input[0], from_hidden[0], *biases]
+    needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h_0, c_0, *weights))
     y, h_n, c_n = torch._VF.lstm(
         x.flip(0) if reverse else x,
-        (h_0[None], c_0[None]),
+        (h_0[None].contiguous(), c_0[None].contiguous()),
         weights,
         has_biases=bool(biases),
         num_layers=1,
         dropout=0.0,
-        train=False,
+        train=needed,
         bidirectional=False,
         batch_first=False,
     )

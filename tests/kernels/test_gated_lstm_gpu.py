@@ -107,6 +107,24 @@ def test_every_way_to_run_a_layer_obeys_the_2x_rule(layer, dtype, monkeypatch):
                 assert_twice_as_good(*three, f"gradient {k}, {way}")
 
 
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_folded_layer_has_its_backward_pass_in_cudnn(frozen, monkeypatch):
+    """At one h for all examples: a validation step, whose weights are held, and a step of ordinary training."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    *tensors, h = operands((9, 20, 200), torch.float32)
+    results = []
+    for function, dtype in ((gated_lstm, torch.float32), (reference, torch.float32), (reference, torch.float64)):
+        held = [tensor.detach().to(dtype).requires_grad_(not frozen) for tensor in tensors]
+        shared = h[0].detach().to(dtype).requires_grad_()
+        of_function = layer_of(function, [*held, shared if function is gated_lstm else shared.expand(20, -1)])
+        incoming = drawn(*(r.shape for r in of_function), dtype=torch.float32, seed=1)
+        asked = [shared, *([] if frozen else held)]
+        results.append([*of_function, *torch.autograd.grad(of_function, asked, [d.to(dtype) for d in incoming])])
+    for k, three in enumerate(zip(*results, strict=True)):
+        assert_twice_as_good(*three, f"result {k}")
+
+
 def test_a_graph_gives_the_bits_of_its_launches_for_any_tensors():
     """Other tensors at other addresses, one after the other and all alive, in float32 as well."""
     for dtype in DTYPES:

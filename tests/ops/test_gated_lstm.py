@@ -321,6 +321,42 @@ def test_folding_gives_the_plain_lstm_at_one_shared_h():
         assert relative_error(got, wish) < 1e-14
 
 
+@pytest.mark.parametrize("wanted", ["h", "from_hidden.weight", "x", "h_0"])
+def test_folded_in_float32_as_exact_as_the_rows_are(wanted):
+    """torch has another implementation for float32 on the CPU, and one for every gradient that may be wanted."""
+    *tensors, h = operands(4, 3, 5, 6, 2)
+    asked = tuple(name == wanted for name in NAMES)
+    results = []
+    for dtype, function, own in ((None, gated_lstm, h[0]), (None, reference, h[0]), (torch.float64, reference, h[0])):
+        ours = leaves([*tensors, own], dtype, asked)
+        given = ours if function is gated_lstm else [*ours[:-1], ours[-1].expand(3, -1)]
+        incoming = drawn_gradients(apply(reference, [*tensors, h]), torch.float32)
+        of_function = apply(function, given)
+        (gradient,) = torch.autograd.grad(
+            of_function, [t for t in ours if t is not None and t.requires_grad], [d.to(ours[0].dtype) for d in incoming]
+        )
+        results.append([*of_function, gradient])
+    for name, *three in zip(("y", "h_n", "c_n", wanted), *results, strict=True):
+        assert_twice_as_good(*three, name=name)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_folded_runs_in_the_mode_whose_backward_cudnn_has(wanted, monkeypatch):
+    """cuDNN refuses the backward pass of what ran in inference mode; results don't depend on it without dropout."""
+    modes, lstm = [], torch._VF.lstm
+
+    def spy(*args, train, **options):
+        modes.append(train)
+        return lstm(*args, train=train, **options)
+
+    monkeypatch.setattr(torch._VF, "lstm", spy)
+    *tensors, h = leaves(operands(4, 3, 5, 6, 2), wanted=tuple(wanted and name == "h" for name in NAMES))
+    apply(gated_lstm, [*tensors, h[0]])
+    with torch.no_grad():
+        apply(gated_lstm, [*tensors, h[0]])
+    assert modes == [wanted, False]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_folded_layer_carries_gradients_to_h_and_the_state(bias):
     *tensors, h = operands(4, 3, 5, 6, 2, bias=bias, dtype=torch.float64)
