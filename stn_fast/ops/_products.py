@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ def library() -> str:
 @cache
 def offers_onednn() -> bool:
     """Whether torch has these products of oneDNN, which are internal to it: tried once, on numbers that are exact."""
-    x, weight, other = torch.eye(3), torch.arange(12.0).view(4, 3), torch.ones(3, 4)
+    given: dict[str, Any] = dict(dtype=torch.float32, device="cpu")  # whatever torch's default dtype and device are
+    x, weight, other = torch.eye(3, **given), torch.arange(12, **given).view(4, 3), torch.ones(3, 4, **given)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
         results = (

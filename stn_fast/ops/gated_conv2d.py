@@ -12,6 +12,7 @@ from torch import Tensor
 from stn_fast.dispatch import choose
 from stn_fast.ops import _gated_conv2d_cpu as cpu
 from stn_fast.ops import _gated_conv2d_driver as driver
+from stn_fast.ops._autocast import as_given
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_conv2d_driver import Geometry, Kernels, Plain
 from stn_fast.ops._gated_linear_plain import Wanted
@@ -124,6 +125,7 @@ def _(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h
     return y, driver.response_half(both, groups)
 
 
+@as_given
 def _compute_backward(
     dy: Tensor,
     x: Tensor,

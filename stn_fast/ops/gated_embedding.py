@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stn_fast.dispatch import choose
+from stn_fast.ops._autocast import as_given
 from stn_fast.ops._draw import check_coordinates, check_stream
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_embedding_cpu import backward_core, forward_core
@@ -47,7 +48,7 @@ def row_scale(words: int, rate: Tensor, step: Tensor, seed: int, stream: int) ->
 
     The example of the draw is 0 whatever part of the global batch this is: a word is dropped everywhere or nowhere.
     """
-    return dropout(torch.ones(1, words, device=rate.device), rate, seed=seed, step=step, stream=stream)[0]
+    return dropout(rate.new_ones(1, words), rate, seed=seed, step=step, stream=stream)[0]
 
 
 def _backend(tokens: Tensor, weight: Tensor, h: Tensor) -> str:
@@ -72,6 +73,7 @@ def _check_range(tokens: Tensor, words: int) -> None:
         raise IndexError(f"gated_embedding: the table has {words} rows, so tokens are 0 to {words - 1}; got {wrong}")
 
 
+@as_given
 def _compute(
     tokens: Tensor,
     weight: Tensor,
@@ -106,6 +108,7 @@ def _(tokens, weight, *rest):
     return weight.new_empty(tokens.shape[0], weight.shape[1])
 
 
+@as_given
 def _compute_backward(
     de: Tensor,
     tokens: Tensor,

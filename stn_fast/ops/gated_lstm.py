@@ -10,6 +10,7 @@ from torch import Tensor
 from stn_fast.dispatch import choose
 from stn_fast.ops import _gated_lstm_driver as driver
 from stn_fast.ops import gated_linear
+from stn_fast.ops._autocast import as_given
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_lstm_driver import Saved, Weights
 from stn_fast.ops._gated_lstm_plain import Plain
@@ -67,6 +68,7 @@ def _kernels(backend: str, save_response: bool = False) -> driver.Kernels:
     return Plain()
 
 
+@as_given
 def _compute(
     x: Tensor,
     h_0: Tensor,
@@ -116,6 +118,7 @@ def _(x, h_0, c_0, *rest):
     return kept(hidden, True), torch.empty_like(c_0), *saved
 
 
+@as_given
 def _compute_backward(
     dy: Tensor,
     d_last_cell: Tensor | None,

@@ -411,6 +411,17 @@ def test_autocast_computes_in_its_dtype_and_returns_float32_gradients(dtype):
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y.float().sum(), tensors))
 
 
+def test_autocast_around_a_backward_pass_alone_changes_nothing(layout, way):
+    """The core is given addresses: a product in 16 bits would be misread."""
+    tensors = leaves(operands(layout=layout))
+    y = gated_conv2d(*tensors, padding=1)
+    dy = torch.randn_like(y)
+    want = torch.autograd.grad(y, tensors, dy, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(y, tensors, dy)
+    assert all(map(torch.equal, got, want))
+
+
 def test_autocast_leaves_float64_alone_as_torch_does():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert gated_conv2d(*operands(dtype=torch.float64)).dtype == torch.float64

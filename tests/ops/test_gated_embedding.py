@@ -343,10 +343,32 @@ def test_compiles_without_graph_break_to_the_same_numbers():
         assert torch.equal(got, want)
 
 
-def test_autocast_leaves_it_alone_as_torch_does():
-    tensors = operands(9, 7, 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert apply(gated_embedding, tensors).dtype == torch.float32
+@pytest.mark.parametrize("wanted", [(True,) * 4, (False,) * 4], ids=str)
+def test_autocast_leaves_it_alone_as_torch_does(backend, wanted):
+    """The same numbers, forward and backward: the core is given addresses, so a product in 16 bits would be misread."""
+    tensors = operands(9, 130, 3, outer=4, batch=5, device=backend)
+    de, differentiated = torch.randn(4, 5, 1, 130, device=backend), any(wanted)
+    ours = leaves(tensors, wanted=wanted)
+    want = apply(gated_embedding, ours), gradients(gated_embedding, ours, de) if differentiated else ()
+    with torch.autocast(backend, dtype=torch.bfloat16):
+        got = apply(gated_embedding, ours), gradients(gated_embedding, ours, de) if differentiated else ()
+    for mine, wish in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
+        assert mine.dtype == torch.float32
+        assert torch.equal(mine, wish)
+
+
+@use_backend("cpp")
+def test_torch_s_default_dtype_and_device_don_t_change_what_the_core_reads():
+    tensors = operands(9, 7, 3, outer=4)
+    draw = dict(DROPPED, rate=torch.tensor([0.5]), example_dim=1)
+    want = gated_embedding(*tensors, **draw)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(gated_embedding(*tensors, **draw), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(gated_embedding(*tensors, **draw), want)
 
 
 @pytest.mark.parametrize(

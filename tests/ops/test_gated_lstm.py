@@ -435,6 +435,37 @@ def test_autocast_computes_in_its_dtype_and_returns_float32_gradients(dtype):
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(results[0].float().sum(), tensors))
 
 
+def test_autocast_around_a_backward_pass_alone_changes_nothing(backend):
+    """The core is given addresses: a product in 16 bits would be misread."""
+    tensors = leaves(on(backend, operands(3, 4, 5, 7, 3)))
+    results = apply(gated_lstm, tensors)
+    incoming = on(backend, drawn_gradients(results, torch.float32))
+    want = torch.autograd.grad(results, tensors, incoming, retain_graph=True)
+    with torch.autocast(backend, dtype=torch.bfloat16):
+        got = torch.autograd.grad(results, tensors, incoming)
+    assert all(map(torch.equal, got, want))
+
+
+@use_backend("cpp")
+def test_torch_s_default_dtype_and_device_don_t_change_what_the_core_computes():
+    tensors = operands(3, 4, 5, 7, 3)
+    incoming = drawn_gradients(apply(reference, tensors), torch.float32)
+
+    def everything():
+        return [*apply(gated_lstm, tensors), *gradients(gated_lstm, leaves(tensors), incoming)]
+
+    want = everything()
+    torch.set_default_dtype(torch.float64)
+    try:
+        results = [everything()]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        results.append(everything())
+    for result in results:
+        assert all(map(torch.equal, result, want))
+
+
 def test_autocast_leaves_float64_alone_as_torch_does():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert apply(gated_lstm, operands(2, 3, 4, 5, 2, dtype=torch.float64))[0].dtype == torch.float64

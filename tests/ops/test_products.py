@@ -46,6 +46,17 @@ def test_rows_of_a_larger_tensor_are_written_in_place(library, monkeypatch):
     assert not whole[4:].any()
 
 
+def test_what_torch_has_does_not_depend_on_its_default_dtype_and_device():
+    offered = _products.offers_onednn()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert _products.offers_onednn.__wrapped__() == offered
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert _products.offers_onednn.__wrapped__() == offered
+
+
 def test_the_library_follows_from_the_processor_alone(monkeypatch):
     for vendor, isa, expected in (
         ("amd", "x86-64-v4", "oneDNN" if _products.offers_onednn() else "torch.mm"),
