@@ -19,10 +19,9 @@ from benchmarks.published import Gated
 State = tuple[Tensor, Tensor]
 
 
-def gated_linear(x: Tensor, layer: Gated, h: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Two branches, and one product for both gates; `keep` masks the weights of both branches."""
-    weights: tuple[Tensor, Tensor] = layer.weight, layer.response_weight
-    weight, response_weight = weights if keep is None else (weights[0] * keep, weights[1] * keep)
+def gated_linear(x: Tensor, layer: Gated, h: Tensor, masked: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Two branches, and one product for both gates; `masked` are weights of both branches to take for the layer's."""
+    weight, response_weight = (layer.weight, layer.response_weight) if masked is None else masked
     of_weight, of_bias = F.linear(h, torch.cat([layer.weight_gate, layer.bias_gate])).chunk(2, dim=1)
     response = of_weight * F.linear(x, response_weight) + of_bias * layer.response_bias
     return F.linear(x, weight, layer.bias) + response
@@ -37,12 +36,13 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor, state: State, rate: Tensor | None) -> tuple[Tensor, State]:
         """(T, B, I) → (T, B, H), and the state after; `rate` of DropConnect from hidden to hidden, one mask a call."""
-        keep = None
+        masked = None
         if rate is not None:
             keep = (torch.rand_like(self.from_hidden.weight) >= rate) / (1 - rate)
+            masked = self.from_hidden.weight * keep, self.from_hidden.response_weight * keep
         (hidden, cell), outputs = state, []
         for x_t in x:
-            before = gated_linear(x_t, self.from_input, h) + gated_linear(hidden, self.from_hidden, h, keep)
+            before = gated_linear(x_t, self.from_input, h) + gated_linear(hidden, self.from_hidden, h, masked)
             i, f, g, o = before.chunk(4, dim=1)
             cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
             hidden = o.sigmoid() * cell.tanh()
