@@ -159,6 +159,7 @@ class HyperLSTM(nn.Module):
             )
         check_response("HyperLSTM", self.num_hyperparameters, hyper)
         batch_dim = 0 if self.batch_first else 1
+        self._check_state(state, None if x.ndim == 2 else x.shape[batch_dim])
         if x.ndim == 2:
             state = None if state is None else (state[0].unsqueeze(1), state[1].unsqueeze(1))
             y, (h_n, c_n) = self.forward(x.unsqueeze(batch_dim), hyper, state)
@@ -187,19 +188,30 @@ class HyperLSTM(nn.Module):
         h_n, c_n = (torch.stack(states) for states in zip(*after, strict=True))
         return y, (h_n, c_n)
 
-    def _state(self, x: Tensor, state: State | None) -> State:
-        """(h_0, c_0) of x (T, B, I), zeros where there is none."""
-        shape = (self.num_layers * (2 if self.bidirectional else 1), x.shape[1], self.hidden_size)
+    def _state_shape(self, *batch: int) -> tuple[int, ...]:
+        return (self.num_layers * (2 if self.bidirectional else 1), *batch, self.hidden_size)
+
+    def _check_state(self, state: State | None, batch: int | None) -> None:
+        """Raises ValueError where the state doesn't fit a batch of this size, or, with None, an x without one."""
         if state is None:
-            zeros = x.new_zeros(shape)
-            return zeros, zeros
+            return
+        if not isinstance(state, tuple | list) or len(state) != 2:
+            got = f"{len(state)} of them" if isinstance(state, tuple | list) else type(state).__name__
+            raise ValueError(f"HyperLSTM wants state as two tensors, (h_0, c_0); got {got}")
+        shape = self._state_shape() if batch is None else self._state_shape(batch)
+        meaning = "H), to fit x without a batch" if batch is None else f"B, H), to fit a batch of {batch}"
         for name, tensor in zip(("h_0", "c_0"), state, strict=True):
             if tensor.shape != shape:
                 raise ValueError(
-                    f"HyperLSTM: {name} must be {shape}, (num_layers · directions, B, H), to fit a batch of "
-                    f"{x.shape[1]}; got {tuple(tensor.shape)}"
+                    f"HyperLSTM: {name} must be {shape}, (num_layers · directions, {meaning}; got {tuple(tensor.shape)}"
                 )
-        return state
+
+    def _state(self, x: Tensor, state: State | None) -> State:
+        """(h_0, c_0) of x (T, B, I), zeros where there is none."""
+        if state is not None:
+            return state
+        zeros = x.new_zeros(self._state_shape(x.shape[1]))
+        return zeros, zeros
 
     def _weights(self, side: str, suffix: str) -> Weights:
         return Weights._make(getattr(self, f"{name}_{side}_{suffix}") for name in Weights._fields)

@@ -322,6 +322,13 @@ def test_misfits_are_named():
     for name, state in {"h_0": (torch.zeros(1, 4, 7), fitting), "c_0": (fitting, torch.zeros(2, 3, 7))}.items():
         with pytest.raises(ValueError, match=rf"{name} must be \(2, 4, 7\), \(num_layers · directions, B, H\)"):
             layer(x, sampled(4), state)
+    with pytest.raises(
+        ValueError, match=r"h_0 must be \(2, 7\), \(num_layers · directions, H\), to fit x without a batch"
+    ):
+        layer(x[:, 0], sampled(1), (torch.zeros(2, 1, 7), torch.zeros(2, 1, 7)))
+    for state, got in ((fitting, "Tensor"), ((fitting,), "1 of them"), ([fitting] * 3, "3 of them")):
+        with pytest.raises(ValueError, match=rf"state as two tensors, \(h_0, c_0\); got {got}"):
+            layer(x, sampled(4), state)
     with pytest.raises(ValueError, match=r"HyperBatch has 3 examples, but x \(6, 4, 5\) has 4 in dimension 1"):
         layer(x, sampled(3))
     with pytest.raises(ValueError, match=r"HyperBatch has 4 examples, but x \(6, 4, 5\) has 6 in dimension 0"):
