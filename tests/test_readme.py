@@ -34,7 +34,7 @@ def test_the_readme_has_commands_and_python() -> None:
 
 @pytest.mark.parametrize("command", commands())
 def test_command_runs(command: str, tmp_path: Path) -> None:
-    """make: the target exists and all it needs is there (`make -n`). Training and evidence run an epoch, timings once."""
+    """make: the target exists (`make -n`). Training and evidence run an epoch, timings once."""
     if command.startswith("make "):
         planned = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert planned.returncode == 0, planned.stderr
@@ -47,6 +47,8 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
         command += " --epochs 1 --seeds 1"
     if "benchmarks.steps" in command:
         command += " --batch 8 --rounds 1 --seconds 0.1"
+    if "benchmarks.language_steps" in command:
+        command += " --sizes ptb-small --rounds 1 --seconds 0.1"
     if command.startswith("pip "):
         pytest.skip("tests/test_packaging.py builds and installs the package")
     if command.startswith("python -m stn_fast.train ptb --device"):
