@@ -47,8 +47,6 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
         command += " --epochs 1 --seeds 1"
     if "benchmarks.steps" in command:
         command += " --batch 8 --rounds 1 --seconds 0.1"
-    if "benchmarks.language_steps" in command:
-        command += " --sizes ptb-small --rounds 1 --seconds 0.1"
     if command.startswith("pip "):
         pytest.skip("tests/test_packaging.py builds and installs the package")
     if command.startswith("python -m stn_fast.train ptb --device"):
@@ -61,6 +59,8 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
             command = command.replace("--device cuda", "") + f" --max-steps 2 --run-dir {tmp_path / 'run'}"
         if "contact_sheet" in command:
             command += f" -o {tmp_path / 'sheet.png'}"
+    if "benchmarks.language_steps" in command:
+        command += " --sizes ptb-small --rounds 1 --seconds 0.1"
     program, *arguments = command.split()
     assert program == "python"
     result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
