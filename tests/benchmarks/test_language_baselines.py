@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from benchmarks import baselines, language_steps, published_language
 from stn_fast.models import LanguageModel
@@ -44,6 +45,26 @@ def test_the_published_network_is_the_packages() -> None:
     torch.testing.assert_close(raw, outputs.raw, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(torch.stack([cell for _, cell in after]), outputs.state[1], rtol=1e-3, atol=1e-5)
     assert dropped is raw
+
+
+class Masked(TorchFunctionMode):
+    """Counts products with what has the shape of a recurrent weight, element by element."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.Tensor.mul and args[0].shape == (4 * WIDTH, WIDTH)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_published_network_masks_its_weights_once_a_call_however_long_it_is() -> None:
+    """As its authors' code does: at every time step, the package would be compared with something slower."""
+    it = trainer()
+    for time in (1, 5):
+        inputs, targets = window(time)
+        with Masked() as masked:
+            it.train_step(inputs, targets)
+        assert masked.count == 2 * 2  # layers, branches
 
 
 def test_the_published_steps_train_and_tune_and_carry_states() -> None:
