@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.layers import EmbeddingDropout, HyperEmbedding, HyperLSTM, PerExampleDropout
 from stn_fast.layers.gated import check_sizes
+from stn_fast.ops._linear import linear
 
 # What each layer draws from, whatever the space has of the others; the LSTM takes as many from its own as it wants.
 EMBEDDING_STREAM, INPUT_STREAM, OUTPUT_STREAM, LSTM_STREAM = 1, 2, 3, 4
@@ -99,5 +99,5 @@ class LanguageModel(nn.Module):
             x = self.input_dropout(x, hyper, example_dim=1)
         raw, state = self.lstm(x, hyper, state)
         dropped = raw if self.output_dropout is None else self.output_dropout(raw, hyper, example_dim=1)
-        logits = F.linear(dropped, self.embedding.weight, self.decoder_bias)
+        logits = linear(dropped, self.embedding.weight, self.decoder_bias)
         return Outputs(logits, state, raw, dropped)

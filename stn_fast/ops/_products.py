@@ -41,11 +41,11 @@ def offers_onednn() -> bool:
     return all(torch.equal(result, weight.T) for result in results)
 
 
-def times_transpose(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ of x (M, K) and W (O, K)."""
+def times_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b of x (M, K), W (O, K) and b (O,)."""
     if library() == "oneDNN":
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return torch.mm(x, weight.T)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
 
 
 def sum_of_two(dy: Tensor, weight: Tensor, g: Tensor, response_weight: Tensor, out: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ import math
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stn_fast.dispatch import choose
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_linear_cpu import backward_core, forward_core
 from stn_fast.ops._gated_linear_plain import Wanted, backward_plain, forward_plain
+from stn_fast.ops._linear import linear
 from stn_fast.ops._transforms import in_transform
 
 
@@ -200,7 +200,7 @@ def gated_linear(
     _check(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, example_dim)
     if h.ndim == 1:
         folded, folded_bias = fold(weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
-        return F.linear(x, folded, folded_bias)
+        return linear(x, folded, folded_bias)
     example_dim %= x.ndim
     outer, inner = math.prod(x.shape[:example_dim]), math.prod(x.shape[example_dim + 1 : -1])
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -1,0 +1,51 @@
+"""torch.nn.functional.linear by the library that `_products` chooses: decoders, and gated layers that are folded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stn_fast.dispatch import choose
+from stn_fast.ops import _products
+from stn_fast.ops._eager import traced
+from stn_fast.ops._transforms import in_transform
+
+
+class _Linear(torch.autograd.Function):
+    """Its backward pass is made of operations that have one themselves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _products.times_transpose(x.contiguous(), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), (x, weight) = gradients, ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            linear(dy, weight.T) if wants_x else None,
+            dy.T @ x if wants_weight else None,
+            dy.sum(0) if wants_bias else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b of x (..., I), W (O, I) and b (O,); what it takes and raises is what torch's own does."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if in_transform() or traced(*tensors) or not all(map(_suits, tensors)) or choose(x.device) != "cpp":
+        return F.linear(x, weight, bias)
+    fits = weight.ndim == 2 and x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+    if _products.library() != "oneDNN" or not fits:
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def _suits(tensor: Tensor) -> bool:
+    """Whether oneDNN's product takes it: of float32 and not to be cast, on the CPU, and not empty."""
+    if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    return tensor.layout == torch.strided and tensor.numel() > 0
