@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 GREY = "#555555"
 PANEL = (3.7, 2.5)  # inches
 COLUMNS = 3
+TITLE = 28  # characters of a panel's title that leave room beside them
 LEGEND_COLUMNS = 2
 LEGEND: dict[str, Any] = {
     "ncols": 3,
@@ -179,7 +181,7 @@ def draw_hyperparameter(axis: Axes, runs: Sequence[Run], name: str) -> None:
     for init in {entry.init for entry in entries}:
         axis.axhline(init, color=GREY, linestyle=":", linewidth=1)
     _scale(axis, entries)
-    axis.set_title(name.replace("_", " "), fontsize=10, loc="left")
+    axis.set_title(textwrap.fill(name.replace("_", " "), TITLE), fontsize=10, loc="left")
     if len(runs) == 1:
         path = f"{entries[0].init:.2g} → {runs[0].best['hyperparameters'][name]:.2g}"
         axis.set_title(path, fontsize=9, loc="right", color=GREY)

@@ -1,5 +1,7 @@
 """python -m stn_fast.plot: every panel drawn and labelled, every error one line."""
 
+import dataclasses
+
 import pytest
 
 from stn_fast import plot
@@ -59,10 +61,21 @@ def test_several_runs_have_a_legend_of_their_names(runs):
     assert [text.get_text().split(":")[0] for text in legend.get_texts()] == ["stn", "fixed"]
 
 
-def test_titles_do_not_overlap(runs):
-    figure = plot.draw([plot.read_run(directory) for directory in runs])
+def renamed(run, name, other):
+    """``run`` as if its hyperparameter ``name`` were called ``other``."""
+    entries = {other if key == name else key: value for key, value in run.config.hyperparameters.items()}
+    for row in run.rows["eval"]:
+        for part in ("hyperparameters", "hyperparameters_low", "hyperparameters_high"):
+            row[part][other] = row[part].pop(name)
+    return run._replace(config=dataclasses.replace(run.config, hyperparameters=entries))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_titles_do_not_overlap(runs, count):
+    long = "temporal_activation_regularization"
+    figure = plot.draw([renamed(plot.read_run(directory), "weight_decay", long) for directory in runs[:count]])
     figure.canvas.draw()
-    boxes = [text.get_window_extent() for text in figure.texts] + [figure.legends[0].get_window_extent()]
+    boxes = [text.get_window_extent() for text in [*figure.texts, *figure.legends]]
     for axis in visible(figure):
         titles = [axis.title, axis._left_title, axis._right_title]
         boxes += [title.get_window_extent() for title in titles if title.get_text()]
