@@ -13,6 +13,7 @@ RECIPES = {
     "ptb-small": "stn_fast.recipes.ptb_small",
     "ptb": "stn_fast.recipes.ptb",
     "wikitext2": "stn_fast.recipes.wikitext2",
+    "text": "stn_fast.recipes.text",
 }
 
 

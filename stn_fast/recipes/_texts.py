@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from stn_fast.training.task import Task
 
 
-WIDTH = 650  # of a word's vector and of a layer, as published
-
-
 def hyperparameters() -> dict[str, HyperparameterConfig]:
     """The seven of the paper's table, in its order; σ is 1 and held.
 
@@ -60,16 +57,15 @@ def published(recipe: str) -> Config:
         ),
         hyper_optimizer=HyperOptimizerConfig(learning_rate=1e-2),
         schedule=ScheduleConfig(epochs=200, patience=20, batch_size=40, valid_batch_size=10),
-        text=TextConfig(window=70, valid_streams=10, test_streams=1),
+        text=TextConfig(window=70, valid_streams=10, test_streams=1, width=650, layers=2),
     )
 
 
-def build_task(config: Config, load: Callable[..., Corpus], *, width: int, layers: int = 2) -> Task:
+def build_task(config: Config, load: Callable[..., Corpus]) -> Task:
     """The task of naming the next word; weights are drawn from ``config.seed``.
 
     Args:
         load: reads a corpus, as `stn_fast.data.ptb.load`.
-        width: of the embedding and of the LSTM's layers.
 
     Raises:
         UserError: what ``load`` raises.
@@ -88,7 +84,7 @@ def build_task(config: Config, load: Callable[..., Corpus], *, width: int, layer
     corpus = load(config.data_root, min_count=text.min_count, train_fraction=config.train_fraction)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = LanguageModel(space, len(corpus.words), width, width, layers)
+        model = LanguageModel(space, len(corpus.words), text.width, text.width, text.layers)
     return task.Task(
         space=space,
         model=model.to(config.device),

@@ -25,4 +25,4 @@ def build(config: Config) -> Task:
     """
     from stn_fast.data import ptb
 
-    return _texts.build_task(config, ptb.load, width=_texts.WIDTH)
+    return _texts.build_task(config, ptb.load)

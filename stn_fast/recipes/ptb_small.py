@@ -11,7 +11,6 @@ from stn_fast.training.config import Config, HyperOptimizerConfig, OptimizerConf
 if TYPE_CHECKING:
     from stn_fast.training.task import Task
 
-WIDTH = 200
 SHARE = 0.05  # the first 46,480 words; 3,141 distinct ones are there at least twice
 
 
@@ -22,7 +21,7 @@ def config() -> Config:
         optimizer=OptimizerConfig(name="adam", learning_rate=4e-3, momentum=0.9, clip=0.25),
         hyper_optimizer=HyperOptimizerConfig(learning_rate=3e-2),
         schedule=ScheduleConfig(epochs=25, batch_size=20, valid_batch_size=20, eval_batch_size=2000),
-        text=TextConfig(window=35, valid_streams=20, test_streams=20, min_count=2),
+        text=TextConfig(window=35, valid_streams=20, test_streams=20, min_count=2, width=200, layers=2),
         train_fraction=SHARE,
     )
 
@@ -36,4 +35,4 @@ def build(config: Config) -> Task:
     """
     from stn_fast.data import ptb
 
-    return _texts.build_task(config, ptb.load, width=WIDTH)
+    return _texts.build_task(config, ptb.load)

@@ -25,4 +25,4 @@ def build(config: Config) -> Task:
     """
     from stn_fast.data import wikitext2
 
-    return _texts.build_task(config, wikitext2.load, width=_texts.WIDTH)
+    return _texts.build_task(config, wikitext2.load)

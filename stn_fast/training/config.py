@@ -212,21 +212,23 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """How a text is read.
+    """How a text is read, and the size of the LSTM that reads it.
 
-    At a step each stream advances by ``window`` words, which is as far as gradients reach back. An evaluation cuts the
-    validation text into ``valid_streams`` and the test text into ``test_streams``: each begins without a past, so fewer
-    give the better and truer perplexity, and take longer. Words that the training text has fewer than ``min_count``
-    times are read as ``<unk>``.
+    ``width`` is that of a word's vector and of each of the ``layers``. At a step each stream advances by ``window``
+    words, which is as far as gradients reach back. An evaluation cuts the validation text into ``valid_streams`` and
+    the test text into ``test_streams``: each begins without a past, so fewer give the better and truer perplexity, and
+    take longer. Words that the training text has fewer than ``min_count`` times are read as ``<unk>``.
     """
 
     window: int = 70
     valid_streams: int = 10
     test_streams: int = 1
     min_count: int = 1
+    width: int = 650
+    layers: int = 2
 
     def __post_init__(self) -> None:
-        _require_at_least(1, window=self.window, min_count=self.min_count)
+        _require_at_least(1, window=self.window, min_count=self.min_count, width=self.width, layers=self.layers)
         _require_at_least(1, valid_streams=self.valid_streams, test_streams=self.test_streams)
 
 

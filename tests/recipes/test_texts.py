@@ -10,13 +10,14 @@ import torch
 from benchmarks import self_tuning
 from stn_fast import plot
 from stn_fast.data import ptb, text, wikitext2
-from stn_fast.recipes import _texts, ptb_small, recipe
+from stn_fast.errors import UserError
+from stn_fast.recipes import ptb_small, recipe
 from stn_fast.training.layering import resolve
 from stn_fast.training.methods import build_method
 from stn_fast.training.run import checked_task, run
 from stn_fast.training.spaces import build_space
 
-NAMES = ("ptb", "wikitext2", "ptb-small")
+NAMES = ("ptb", "wikitext2", "ptb-small", "text")
 RATE = (0.0, 0.95, 0.05, True)
 RATE_OF_BATCH = (0.0, 0.95, 0.05, False)
 PENALTY = (0.0, None, 0.05, False)
@@ -33,16 +34,16 @@ PUBLISHED = {
     },
     "hyper_optimizer": {"name": "adam", "learning_rate": 1e-2},
     "schedule": {"batch_size": 40, "patience": 20},
-    "text": {"window": 70, "valid_streams": 10, "test_streams": 1, "min_count": 1},
+    "text": {"window": 70, "valid_streams": 10, "test_streams": 1, "min_count": 1, "width": 650, "layers": 2},
 }  # fmt: skip
 SMALL = {
     "method": PUBLISHED["method"],
     "optimizer": {"name": "adam", "learning_rate": 4e-3, "momentum": 0.9, "clip": 0.25, "decay_factor": 1},
     "hyper_optimizer": {"name": "adam", "learning_rate": 3e-2},
     "schedule": {"batch_size": 20, "epochs": 25, "patience": None},
-    "text": {"window": 35, "min_count": 2},
+    "text": {"window": 35, "min_count": 2, "width": 200, "layers": 2},
 }
-SETTINGS = {"ptb": PUBLISHED, "wikitext2": PUBLISHED, "ptb-small": SMALL}
+SETTINGS = {"ptb": PUBLISHED, "wikitext2": PUBLISHED, "ptb-small": SMALL, "text": SMALL}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,16 +96,14 @@ def short(monkeypatch, tmp_path):
 
     monkeypatch.setattr(ptb, "load", load)
     monkeypatch.setattr(wikitext2, "load", load)
-    monkeypatch.setattr(_texts, "WIDTH", 8)
-    monkeypatch.setattr(ptb_small, "WIDTH", 8)
 
     def short(name, *pairs):
         small = (
             "schedule.batch_size=5", "schedule.valid_batch_size=4", "schedule.epochs=2", "text.window=10",
-            "optimizer.learning_rate=0.1", "train_fraction=1",
+            "text.width=8",            "optimizer.learning_rate=0.1", "train_fraction=1",
         )  # fmt: skip
         config = resolve(recipe(name).config(), None, [*small, *pairs])
-        return replace(config, run_dir=str(tmp_path / name))
+        return replace(config, run_dir=str(tmp_path / name), data_root=str(tmp_path))
 
     return short
 
@@ -142,6 +141,25 @@ def test_weights_are_drawn_from_the_seed(short):
     weights = [model.lstm.weight_hh_l0 for model in models]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_the_size_of_the_network_is_a_setting(short):
+    model = recipe("text").build(short("text", "text.width=6", "text.layers=3")).model
+    assert model.embedding.embedding_dim == model.lstm.hidden_size == 6
+    assert model.lstm.num_layers == 3
+    with pytest.raises(UserError, match="hidden_dropout is applied between layers"):
+        checked_task(short("text", "text.layers=1"), recipe("text").build)
+    dropped = "hyperparameters.hidden_dropout.enabled=false"
+    assert checked_task(short("text", "text.layers=1", dropped), recipe("text").build).model.lstm.num_layers == 1
+
+
+def test_the_files_of_a_users_own_text_are_named_where_one_is_missing(short, tmp_path):
+    config = short("text")
+    (tmp_path / "valid.txt").unlink()
+    with pytest.raises(
+        UserError, match=r"there is no file .*valid.txt: the recipe text wants .*test.txt in --data-root"
+    ):
+        recipe("text").build(config)
 
 
 def test_one_key_drops_a_regulariser(short):
@@ -189,4 +207,4 @@ def test_the_evidence_command_compares_perplexities(short, monkeypatch, tmp_path
     assert start["activation_regularization"] == pytest.approx(0.05)
     figure = plot.draw([plot.read_run(runs / "stn-seed0-from0.6")])
     titles = [axis.get_title(loc="left") for axis in figure.axes if axis.get_visible()]
-    assert titles == ["loss", *(name.replace("_", " ") for name in TUNED)]
+    assert [title.replace("\n", " ") for title in titles] == ["loss", *(name.replace("_", " ") for name in TUNED)]
