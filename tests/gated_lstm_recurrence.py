@@ -90,11 +90,13 @@ def layer(
 def differentiated(
     function: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]]],
     leaves: list[Tensor],
-    incoming: list[Tensor],
+    incoming: list[Tensor] | None,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """y, c_n and the gradients of all leaves."""
+    """y, c_n and the gradients of all leaves; without any incoming, of the sum, whose own is one number expanded."""
     x, h_0, c_0, *weights, h = inputs = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
     y, (_, c_n) = function(x, h_0, c_0, Weights(*weights[:6]), Weights(*weights[6:]), h)
+    if incoming is None:
+        return [y, c_n, *torch.autograd.grad(y.sum() + c_n.sum(), inputs)]
     given = [gradient.to(dtype) for gradient in incoming]
     return [y, c_n, *torch.autograd.grad((y, c_n), inputs, given)]

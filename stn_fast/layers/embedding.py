@@ -121,7 +121,10 @@ class EmbeddingDropout(_PerBatchRegulariser):
 
     def forward(self, embedding: HyperEmbedding, tokens: Tensor, hyper: HyperBatch, example_dim: int = 0) -> Tensor:
         """`embedding(tokens, hyper, example_dim)`, with words dropped in training."""
-        if not self.training or len(hyper) == 0:
+        if not isinstance(embedding, HyperEmbedding):
+            raise TypeError(f"EmbeddingDropout wants a HyperEmbedding; got {type(embedding).__name__}")
+        if not self.training:
             return embedding(tokens, hyper, example_dim)
-        draw = dict(seed=hyper.seed, step=hyper.step, stream=self.stream)
-        return embedding(tokens, hyper, example_dim, rate=self._strength(hyper), **draw)
+        if len(rate := self._strength(hyper)) == 0:
+            return embedding(tokens, hyper, example_dim)
+        return embedding(tokens, hyper, example_dim, rate=rate, seed=hyper.seed, step=hyper.step, stream=self.stream)

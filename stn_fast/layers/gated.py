@@ -100,7 +100,9 @@ def check_sizes(layer: str, **sizes: int) -> None:
 
 
 def check_response(layer: str, num_hyperparameters: int, hyper: HyperBatch | Tensor) -> None:
-    """Raises ValueError where a layer is called with another number of hyperparameters than it has gates for."""
+    """Raises where a layer is called with other hyperparameters than it has gates for, or with something else."""
+    if not isinstance(hyper, Tensor | HyperBatch):
+        raise TypeError(f"{layer} wants a HyperBatch, or its response as a tensor; got {type(hyper).__name__}")
     n = (hyper if isinstance(hyper, Tensor) else hyper.response).shape[-1]
     if n != num_hyperparameters:
         raise ValueError(

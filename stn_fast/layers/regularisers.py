@@ -29,6 +29,13 @@ class _Regulariser(nn.Module):
     def _check_range(self, hyperparameter: Hyperparameter) -> None:
         raise NotImplementedError
 
+    def _check_hyper(self, hyper: HyperBatch) -> None:
+        if not isinstance(hyper, HyperBatch):
+            raise TypeError(
+                f"{type(self).__name__}({self.name!r}) draws by a HyperBatch in training mode; got "
+                f"{type(hyper).__name__}"
+            )
+
     def extra_repr(self) -> str:
         return f"{self.name!r}, stream={self.stream}"
 
@@ -37,6 +44,7 @@ class _PerExampleRegulariser(_Regulariser):
     """Each example has a strength of its own, and draws of its own wherever it is in the global batch."""
 
     def _check_batch(self, x: Tensor, hyper: HyperBatch, example_dim: int) -> None:
+        self._check_hyper(hyper)
         if x.shape[example_dim] != len(hyper):
             raise ValueError(
                 f"{type(self).__name__}({self.name!r}): x {tuple(x.shape)} has {x.shape[example_dim]} examples in "
@@ -58,6 +66,7 @@ class _PerBatchRegulariser(_Regulariser):
 
     def _strength(self, hyper: HyperBatch) -> Tensor:
         """(1,), or (0,) of a batch without examples."""
+        self._check_hyper(hyper)
         hyperparameter = hyper.space[self.name]
         if hyperparameter.per_example:
             raise ValueError(
@@ -73,13 +82,15 @@ class _PerBatchRegulariser(_Regulariser):
 
 
 def check_rate(hyperparameter: Hyperparameter) -> None:
-    """Raises ValueError where a dropout rate could leave [0, 1)."""
+    """Raises ValueError where a dropout rate could leave [0, 1), or not leave 0."""
     name, low, high = hyperparameter.name, hyperparameter.low, hyperparameter.high
     if low is None or low < 0 or high is None or high >= 1:
         raise ValueError(
             f"hyperparameter {name!r} is a dropout rate and wants bounds 0 <= low and high < 1; "
             f"got low={low}, high={high}"
         )
+    if hyperparameter.integer:
+        raise ValueError(f"hyperparameter {name!r} is a dropout rate, and integer=True leaves it nothing but 0")
 
 
 class PerExampleDropout(_PerExampleRegulariser):
@@ -129,7 +140,7 @@ class PerExampleDropout2d(PerExampleDropout):
             )
         if not self.training:
             return x
-        draw = dict(self._draw(hyper), rate=self._strength(x, hyper, example_dim))
+        draw = dict(rate=self._strength(x, hyper, example_dim), **self._draw(hyper))
         if x.is_contiguous(memory_format=torch.channels_last):
             # The same masks, which count channels alone, on the images as they lie.
             return functional.dropout(x.permute(0, 2, 3, 1), **draw, shared_dims=(1, 2)).permute(0, 3, 1, 2)

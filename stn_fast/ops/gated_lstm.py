@@ -148,8 +148,9 @@ def _compute_backward(
     from_input = Weights(weight_ih, None, response_weight_ih, response_bias_ih, weight_gate_ih, bias_gate_ih)
     from_hidden = Weights(weight_hh, None, response_weight_hh, response_bias_hh, weight_gate_hh, bias_gate_hh)
     saved = Saved(gates, cells, input_response, hidden_response)
+    incoming = dy.contiguous(), None if d_last_cell is None else d_last_cell.contiguous()
     gradients = driver.backward(
-        _kernels(_backend(x, h, h_0)), dy.contiguous(), d_last_cell, x, h_0, c_0, from_input, from_hidden, h, y, saved,
+        _kernels(_backend(x, h, h_0)), *incoming, x, h_0, c_0, from_input, from_hidden, h, y, saved,
         reverse=reverse, wanted=wanted,
     )  # fmt: skip
     return [gradient for gradient in gradients if gradient is not None]
@@ -219,10 +220,11 @@ def gated_lstm(
 
     All tensors are on one device and of one dtype: float32, float64, bfloat16 or float16. Under autocast each is cast
     to autocast's, but float64 is left alone, as in torch. Gradients are computed for those inputs alone that require
-    one. Forward-mode AD and torch.compile are supported; second derivatives in reverse mode are not, and raise.
+    one. Forward-mode AD and torch.compile are supported; second derivatives in reverse mode are not, and raise where
+    h has rows.
 
     Returns:
-        y (T, B, H) and the state after the last step, (h_n, c_n), each (B, H); h_n is a view of y.
+        y (T, B, H) and the state after the last step, (h_n, c_n), each (B, H); h_n may be a view of y.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
@@ -235,10 +237,11 @@ def gated_lstm(
             for weights in (from_input, from_hidden)
         )
     _check(x, h_0, c_0, from_input, from_hidden, h)
+    if in_transform():
+        rows = h.expand(x.shape[1], -1) if h.ndim == 1 else h
+        return reference(x, h_0, c_0, from_input, from_hidden, rows, reverse)
     if h.ndim == 1:
         return _folded(x, h_0, c_0, fold(from_input, h), fold(from_hidden, h), reverse)
-    if in_transform():
-        return reference(x, h_0, c_0, from_input, from_hidden, h, reverse)
     tensors = (x, h_0, c_0, *from_input, *from_hidden, h)
     needed = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     gates = (h, from_input.weight_gate, from_hidden.weight_gate)
@@ -280,6 +283,8 @@ def _folded(
 
 
 def _check(x: Tensor, h_0: Tensor, c_0: Tensor, from_input: Weights, from_hidden: Weights, h: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"gated_lstm wants x of floating point numbers; got {x.dtype}")
     if x.ndim != 3 or x.shape[0] < 1 or h_0.ndim != 2 or h.ndim not in (1, 2):
         raise ValueError(
             "gated_lstm wants x (T, B, I) of at least one time step, h_0 (B, H) and h (B, n) or (n,); "
@@ -287,6 +292,7 @@ def _check(x: Tensor, h_0: Tensor, c_0: Tensor, from_input: Weights, from_hidden
         )
     (_, batch, inputs), hidden, n = x.shape, h_0.shape[1], h.shape[-1]
     wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "x": (x, tuple(x.shape)),
         "h_0": (h_0, (batch, hidden)),
         "c_0": (c_0, (batch, hidden)),
         "h": (h, (batch, n) if h.ndim == 2 else (n,)),
@@ -308,10 +314,9 @@ def _check(x: Tensor, h_0: Tensor, c_0: Tensor, from_input: Weights, from_hidden
                 f"gated_lstm: {name} must be {shape} to fit x {tuple(x.shape)}, h_0 {tuple(h_0.shape)} and "
                 f"h {tuple(h.shape)}; got {tuple(tensor.shape)}"
             )
-        if tensor.dtype != x.dtype or tensor.device != x.device:
+        weight = from_input.weight
+        if tensor.dtype != weight.dtype or tensor.device != weight.device:
             raise ValueError(
-                f"gated_lstm: {name} is {tensor.dtype} on {tensor.device}, x {x.dtype} on {x.device}; "
-                f"they must agree (cast one: {name}.to(x))"
+                f"gated_lstm: {name} is {tensor.dtype} on {tensor.device}, from_input.weight {weight.dtype} on "
+                f"{weight.device}; they must agree (cast one: {name}.to(weight))"
             )
-    if not x.is_floating_point():
-        raise ValueError(f"gated_lstm wants floating point tensors; got {x.dtype}")

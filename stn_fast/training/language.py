@@ -17,20 +17,20 @@ from stn_fast.training.streams import IGNORED, State, Window
 
 def next_word_loss(model: nn.Module, window: Window, hyper: HyperBatch) -> tuple[Tensor, State]:
     """Mean cross entropy of the window's words in nats, and the state after it."""
-    logits, state, *_ = model(window.inputs, hyper, window.state)
+    logits, state, *_ = _outputs(model, window, hyper)
     return _cross_entropy(logits, window, "mean"), state
 
 
 def regularised_next_word_loss(model: nn.Module, window: Window, hyper: HyperBatch) -> tuple[Tensor, State]:
     """``next_word_loss`` and ``activation_penalty`` of a ``LanguageModel``: for training alone."""
-    outputs = model(window.inputs, hyper, window.state)
+    outputs = _outputs(model, window, hyper)
     loss = _cross_entropy(outputs.logits, window, "mean") + activation_penalty(outputs.raw, outputs.dropped, hyper)
     return loss, outputs.state
 
 
 def next_word_scores(model: nn.Module, window: Window, hyper: HyperBatch) -> tuple[dict[str, Tensor], State]:
     """The cross entropy of the window's words in nats, summed, as ``loss``; and the state after it."""
-    logits, state, *_ = model(window.inputs, hyper, window.state)
+    logits, state, *_ = _outputs(model, window, hyper)
     return {"loss": _cross_entropy(logits, window, "sum")}, state
 
 
@@ -65,6 +65,12 @@ def with_perplexity(means: dict[str, float]) -> dict[str, float]:
     except OverflowError:
         perplexity = math.inf
     return {**means, "perplexity": perplexity}
+
+
+def _outputs(model: nn.Module, window: Window, hyper: HyperBatch) -> Any:
+    if not isinstance(window, Window):
+        raise TypeError(f"a language model reads windows of Streams or WholeText; got a {type(window).__name__}")
+    return model(window.inputs, hyper, window.state)
 
 
 def _cross_entropy(logits: Tensor, window: Window, reduction: str) -> Tensor:

@@ -38,27 +38,39 @@ class _Carrier:
         """Keeps what window ``index`` leaves, cut off from the graph that made it."""
         self._next, self._state = index + 1, _mapped(Tensor.detach, state)
 
-    def _state_for(self, index: int) -> State | None:
-        if self._next not in (None, index):
+    def state_for(self, index: int) -> State | None:
+        """The state that window ``index`` starts from.
+
+        Raises:
+            ValueError: it is not there: windows are gone through in another order, or a state was not carried on.
+        """
+        if self._next != index:
+            at_hand = "none has been carried" if self._next is None else f"the one at hand is for window {self._next}"
             raise ValueError(
-                f"window {index} cannot be read yet: the state is what window {self._next} wants; "
-                "windows that carry a state are read in order, each after its step"
+                f"the state of window {index} is what window {index - 1} leaves, and {at_hand}: take windows in order, "
+                "and after each step window.carry(state), with None for a model without one"
             )
         return self._state
 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of every stream: ``inputs`` and ``targets`` (T, B), and the ``state`` left by the window before.
+    """A stretch of every stream: ``inputs`` and ``targets`` (T, B), and the ``state`` left by the window before."""
 
-    ``state`` is None at the beginning of a text, where a model starts from zero.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    state: State | None
+    inputs: Tensor = field(repr=False)
+    targets: Tensor = field(repr=False)
     index: int
+    begins: bool
     carrier: _Carrier = field(repr=False)
+
+    @property
+    def state(self) -> State | None:
+        """What the window before left; None where a text or a pass begins, and a model starts from zero.
+
+        Raises:
+            ValueError: the state at hand is for another window, or none was carried on.
+        """
+        return None if self.begins else self.carrier.state_for(self.index)
 
     @property
     def examples(self) -> int:
@@ -77,6 +89,8 @@ def without_state(outcome: Any, batch: Split | Window) -> Any:
         TypeError: there is a state, and ``batch`` is no window that could carry it.
     """
     if not isinstance(outcome, tuple):
+        if isinstance(batch, Window):
+            batch.carry(None)
         return outcome
     if not isinstance(batch, Window):
         raise TypeError("the objective returns a state, which no batch but a Window of Streams carries to the next one")
@@ -127,13 +141,8 @@ class Streams(_Carrier):
         self.per_pass = len(split.targets) // self.examples
 
     def __getitem__(self, index: int) -> Window:
-        """Window number ``index`` of the sequence, which starts at 0 and has no end.
-
-        Raises:
-            ValueError: the state at hand is for another window of a pass.
-        """
+        """Window number ``index`` of the sequence, which starts at 0 and has no end."""
         number, position = divmod(index, self.per_pass)
-        state = self._state_for(index) if position else None
         length = self.per_pass * self.window
         start = self._start(number)
         rows = slice(position * self.window, (position + 1) * self.window)
@@ -141,7 +150,7 @@ class Streams(_Carrier):
             part[start : start + self.batch_size * length].view(self.batch_size, length)[:, rows].t().contiguous()
             for part in self.split
         )
-        return Window(inputs.to(self.device), targets.to(self.device), state, index, self)
+        return Window(inputs.to(self.device), targets.to(self.device), index, position == 0, self)
 
     def _start(self, number: int) -> int:
         spare = len(self.split.targets) - self.per_pass * self.examples
@@ -166,6 +175,8 @@ class WholeText(_Carrier):
 
     def __init__(self, split: Split, streams: int, size: int, device: torch.device | None = None) -> None:
         super().__init__()
+        if streams < 1 or size < 1:
+            raise ValueError(f"WholeText wants streams and size of at least 1; got {streams} and {size}")
         self.split, self.device = split, device
         count = len(split.targets)
         bounds = torch.arange(min(streams, count) + 1, device=split.targets.device) * count // min(streams, count)
@@ -181,7 +192,7 @@ class WholeText(_Carrier):
             over = place >= self._ends
             inputs, targets = (part[place.clamp(max=len(part) - 1)] for part in self.split)
             targets = targets.masked_fill(over, IGNORED)
-            yield Window(inputs.to(self.device), targets.to(self.device), self._state_for(index), index, self)
+            yield Window(inputs.to(self.device), targets.to(self.device), index, index == 0, self)
 
 
 def misfit(split: Split, batch_size: int, window: int) -> str | None:

@@ -206,16 +206,18 @@ def test_it_is_chosen_where_it_is_proven_and_where_it_is_asked_for(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton's interpreter is off")
-def test_the_operation_takes_it_where_it_is_chosen(monkeypatch):
+@pytest.mark.parametrize("expanded", [False, True])
+def test_the_operation_takes_it_where_it_is_chosen(expanded, monkeypatch):
     """Every gradient of gated_lstm, from emulated recurrences between the interpreter's products."""
     device = EmulatedDevice(8, 166_912)
     device.take_the_place_of_cuda(monkeypatch)
     monkeypatch.setattr(persistent, "chosen", lambda *sizes: sizes == (3, 13, torch.bfloat16, CPU))
     leaves, incoming = layer(2, 3, 5, 13, 2)
+    given = None if expanded else incoming
     with use_backend("triton"):
-        got = differentiated(gated_lstm, leaves, incoming, torch.bfloat16)
+        got = differentiated(gated_lstm, leaves, given, torch.bfloat16)
     assert [expression.split("<")[0][-8:] for expression, _ in device.launched] == ["_forward", "backward"]
-    plain, exact = (differentiated(reference, leaves, incoming, d) for d in (torch.bfloat16, torch.float64))
+    plain, exact = (differentiated(reference, leaves, given, d) for d in (torch.bfloat16, torch.float64))
     for three in zip(got, plain, exact, strict=True):
         assert_twice_as_good(*three)
 

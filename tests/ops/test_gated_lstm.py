@@ -256,10 +256,11 @@ def test_reverse_is_the_flipped_sequence():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_validation_step_computes_no_weight_gradient(dtype):
+def test_validation_step_computes_no_weight_gradient(dtype, monkeypatch):
     """Frozen parameters: of the large products only those behind dx and the hidden states may run."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    monkeypatch.setattr(_products, "library", lambda: "torch.mm")  # the other's are not counted
     steps, batch, inputs, hidden, n = 8, 32, 48, 40, 3
     results = apply(gated_lstm, leaves(operands(steps, batch, inputs, hidden, n, dtype=dtype), wanted=VALIDATION))
     with FlopCounterMode(display=False) as counter:
@@ -370,9 +371,12 @@ def test_folded_layer_carries_gradients_to_h_and_the_state(bias):
         assert relative_error(mine, wish.view_as(mine)) < 1e-12
 
 
-def test_forward_mode_tangent_is_not_silently_zero():
+@pytest.mark.parametrize("shared", [False, True])
+def test_forward_mode_tangent_is_not_silently_zero(shared):
     primals = operands(3, 2, 4, 5, 2, dtype=torch.float64)
     tangents = operands(3, 2, 4, 5, 2, dtype=torch.float64, seed=1)
+    if shared:
+        primals[-1], tangents[-1] = primals[-1][0], tangents[-1][0]
     _, got = torch.func.jvp(lambda *t: apply(gated_lstm, t), tuple(primals), tuple(tangents))
     step = 1e-6
     ahead = apply(gated_lstm, [p + step * t for p, t in zip(primals, tangents, strict=True)])
@@ -381,11 +385,13 @@ def test_forward_mode_tangent_is_not_silently_zero():
         assert relative_error(tangent, (a - b) / (2 * step)) < 1e-7
 
 
-def test_works_under_grad_and_vmap_of_torch_func():
+@pytest.mark.parametrize("shared", [False, True])
+def test_works_under_grad_and_vmap_of_torch_func(shared):
     x, *tensors, h = operands(3, 2, 4, 5, 2, dtype=torch.float64)
+    h = h[0] if shared else h
     grad = torch.func.grad(lambda h_: apply(gated_lstm, [x, *tensors, h_])[0].square().sum())(h)
     leaf = h.clone().requires_grad_()
-    want = torch.autograd.grad(apply(reference, [x, *tensors, leaf])[0].square().sum(), leaf)[0]
+    want = torch.autograd.grad(apply(reference, [x, *tensors, leaf.expand(2, 2)])[0].square().sum(), leaf)[0]
     assert relative_error(grad, want) < 1e-12
     many = torch.vmap(lambda x_: apply(gated_lstm, [x_, *tensors, h])[0])(torch.stack([x, 2 * x]))
     assert relative_error(many[1], apply(gated_lstm, [2 * x, *tensors, h])[0]) < 1e-12
@@ -504,7 +510,7 @@ def test_memory_kept_for_backward_is_what_is_stated():
         ("from_input.bias", torch.randn(1), r"from_input.bias must be \(28,\)"),
         ("h", torch.randn(5, 3), r"h must be \(4, 3\).*got \(5, 3\)"),
         ("h", torch.randn(4, 1, 3), r"h \(B, n\) or \(n,\)"),
-        ("h", torch.randn(4, 3, dtype=torch.float64), r"h is torch.float64.*x torch.float32"),
+        ("h", torch.randn(4, 3, dtype=torch.float64), r"h is torch.float64.*from_input.weight torch.float32"),
         ("from_hidden.weight", torch.randn(28, 7, device="meta"), r"from_hidden.weight is torch.float32 on meta"),
         ("from_hidden.bias", None, r"of both from_input and from_hidden, or none"),
     ],
@@ -524,5 +530,5 @@ def test_biases_on_one_side_alone_are_refused():
 
 def test_whole_numbers_are_refused():
     tensors = [t.to(torch.int64) for t in operands(3, 4, 5, 7, 3)]
-    with pytest.raises(ValueError, match=r"floating point tensors; got torch.int64"):
+    with pytest.raises(ValueError, match=r"floating point numbers; got torch.int64"):
         apply(gated_lstm, tensors)

@@ -149,7 +149,9 @@ def test_fixed_hyperparameters_leave_an_lstms_response_out_too(batch):
     before = snapshot(model)
     FixedHyperparameters(model, SPACE, decayed_classification_loss).train_step(batch, 0)
     plain = torch.nn.LSTM(6, 4, 2, bidirectional=True)
-    assert moved(before, model) == {f"lstm.{name}" for name, _ in plain.named_parameters()}
+    own = {f"lstm.{name}" for name, _ in plain.named_parameters()}
+    assert moved(before, model) == own
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == own
 
 
 def test_fixed_hyperparameters_without_dropout_are_plain_torch_training(batch):

@@ -90,8 +90,9 @@ def test_a_window_out_of_order_is_refused_rather_than_given_anothers_state():
     text[0].carry(torch.zeros(1))
     text[1].carry(torch.ones(1))
     for index in (1, 3):
-        with pytest.raises(ValueError, match=rf"window {index} cannot be read yet: the state is what window 2 wants"):
-            text[index]
+        says = rf"state of window {index} is what window {index - 1} leaves, and the one at hand is for window 2: take"
+        with pytest.raises(ValueError, match=says):
+            text[index].state  # noqa: B018
     assert torch.equal(text[2].state, torch.ones(1))
     assert text[8].state is None
 
@@ -103,8 +104,34 @@ def test_a_state_put_back_goes_on_and_is_no_view_of_anything_larger():
     assert saved["state"][0].untyped_storage().nbytes() == 8
     again.load_state_dict(saved)
     assert torch.equal(again[1].state[0], torch.tensor([0.0, 1.0]))
-    with pytest.raises(ValueError, match="window 2 cannot be read yet"):
-        again[2]
+    with pytest.raises(ValueError, match="the one at hand is for window 1"):
+        again[2].state  # noqa: B018
+
+
+def test_a_state_that_is_never_carried_on_is_noticed():
+    text, whole = streams(), iter(WholeText(counted(10), 2, 4))
+    assert text[0].state is None
+    assert next(whole).state is None
+    for window in (text[1], next(whole)):
+        with pytest.raises(ValueError, match="window 0 leaves, and none has been carried"):
+            window.state  # noqa: B018
+
+
+def test_a_model_without_a_state_says_so():
+    text = streams()
+    for index in range(4):
+        assert text[index].state is None
+        assert without_state(torch.ones(()), text[index]) == 1
+
+
+def test_a_windows_repr_is_a_line():
+    assert repr(streams()[1]) == "Window(index=1, begins=False)"
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 4), (2, 0)])
+def test_an_evaluation_in_no_streams_or_no_words_is_refused(count, size):
+    with pytest.raises(ValueError, match=f"WholeText wants streams and size of at least 1; got {count} and {size}"):
+        WholeText(counted(10), count, size)
 
 
 @pytest.mark.parametrize(
