@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from uuid import uuid4
 
 from stn_fast.errors import UserError
 
@@ -29,14 +30,30 @@ class Published:
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """The folder that holds a folder for every data set: ``root``, else STN_FAST_DATA, else ~/.cache/stn_fast/data."""
-    chosen = root or os.environ.get("STN_FAST_DATA") or Path.home() / ".cache" / "stn_fast" / "data"
-    return Path(chosen).expanduser()
+    """The folder that holds a folder for every data set: ``root``, else STN_FAST_DATA, else ~/.cache/stn_fast/data.
+
+    Raises:
+        UserError: there is no home directory where one is needed.
+    """
+    return _expanded(
+        root or os.environ.get("STN_FAST_DATA") or "~/.cache/stn_fast/data", "--data-root or STN_FAST_DATA"
+    )
 
 
 def cache_root() -> Path:
-    """The folder of what can be made again: STN_FAST_CACHE, else ~/.cache/stn_fast."""
-    return Path(os.environ.get("STN_FAST_CACHE") or Path.home() / ".cache" / "stn_fast").expanduser()
+    """The folder of what can be made again: STN_FAST_CACHE, else ~/.cache/stn_fast.
+
+    Raises:
+        UserError: there is no home directory where one is needed.
+    """
+    return _expanded(os.environ.get("STN_FAST_CACHE") or "~/.cache/stn_fast", "STN_FAST_CACHE")
+
+
+def _expanded(path: str | Path, setting: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"there is no home directory that {path} could be in; name a folder with {setting}") from None
 
 
 def verified(path: Path, published: Published) -> bytes:
@@ -81,7 +98,7 @@ def downloaded(path: Path, published: Published) -> Iterator[Path]:
         verified(path, published)
         yield path
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_of(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -89,6 +106,11 @@ def downloaded(path: Path, published: Published) -> Iterator[Path]:
         yield partial
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """A name beside ``path`` for what is to become it, nobody else's: machines that share a disk share process ids."""
+    return path.with_name(f".{path.name}.{uuid4().hex}.partial")
 
 
 @contextmanager
@@ -120,7 +142,7 @@ def _download(path: Path, partial: Path, published: Published) -> None:
         failures.append(f"{url} {damage}")
     raise UserError(
         f"{path} is missing, and {'; '.join(failures)}: put the file there by hand, "
-        "or name the folder that has it with --data-root or STN_FAST_DATA"
+        f"or name the folder that has {path.parent.name}/{path.name} with --data-root or STN_FAST_DATA"
     )
 
 

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stn_fast.data.download import cache_root
+from stn_fast.data.download import cache_root, partial_of
 from stn_fast.data.splits import DataSet, Split
 from stn_fast.errors import UserError
 
@@ -100,11 +99,15 @@ def corpus_of(
         raise UserError(f"min_count = {min_count}: must be at least 1, which keeps every word")
     if not 0 < train_fraction <= 1:
         raise UserError(f"train_fraction (--train-fraction) = {train_fraction}: must be above 0 and at most 1")
-    if not cache:
+    try:
+        root = cache_root() if cache else None
+    except UserError:  # the cache saves time and nothing else
+        root = None
+    if root is None:
         return _built(texts, names, min_count, train_fraction)
     digests = [hashlib.sha256(contents).hexdigest() for contents in texts]
     key = [FORMAT, *digests, min_count, float(train_fraction)]
-    path = cache_root() / "corpora" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.corpus"
+    path = root / "corpora" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.corpus"
     if (corpus := _restored(path)) is None:
         corpus = _built(texts, names, min_count, train_fraction)
         _keep(path, corpus)
@@ -167,7 +170,7 @@ def _numbered(words: list[str], numbers: dict[str, int]) -> Tensor:
 
 def _keep(path: Path, corpus: Corpus) -> None:
     """Writes the corpus whole or not at all. Where the disk refuses, the next load is as slow as this one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_of(path)
     buffer = io.BytesIO()
     arrays = {name: getattr(corpus, name).numpy().astype(np.int32) for name in ("train", "valid", "test")}
     words = np.frombuffer("\n".join(corpus.words).encode(), np.uint8)

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 
-from stn_fast.data.download import Published, data_root, downloaded, writing
+from stn_fast.data.download import Published, data_root, downloaded, partial_of, writing
 from stn_fast.data.text import Corpus, corpus_of, read
 from stn_fast.errors import UserError
 
@@ -22,7 +21,10 @@ ARCHIVE = Published(
     "wikitext-2-v1.zip",
     4475746,
     "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
-    ("https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-2-v1.zip",),
+    (
+        "https://wikitext.smerity.com/wikitext-2-v1.zip",  # an author's
+        "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-2-v1.zip",  # the first; refuses since 2024
+    ),
 )
 
 
@@ -62,7 +64,7 @@ def unpack(archive: Path, folder: Path, names: Sequence[str]) -> None:
     """Puts the files ``names`` of the checked archive into ``folder``, each whole or not at all."""
     with zipfile.ZipFile(archive) as source:
         for name in names:
-            partial = folder / f".{name}.{os.getpid()}.partial"
+            partial = partial_of(folder / name)
             try:
                 with writing(folder / name):
                     partial.write_bytes(source.read(f"{FOLDER}/{name}"))

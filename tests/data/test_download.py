@@ -1,11 +1,12 @@
 """Downloads: a file is there whole and as published, or not at all, and an error says in one line what to do."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 
 from stn_fast.data import data_root
-from stn_fast.data.download import Published, fetch, verified
+from stn_fast.data.download import Published, cache_root, fetch, partial_of, verified
 from stn_fast.errors import UserError
 
 CONTENTS = bytes(range(256)) * 5000
@@ -48,6 +49,25 @@ def test_where_no_address_gives_the_file_the_error_says_which_from_where_and_wha
     said = refused(tmp_path, published(url))
     for part in (str(tmp_path / "file.bin"), url, "404", "by hand", "--data-root", "STN_FAST_DATA"):
         assert part in said
+
+
+def test_what_is_not_whole_yet_has_a_name_that_nobody_else_writes(tmp_path):
+    names = {partial_of(tmp_path / "file.bin") for _ in range(10)}
+    assert len(names) == 10
+    assert {name.parent for name in names} == {tmp_path}
+
+
+def test_without_a_home_directory_the_setting_that_helps_is_named(monkeypatch):
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.delenv("STN_FAST_DATA", raising=False)
+    with pytest.raises(UserError, match=r"no home directory.*--data-root or STN_FAST_DATA"):
+        data_root()
+    monkeypatch.delenv("STN_FAST_CACHE", raising=False)
+    with pytest.raises(UserError, match=r"no home directory.*STN_FAST_CACHE"):
+        cache_root()
 
 
 def test_no_network_is_one_line(tmp_path, server):

@@ -185,6 +185,14 @@ def test_a_kill_while_the_cache_is_written_leaves_nothing_of_that_name(files, ca
     assert list(cache.iterdir()) == []
 
 
+def test_without_a_place_for_a_cache_the_corpus_is_the_same(files, monkeypatch):
+    def homeless():
+        raise UserError("there is no home directory")
+
+    monkeypatch.setattr(text, "cache_root", homeless)
+    assert same(text.load(*files()), text.load(*files(), cache=False))
+
+
 def test_without_a_cache_nothing_is_written(files, cache):
     text.load(*files(), cache=False)
     assert not cache.exists()

@@ -144,3 +144,10 @@ def test_misfits_are_named():
         layer_of(padding_idx=30)
     with pytest.raises(IndexError, match=r"30 rows, so tokens are 0 to 29; got 30"):
         layer(torch.tensor([30]), sampled(1))
+    with pytest.raises(TypeError, match="HyperEmbedding wants a HyperBatch, or its response as a tensor; got NoneType"):
+        layer(words(4), None)
+    dropout = stn.EmbeddingDropout("rate", stream=1)
+    with pytest.raises(TypeError, match="draws by a HyperBatch in training mode; got Tensor"):
+        dropout(layer, words(5, 4), sampled(4).response, 1)
+    with pytest.raises(TypeError, match="EmbeddingDropout wants a HyperEmbedding; got Embedding"):
+        dropout(torch.nn.Embedding(3, 2), words(5, 4), sampled(4), 1)

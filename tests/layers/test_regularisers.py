@@ -3,6 +3,7 @@ import torch
 
 import stn_fast as stn
 from stn_fast import functional
+from stn_fast.layers.regularisers import DropConnect
 
 SPACE = stn.HyperparameterSpace(
     [
@@ -84,6 +85,27 @@ def test_a_rate_that_could_leave_its_domain_is_refused(name, bounds):
 def test_a_noise_scale_that_could_be_negative_is_refused():
     with pytest.raises(ValueError, match=r"'negative' is a noise scale.*got low=-0.5"):
         stn.PerExampleNoise("negative", stream=1)(torch.ones(3, 4), sampled(3))
+
+
+def test_a_rate_of_whole_numbers_is_refused():
+    space = stn.HyperparameterSpace([stn.Hyperparameter("whole", low=0.0, high=0.9, init=0.4, integer=True)])
+    hyper = space.at(space.initial_state()[0], batch_size=3)
+    with pytest.raises(ValueError, match="'whole' is a dropout rate, and integer=True leaves it nothing but 0"):
+        stn.PerExampleDropout("whole", stream=1)(torch.ones(3, 4), hyper)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        stn.PerExampleDropout("rate", stream=1),
+        stn.PerExampleDropout2d("rate", stream=1),
+        stn.PerExampleNoise("noise", stream=1),
+        DropConnect("rate", stream=1),
+    ],
+)
+def test_a_response_alone_says_nothing_to_draw_by(layer):
+    with pytest.raises(TypeError, match=r"\('(rate|noise)'\) draws by a HyperBatch in training mode; got Tensor"):
+        layer(torch.ones(3, 4, 2, 2), sampled(3).response)
 
 
 def test_misfits_are_named():

@@ -58,6 +58,12 @@ def test_a_weight_that_could_be_negative_is_refused():
         activation_penalty(*activations(), batch_of(Hyperparameter("activation_regularization", init=1.0)))
 
 
+@pytest.mark.parametrize("objective", [next_word_loss, regularised_next_word_loss, next_word_scores])
+def test_a_batch_that_is_no_window_is_named(objective):
+    with pytest.raises(TypeError, match="reads windows of Streams or WholeText; got a Split"):
+        objective(torch.nn.Identity(), Split(torch.zeros(3), torch.zeros(3)), None)
+
+
 def test_training_is_penalised_and_validation_is_not():
     space = HyperparameterSpace([ALPHA, BETA])
     hyper = space.at(space.initial_state()[0], batch_size=4)
