@@ -48,6 +48,12 @@ class Corpus(NamedTuple):
         end = self.words.index(END)
         return DataSet(*(predictions(tokens, end) for tokens in (self.train, self.valid, self.test)))
 
+    def unknown_share(self) -> float:
+        """The share of the test text that is read as ``<unk>``, without which its perplexity says little."""
+        if UNKNOWN not in self.words:
+            return 0.0
+        return (self.test == self.words.index(UNKNOWN)).double().mean().item()
+
 
 def predictions(tokens: Tensor, before: int) -> Split:
     """Targets ``tokens`` (N,), in the order of the text; inputs (N,) the word before each, ``before`` for the first."""

@@ -94,4 +94,5 @@ def build_task(config: Config, load: Callable[..., Corpus]) -> Task:
         scores=language.next_word_scores,
         report=language.with_perplexity,
         batching=ContinuousText(text.window, text.valid_streams, text.test_streams),
+        facts={"vocabulary": len(corpus.words), "unknown_share": corpus.unknown_share()},
     )

@@ -29,6 +29,10 @@ class BatchSequence(Protocol):
 class Batching(Protocol):
     """How batches are made of a split."""
 
+    @property
+    def unit(self) -> str:
+        """What an example is called, of several."""
+
     def sequence(
         self, split: Split, batch_size: int, *, seed: int, stream: int, device: torch.device | None = None
     ) -> BatchSequence:
@@ -43,6 +47,8 @@ class Batching(Protocol):
 
 class IndependentExamples:
     """Examples in any order: ``Batches`` to learn from, each split from front to back to evaluate."""
+
+    unit = "examples"
 
     def sequence(
         self, split: Split, batch_size: int, *, seed: int, stream: int, device: torch.device | None = None

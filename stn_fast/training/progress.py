@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
 LINES = 12  # about so many progress lines where there is no terminal
+SILENCE = 60.0  # seconds without a line after which there is one more
+REDRAW = 0.1  # seconds between two pictures of the bar
+BAR = "{percentage:3.0f}%|{bar}| epoch {n:.2f}/{total} [{elapsed}<{remaining}{postfix}]"
 
 
 class Progress:
@@ -17,11 +21,13 @@ class Progress:
     def __init__(self, epochs: int = 0, quiet: bool = False) -> None:
         self.epochs, self.quiet = epochs, quiet
         self._bar: Any = None
+        self._shown = time.monotonic()
 
     def say(self, text: str) -> None:
         """One line of news."""
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
+            self._shown = time.monotonic()
 
     def warn(self, text: str) -> None:
         """One line that matters even in silence."""
@@ -38,12 +44,23 @@ class Progress:
         if self._bar is not None:
             self._bar.n = epoch
             self._bar.set_postfix_str(text)
-        elif epoch % max(1, self.epochs // LINES) == 0 or epoch == self.epochs:
+        elif epoch % max(1, self.epochs // LINES) == 0 or epoch == self.epochs or self._silent_for(SILENCE):
             self.say(f"epoch {epoch:4d}/{self.epochs}  step {row['step']:6d}  {row['wall_seconds']:6.1f} s  {text}")
+
+    def step(self, passes: float) -> None:
+        """Shows how many times the training set has been gone through, a part of one included."""
+        if self._bar is not None and self._silent_for(REDRAW):
+            self._bar.n, self._shown = passes, time.monotonic()
+            self._bar.refresh()
+        elif self._bar is None and self._silent_for(SILENCE):
+            self.say(f"epoch {passes:7.2f}/{self.epochs}")
+
+    def _silent_for(self, seconds: float) -> bool:
+        return time.monotonic() - self._shown >= seconds
 
     def __enter__(self) -> Progress:
         if not self.quiet and sys.stderr.isatty():
-            self._bar = tqdm(total=self.epochs, unit="epoch", file=sys.stderr, dynamic_ncols=True)
+            self._bar = tqdm(total=self.epochs, bar_format=BAR, file=sys.stderr, dynamic_ncols=True)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -62,6 +79,8 @@ def summary(result: dict[str, Any]) -> str:
         f"{name:<{width}}  {start[name]:9.3g}  {best[name]:9.3g}  {end[name]:9.3g}  {moved[name]:+8.1f}"
         for name in best
     ]
+    if result["method"] == "stn" and result["valid_steps"] == 0:
+        lines.append("the run ended in its warm-up: nothing has been tuned yet")
     lines.append(
         f"best validation loss {result['valid_loss']:.4f} at step {result['best_step']} of {result['steps']}; there, "
         f"test loss {result['test_loss']:.4f}"
@@ -72,4 +91,8 @@ def summary(result: dict[str, Any]) -> str:
         f"{result['steps']} steps at {result['steps_per_second']:.4g} a second, ended by {result['ended_by']}; "
         f"at most {result['peak_bytes'] / 1e6:,.0f} MB of memory"
     )
+    if "vocabulary" in result:
+        lines.append(
+            f"{result['vocabulary']:,} words are known; {result['unknown_share']:.1%} of the test text is read as <unk>"
+        )
     return "\n".join(lines)

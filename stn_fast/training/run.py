@@ -61,7 +61,8 @@ def _train(
     config: Config, build_task: Callable[[Config], Task], directory: RunDirectory, resume: bool, progress: Progress
 ) -> dict[str, Any]:
     task = checked_task(config, build_task)
-    trainer = Trainer(config, task, build_method(config, task), directory.checkpoints, progress.row)
+    trainer = Trainer(config, task, build_method(config, task), directory.checkpoints, progress.row, progress.step)
+    progress.say(_about(config, task, trainer))
     if resume:
         _continue(trainer, directory, progress)
     else:
@@ -73,6 +74,16 @@ def _train(
     result = best_result(trainer, task, progress)
     directory.write_result(result)
     return result
+
+
+def _about(config: Config, task: Task, trainer: Trainer) -> str:
+    """One line on what is about to be learnt, and from how much."""
+    train, valid, test = (len(split.targets) for split in task.data)
+    parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    return (
+        f"{config.recipe}, {config.method.label}: {train:,} training, {valid:,} validation, {test:,} test "
+        f"{task.batching.unit}; {parameters:,} parameters; {trainer.train_batches.per_pass:,} training steps an epoch"
+    )
 
 
 def _continue(trainer: Trainer, directory: RunDirectory, progress: Progress) -> None:
@@ -153,12 +164,14 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
         "method": config.method.label,
         "seed": config.seed,
         "steps": steps,
+        "valid_steps": trainer.valid_steps,
         "epochs": epochs,
         "ended_by": trainer.ended_by,
         "best_step": trainer.best["step"],
         "wall_seconds": round(trainer.wall_seconds, 3),
         "steps_per_second": round(steps / max(trainer.step_seconds, 1e-9), 2),
         "peak_bytes": peak_bytes(config.device),
+        **task.facts,
         **{f"{split}_{name}": value for split, values in scores.items() for name, value in values.items()},
         "hyperparameters": space.values(location),
         "hyperparameters_start": space.values(start),

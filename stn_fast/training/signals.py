@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 
@@ -30,6 +32,9 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
+        if number == signal.SIGINT and sys.stderr.isatty():
+            # Not print: a handler may come in the middle of one.
+            os.write(sys.stderr.fileno(), b"\nstopping after this step or evaluation; Ctrl-C again stops at once\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -219,6 +219,7 @@ class ContinuousText:
     window: int = 70
     valid_streams: int = 10
     test_streams: int = 1
+    unit: ClassVar[str] = "words"
 
     def sequence(
         self, split: Split, batch_size: int, *, seed: int, stream: int, device: torch.device | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,8 @@ class Task:
 
     ``training_objective`` may carry penalties; ``validation_objective`` must not: the hyperparameters descend it.
     ``scores`` reports on a split; it must include ``loss``, the validation objective as a sum. ``report`` may add to
-    their means what is no mean itself. ``batching`` makes the batches that all of them see.
+    their means what is no mean itself. ``batching`` makes the batches that all of them see. ``facts`` are what a result
+    should say of the data, for it to be compared with others.
     """
 
     space: HyperparameterSpace
@@ -42,6 +43,7 @@ class Task:
     scores: Scores
     report: Report = dict
     batching: Batching = field(default_factory=IndependentExamples)
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 def classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:

@@ -39,6 +39,7 @@ class Trainer:
         config, task, method: what to run.
         checkpoints: the directory that holds ``step-XXXXXXXX/``.
         report: called with every row as it is written.
+        on_step: called after every step with the passes over the training set, a part of one included.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class Trainer:
         method: FixedHyperparameters,
         checkpoints: Path,
         report: Callable[[Row], None] = lambda row: None,
+        on_step: Callable[[float], None] = lambda passes: None,
     ) -> None:
         schedule = config.schedule
         self.config, self.task, self.method, self.checkpoints = config, task, method, checkpoints
-        self.report = report
+        self.report, self.on_step = report, on_step
         train, valid, _ = task.data
         device = method.location.device
         sequence, seed = task.batching.sequence, config.seed
@@ -127,6 +129,7 @@ class Trainer:
                 self._close_epoch(log)
             while not self.finished:
                 self._advance()
+                self.on_step(self.train_steps / self.train_batches.per_pass)
                 if self._epoch_closed:
                     self._close_epoch(log)
                 if stop.number is not None:

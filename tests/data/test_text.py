@@ -88,6 +88,8 @@ def test_words_rarer_than_the_minimum_count_are_unknown(files):
     assert set(corpus.words) == {"the", "<eos>", "dog", "<unk>"}
     assert said(corpus, "train") == "the <unk> <unk> the dog <eos> <eos> the dog <unk> <eos>"
     assert said(corpus, "valid") == "the dog <unk> the <unk> <eos>"
+    test = said(corpus, "test").split()
+    assert corpus.unknown_share() == test.count("<unk>") / len(test)
 
 
 def test_the_unknown_word_of_the_training_text_takes_the_new_ones(files):

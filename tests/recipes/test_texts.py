@@ -14,6 +14,7 @@ from stn_fast.errors import UserError
 from stn_fast.recipes import ptb_small, recipe
 from stn_fast.training.layering import resolve
 from stn_fast.training.methods import build_method
+from stn_fast.training.progress import summary
 from stn_fast.training.run import checked_task, run
 from stn_fast.training.spaces import build_space
 
@@ -134,6 +135,14 @@ def test_only_frequent_words_of_the_share_that_is_trained_on_are_known(short):
     assert [len(split.targets) for split in part] == [550, 600, 500]
     rare = recipe("ptb").build(short("ptb", "text.min_count=1000"))
     assert rare.model.embedding.num_embeddings == 2  # <unk> and <eos>
+
+
+def test_a_result_says_how_many_words_are_known(short):
+    got = run(short("text", "text.min_count=105", "schedule.max_steps=2"), recipe("text").build)
+    assert 2 < got["vocabulary"] < 22
+    assert 0 < got["unknown_share"] < 1
+    assert f"{got['vocabulary']} words are known; {got['unknown_share']:.1%} of the test text is" in summary(got)
+    assert "ended in its warm-up: nothing has been tuned" in summary(got)
 
 
 def test_weights_are_drawn_from_the_seed(short):
