@@ -49,9 +49,11 @@ def check_examples(who: str, x: Tensor, hyper: HyperBatch | Tensor, example_dim:
     """Raises ValueError where a HyperBatch has another number of examples than x."""
     in_range = -x.ndim <= example_dim < x.ndim
     if not isinstance(hyper, Tensor) and in_range and x.shape[example_dim] != len(hyper):
+        fitting = [dim for dim, size in enumerate(x.shape) if size == len(hyper)]
+        hint = f"; dimension {fitting[0]} has that many" if fitting else ""
         raise ValueError(
             f"{who}: the HyperBatch has {len(hyper)} examples, but x {tuple(x.shape)} has "
-            f"{x.shape[example_dim]} in dimension {example_dim}"
+            f"{x.shape[example_dim]} in dimension {example_dim}{hint}"
         )
 
 
