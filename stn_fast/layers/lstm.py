@@ -98,8 +98,8 @@ class HyperLSTM(nn.Module):
         return [f"l{layer}", f"l{layer}_reverse"] if self.bidirectional else [f"l{layer}"]
 
     def _add_regularisers(self, dropout: str | float | None, recurrent_dropout: str | None, stream: int | None) -> None:
-        for name, value in (("dropout", dropout or None), ("recurrent_dropout", recurrent_dropout)):
-            if value is not None and not isinstance(value, str):
+        for name, value in (("dropout", None if dropout == 0 else dropout), ("recurrent_dropout", recurrent_dropout)):
+            if value is not None and not (isinstance(value, str) and value):
                 raise ValueError(
                     f"HyperLSTM wants {name} as the name of the hyperparameter that is its rate; got {value!r}"
                 )
@@ -201,6 +201,10 @@ class HyperLSTM(nn.Module):
         shape = self._state_shape() if batch is None else self._state_shape(batch)
         meaning = "H), to fit x without a batch" if batch is None else f"B, H), to fit a batch of {batch}"
         for name, tensor in zip(("h_0", "c_0"), state, strict=True):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(
+                    f"HyperLSTM wants state as two tensors, (h_0, c_0); got {name} as {type(tensor).__name__}"
+                )
             if tensor.shape != shape:
                 raise ValueError(
                     f"HyperLSTM: {name} must be {shape}, (num_layers · directions, {meaning}; got {tuple(tensor.shape)}"

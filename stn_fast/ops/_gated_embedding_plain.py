@@ -66,7 +66,8 @@ def backward_plain(
     Rows of E and R add up over the positions of a word. `sparse` leaves that to the caller: their gradients are then
     what each position contributes, (positions, D).
     """
-    g = de if scale is None else de * scale[tokens].to(de.dtype)[:, None]
+    factor = None if scale is None else scale[tokens].to(de.dtype)[:, None]
+    g = de if factor is None else de * factor
     d_weight = d_response_weight = d_weight_gate = dh = None
 
     def summed(rows: Tensor) -> Tensor:
@@ -81,7 +82,10 @@ def backward_plain(
     if wanted.weight_gate or wanted.h:
         # Sums over positions, then over examples: 16-bit operands would be rounded twice, so these run in float32.
         wide = torch.promote_types(de.dtype, torch.float32)
-        ds = _examples(g.to(wide) * F.embedding(tokens, response_weight), outer, len(h), inner)
+        response = F.embedding(tokens, response_weight)
+        if factor is not None:
+            response = torch.where(factor == 0, 0, response)  # 0 · ∞ is no 0, and a dropped row may hold anything
+        ds = _examples(g.to(wide) * response, outer, len(h), inner)
         d_weight_gate = (ds.T @ h.to(wide)).to(de.dtype) if wanted.weight_gate else None
         dh = (ds @ weight_gate.to(wide)).to(de.dtype) if wanted.h else None
     return Gradients(d_weight, d_response_weight, d_weight_gate, dh)

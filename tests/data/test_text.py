@@ -106,6 +106,12 @@ def test_a_share_of_the_training_text_is_its_start_and_makes_the_vocabulary(file
     assert len(part.valid) == len(whole.valid)
 
 
+def test_a_share_without_a_line_end_still_knows_it(files):
+    corpus = text.load(*files(test="the cat\n"), train_fraction=0.45)
+    assert said(corpus, "train") == "the cat saw the dog"
+    assert said(corpus, "valid") == "the dog saw the cat <eos>"
+
+
 def test_every_word_is_a_target_once_and_its_input_the_word_before(files):
     corpus = text.load(*files())
     inputs, targets = corpus.data_set().test
@@ -121,6 +127,7 @@ def test_every_word_is_a_target_once_and_its_input_the_word_before(files):
         ({"test": b"fine\nna\xefve\n"}, "test.txt is not UTF-8: byte 0xef at offset 7 cannot be decoded"),
         ({"train": b"\xef\xbb\xbfab\xff"}, "train.txt is not UTF-8: byte 0xff at offset 5"),
         ({"valid": "the <eos> cat\nthe bird\n"}, "valid.txt, line 2: the word 'bird' is not in the training text"),
+        ({"test": "the cat\nthe bird\n"}, "test.txt, line 2: the word 'bird' is not in the training text"),
     ],
 )
 def test_a_text_that_cannot_be_used_is_one_line_that_names_it(files, cache, contents, says):
@@ -144,9 +151,18 @@ def test_a_second_load_reads_the_cache_and_gives_the_same(files, building):
 
 def test_another_text_or_option_is_another_corpus(files, building):
     text.load(*files())
-    for options, contents in (({}, {"valid": TEST}), ({"min_count": 2}, {}), ({"train_fraction": 0.9}, {})):
+    swapped = {"valid": TEST, "test": VALID}
+    others = (({}, {"valid": TEST}), ({}, swapped), ({"min_count": 2}, {}), ({"train_fraction": 0.9}, {}))
+    for options, contents in others:
         assert same(text.load(*files(**contents), **options), text.load(*files(**contents), **options, cache=False))
-    assert len(building) == 1 + 3 * 2
+    assert len(building) == 1 + 4 * 2
+
+
+def test_a_cache_of_another_format_is_not_read(files, building, monkeypatch):
+    text.load(*files())
+    monkeypatch.setattr(text, "FORMAT", text.FORMAT + 1)
+    text.load(*files())
+    assert len(building) == 2
 
 
 def test_one_text_under_other_names_is_one_corpus(files, building, tmp_path):
@@ -224,6 +240,18 @@ def test_a_changed_treebank_is_refused(tmp_path, monkeypatch):
         ptb.load(tmp_path)
 
 
+def test_a_treebank_is_read_with_the_options_given(tmp_path, cache, monkeypatch):
+    folder, published = tmp_path / ptb.FOLDER, []
+    folder.mkdir()
+    for file, part in zip(ptb.FILES, (TRAIN, VALID, TEST), strict=True):
+        (folder / file.name).write_text(part)
+        published.append(Published(file.name, len(part), hashlib.sha256(part.encode()).hexdigest(), ()))
+    monkeypatch.setattr(ptb, "FILES", published)
+    corpus = ptb.load(tmp_path, min_count=2, train_fraction=0.5, cache=False)
+    assert said(corpus, "train") == "the <unk> <unk> the <unk> <eos>"
+    assert not cache.exists()
+
+
 def wikitext_archive(server, monkeypatch, parts=(TRAIN, VALID, TEST)):
     """Publishes ``parts`` as the archive of WikiText-2, with what else an archive may hold."""
     buffer = io.BytesIO()
@@ -248,7 +276,21 @@ def test_wikitext_is_fetched_unpacked_and_read(tmp_path, server, monkeypatch):
     assert not (tmp_path / "outside").exists()
 
 
-def test_a_wikitext_of_another_length_is_refused_by_name(tmp_path, server, monkeypatch):
-    wikitext_archive(server, monkeypatch, (TRAIN, VALID, TEST + "\nthe\n"))
-    with pytest.raises(UserError, match=r"wiki\.test\.tokens is not the published file \(6 words used, 4 expected\)"):
+def test_a_wikitext_is_read_with_the_options_given(tmp_path, cache, server, monkeypatch):
+    wikitext_archive(server, monkeypatch)
+    corpus = wikitext2.load(tmp_path, min_count=2, train_fraction=0.5, cache=False)
+    assert said(corpus, "train") == "the <unk> <unk> the <unk> <eos>"
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ((TRAIN + "the\n", VALID, TEST), r"wiki\.train\.tokens is not .* \(13 words used, 11 expected\)"),
+        ((TRAIN, VALID, TEST + "\nthe\n"), r"wiki\.test\.tokens is not .* \(6 words used, 4 expected\)"),
+    ],
+)
+def test_a_wikitext_of_another_length_is_refused_by_name(tmp_path, server, monkeypatch, parts, says):
+    wikitext_archive(server, monkeypatch, parts)
+    with pytest.raises(UserError, match=says):
         wikitext2.load(tmp_path)

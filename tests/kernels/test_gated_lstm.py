@@ -193,11 +193,66 @@ def test_a_graph_serves_other_tensors_and_keeps_nothing_of_the_last_ones(graphs)
     got = [ran(tensors, "graph") for tensors in (first, second)]
     for mine, wish in zip(got, want, strict=True):
         assert all(map(torch.equal, mine, wish))
-    for tensors, mine, wish in zip((first, second), got, want, strict=True):
-        gradients = ran_backward(tensors, incoming, mine[2:4], "graph")
-        assert all(map(torch.equal, gradients, ran_backward(tensors, incoming, wish[2:4], "steps")))
+    gradients, wanted = (
+        [ran_backward(tensors, incoming, kept[2:4], way) for tensors, kept in zip((first, second), of, strict=True)]
+        for way, of in (("graph", got), ("steps", want))
+    )
+    for mine, wish in zip(gradients, wanted, strict=True):
+        assert all(map(torch.equal, mine, wish))
     assert graphs.replays == 2
     assert len(steps._captured) == 2
+
+
+def forward_and_backward(
+    way, dtype=torch.float32, bias=True, reverse=False, save=True, save_response=True, want_h_0=True
+):
+    tensors, incoming = operands(2, 3, 4, dtype, bias)
+    results = ran(tensors, way, reverse, save, save_response)
+    if not save:
+        return results
+    return *results, *ran_backward(tensors, incoming, results[2:4], way, reverse, want_h_0)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="real graphs are tested in test_gated_lstm_gpu.py")
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(reverse=True),
+        dict(bias=False),
+        dict(save=False),
+        dict(save_response=False),
+        dict(want_h_0=False),
+        dict(dtype=torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_a_graph_serves_no_other_kind_of_call_than_its_own(change, graphs):
+    for call in (change, {}, change, {}):
+        got, want = (forward_and_backward(way, **call) for way in ("graph", "steps"))
+        for mine, wish in zip(got, want, strict=True):
+            assert mine is wish is None or torch.equal(mine, wish)
+    assert graphs.replays >= 3
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="real graphs are tested in test_gated_lstm_gpu.py")
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(fp32_precision="tf32"),
+        dict(allow_fp16_reduced_precision_reduction=False),
+        dict(allow_bf16_reduced_precision_reduction=False),
+    ],
+    ids=str,
+)
+def test_a_graph_serves_no_other_precision_of_products_than_its_own(change, graphs, monkeypatch):
+    tensors, _ = operands(2, 3, 4, torch.float32)
+    settings = dict(
+        fp32_precision="ieee", allow_fp16_reduced_precision_reduction=True, allow_bf16_reduced_precision_reduction=True
+    )
+    for chosen in (settings, settings | change):
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(**chosen))
+        ran(tensors, "graph")
+    assert graphs.replays == 0
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="real graphs are tested in test_gated_lstm_gpu.py")

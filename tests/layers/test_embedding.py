@@ -71,11 +71,12 @@ def test_sparse_gradients_are_asked_for_as_in_torch():
 
 
 def test_fold_gives_the_same_plain_layer():
-    layer, tokens = layer_of(padding_idx=2).double(), words(5, 4)
+    layer, tokens = layer_of(padding_idx=2, sparse=True).double(), words(5, 4)
     response = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64)
     plain = layer.fold(response)
     assert type(plain) is torch.nn.Embedding
     assert plain.padding_idx == 2
+    assert plain.sparse
     assert relative_error(plain(tokens), layer(tokens, response.expand(4, N), example_dim=1)) < 1e-14
     with pytest.raises(ValueError, match=r"response of shape \(3,\); got \(2,\)"):
         layer.fold(torch.zeros(2))

@@ -1,6 +1,7 @@
 import copy
 import gc
 import math
+import re
 
 import pytest
 import torch
@@ -293,6 +294,8 @@ def test_dropout_of_a_single_layer_warns_as_torch_does():
         (dict(proj_size=3), "proj_size must be 0; got 3"),
         (dict(dropout=0.5), r"wants dropout as the name of the hyperparameter that is its rate; got 0\.5"),
         (dict(recurrent_dropout=0.5), r"wants recurrent_dropout as the name .*; got 0\.5"),
+        (dict(num_layers=2, dropout=""), "wants dropout as the name .*; got ''"),
+        (dict(recurrent_dropout="", stream=1), "wants recurrent_dropout as the name .*; got ''"),
         (dict(num_layers=2, dropout="locked"), "dropout='locked' wants stream"),
         (dict(recurrent_dropout="connect"), "recurrent_dropout='connect' wants stream"),
         (dict(recurrent_dropout="connect", stream=0), "stream >= 1.*got 0"),
@@ -326,7 +329,13 @@ def test_misfits_are_named():
         ValueError, match=r"h_0 must be \(2, 7\), \(num_layers · directions, H\), to fit x without a batch"
     ):
         layer(x[:, 0], sampled(1), (torch.zeros(2, 1, 7), torch.zeros(2, 1, 7)))
-    for state, got in ((fitting, "Tensor"), ((fitting,), "1 of them"), ([fitting] * 3, "3 of them")):
+    for state, got in (
+        (fitting, "Tensor"),
+        ((fitting,), "1 of them"),
+        ([fitting] * 3, "3 of them"),
+        ((None, None), "h_0 as NoneType"),
+        ((fitting, fitting.tolist()), "c_0 as list"),
+    ):
         with pytest.raises(ValueError, match=rf"state as two tensors, \(h_0, c_0\); got {got}"):
             layer(x, sampled(4), state)
     with pytest.raises(ValueError, match=r"HyperBatch has 3 examples, but x \(6, 4, 5\) has 4 in dimension 1"):
@@ -335,8 +344,11 @@ def test_misfits_are_named():
         layer_of(5, 7, batch_first=True)(x, sampled(4))
     with pytest.raises(ValueError, match="num_hyperparameters=3; got 2"):
         layer(x, torch.zeros(4, 2))
-    with pytest.raises(ValueError, match=r"input_size=5 and wants x \(T, B, I\) or \(T, I\); got x \(6, 4, 6\)"):
-        layer(drawn(6, 4, 6), sampled(4))
+    for shape in ((6, 4, 6), (6, 4, 1, 5), (5,)):
+        with pytest.raises(
+            ValueError, match=rf"input_size=5 and wants x \(T, B, I\) or \(T, I\); got x {re.escape(str(shape))}"
+        ):
+            layer(drawn(*shape), sampled(4))
     with pytest.raises(ValueError, match="at least one time step"):
         layer(drawn(0, 4, 5), sampled(4))
     with pytest.raises(ValueError, match=r"response of shape \(3,\); got \(2,\)"):

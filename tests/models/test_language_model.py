@@ -128,6 +128,17 @@ def test_output_dropout_is_locked_over_time_for_every_example():
     assert (outputs.raw != 0).all()
 
 
+def test_input_dropout_is_locked_over_time_for_every_example():
+    space = HyperparameterSpace([h for h in SPACE if h.name == "input_dropout"])
+    model, seen = model_of(space, embedding=50, hidden=50), []
+    model.input_dropout.register_forward_hook(lambda *called: seen.append(called[-1]))
+    model(tokens_of(9, 4), space.at(space.initial_state()[0] + 3, batch_size=4, step=1))
+    dropped = seen[0] == 0
+    assert (dropped == dropped[0]).all()
+    assert 0 < dropped[0].sum() < dropped[0].numel()
+    assert not torch.equal(dropped[0, 0], dropped[0, 1])
+
+
 def test_half_a_batch_is_trained_on_as_half_of_the_whole():
     """The masks of words and weights are the batch's, those of activations each example's."""
     model, tokens = model_of(), tokens_of(9, 6)

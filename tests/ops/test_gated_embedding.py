@@ -251,6 +251,15 @@ def test_a_dropped_row_is_zero_whatever_it_holds(backend):
     assert not e.any()
 
 
+def test_a_dropped_row_has_no_part_in_any_gradient_whatever_it_holds(backend):
+    tokens, weight, response, *rest = operands(40, 6, 3, outer=30, batch=4, device=backend)
+    dropped = (scale_of(40, 0.4) == 0).to(backend)
+    held = [response.masked_fill(dropped[:, None], value) for value in (math.inf, 0)]
+    de = torch.randn(30, 4, 1, 6, device=backend)
+    got, want = (gradients(gated_embedding, leaves([tokens, weight, r, *rest]), de, rate=0.4) for r in held)
+    assert all(map(torch.equal, got, want))
+
+
 def test_words_are_dropped_at_the_rate_and_afresh_at_every_step():
     rate = torch.tensor([0.3])
     scales = [row_scale(20_000, rate, torch.tensor(step), 0, 1) for step in range(2)]

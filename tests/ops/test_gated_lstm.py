@@ -198,6 +198,23 @@ def test_every_backend_and_dtype_obeys_the_2x_rule(backend, dtype, bias, reverse
     assert_as_good_as_plain_torch(on(backend, tensors), reverse=reverse)
 
 
+def test_more_hyperparameters_than_a_kernel_holds(backend):
+    assert_as_good_as_plain_torch(on(backend, operands(2, 3, 4, 5, 33)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@use_backend("reference")
+def test_the_gradient_of_a_cell_that_forgets_nothing_sums_all_steps_in_float32(dtype):
+    """Each step adds o · dy to it where c = 0 and f = 1; in 16 bits, what is added is soon less than a digit."""
+    steps, tensors = 300, [0 * t for t in operands(300, 2, 3, 4, 1, dtype=dtype)]
+    bias = tensors[NAMES.index("from_input.bias")]
+    bias[4:8], bias[12:] = 20, -0.7
+    c_0 = tensors[2].requires_grad_()
+    (got,) = torch.autograd.grad(apply(gated_lstm, tensors)[0], c_0, torch.ones(steps, 2, 4, dtype=dtype))
+    o = bias[12:].float().sigmoid().to(dtype)
+    assert relative_error(got, steps * o.double().expand(2, 4)) < torch.finfo(dtype).eps
+
+
 def test_float64_is_exact(backend):
     tensors = on(backend, operands(5, 3, 7, 6, 3, dtype=torch.float64))
     incoming = drawn_gradients(apply(reference, tensors), torch.float64)

@@ -49,6 +49,15 @@ def test_every_example_may_have_weights_of_its_own():
     torch.testing.assert_close(activation_penalty(raw, dropped, hyper), want, check_dtype=False)
 
 
+def test_a_change_pulls_on_the_steps_on_both_of_its_sides():
+    (raw, dropped), hyper = activations(), batch_of(BETA)
+    pull = 2 * hyper.values[0, 0].item() * (raw[1:] - raw[:-1]) / raw[1:].numel()
+    want = F.pad(pull, (0, 0, 0, 0, 1, 0)) - F.pad(pull, (0, 0, 0, 0, 0, 1))
+    raw.requires_grad_()
+    (got,) = torch.autograd.grad(activation_penalty(raw, dropped, hyper), raw)
+    torch.testing.assert_close(got, want)
+
+
 def test_a_window_of_one_word_has_no_change_to_penalise():
     assert activation_penalty(*activations(1), batch_of(BETA)) == 0
 
