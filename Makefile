@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Test files side by side, each on two threads that leave the processors to one another when they wait.
+WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: help venv train test lint bench test-gpu bench-gpu clean
 
@@ -36,7 +38,7 @@ lint: venv  ## style and types
 	$(RUN) -m mypy
 
 test: lint  ## lint, then every test that needs no GPU
-	$(RUN) -m pytest -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -m "not gpu" $(WORKERS) $(ARGS)
 
 bench: venv  ## speed on the CPU: compare tables, then ratios to the bare library products
 	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-group-by=group $(ARGS)
