@@ -16,6 +16,7 @@ from stn_fast.ops._autocast import as_given
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_conv2d_driver import Geometry, Kernels, Plain
 from stn_fast.ops._gated_linear_plain import Wanted
+from stn_fast.ops._operands import check_operands
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.gated_linear import fold
 
@@ -321,18 +322,6 @@ def _check(
         "bias_gate": (bias_gate, (outputs, n)),
         "h": (h, (x.shape[0], n) if h.ndim == 2 else (n,)),
     }
-    for name, (tensor, shape) in wanted.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(
-                f"gated_conv2d: {name} must be {tuple(shape)} to fit x {tuple(x.shape)}, weight {tuple(weight.shape)}, "
-                f"h {tuple(h.shape)} and groups={groups}; got {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != weight.dtype or tensor.device != weight.device:
-            raise ValueError(
-                f"gated_conv2d: {name} is {tensor.dtype} on {tensor.device}, "
-                f"weight {weight.dtype} on {weight.device}; they must agree (cast one: {name}.to(weight))"
-            )
+    check_operands("gated_conv2d", wanted, weight, x=x, weight=weight, h=h, groups=groups)
     if not weight.is_floating_point():
         raise ValueError(f"gated_conv2d wants floating point tensors; got {weight.dtype}")

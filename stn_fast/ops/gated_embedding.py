@@ -14,6 +14,7 @@ from stn_fast.ops._draw import check_coordinates, check_stream
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_embedding_cpu import backward_core, forward_core
 from stn_fast.ops._gated_embedding_plain import Wanted, backward_plain, forward_plain
+from stn_fast.ops._operands import check_operands
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.dropout import dropout
 
@@ -285,14 +286,4 @@ def _check(
         "weight_gate": (weight_gate, (weight.shape[1], n)),
         "h": (h, (tokens.shape[example_dim], n) if h.ndim == 2 else (n,)),
     }
-    for name, (tensor, shape) in wanted.items():
-        if tensor.shape != shape:
-            raise ValueError(
-                f"gated_embedding: {name} must be {shape} to fit tokens {tuple(tokens.shape)}, weight "
-                f"{tuple(weight.shape)}, h {tuple(h.shape)} and example_dim={example_dim}; got {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != weight.dtype or tensor.device != weight.device:
-            raise ValueError(
-                f"gated_embedding: {name} is {tensor.dtype} on {tensor.device}, "
-                f"weight {weight.dtype} on {weight.device}; they must agree (cast one: {name}.to(weight))"
-            )
+    check_operands("gated_embedding", wanted, weight, tokens=tokens, weight=weight, h=h, example_dim=example_dim)

@@ -13,6 +13,7 @@ from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_linear_cpu import backward_core, forward_core
 from stn_fast.ops._gated_linear_plain import Wanted, backward_plain, forward_plain
 from stn_fast.ops._linear import linear
+from stn_fast.ops._operands import check_operands
 from stn_fast.ops._transforms import in_transform
 
 
@@ -248,18 +249,6 @@ def _check(
         "bias_gate": (bias_gate, (outputs, n)),
         "h": (h, (x.shape[example_dim], n) if h.ndim == 2 else (n,)),
     }
-    for name, (tensor, shape) in wanted.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(
-                f"gated_linear: {name} must be {tuple(shape)} to fit x {tuple(x.shape)}, weight {tuple(weight.shape)}, "
-                f"h {tuple(h.shape)} and example_dim={example_dim}; got {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != weight.dtype or tensor.device != weight.device:
-            raise ValueError(
-                f"gated_linear: {name} is {tensor.dtype} on {tensor.device}, "
-                f"weight {weight.dtype} on {weight.device}; they must agree (cast one: {name}.to(weight))"
-            )
+    check_operands("gated_linear", wanted, weight, x=x, weight=weight, h=h, example_dim=example_dim)
     if not weight.is_floating_point():
         raise ValueError(f"gated_linear wants floating point tensors; got {weight.dtype}")

@@ -14,6 +14,7 @@ from stn_fast.ops._autocast import as_given
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_lstm_driver import Saved, Weights
 from stn_fast.ops._gated_lstm_plain import Plain
+from stn_fast.ops._operands import check_operands
 from stn_fast.ops._transforms import in_transform
 
 __all__ = ["Weights", "fold", "gated_lstm", "reference"]
@@ -308,15 +309,4 @@ def _check(x: Tensor, h_0: Tensor, c_0: Tensor, from_input: Weights, from_hidden
         for name, tensor, shape in zip(Weights._fields, weights, shapes, strict=True):
             if tensor is not None:
                 wanted[f"{side}.{name}"] = tensor, shape
-    for name, (tensor, shape) in wanted.items():
-        if tensor.shape != shape:
-            raise ValueError(
-                f"gated_lstm: {name} must be {shape} to fit x {tuple(x.shape)}, h_0 {tuple(h_0.shape)} and "
-                f"h {tuple(h.shape)}; got {tuple(tensor.shape)}"
-            )
-        weight = from_input.weight
-        if tensor.dtype != weight.dtype or tensor.device != weight.device:
-            raise ValueError(
-                f"gated_lstm: {name} is {tensor.dtype} on {tensor.device}, from_input.weight {weight.dtype} on "
-                f"{weight.device}; they must agree (cast one: {name}.to(weight))"
-            )
+    check_operands("gated_lstm", wanted, from_input.weight, x=x, h_0=h_0, h=h)
