@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -45,12 +46,14 @@ def response_input(hyper: HyperBatch | Tensor, like: Tensor) -> Tensor:
     return response.to(like.dtype)
 
 
-def check_examples(who: str, x: Tensor, hyper: HyperBatch | Tensor, example_dim: int = 0) -> None:
-    """Raises ValueError where a HyperBatch has another number of examples than x."""
+def check_examples(
+    who: str, x: Tensor, hyper: HyperBatch | Tensor, example_dim: int = 0, others: Iterable[int] = ()
+) -> None:
+    """Raises ValueError where a HyperBatch has another number of examples than x; ``others`` could count them too."""
     in_range = -x.ndim <= example_dim < x.ndim
     if not isinstance(hyper, Tensor) and in_range and x.shape[example_dim] != len(hyper):
-        fitting = [dim for dim, size in enumerate(x.shape) if size == len(hyper)]
-        hint = f"; dimension {fitting[0]} has that many" if fitting else ""
+        fitting = [dim for dim in others if x.shape[dim] == len(hyper)]
+        hint = f"; example_dim={fitting[0]} fits" if fitting else ""
         raise ValueError(
             f"{who}: the HyperBatch has {len(hyper)} examples, but x {tuple(x.shape)} has "
             f"{x.shape[example_dim]} in dimension {example_dim}{hint}"
@@ -70,7 +73,7 @@ def gated_linear(
 ) -> Tensor:
     """`stn_fast.ops.gated_linear.gated_linear`, which documents it, taking a HyperBatch or its response."""
     h = response_input(hyper, weight)
-    check_examples("gated_linear", x, hyper, example_dim)
+    check_examples("gated_linear", x, hyper, example_dim, range(x.ndim - 1))
     return _gated_linear.gated_linear(
         x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, example_dim=example_dim
     )
@@ -134,7 +137,7 @@ def gated_embedding(
 ) -> Tensor:
     """`stn_fast.ops.gated_embedding.gated_embedding`, which documents it, taking a HyperBatch or its response."""
     h = response_input(hyper, weight)
-    check_examples("gated_embedding", tokens, hyper, example_dim)
+    check_examples("gated_embedding", tokens, hyper, example_dim, range(tokens.ndim))
     return _gated_embedding.gated_embedding(
         tokens, weight, response_weight, weight_gate, h, example_dim=example_dim, padding_idx=padding_idx,
         sparse=sparse, rate=rate, seed=seed, step=step, stream=stream,

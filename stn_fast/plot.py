@@ -23,7 +23,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 GREY = "#555555"
 PANEL = (3.7, 2.5)  # inches
 COLUMNS = 3
-TITLE = 28  # characters of a panel's title that leave room beside them
+TITLE = 24  # characters of a panel's title that leave room beside them
 LEGEND_COLUMNS = 2
 LEGEND: dict[str, Any] = {
     "ncols": 3,

@@ -30,7 +30,7 @@ class Published:
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """The folder that holds a folder for every data set: ``root``, else STN_FAST_DATA, else ~/.cache/stn_fast/data.
+    """``root``, else STN_FAST_DATA, else ~/.cache/stn_fast/data: it holds a folder for every data set.
 
     Raises:
         UserError: there is no home directory where one is needed.

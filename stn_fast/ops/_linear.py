@@ -13,14 +13,17 @@ from stn_fast.ops import _products
 from stn_fast.ops._eager import traced
 from stn_fast.ops._transforms import in_transform
 
+SMALL = 20_000_000  # multiply-adds: below it the way there costs more than the faster product saves
+
 
 class _Linear(torch.autograd.Function):
-    """Its backward pass is made of operations that have one themselves."""
+    """Its backward pass is made of operations that have one themselves, and keeps what they read alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _products.times_transpose(x.contiguous(), weight, bias)
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
+        return _products.times_transpose(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -36,12 +39,17 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b of x (..., I), W (O, I) and b (O,); what it takes and raises is what torch's own does."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
+    if torch.jit.is_tracing() or not torch.backends.mkldnn.enabled:
+        return F.linear(x, weight, bias)
     if in_transform() or traced(*tensors) or not all(map(_suits, tensors)) or choose(x.device) != "cpp":
         return F.linear(x, weight, bias)
     fits = weight.ndim == 2 and x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
-    if _products.library() != "oneDNN" or not fits:
+    if not fits or x.numel() * len(weight) < SMALL or _products.library() != "oneDNN":
         return F.linear(x, weight, bias)
-    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+    # The library reads a bias, and x where it is one number expanded, as if they were contiguous.
+    operands = x.reshape(-1, x.shape[-1]).contiguous(), weight, None if bias is None else bias.contiguous()
+    y = _Linear.apply(*operands) if torch.is_grad_enabled() else _products.times_transpose(*operands)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def _suits(tensor: Tensor) -> bool:

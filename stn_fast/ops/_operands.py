@@ -11,6 +11,7 @@ def check_operands(
     operation: str,
     wanted: Mapping[str, tuple[Tensor | None, Sequence[int]]],
     weight: Tensor,
+    weight_name: str = "weight",
     /,
     **beside: Tensor | int,
 ) -> None:
@@ -29,6 +30,6 @@ def check_operands(
             )
         if tensor.dtype != weight.dtype or tensor.device != weight.device:
             raise ValueError(
-                f"{operation}: {name} is {tensor.dtype} on {tensor.device}, weight {weight.dtype} on {weight.device}; "
-                f"they must agree (cast one: {name}.to(weight))"
+                f"{operation}: {name} is {tensor.dtype} on {tensor.device}, {weight_name} {weight.dtype} on "
+                f"{weight.device}; they must agree (cast one: {name}.to({weight_name}))"
             )

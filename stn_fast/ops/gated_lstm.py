@@ -309,4 +309,4 @@ def _check(x: Tensor, h_0: Tensor, c_0: Tensor, from_input: Weights, from_hidden
         for name, tensor, shape in zip(Weights._fields, weights, shapes, strict=True):
             if tensor is not None:
                 wanted[f"{side}.{name}"] = tensor, shape
-    check_operands("gated_lstm", wanted, from_input.weight, x=x, h_0=h_0, h=h)
+    check_operands("gated_lstm", wanted, from_input.weight, "from_input.weight", x=x, h_0=h_0, h=h)

@@ -39,5 +39,7 @@ def load(root: str | None = None, *, min_count: int = 1, train_fraction: float =
     paths = [data_root(root) / name for name in FILES]
     for path in paths:
         if not path.is_file():
-            raise UserError(f"there is no file {path}: the recipe text wants {', '.join(FILES)} in --data-root")
+            raise UserError(
+                f"there is no file {path}: the recipe text wants {', '.join(FILES)} in --data-root or STN_FAST_DATA"
+            )
     return text.load(*paths, min_count=min_count, train_fraction=train_fraction)

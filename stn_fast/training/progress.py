@@ -20,6 +20,7 @@ class Progress:
 
     def __init__(self, epochs: int = 0, quiet: bool = False) -> None:
         self.epochs, self.quiet = epochs, quiet
+        self.start = 0.0  # passes over the training set that an earlier process did
         self._bar: Any = None
         self._shown = time.monotonic()
 
@@ -60,7 +61,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if not self.quiet and sys.stderr.isatty():
-            self._bar = tqdm(total=self.epochs, bar_format=BAR, file=sys.stderr, dynamic_ncols=True)
+            self._bar = tqdm(total=self.epochs, initial=self.start, bar_format=BAR, file=sys.stderr, dynamic_ncols=True)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -80,7 +81,7 @@ def summary(result: dict[str, Any]) -> str:
         for name in best
     ]
     if result["method"] == "stn" and result["valid_steps"] == 0:
-        lines.append("the run ended in its warm-up: nothing has been tuned yet")
+        lines.append("no validation step was taken: nothing has been tuned yet")
     lines.append(
         f"best validation loss {result['valid_loss']:.4f} at step {result['best_step']} of {result['steps']}; there, "
         f"test loss {result['test_loss']:.4f}"

@@ -69,6 +69,7 @@ def _train(
         directory.clear()
     directory.write_config(config)
     directory.clear_result()
+    progress.start = trainer.train_steps / trainer.train_batches.per_pass
     with progress, MetricsLog(directory.metrics, trainer.rows) as log:
         trainer.fit(log)
     result = best_result(trainer, task, progress)
@@ -79,10 +80,11 @@ def _train(
 def _about(config: Config, task: Task, trainer: Trainer) -> str:
     """One line on what is about to be learnt, and from how much."""
     train, valid, test = (len(split.targets) for split in task.data)
-    parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    parameters = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
+    steps = trainer.train_batches.per_pass
     return (
         f"{config.recipe}, {config.method.label}: {train:,} training, {valid:,} validation, {test:,} test "
-        f"{task.batching.unit}; {parameters:,} parameters; {trainer.train_batches.per_pass:,} training steps an epoch"
+        f"{task.batching.unit}; {parameters:,} trained parameters; {steps:,} training steps an epoch"
     )
 
 

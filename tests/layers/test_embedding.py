@@ -139,7 +139,7 @@ def test_misfits_are_named():
     layer = layer_of()
     with pytest.raises(ValueError, match=r"HyperBatch has 3 examples, but x \(5, 4\) has 4"):
         layer(words(5, 4), sampled(3), 1)
-    with pytest.raises(ValueError, match=r"x \(5, 4\) has 5 in dimension 0; dimension 1 has that many"):
+    with pytest.raises(ValueError, match=r"x \(5, 4\) has 5 in dimension 0; example_dim=1 fits"):
         layer(words(5, 4), sampled(4))
     with pytest.raises(ValueError, match=r"num_hyperparameters=3; got 2"):
         layer(words(4), torch.randn(4, 2))

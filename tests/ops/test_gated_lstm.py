@@ -527,7 +527,7 @@ def test_memory_kept_for_backward_is_what_is_stated():
         ("from_input.bias", torch.randn(1), r"from_input.bias must be \(28,\)"),
         ("h", torch.randn(5, 3), r"h must be \(4, 3\).*got \(5, 3\)"),
         ("h", torch.randn(4, 1, 3), r"h \(B, n\) or \(n,\)"),
-        ("h", torch.randn(4, 3, dtype=torch.float64), r"h is torch.float64.*weight torch.float32"),
+        ("h", torch.randn(4, 3, dtype=torch.float64), r"h is torch.float64.*from_input.weight torch.float32"),
         ("from_hidden.weight", torch.randn(28, 7, device="meta"), r"from_hidden.weight is torch.float32 on meta"),
         ("from_hidden.bias", None, r"of both from_input and from_hidden, or none"),
     ],

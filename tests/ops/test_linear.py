@@ -7,7 +7,7 @@ from numerics import assert_twice_as_good
 
 import stn_fast
 from stn_fast.dispatch import use_backend
-from stn_fast.ops import _products
+from stn_fast.ops import _linear, _products
 from stn_fast.ops._linear import linear
 
 pytestmark = pytest.mark.skipif(not _products.offers_onednn(), reason="no oneDNN in torch")
@@ -17,14 +17,19 @@ sizes = st.sampled_from([1, 2, 3, 5, 16, 17, 67, 129])
 @pytest.fixture(autouse=True)
 def _onednn(monkeypatch):
     monkeypatch.setattr(_products, "library", lambda: "oneDNN")
+    monkeypatch.setattr(_linear, "SMALL", 1)
 
 
 def drawn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def took_onednn(y):
-    return type(y.grad_fn.next_functions[0][0] if "View" in type(y.grad_fn).__name__ else y.grad_fn).__name__
+@pytest.fixture
+def calls(monkeypatch):
+    """What oneDNN's product has been called with."""
+    seen, theirs = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *given: seen.append(given) or theirs(*given))
+    return seen
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -34,14 +39,18 @@ def took_onednn(y):
     outputs=sizes,
     has_bias=st.booleans(),
     contiguous=st.booleans(),
+    expanded=st.booleans(),
     wanted=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     seed=st.integers(0, 9),
 )
-def test_values_and_the_wanted_gradients(shape, inputs, outputs, has_bias, contiguous, wanted, seed):
+def test_values_and_the_wanted_gradients(shape, inputs, outputs, has_bias, contiguous, expanded, wanted, seed):
     x, weight = drawn(*shape, inputs, seed=seed), drawn(outputs, inputs, seed=seed + 10)
     bias = drawn(outputs, seed=seed + 20) if has_bias else None
     if not contiguous:
         x, weight = x.transpose(0, -1).contiguous().transpose(0, -1), weight.T.contiguous().T
+        bias = None if bias is None else torch.stack([bias, -bias], dim=1)[:, 0]
+    if expanded:
+        x, bias = drawn(1, seed=seed).expand(*shape, inputs), None if bias is None else bias[:1].expand(outputs)
     dy = drawn(*shape, outputs, seed=seed + 30)
     results = []
     for function, dtype in ((linear, torch.float32), (F.linear, torch.float32), (F.linear, torch.float64)):
@@ -54,18 +63,52 @@ def test_values_and_the_wanted_gradients(shape, inputs, outputs, has_bias, conti
         assert_twice_as_good(ours, plain, exact, name=f"result {number}")
 
 
-def test_it_is_onednn_that_computes_float32():
+def test_it_is_onednn_that_computes_float32_on_the_cpu(calls, monkeypatch):
     x, weight = drawn(2, 3, 4), drawn(5, 4).requires_grad_()
-    assert took_onednn(linear(x, weight)) == "_LinearBackward"
-    for other in (lambda: linear(x.double(), weight.double()), lambda: linear(x[:0], weight)):
-        assert took_onednn(other()) != "_LinearBackward"
+    linear(x, weight)
+    with torch.no_grad():
+        linear(x, weight)
+    assert len(calls) == 2
+    for tensors in [(x.double(), weight.double()), (x[:0], weight), (x.to("meta"), weight.to("meta"))]:
+        assert linear(*tensors).shape == (*tensors[0].shape[:-1], 5)
+    linear(x[0].to_sparse(), weight.detach())
     with use_backend("reference"):
-        assert took_onednn(linear(x, weight)) != "_LinearBackward"
+        linear(x, weight)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    linear(x, weight)
+    assert len(calls) == 2
 
 
-def test_a_folded_layer_takes_it():
+def test_small_products_are_left_to_torch(calls, monkeypatch):
+    monkeypatch.setattr(_linear, "SMALL", 3 * 4 * 5 + 1)
+    linear(drawn(3, 4), drawn(5, 4))
+    assert calls == []
+    linear(drawn(4, 4), drawn(5, 4))
+    assert len(calls) == 1
+
+
+def test_a_folded_layer_takes_it(calls):
     layer = stn_fast.HyperLinear(4, 5, num_hyperparameters=2)
-    assert took_onednn(layer(drawn(3, 4), torch.zeros(2))) == "_LinearBackward"
+    layer(drawn(3, 4), torch.zeros(2))
+    assert len(calls) == 1
+
+
+def test_the_input_of_frozen_weights_may_change_in_place():
+    x, weight = drawn(6, 4).requires_grad_(), drawn(5, 4, seed=1)
+    hidden = x * 1
+    y = linear(hidden, weight)
+    hidden.relu_()
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(6, 4))
+
+
+def test_weights_may_change_in_place_where_the_input_wants_no_gradient():
+    x, weight = drawn(6, 4), drawn(5, 4, seed=1).requires_grad_()
+    y = linear(x, weight)
+    with torch.no_grad():
+        weight.mul_(2)
+    y.sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(5, 4))
 
 
 def test_a_gradient_that_is_one_number_expanded():

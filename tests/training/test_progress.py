@@ -64,6 +64,15 @@ def test_on_a_terminal_the_bar_moves_within_an_epoch(clock, capsys, monkeypatch)
     assert "epoch 1.50/2" in said
 
 
+def test_the_bar_of_a_resumed_run_counts_its_own_time_alone(clock, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    it = Progress(epochs=4)
+    it.start = 3.0
+    with it:
+        assert it._bar.initial == 3.0
+    assert "epoch 3.00/4" in capsys.readouterr().err
+
+
 def test_ctrl_c_says_that_the_step_is_finished_first(monkeypatch):
     written = []
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

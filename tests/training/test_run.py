@@ -12,7 +12,7 @@ from torch import nn
 from stn_fast.data import digits as digits_data
 from stn_fast.errors import UserError
 from stn_fast.recipes import digits
-from stn_fast.training.progress import summary
+from stn_fast.training.progress import Progress, summary
 from stn_fast.training.run import checked_task, run
 from stn_fast.training.trainer import Trainer
 
@@ -73,6 +73,48 @@ def test_the_pace_counts_the_steps_and_not_the_evaluations(make_config, monkeypa
     assert got["wall_seconds"] > 30 * 0.01 + 8 * 0.2
     assert 30 / (got["wall_seconds"] - 8 * 0.2) < got["steps_per_second"] < 100
     assert f"30 steps at {got['steps_per_second']:.4g} a second, ended by schedule.max_steps" in summary(got)
+
+
+class Recorder(Progress):
+    """What a run has said of its way."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.passes, self.said = [], []
+
+    def step(self, passes):
+        self.passes.append(passes)
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def test_a_run_shows_every_step_and_a_resumed_one_starts_where_it_was(make_config):
+    first, second = Recorder(), Recorder()
+    run(make_config("schedule.max_steps=10"), digits.build, progress=first)
+    run(make_config("schedule.max_steps=14"), digits.build, progress=second)
+    assert first.start == 0
+    assert first.passes == [step / 9 for step in range(1, 11)]
+    assert second.start == 10 / 9
+    assert second.passes == [step / 9 for step in range(11, 15)]
+
+
+@pytest.mark.parametrize(("name", "trained"), [("stn", 175224), ("fixed", 85002)])
+def test_a_run_says_what_it_learns_from(make_config, name, trained):
+    progress = Recorder()
+    run(make_config("schedule.max_steps=1", f"method.name={name}"), digits.build, progress=progress)
+    assert progress.said[0] == (
+        f"digits, {name}: 900 training, 400 validation, 497 test examples; {trained:,} trained parameters; "
+        "9 training steps an epoch"
+    )
+
+
+def test_a_run_without_a_validation_step_says_that_nothing_is_tuned_and_a_fixed_one_need_not(make_config):
+    says = "no validation step was taken"
+    assert says in summary(run(make_config("schedule.max_steps=1"), digits.build))
+    assert says not in summary(run(make_config("schedule.max_steps=40", name="tuned"), digits.build))
+    fixed = make_config("schedule.max_steps=1", "method.name=fixed", name="fixed")
+    assert says not in summary(run(fixed, digits.build))
 
 
 def test_a_fraction_of_the_training_set_makes_shorter_epochs_and_leaves_the_other_splits(make_config):
