@@ -197,7 +197,7 @@ def versions(device: str) -> dict[str, str | int]:
         "stn_fast": stn_fast.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": platform.system(),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
     }
