@@ -123,8 +123,6 @@ class EmbeddingDropout(_PerBatchRegulariser):
         """`embedding(tokens, hyper, example_dim)`, with words dropped in training."""
         if not isinstance(embedding, HyperEmbedding):
             raise TypeError(f"EmbeddingDropout wants a HyperEmbedding; got {type(embedding).__name__}")
-        if not self.training:
+        if not self.training or len(rate := self._strength(hyper)) == 0:
             return embedding(tokens, hyper, example_dim)
-        if len(rate := self._strength(hyper)) == 0:
-            return embedding(tokens, hyper, example_dim)
-        return embedding(tokens, hyper, example_dim, rate=rate, seed=hyper.seed, step=hyper.step, stream=self.stream)
+        return embedding(tokens, hyper, example_dim, rate=rate, **self._draw(hyper))

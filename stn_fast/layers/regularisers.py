@@ -36,6 +36,10 @@ class _Regulariser(nn.Module):
                 f"{type(hyper).__name__}"
             )
 
+    def _draw(self, hyper: HyperBatch) -> dict[str, Any]:
+        """Where this layer's random numbers lie."""
+        return dict(seed=hyper.seed, step=hyper.step, stream=self.stream)
+
     def extra_repr(self) -> str:
         return f"{self.name!r}, stream={self.stream}"
 
@@ -57,8 +61,7 @@ class _PerExampleRegulariser(_Regulariser):
         return hyper[self.name]
 
     def _draw(self, hyper: HyperBatch) -> dict[str, Any]:
-        """Where this layer's random numbers lie."""
-        return dict(seed=hyper.seed, step=hyper.step, stream=self.stream, first_example=hyper.first_example)
+        return dict(super()._draw(hyper), first_example=hyper.first_example)
 
 
 class _PerBatchRegulariser(_Regulariser):
@@ -75,10 +78,6 @@ class _PerBatchRegulariser(_Regulariser):
             )
         self._check_range(hyperparameter)
         return hyper[self.name][:1]
-
-    def _draw(self, hyper: HyperBatch) -> dict[str, Any]:
-        """Where this layer's random numbers lie."""
-        return dict(seed=hyper.seed, step=hyper.step, stream=self.stream, first_example=0)
 
 
 def check_rate(hyperparameter: Hyperparameter) -> None:
