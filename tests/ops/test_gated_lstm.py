@@ -1,5 +1,6 @@
 import pytest
 import torch
+from flops import flops_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import assert_twice_as_good, relative_error
@@ -275,15 +276,13 @@ def test_reverse_is_the_flipped_sequence():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_validation_step_computes_no_weight_gradient(dtype, monkeypatch):
     """Frozen parameters: of the large products only those behind dx and the hidden states may run."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     monkeypatch.setattr(_products, "library", lambda: "torch.mm")  # the other's are not counted
     steps, batch, inputs, hidden, n = 8, 32, 48, 40, 3
     results = apply(gated_lstm, leaves(operands(steps, batch, inputs, hidden, n, dtype=dtype), wanted=VALIDATION))
-    with FlopCounterMode(display=False) as counter:
-        results[0].sum().backward()
+    found = flops_of(results[0].sum().backward)
     rows, wide = steps * batch, 4 * hidden
-    assert counter.get_total_flops() <= 2 * rows * wide * 2 * (inputs + hidden) + 2 * batch * wide * 6 * n
+    products = 2 * rows * wide * 2 * (inputs + hidden)
+    assert products - 2 * batch * wide * 2 * hidden <= found <= products + 2 * batch * wide * 6 * n
 
 
 @pytest.mark.parametrize("empty", [dict(batch=0), dict(inputs=0), dict(n=0)], ids=str)
