@@ -143,7 +143,7 @@ class MethodConfig:
 class OptimizerConfig:
     """SGD with momentum, or Adam, whose β₁ ``momentum`` is: what trains the weights.
 
-    A gradient of a greater Euclidean norm than ``clip``, all weights together, is scaled down to it.
+    A gradient whose Euclidean norm over all weights exceeds ``clip`` is scaled down to it; null sets no limit.
 
     After every epoch whose validation loss is no better than the best of those at least ``decay_patience`` epochs
     before it, the learning rate is multiplied by ``decay_factor``; 1 holds it. The run ends once it is below
@@ -153,7 +153,7 @@ class OptimizerConfig:
     name: Literal["sgd", "adam"] = "sgd"
     learning_rate: float = 0.05
     momentum: float = 0.9
-    clip: float | None = None
+    clip: float | None = 1.0
     decay_factor: float = 1.0
     decay_patience: int = 10
     min_learning_rate: float = 0.0

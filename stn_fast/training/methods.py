@@ -53,7 +53,8 @@ class FixedHyperparameters:
         space: its hyperparameters; their initial values are the ones used.
         training_objective: descended by ``train_step``.
         optimizer: makes the optimizer from the parameters to train.
-        clip: the greatest Euclidean norm of a training step's gradient, which is scaled down to it; None for any.
+        clip: maximum Euclidean norm of a training step's gradient; a longer gradient is scaled down to it. None for no
+            limit: self-tuning can then diverge.
         seed: with ``step``, fixes dropout masks and noise.
     """
 
@@ -66,7 +67,7 @@ class FixedHyperparameters:
         training_objective: Objective,
         *,
         optimizer: MakeOptimizer = default_optimizer,
-        clip: float | None = None,
+        clip: float | None = 1.0,
         seed: int = 0,
     ) -> None:
         self.model, self.space, self.seed, self.clip = model, space.with_response("shifted"), seed, clip
@@ -163,7 +164,7 @@ class SelfTuning(FixedHyperparameters):
         entropy_weight: float = 1e-3,
         tune_scales: bool = True,
         freeze: bool = False,
-        clip: float | None = None,
+        clip: float | None = 1.0,
         seed: int = 0,
     ) -> None:
         self.model, self.space, self.seed, self.clip = model, space, seed, clip

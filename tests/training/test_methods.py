@@ -225,3 +225,19 @@ def test_layers_that_would_share_their_noise_are_refused(model):
     for build in (self_tuning, lambda m: FixedHyperparameters(m, SPACE, classification_loss)):
         with pytest.raises(ValueError, match=r"'dropouts\.1' and 'again' both draw from stream 3"):
             build(model)
+
+
+@pytest.mark.parametrize("kind", [SelfTuning, FixedHyperparameters])
+def test_the_gradient_of_a_training_step_has_a_norm_of_at_most_one_unless_told_otherwise(model, batch, kind):
+    objectives = [lambda *given: 1e4 * classification_loss(*given), classification_loss][
+        : 2 if kind is SelfTuning else 1
+    ]
+
+    def norm(**options):
+        method = kind(copy.deepcopy(model), SPACE, *objectives, **options)
+        method.train_step(batch, 0)
+        gradients = [p.grad for p in method.model.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).item()
+
+    assert norm() == pytest.approx(1.0, rel=1e-3)
+    assert norm(clip=None) > 100

@@ -64,7 +64,12 @@ def test_its_state_is_all_there_is_to_it():
     assert (resumed.decays, resumed.learning_rate, resumed.stop) == (whole.decays, whole.learning_rate, whole.stop)
 
 
-DECAYING = ("optimizer.learning_rate=0.3", "optimizer.decay_factor=0.5", "optimizer.decay_patience=1")
+DECAYING = (
+    "optimizer.clip=null",
+    "optimizer.learning_rate=0.3",
+    "optimizer.decay_factor=0.5",
+    "optimizer.decay_patience=1",
+)
 
 
 def rates(directory):
@@ -91,7 +96,7 @@ def test_a_run_trains_at_the_rate_that_its_losses_ask_for(train):
         rate *= 0.5 if losses[epoch] >= min(losses[:epoch]) else 1.0
     assert found[10] < 0.3
     first = min(epoch for epoch in found if found[epoch] < 0.3)
-    held = rows(train("schedule.epochs=10", DECAYING[0], name="held"))
+    held = rows(train("schedule.epochs=10", *DECAYING[:2], name="held"))
     assert [row for row in held if row["phase"] == "eval"][first]["loss"] != losses[first]
 
 

@@ -149,7 +149,7 @@ def test_a_damaged_last_checkpoint_falls_back_and_says_so(train, same_run, capfd
 
 @pytest.mark.parametrize("when", ["resuming", "at the end"])
 def test_a_damaged_best_checkpoint_costs_no_more_than_itself(train, capfd, monkeypatch, when):
-    pairs = ("optimizer.learning_rate=0.2", "schedule.checkpoint_epochs=1")
+    pairs = ("optimizer.learning_rate=0.2", "optimizer.clip=null", "schedule.checkpoint_epochs=1")
     directory = train("schedule.epochs=10", *pairs)
     best, found = result(directory)["best_step"], checkpoint.steps(directory / "checkpoints")
     assert found[-1] != best
@@ -174,7 +174,7 @@ def test_a_damaged_best_checkpoint_costs_no_more_than_itself(train, capfd, monke
 
 
 def test_a_best_checkpoint_lost_before_a_longer_run_does_not_change_its_rows(train):
-    pairs = ("optimizer.learning_rate=0.2", "schedule.checkpoint_epochs=1")
+    pairs = ("optimizer.learning_rate=0.2", "optimizer.clip=null", "schedule.checkpoint_epochs=1")
     whole = train("schedule.epochs=12", *pairs, name="whole")
     short = train("schedule.epochs=10", *pairs, name="short")
     best = result(short)["best_step"]
@@ -250,7 +250,7 @@ def test_a_lost_config_is_noticed(train):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_no_checkpoint_holds_it(train, make_config):
-    pairs = ("optimizer.learning_rate=1e6", "optimizer.momentum=0")
+    pairs = ("optimizer.learning_rate=1e6", "optimizer.momentum=0", "optimizer.clip=null")
     with pytest.raises(Diverged, match=r"loss became .* by step .*input_dropout 0.3.*lower optimizer.learning_rate"):
         train(*pairs)
     root = make_config(*pairs).directory
