@@ -10,6 +10,7 @@
 #include "gated_lstm_cell.h"
 #include "isa.h"
 #include "noise.h"
+#include "openmp.h"
 #include "perturb.h"
 #include "random.h"
 
@@ -44,6 +45,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa", &stn_fast::isa);
     m.def("vendor", &stn_fast::vendor);
     m.def("openmp", &stn_fast::openmp);
+    m.def("full_team", &stn_fast::full_team);
     m.def("philox", released(static_cast<Philox>(&stn_fast::philox)));
     m.def("uniform", released(&stn_fast::uniform));
     m.def("normal", released(&stn_fast::normal));

@@ -13,6 +13,9 @@ def vendor() -> str:
 def openmp() -> bool:
     """Whether the core was built to use several threads."""
 
+def full_team(max_threads: int, dynamic: int, thread_limit: int, active_level: int, max_active_levels: int) -> bool:
+    """Whether a parallel region gets omp_get_max_threads() threads; addresses of OpenMP's functions of these names."""
+
 def philox(counters: int, keys: int, out: int, count: int, threads: int) -> None:
     """Philox 4x32-10 of uint32 counters (count, 4) and keys (count, 2)."""
 

@@ -1,8 +1,10 @@
 """Products of float32 matrices on the CPU, by the faster of the two libraries that torch has for them.
 
 `torch.mm` calls MKL on x86-64. On AMD's processors with AVX-512, oneDNN's product took .60 to .95 of its time for x Wᵀ
-and dy W (benchmarks/README.md), so it is called there. The choice depends on the processor alone: results of a
-machine don't change from run to run.
+and dy W (benchmarks/README.md), so it is called there. torch itself calls these products of oneDNN in compiled code
+only: they assume as many threads as OpenMP promises, and where they get fewer they leave part of the result unwritten.
+So `full_team` is asked before each choice; without a full team torch.mm computes, which is right with any. Otherwise
+the choice depends on the processor alone: results of a machine don't change from run to run.
 """
 
 from __future__ import annotations
@@ -14,14 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stn_fast.ops.openmp import full_team
+
+
+def library() -> str:
+    """What computes them here and now: "oneDNN", or "torch.mm" and the library behind it."""
+    return "oneDNN" if _prefers_onednn() and full_team() else "torch.mm"
+
+
+def description() -> str:
+    """`library()`, and why it isn't oneDNN where that would be faster."""
+    fewer = ", because OpenMP gives fewer threads than torch.get_num_threads()" if _prefers_onednn() else ""
+    return "oneDNN" if library() == "oneDNN" else f"torch.mm{fewer}"
+
 
 @cache
-def library() -> str:
-    """What computes them here: "oneDNN", or "torch.mm" and what stands behind it."""
+def _prefers_onednn() -> bool:
+    """Whether oneDNN's products are there and the faster ones on this processor."""
     from stn_fast import _C
 
-    measured = _C.vendor() == "amd" and _C.isa() == "x86-64-v4"
-    return "oneDNN" if measured and offers_onednn() else "torch.mm"
+    return _C.vendor() == "amd" and _C.isa() == "x86-64-v4" and offers_onednn()
 
 
 @cache
@@ -64,7 +78,7 @@ def many_times_transpose(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor
 
     Of a few rows, much of the time of a library product goes into laying the weight out; oneDNN takes one that is.
     """
-    if weight.numel() > _LARGE and offers_onednn():
+    if weight.numel() > _LARGE and offers_onednn() and full_team():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     out, transposed = weight.new_empty(rows, len(weight)), weight.T

@@ -1,0 +1,75 @@
+"""Whether OpenMP starts as many threads as torch counts on, and what to do where it doesn't.
+
+oneDNN plans its work for the threads that OpenMP promises. Where it gets fewer, some of its kernels leave part of the
+result unwritten and others wait for ever. Seen in torch 2.13 on two threads under OMP_THREAD_LIMIT=1: oneDNN's products
+and a training nn.LSTM gave NaN, nn.Conv2d wrong gradients of its filters, and for channels_last images none, without
+end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+def full_team() -> bool:
+    """Whether torch's parallel regions get as many threads as they are promised, in this thread and at this moment.
+
+    They don't under OMP_THREAD_LIMIT, OMP_DYNAMIC or OMP_MAX_ACTIVE_LEVELS=0, inside a parallel region, or after
+    another library's omp_set_dynamic(1). False where OpenMP can't be asked.
+    """
+    from stn_fast import _C
+
+    runtime = _openmp_of_torch()
+    return runtime is not None and _C.full_team(*runtime)
+
+
+_ASKED = (
+    "omp_get_max_threads",
+    "omp_get_dynamic",
+    "omp_get_thread_limit",
+    "omp_get_active_level",
+    "omp_get_max_active_levels",
+)
+
+
+@cache
+def _openmp_of_torch() -> tuple[int, ...] | None:
+    """Addresses of OpenMP's functions in the runtime that torch calls; the core may be linked with another."""
+    try:
+        # A symbol is looked up in what libtorch_cpu was linked with.
+        torch_cpu = ctypes.CDLL(str(next(Path(torch.__file__).with_name("lib").glob("libtorch_cpu.*"))))
+        functions = [getattr(torch_cpu, name) for name in _ASKED]
+    except (StopIteration, OSError, AttributeError):
+        return None
+    return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+
+
+def misled(x: Tensor) -> bool:
+    """Whether torch's own convolution or LSTM of x could be wrong, whose backward pass `any_team` doesn't reach."""
+    return not (x.is_cuda or torch.compiler.is_compiling() or full_team())
+
+
+def any_team(compute: Callable[..., Result]) -> Callable[..., Result]:
+    """`compute`, right with any number of threads: without oneDNN where OpenMP starts fewer than it plans for."""
+
+    @wraps(compute)
+    def run(*arguments: Any, **options: Any) -> Result:
+        if full_team():
+            return compute(*arguments, **options)
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+        try:
+            return compute(*arguments, **options)
+        finally:
+            torch.backends.mkldnn.enabled = before  # type: ignore[assignment]
+
+    return run
