@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -91,18 +91,29 @@ def _why_not(name: str, device_type: str) -> str | None:
     return None
 
 
-def choose(device: _Device, without: Mapping[str, str] = MappingProxyType({})) -> Name:
-    """The backend for tensors on ``device``: the one asked for by ``use_backend``, else the fastest here.
+def choose(
+    device: _Device,
+    dtype: object = None,
+    takes: Mapping[str, Collection[object]] = MappingProxyType({}),
+    without: Mapping[str, str] = MappingProxyType({}),
+) -> Name:
+    """The backend for tensors of ``dtype`` on ``device``: the one asked for by ``use_backend``, else the fastest here.
 
-    ``without`` names backends that lack the operation, and says why; "reference" serves automatic choices then.
-    Raises RuntimeError, saying why, when the one asked for can't serve this device. An automatic choice never
-    raises.
+    Args:
+        takes: the dtypes that a backend computes, all of them where it isn't named.
+        without: backends that can't serve these tensors for another reason, which it gives.
+
+    Raises:
+        RuntimeError: the backend asked for can't serve; the message says why. An automatic choice never raises.
     """
     name = _requested.get()
     if name == "auto":
         automatic = _automatic(device.type)
-        return "reference" if automatic in without else automatic
-    if reason := _why_not(name, device.type) or without.get(name):
+        return automatic if dtype in takes.get(automatic, (dtype,)) and automatic not in without else "reference"
+    reason = _why_not(name, device.type) or without.get(name)
+    if reason is None and dtype not in takes.get(name, (dtype,)):
+        reason = f"here it computes {' and '.join(map(str, takes[name]))}, and this tensor is {dtype}"
+    if reason is not None:
         raise RuntimeError(
             f"backend {name!r} was asked for and can't be used: {reason}. use_backend('auto') chooses one that runs."
         )
@@ -112,6 +123,10 @@ def choose(device: _Device, without: Mapping[str, str] = MappingProxyType({})) -
 @contextmanager
 def use_backend(name: Literal["auto", "cpp", "triton", "reference"]) -> Iterator[None]:
     """Within the ``with`` block, operations run on the backend called ``name``; "auto" is the rule elsewhere.
+
+    An operation that this backend can't serve, because of the device, the dtype or a size, raises RuntimeError. Three
+    things are plain torch on every backend: empty tensors, forward-mode AD and torch.func transforms, and layers at one
+    shared h, which are folded into plain layers.
 
     Belongs to the current thread or task (a ``contextvars`` variable): a thread started inside the block
     begins at "auto", and so do the threads in which autograd runs a CUDA backward. So call ``backward()`` of
@@ -135,8 +150,7 @@ def _cpp() -> Backend:
     torch: Any = importlib.import_module("torch")
     threads = f"OpenMP, {torch.get_num_threads()} threads" if core.openmp() else "one thread, built without OpenMP"
     products: Any = importlib.import_module("stn_fast.ops._products")
-    library = products.library()
-    return Backend(True, f"CPU tensors, {core.isa()} instructions, products by {library}, {threads}")
+    return Backend(True, f"CPU tensors, {core.isa()} instructions, products by {products.description()}, {threads}")
 
 
 def _triton() -> Backend:

@@ -1,4 +1,4 @@
-"""The short way from a public function to its kernel.
+"""Bypass the dispatcher in eager mode.
 
 torch.library.custom_op is what torch.compile, torch.export and the dispatch modes need, and its dispatch in eager mode
 takes longer than sampling a batch of hyperparameters does. Where nobody is tracing, the same functions run behind a
@@ -7,21 +7,29 @@ plain torch.autograd.Function instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
-def traced(*tensors: Tensor) -> bool:
-    """Whether somebody must see the registered operation: a compiler, a dispatch mode or a tensor subclass."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+def traced(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether the registered operation must be called: by a compiler, a tracer, a dispatch mode, a tensor subclass.
+
+    All tensors are on the device of the first; those of the meta device have shapes, which the registration knows.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.jit.is_tracing() or first.is_meta:
         return True
-    return any(type(tensor) not in _PLAIN for tensor in tensors)
+    return any(type(tensor) not in _PLAIN for tensor in (first, *others))
+
+
+def known_sizes(sizes: Sequence[int]) -> list[int]:
+    """`sizes` as ints: torch.jit.trace gives tensors, which a registered operation doesn't take in a list."""
+    return [int(size) for size in sizes] if torch.jit.is_tracing() else list(sizes)
 
 
 def eager_function(
@@ -34,8 +42,8 @@ def eager_function(
     """An operation from the functions that its registration takes, without the dispatcher in between.
 
     `backward` is called with the function that computes it, then as register_autograd calls it. Where a graph of
-    the backward pass itself is wanted (create_graph=True), that function is the registered one, which differentiates
-    or refuses to; the plain one would be taken for a constant.
+    the backward pass itself is needed (create_graph=True), that function is the registered one, which differentiates
+    or raises; the plain one would be taken for a constant. So it is where a dispatch mode must see it.
     """
 
     class Eager(torch.autograd.Function):
@@ -47,7 +55,9 @@ def eager_function(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
-            return backward(registered_backward if torch.is_grad_enabled() else compute_backward, ctx, *gradients)
+            given = [gradient for gradient in gradients if gradient is not None]
+            registered = torch.is_grad_enabled() or (bool(given) and traced(*given))
+            return backward(registered_backward if registered else compute_backward, ctx, *gradients)
 
     def run(*inputs: Any) -> Any:
         return Eager.apply(*inputs) if torch.is_grad_enabled() else compute(*inputs)

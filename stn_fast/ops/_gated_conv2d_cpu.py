@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from stn_fast.ops import _gated_conv2d_driver as driver
-from stn_fast.ops._core import address
 from stn_fast.ops._gated_conv2d_driver import Geometry
 from stn_fast.ops._gated_linear_plain import Gradients, Wanted
+from stn_fast.ops.memory import address
 
 _AT_ONCE = 1 << 22  # numbers: P and Q are 16 MiB
 _BLOCK = 1 << 20
@@ -287,7 +287,7 @@ def _laid_out(filters: Tensor, layout: torch.memory_format, to: Tensor | None = 
     if not converts:
         return to.copy_(filters)
     outputs, inputs, *kernel = filters.shape
-    transpose(filters.data_ptr(), to.data_ptr(), outputs, inputs, math.prod(kernel), torch.get_num_threads())
+    transpose(address(filters), address(to), outputs, inputs, math.prod(kernel), torch.get_num_threads())
     return to
 
 
@@ -309,7 +309,7 @@ def _image(x: Tensor, block: slice, layout: Plan) -> Tensor:
         return part
     image = _empty(part.shape, layout.inner)
     batch, channels, height, width = part.shape
-    transpose(part.data_ptr(), image.data_ptr(), batch, channels, height * width, torch.get_num_threads())
+    transpose(address(part), address(image), batch, channels, height * width, torch.get_num_threads())
     return image
 
 
@@ -321,5 +321,5 @@ def _put(part: Tensor, to: Tensor, layout: Plan) -> Tensor:
         return to.copy_(part)
     part = part.contiguous(memory_format=layout.inner)
     batch, channels, height, width = part.shape
-    transpose(part.data_ptr(), to.data_ptr(), batch, height * width, channels, torch.get_num_threads())
+    transpose(address(part), address(to), batch, height * width, channels, torch.get_num_threads())
     return to

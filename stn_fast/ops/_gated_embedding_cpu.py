@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stn_fast.ops._core import address
 from stn_fast.ops._gated_embedding_plain import Gradients, Wanted
+from stn_fast.ops.memory import address
 
 
 def forward_core(
@@ -24,7 +24,7 @@ def forward_core(
     s = h @ weight_gate.T
     e = weight.new_empty(len(tokens), weight.shape[1])
     _C.gated_embedding_forward(
-        tokens.data_ptr(), weight.data_ptr(), response_weight.data_ptr(), s.data_ptr(), address(scale), e.data_ptr(),
+        address(tokens), address(weight), address(response_weight), address(s), address(scale), address(e),
         len(tokens), len(h), inner, weight.shape[1], torch.get_num_threads(),
     )  # fmt: skip
     return e
@@ -49,7 +49,7 @@ def backward_core(
     d_response_weight = torch.zeros_like(response_weight) if wanted.response_weight else None
     ds = torch.zeros_like(s) if wanted.weight_gate or wanted.h else None
     _C.gated_embedding_backward(
-        de.data_ptr(), tokens.data_ptr(), response_weight.data_ptr(), s.data_ptr(), address(scale),
+        address(de), address(tokens), address(response_weight), address(s), address(scale),
         address(d_weight), address(d_response_weight), address(ds),
         len(tokens), len(h), inner, response_weight.shape[1], padding, torch.get_num_threads(),
     )  # fmt: skip

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from stn_fast.ops._core import address
 from stn_fast.ops._gated_linear_plain import Gradients, Wanted
 from stn_fast.ops._products import sum_of_two, times_transpose
+from stn_fast.ops.memory import address
 
 
 def forward_core(
@@ -29,7 +29,7 @@ def forward_core(
 
     y, q = times_transpose(x, weight), times_transpose(x, response_weight)
     _C.gated_epilogue_forward(
-        y.data_ptr(), q.data_ptr(), h.data_ptr(), weight_gate.data_ptr(),
+        address(y), address(q), address(h), address(weight_gate),
         address(bias), address(response_bias), address(bias_gate),
         outer, h.shape[0], inner, weight.shape[0], h.shape[1], torch.get_num_threads(),
     )  # fmt: skip
@@ -72,18 +72,18 @@ def backward_core(
     buffer = dy.new_empty(min(len(dy), max(most, inner)), outputs) if needs_g else None
 
     sums = tuple(address(t) for t in (d_weight_gate, d_bias, d_response_bias, d_bias_gate))
-    constants = (weight_gate.data_ptr(), address(response_bias), address(bias_gate))
+    constants = (address(weight_gate), address(response_bias), address(bias_gate))
     epilogue: Callable[..., None] = _C.gated_epilogue_backward
     for rows, examples, turns in row_blocks(outer, len(h), inner, most):
         of_dy, of_x, of_h, of_q = dy[rows], x[rows], h[examples], q[rows]
         g = None if buffer is None else buffer[: len(of_dy)]
-        inputs = (of_dy.data_ptr(), of_q.data_ptr(), of_h.data_ptr(), *constants)
+        inputs = (address(of_dy), address(of_q), address(of_h), *constants)
         sizes = (turns, len(of_h), inner, outputs, h.shape[1])
         if g is not None or any(sums):
             epilogue(*inputs, address(g), *sums, 0, *sizes, rows.start > 0, torch.get_num_threads())
         if d_h is not None:  # apart from the sums, which would crowd its tiles out of the cache
             again = rows.start >= len(h) * inner
-            epilogue(*inputs, 0, 0, 0, 0, 0, d_h[examples].data_ptr(), *sizes, again, torch.get_num_threads())
+            epilogue(*inputs, 0, 0, 0, 0, 0, address(d_h[examples]), *sizes, again, torch.get_num_threads())
         if dx is not None and g is not None:
             sum_of_two(of_dy, weight, g, response_weight, out=dx[rows])
         for total, factor in ((d_weight, of_dy), (d_response_weight, g)):

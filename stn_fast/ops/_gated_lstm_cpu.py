@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stn_fast.ops._core import address
 from stn_fast.ops._gated_linear_cpu import backward_core, forward_core
 from stn_fast.ops._gated_lstm_driver import Recurrence, RecurrenceGradients, in_time
 from stn_fast.ops._products import many_times_transpose
+from stn_fast.ops.memory import address
 
 
 class Core:
@@ -43,8 +43,8 @@ class Core:
             both = times_weights(h)
             h, c_before, c = y[t], c, cells[t]
             _C.gated_lstm_cell_forward(
-                gates[t].data_ptr(), both.data_ptr(), scale.data_ptr(), address(shift), c_before.data_ptr(),
-                c.data_ptr(), h.data_ptr(), 0 if response is None else response[t].data_ptr(), batch, hidden, threads,
+                address(gates[t]), address(both), address(scale), address(shift), address(c_before),
+                address(c), address(h), 0 if response is None else address(response[t]), batch, hidden, threads,
             )  # fmt: skip
         return Recurrence(y, c.clone(), cells if save else None, response)
 
@@ -73,8 +73,8 @@ class Core:
             t = order[position]
             c_before = cells[order[position - 1]] if position else c_0
             _C.gated_lstm_cell_backward(
-                dy[t].data_ptr(), address(dh), dc.data_ptr(), gates[t].data_ptr(), cells[t].data_ptr(),
-                c_before.data_ptr(), scale.data_ptr(), d_gates[t].data_ptr(), d_both.data_ptr(), batch, hidden, threads,
+                address(dy[t]), address(dh), address(dc), address(gates[t]), address(cells[t]),
+                address(c_before), address(scale), address(d_gates[t]), address(d_both), batch, hidden, threads,
             )  # fmt: skip
             if position or wants_h_0:
                 dh = times_weights(d_both)

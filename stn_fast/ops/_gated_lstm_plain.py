@@ -62,7 +62,7 @@ class Plain:
     ) -> RecurrenceGradients:
         # The gradient of the cell state is handed from step to step, a sum of many terms: in float32 at least.
         wide = _wide(gates)
-        d_gates = torch.empty_like(gates)
+        d_gates = list(gates)  # replaced step by step; writing into one tensor would fail under vmap
         dc = torch.zeros_like(c_0, dtype=wide) if d_last_cell is None else d_last_cell.to(wide)
         dh = torch.zeros_like(c_0)
         order = in_time(len(gates), reverse)
@@ -75,11 +75,11 @@ class Plain:
             d_i, d_f = d_c * g * i * (1 - i), d_c * c_before * f * (1 - f)
             d_g, d_o = d_c * i * (1 - g * g), d_h * tanh_c * o * (1 - o)
             before = torch.cat([d_i, d_f, d_g, d_o], dim=-1)
-            d_gates[t] = before
+            d_gates[t] = before.to(gates.dtype)
             dc = d_c * f
             if position or wants_h_0:
-                dh = (d_gates[t] @ weight).addmm_((before * scale).to(dh.dtype), response_weight)
-        return RecurrenceGradients(d_gates, dh if wants_h_0 else None, dc)
+                dh = torch.addmm(d_gates[t] @ weight, (before * scale).to(dh.dtype), response_weight)
+        return RecurrenceGradients(torch.stack(d_gates), dh if wants_h_0 else None, dc)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ from stn_fast.errors import did_you_mean
 from stn_fast.ops._draw import check_coordinates, check_stream, check_strength
 from stn_fast.ops._eager import traced
 from stn_fast.ops._transforms import in_function_transform
+from stn_fast.ops.memory import address, reads_memory
 
 # The rows of the table that kernels read, in this order; bit k of the mask says that row k is on.
 STRENGTHS = (
@@ -219,6 +220,7 @@ def _holes(head: Tensor, length: Tensor, count: Tensor, height: int, width: int)
     return cut
 
 
+@reads_memory
 def _compute(
     images: Tensor,
     table: Tensor,
@@ -248,7 +250,7 @@ def _compute(
         out = torch.empty_like(images, dtype=torch.float32)
         statistics = torch.tensor([mean, std], dtype=torch.float32, device="cpu")
         _C.augment(
-            images.data_ptr(), table.data_ptr(), statistics[0].data_ptr(), statistics[1].data_ptr(), out.data_ptr(),
+            address(images), address(table), address(statistics[0]), address(statistics[1]), address(out),
             batch, channels, height, width, mask, flip, crop_padding, first_example, seed, int(step), stream,
             torch.get_num_threads(),
         )  # fmt: skip

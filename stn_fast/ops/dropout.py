@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from stn_fast import random
-from stn_fast.dispatch import choose
 from stn_fast.ops._draw import check_coordinates, check_strength
-from stn_fast.ops._eager import eager_function, traced
+from stn_fast.ops._eager import eager_function, known_sizes, traced
 from stn_fast.ops._transforms import in_transform
+from stn_fast.ops.memory import address, reads_memory
+from stn_fast.ops.serving import ELEMENTWISE, serving
 
 
 def reference(x: Tensor, rate: Tensor, uniform: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
@@ -43,6 +45,7 @@ def _uniform(
     return torch.from_numpy(draws).to(step.device)
 
 
+@reads_memory
 def _compute(
     x: Tensor,
     rate: Tensor,
@@ -53,9 +56,11 @@ def _compute(
     sizes: list[int],
     strides: list[int],
 ) -> Tensor:
+    if x.numel() != math.prod(sizes) or len(rate) != sizes[1]:
+        raise ValueError(f"dropout was traced for x of {sizes} numbers; got {tuple(x.shape)}, rate {tuple(rate.shape)}")
     if x.numel() == 0:
         return torch.empty_like(x)
-    backend = choose(x.device) if x.dtype != torch.float64 else "reference"  # the kernels compute in float32
+    backend = serving(x, takes=ELEMENTWISE)
     if backend == "triton":
         from stn_fast.kernels import dropout as kernels
 
@@ -68,7 +73,7 @@ def _compute(
         source = x.float()
         y = torch.empty_like(source)
         _C.dropout(
-            source.data_ptr(), rate.data_ptr(), y.data_ptr(), outer, batch, middle, last, e_outer, e_middle, e_last,
+            address(source), address(rate), address(y), outer, batch, middle, last, e_outer, e_middle, e_last,
             first_example, seed, int(step), stream, torch.get_num_threads(),
         )  # fmt: skip
         return y.to(x.dtype)
@@ -184,6 +189,7 @@ def dropout(
     step = check_coordinates("dropout", x.device, seed, step, first_example)
     if rate.requires_grad:
         raise ValueError("dropout: rate requires grad, but a mask has no gradient; pass rate.detach()")
+    sizes, strides = known_sizes(sizes), known_sizes(strides)
     draw = (rate.contiguous(), step, seed, stream, first_example, sizes, strides)
     if in_transform():
         return reference(x, rate, _uniform(step, seed, stream, first_example, sizes, strides), sizes, strides)

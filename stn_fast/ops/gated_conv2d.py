@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stn_fast.dispatch import choose
 from stn_fast.ops import _gated_conv2d_cpu as cpu
 from stn_fast.ops import _gated_conv2d_driver as driver
-from stn_fast.ops._autocast import as_given
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_conv2d_driver import Geometry, Kernels, Plain
 from stn_fast.ops._gated_linear_plain import Wanted
 from stn_fast.ops._operands import check_operands
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.gated_linear import fold
+from stn_fast.ops.memory import autocast_dtype, plain_strides, reads_memory
+from stn_fast.ops.openmp import any_team, misled
+from stn_fast.ops.serving import serving
 
 IntOrPair = int | tuple[int, int] | list[int]
 
@@ -47,16 +48,6 @@ def reference(
     return y.relu() if relu else y
 
 
-def _backend(x: Tensor, weight: Tensor, h: Tensor) -> str:
-    """The C++ core computes in float32; plain torch serves other dtypes on the CPU, and empty tensors."""
-    backend = choose(x.device)
-    if x.numel() == 0 or h.numel() == 0 or weight.numel() == 0:
-        return "reference"
-    if (backend == "cpp" and x.dtype != torch.float32) or (backend == "triton" and x.dtype == torch.float64):
-        return "reference"
-    return backend
-
-
 def _kernels(backend: str) -> Kernels:
     if backend == "triton":
         from stn_fast.kernels import gated_conv2d as kernels
@@ -65,9 +56,16 @@ def _kernels(backend: str) -> Kernels:
     return Plain()
 
 
+@reads_memory
+@any_team
 def _run(*tensors: Any, geometry: Geometry, save_response: bool, choose: bool) -> tuple[Tensor, Tensor]:
-    x, weight, *_, h = tensors
-    backend = _backend(x, weight, h)
+    x, weight, bias, response_weight, *rest, h = tensors
+    if len(x) != len(h):
+        raise ValueError(f"gated_conv2d: x {tuple(x.shape)} and h {tuple(h.shape)} differ in examples")
+    layout = driver.memory_format(x, weight)
+    x, weight, response_weight = (plain_strides(tensor, layout) for tensor in (x, weight, response_weight))
+    tensors = (x, weight, bias, response_weight, *rest, h)
+    backend = serving(x, weight, h)
     how: dict[str, Any] = dict(geometry=geometry, save_response=save_response)
     if backend == "cpp":
         y, q = cpu.forward(*tensors, **how)
@@ -119,14 +117,15 @@ def _(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h
     y = x.new_empty(batch, outputs, *pixels).contiguous(memory_format=layout)
     if not save_response:
         return y, x.new_empty(0)
-    if _backend(x, weight, h) == "cpp":
+    if serving(x, weight, h) == "cpp":
         q = x.new_empty(y.shape).contiguous(memory_format=cpu.plan(x, weight, geometry).inner)
         return y, q.unflatten(1, (groups, -1))
     both = x.new_empty(batch, 2 * outputs, *pixels).contiguous(memory_format=layout)
     return y, driver.response_half(both, groups)
 
 
-@as_given
+@reads_memory
+@any_team
 def _compute_backward(
     dy: Tensor,
     x: Tensor,
@@ -146,9 +145,11 @@ def _compute_backward(
     wanted: list[bool],
 ) -> list[Tensor]:
     """The wanted gradients, in the order of `Gradients`."""
-    dy = dy.contiguous(memory_format=driver.memory_format(x, weight))
+    layout = driver.memory_format(x, weight)
+    dy = dy.contiguous(memory_format=layout)
+    dy, x, weight, response_weight = (plain_strides(tensor, layout) for tensor in (dy, x, weight, response_weight))
     tensors = (dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, y, q)
-    geometry, backend = Geometry(stride, padding, dilation, groups, relu), _backend(x, weight, h)
+    geometry, backend = Geometry(stride, padding, dilation, groups, relu), serving(x, weight, h)
     if backend == "cpp":
         gradients = cpu.backward(*tensors, geometry, Wanted(*wanted))
     else:
@@ -228,15 +229,17 @@ def gated_conv2d(
     Raises:
         ValueError: shapes, dtypes, devices or arguments do not fit together; the message names the argument.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype := autocast_dtype(x):
         x, weight, response_weight, weight_gate, h = (t.to(dtype) for t in (x, weight, response_weight, weight_gate, h))
         bias, response_bias, bias_gate = (None if t is None else t.to(dtype) for t in (bias, response_bias, bias_gate))
     _check(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, groups)
     stride, dilation = pair("gated_conv2d", "stride", stride, 1), pair("gated_conv2d", "dilation", dilation, 1)
     x, padding = _explicit_padding(x, weight, padding, stride, dilation)
     _check_image(x, weight, padding, dilation)
+    if h.ndim == 1 and misled(x):
+        h = h.expand(len(x), -1)
     if h.ndim == 1:
+        serving(x, weight, h)  # raises where a backend was asked for that can't serve
         folded, folded_bias = fold(weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
         y = F.conv2d(x, folded, folded_bias, stride, padding, dilation, groups)
         return y.relu() if relu else y
@@ -248,7 +251,7 @@ def gated_conv2d(
     images = (x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout))
     rest = [None if t is None else t.contiguous() for t in (bias, response_bias, weight_gate, bias_gate, h)]
     operands = (*images, rest[0], response_weight.contiguous(memory_format=layout), *rest[1:])
-    run = _gated_conv2d if traced(*(t for t in tensors if t is not None)) else _eager
+    run = _gated_conv2d if traced(*tensors) else _eager
     return run(*operands, stride, padding, dilation, groups, relu, save_response)[0]
 
 

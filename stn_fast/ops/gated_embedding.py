@@ -8,8 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from stn_fast.dispatch import choose
-from stn_fast.ops._autocast import as_given
 from stn_fast.ops._draw import check_coordinates, check_stream
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_embedding_cpu import backward_core, forward_core
@@ -17,6 +15,8 @@ from stn_fast.ops._gated_embedding_plain import Wanted, backward_plain, forward_
 from stn_fast.ops._operands import check_operands
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.dropout import dropout
+from stn_fast.ops.memory import reads_memory
+from stn_fast.ops.serving import serving
 
 _NO_PADDING = -1
 
@@ -52,16 +52,6 @@ def row_scale(words: int, rate: Tensor, step: Tensor, seed: int, stream: int) ->
     return dropout(rate.new_ones(1, words), rate, seed=seed, step=step, stream=stream)[0]
 
 
-def _backend(tokens: Tensor, weight: Tensor, h: Tensor) -> str:
-    """Plain torch serves what the others don't compute: empty tensors and other dtypes."""
-    backend = choose(weight.device)
-    if 0 in (tokens.numel(), weight.numel(), h.numel()):
-        return "reference"
-    if (backend == "cpp" and weight.dtype != torch.float32) or weight.dtype == torch.float64:
-        return "reference"
-    return backend
-
-
 def _check_range(tokens: Tensor, words: int) -> None:
     """On CUDA the device stops by itself, later, as it does for torch.nn.Embedding."""
     if tokens.numel() == 0:
@@ -74,7 +64,7 @@ def _check_range(tokens: Tensor, words: int) -> None:
         raise IndexError(f"gated_embedding: the table has {words} rows, so tokens are 0 to {words - 1}; got {wrong}")
 
 
-@as_given
+@reads_memory
 def _compute(
     tokens: Tensor,
     weight: Tensor,
@@ -90,10 +80,12 @@ def _compute(
     padding: int,
     sparse: bool,
 ) -> Tensor:
+    if len(tokens) != outer * len(h) * inner:
+        raise ValueError(f"gated_embedding: {len(tokens)} tokens are not {outer * inner} for each of {len(h)} examples")
     _check_range(tokens, len(weight))
     scale = None if rate is None or step is None else row_scale(len(weight), rate, step, seed, stream)
     operands = (tokens, weight, response_weight, weight_gate, h, scale, outer, inner)
-    backend = _backend(tokens, weight, h)
+    backend = serving(weight, tokens, h)
     if backend == "triton":
         from stn_fast.kernels import gated_embedding as kernels
 
@@ -109,7 +101,7 @@ def _(tokens, weight, *rest):
     return weight.new_empty(tokens.shape[0], weight.shape[1])
 
 
-@as_given
+@reads_memory
 def _compute_backward(
     de: Tensor,
     tokens: Tensor,
@@ -130,7 +122,7 @@ def _compute_backward(
     asked, de = Wanted(*wanted), de.contiguous()
     scale = None if rate is None or step is None else row_scale(len(response_weight), rate, step, seed, stream)
     operands = (de, tokens, response_weight, weight_gate, h, scale, outer, inner, padding)
-    if _backend(tokens, response_weight, h) == "cpp" and not sparse:
+    if serving(response_weight, tokens, h) == "cpp" and not sparse:
         gradients = backward_core(*operands, asked)
     else:
         # On CUDA too: torch sums the rows of a word in a fixed order and in float32.
@@ -163,9 +155,10 @@ def _backward(compute, ctx, de):
     wanted = list(ctx.needs_input_grad[1:5])
     if not any(wanted):
         return (None,) * _INPUTS
-    tokens, response_weight, *_ = ctx.saved_tensors
+    # Read once: under torch.utils.checkpoint a second look is an error.
+    tokens, response_weight, *_ = saved = ctx.saved_tensors
     *_, padding, sparse = ctx.options
-    computed = iter(compute(de, *ctx.saved_tensors, *ctx.options, wanted))
+    computed = iter(compute(de, *saved, *ctx.options, wanted))
     gradients = [next(computed) if wants else None for wants in wanted]
     if sparse:
         gradients[:2] = [_as_sparse(rows, tokens, response_weight, padding) for rows in gradients[:2]]

@@ -8,13 +8,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from stn_fast.dispatch import choose
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_linear_cpu import backward_core, forward_core
 from stn_fast.ops._gated_linear_plain import Wanted, backward_plain, forward_plain
 from stn_fast.ops._linear import linear
 from stn_fast.ops._operands import check_operands
 from stn_fast.ops._transforms import in_transform
+from stn_fast.ops.memory import autocast_dtype, reads_memory
+from stn_fast.ops.openmp import any_team
+from stn_fast.ops.serving import serving
 
 
 def reference(
@@ -53,20 +55,18 @@ def fold(
 
 
 def _backend(x: Tensor, weight: Tensor, h: Tensor) -> str:
-    """Plain torch serves what the others don't compute: empty tensors, other dtypes, too many hyperparameters."""
-    backend = choose(x.device)
-    if x.numel() == 0 or h.numel() == 0 or weight.numel() == 0:
-        return "reference"
-    if backend == "cpp" and x.dtype != torch.float32:
-        return "reference"
+    backend = serving(x, weight, h)
     if backend == "triton":
         from stn_fast.kernels.gated_linear import MAX_N
 
-        if x.dtype == torch.float64 or h.shape[1] > MAX_N:
-            return "reference"
+        if h.shape[-1] > MAX_N:
+            many = f"its kernels take at most {MAX_N} hyperparameters, and h has {h.shape[-1]}"
+            return serving(x, weight, h, without={"triton": many})
     return backend
 
 
+@reads_memory
+@any_team
 def _compute(
     x: Tensor,
     weight: Tensor,
@@ -81,6 +81,8 @@ def _compute(
     save_response: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y, q): q = x Rᵀ is what backward needs for the gates, and empty when nobody will ask."""
+    if len(x) != outer * len(h) * inner:
+        raise ValueError(f"gated_linear: x {tuple(x.shape)} is not {outer} x {inner} positions of h {tuple(h.shape)}")
     tensors = (x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
     backend = _backend(x, weight, h)
     if backend == "triton":
@@ -101,6 +103,8 @@ def _(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h
     return y, torch.empty_like(y) if save_response else x.new_empty(0)
 
 
+@reads_memory
+@any_team
 def _compute_backward(
     dy: Tensor,
     x: Tensor,
@@ -194,12 +198,12 @@ def gated_linear(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype := autocast_dtype(x):
         x, weight, response_weight, weight_gate, h = (t.to(dtype) for t in (x, weight, response_weight, weight_gate, h))
         bias, response_bias, bias_gate = (None if t is None else t.to(dtype) for t in (bias, response_bias, bias_gate))
     _check(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, example_dim)
     if h.ndim == 1:
+        _backend(x, weight, h)  # raises where one was asked for that can't serve
         folded, folded_bias = fold(weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
         return linear(x, folded, folded_bias)
     example_dim %= x.ndim
@@ -210,7 +214,7 @@ def gated_linear(
     else:
         save_response = torch.is_grad_enabled() and (h.requires_grad or weight_gate.requires_grad)
         tensors = (rows, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
-        run = _gated_linear if traced(*(t for t in tensors if t is not None)) else _eager
+        run = _gated_linear if traced(*tensors) else _eager
         y, _ = run(*(None if t is None else t.contiguous() for t in tensors), outer, inner, save_response)
     return y.view(*x.shape[:-1], weight.shape[0])
 

@@ -7,15 +7,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from stn_fast.dispatch import choose
 from stn_fast.ops import _gated_lstm_driver as driver
 from stn_fast.ops import gated_linear
-from stn_fast.ops._autocast import as_given
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_lstm_driver import Saved, Weights
 from stn_fast.ops._gated_lstm_plain import Plain
 from stn_fast.ops._operands import check_operands
 from stn_fast.ops._transforms import in_transform
+from stn_fast.ops.memory import autocast_dtype, reads_memory
+from stn_fast.ops.openmp import any_team, misled
+from stn_fast.ops.serving import serving
 
 __all__ = ["Weights", "fold", "gated_lstm", "reference"]
 
@@ -47,16 +48,6 @@ def fold(weights: Weights, h: Tensor) -> tuple[Tensor, Tensor | None]:
     return gated_linear.fold(*weights, h)
 
 
-def _backend(x: Tensor, h: Tensor, hidden: Tensor) -> str:
-    """The C++ core computes in float32; plain torch serves other dtypes on the CPU, float64 and empty tensors."""
-    backend = choose(x.device)
-    if 0 in (x.numel(), h.numel(), hidden.numel()):
-        return "reference"
-    if (backend == "cpp" and x.dtype != torch.float32) or (backend == "triton" and x.dtype == torch.float64):
-        return "reference"
-    return backend
-
-
 def _kernels(backend: str, save_response: bool = False) -> driver.Kernels:
     if backend == "cpp":
         from stn_fast.ops._gated_lstm_cpu import Core
@@ -69,7 +60,8 @@ def _kernels(backend: str, save_response: bool = False) -> driver.Kernels:
     return Plain()
 
 
-@as_given
+@reads_memory
+@any_team
 def _compute(
     x: Tensor,
     h_0: Tensor,
@@ -92,10 +84,14 @@ def _compute(
     save_response: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, c_n, *Saved), what is saved having no time step where nobody will ask."""
+    if not x.shape[1] == len(h_0) == len(c_0) == len(h):
+        raise ValueError(
+            f"gated_lstm: x {tuple(x.shape)}, h_0 {tuple(h_0.shape)}, h {tuple(h.shape)} differ in examples"
+        )
     from_input = Weights(weight_ih, bias_ih, response_weight_ih, response_bias_ih, weight_gate_ih, bias_gate_ih)
     from_hidden = Weights(weight_hh, bias_hh, response_weight_hh, response_bias_hh, weight_gate_hh, bias_gate_hh)
     y, c_n, saved = driver.forward(
-        _kernels(_backend(x, h, h_0), save_response), x, h_0, c_0, from_input, from_hidden, h,
+        _kernels(serving(x, h, h_0), save_response), x, h_0, c_0, from_input, from_hidden, h,
         reverse=reverse, save=save, save_response=save_response,
     )  # fmt: skip
     if saved is None:
@@ -119,7 +115,8 @@ def _(x, h_0, c_0, *rest):
     return kept(hidden, True), torch.empty_like(c_0), *saved
 
 
-@as_given
+@reads_memory
+@any_team
 def _compute_backward(
     dy: Tensor,
     d_last_cell: Tensor | None,
@@ -151,7 +148,7 @@ def _compute_backward(
     saved = Saved(gates, cells, input_response, hidden_response)
     incoming = dy.contiguous(), None if d_last_cell is None else d_last_cell.contiguous()
     gradients = driver.backward(
-        _kernels(_backend(x, h, h_0)), *incoming, x, h_0, c_0, from_input, from_hidden, h, y, saved,
+        _kernels(serving(x, h, h_0)), *incoming, x, h_0, c_0, from_input, from_hidden, h, y, saved,
         reverse=reverse, wanted=wanted,
     )  # fmt: skip
     return [gradient for gradient in gradients if gradient is not None]
@@ -230,8 +227,7 @@ def gated_lstm(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype := autocast_dtype(x):
         x, h_0, c_0, h = (tensor.to(dtype) for tensor in (x, h_0, c_0, h))
         from_input, from_hidden = (
             Weights(*(None if tensor is None else tensor.to(dtype) for tensor in weights))  # type: ignore[arg-type]
@@ -241,13 +237,16 @@ def gated_lstm(
     if in_transform():
         rows = h.expand(x.shape[1], -1) if h.ndim == 1 else h
         return reference(x, h_0, c_0, from_input, from_hidden, rows, reverse)
+    if h.ndim == 1 and misled(x):
+        h = h.expand(x.shape[1], -1)
     if h.ndim == 1:
+        serving(x, h, h_0)  # raises where a backend was asked for that can't serve
         return _folded(x, h_0, c_0, fold(from_input, h), fold(from_hidden, h), reverse)
     tensors = (x, h_0, c_0, *from_input, *from_hidden, h)
     needed = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     gates = (h, from_input.weight_gate, from_hidden.weight_gate)
     save_response = needed and any(tensor.requires_grad for tensor in gates)
-    run = _gated_lstm if traced(*(tensor for tensor in tensors if tensor is not None)) else _eager
+    run = _gated_lstm if traced(*tensors) else _eager
     operands = (None if tensor is None else tensor.contiguous() for tensor in tensors)
     y, c_n, *_ = run(*operands, reverse, needed, save_response)
     return y, (y[0 if reverse else -1], c_n)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from stn_fast import random
-from stn_fast.dispatch import choose
 from stn_fast.ops._draw import check_coordinates, check_strength
-from stn_fast.ops._eager import eager_function, traced
+from stn_fast.ops._eager import eager_function, known_sizes, traced
 from stn_fast.ops._transforms import in_transform
+from stn_fast.ops.memory import address, reads_memory
+from stn_fast.ops.serving import ELEMENTWISE, serving
 
 
 def reference(x: Tensor, scale: Tensor, normal: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -33,12 +34,15 @@ def _normal(step: Tensor, seed: int, stream: int, first_example: int, sizes: Seq
     return torch.from_numpy(draws).to(step.device)
 
 
+@reads_memory
 def _compute(
     x: Tensor, scale: Tensor, step: Tensor, seed: int, stream: int, first_example: int, sizes: list[int]
 ) -> Tensor:
+    if x.numel() != math.prod(sizes) or len(scale) != sizes[1]:
+        raise ValueError(f"noise was traced for x of {sizes} numbers; got {tuple(x.shape)}, scale {tuple(scale.shape)}")
     if x.numel() == 0:
         return torch.empty_like(x)
-    backend = choose(x.device) if x.dtype != torch.float64 else "reference"  # the kernels compute in float32
+    backend = serving(x, takes=ELEMENTWISE)
     if backend == "triton":
         from stn_fast.kernels import noise as kernels
 
@@ -50,7 +54,7 @@ def _compute(
         source = x.float()
         y = torch.empty_like(source)
         _C.noise_forward(
-            source.data_ptr(), scale.data_ptr(), y.data_ptr(), outer, batch, inner,
+            address(source), address(scale), address(y), outer, batch, inner,
             first_example, seed, int(step), stream, torch.get_num_threads(),
         )  # fmt: skip
         return y.to(x.dtype)
@@ -65,11 +69,12 @@ def _(x, scale, step, seed, stream, first_example, sizes):
     return torch.empty_like(x)
 
 
+@reads_memory
 def _compute_backward(dy: Tensor, step: Tensor, seed: int, stream: int, first_example: int, sizes: list[int]) -> Tensor:
     """d_scale[b] = Σ dy · ε, float32."""
     if dy.numel() == 0:
         return dy.new_zeros(sizes[1], dtype=torch.float32)
-    backend = choose(dy.device) if dy.dtype != torch.float64 else "reference"
+    backend = serving(dy, takes=ELEMENTWISE)
     if backend == "triton":
         from stn_fast.kernels import noise as kernels
 
@@ -81,7 +86,7 @@ def _compute_backward(dy: Tensor, step: Tensor, seed: int, stream: int, first_ex
         source = dy.float()
         d_scale = source.new_empty(sizes[1])
         _C.noise_backward(
-            source.data_ptr(), d_scale.data_ptr(), outer, batch, inner,
+            address(source), address(d_scale), outer, batch, inner,
             first_example, seed, int(step), stream, torch.get_num_threads(),
         )  # fmt: skip
         return d_scale
@@ -146,7 +151,7 @@ def noise(
         raise ValueError(f"noise: example_dim={example_dim} is not a dimension of x {tuple(x.shape)}")
     example_dim %= x.ndim
     batch = x.shape[example_dim]
-    sizes = [math.prod(x.shape[:example_dim]), batch, math.prod(x.shape[example_dim + 1 :])]
+    sizes = known_sizes([math.prod(x.shape[:example_dim]), batch, math.prod(x.shape[example_dim + 1 :])])
     check_strength("noise", "scale", scale, x, batch, stream)
     step = check_coordinates("noise", x.device, seed, step, first_example)
     draw = (step, seed, stream, first_example, sizes)

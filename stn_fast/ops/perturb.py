@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stn_fast import random
-from stn_fast.dispatch import choose
-from stn_fast.ops._core import address
 from stn_fast.ops._draw import check_coordinates
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._transforms import in_transform
+from stn_fast.ops.memory import address, reads_memory
+from stn_fast.ops.serving import serving
 
 RAW_SCALE_BOUNDS = (-4.0, 3.0)
 """Raw scales are clamped into this interval, so that sigma = softplus(raw_scale) stays in [0.0181, 3.0486]."""
@@ -75,6 +75,7 @@ def reference(location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor
     return Perturbed(values, response)
 
 
+@reads_memory
 def _compute(
     location: Tensor,
     raw_scale: Tensor,
@@ -87,7 +88,7 @@ def _compute(
     save_noise: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(values, response, noise): noise (n, B) is what backward needs, and empty when nobody will ask."""
-    backend = choose(location.device)
+    backend = serving(location)
     n = table.shape[0]
     if backend == "reference":
         drawn = perturbation_noise(table, step, seed, batch_size, first_example)
@@ -107,8 +108,8 @@ def _compute(
         from stn_fast import _C
 
         _C.perturb_forward(
-            location.data_ptr(), raw_scale.data_ptr(), center.data_ptr(), table.data_ptr(),
-            values.data_ptr(), response.data_ptr(), noise.data_ptr() if save_noise else 0,
+            address(location), address(raw_scale), address(center), address(table),
+            address(values), address(response), address(noise) if save_noise else 0,
             n, batch_size, first_example, seed, int(step), *RAW_SCALE_BOUNDS, torch.get_num_threads(),
         )  # fmt: skip
     return values.T, response, noise
@@ -124,6 +125,7 @@ def _(location, raw_scale, center, table, step, seed, batch_size, first_example,
     return location.new_empty(n, batch_size).T, location.new_empty(batch_size, n), noise
 
 
+@reads_memory
 def _compute_backward(
     d_values: Tensor | None,
     d_response: Tensor | None,
@@ -132,7 +134,7 @@ def _compute_backward(
     table: Tensor,
     noise: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    backend = choose(location.device)
+    backend = serving(location)
     if backend == "reference":
         return _backward_reference(d_values, d_response, location, raw_scale, table, noise.T)
     if d_response is not None:
@@ -150,8 +152,8 @@ def _compute_backward(
     n, batch_size = noise.shape
     _C.perturb_backward(
         address(d_values), in_rows, address(d_response),
-        location.data_ptr(), raw_scale.data_ptr(), table.data_ptr(), noise.data_ptr(),
-        d_location.data_ptr(), d_raw_scale.data_ptr(), n, batch_size, *RAW_SCALE_BOUNDS, torch.get_num_threads(),
+        address(location), address(raw_scale), address(table), address(noise),
+        address(d_location), address(d_raw_scale), n, batch_size, *RAW_SCALE_BOUNDS, torch.get_num_threads(),
     )  # fmt: skip
     return d_location, d_raw_scale
 

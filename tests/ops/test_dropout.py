@@ -148,9 +148,9 @@ def test_second_derivatives_are_right():
     assert torch.autograd.gradgradcheck(lambda x_: dropout(x_, rate, **WHERE).pow(3), x)
 
 
-def test_float64_is_exact(backend):
-    x, rate = torch.randn(6, 33, dtype=torch.float64, device=backend), torch.rand(6, device=backend)
-    keep = expected_mask(x.shape, 0, (), rate.cpu(), **WHERE).to(backend)
+def test_float64_is_exact(device):
+    x, rate = torch.randn(6, 33, dtype=torch.float64, device=device), torch.rand(6, device=device)
+    keep = expected_mask(x.shape, 0, (), rate.cpu(), **WHERE).to(device)
     assert relative_error(dropout(x, rate, **WHERE), x * keep / (1 - rate.double())[:, None]) < 1e-14
 
 

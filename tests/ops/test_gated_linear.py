@@ -142,12 +142,18 @@ def test_every_backend_and_dtype_obeys_the_2x_rule(backend, dtype, bias, layout)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", [dict(), dict(outer=3, inner=2)], ids=["rows", "positions"])
-def test_more_hyperparameters_than_a_kernel_holds_obey_the_2x_rule(backend, dtype, bias, layout):
-    assert_as_good_as_plain_torch(operands(6, 17, 23, 33, bias=bias, dtype=dtype, device=backend, **layout))
+def test_more_hyperparameters_than_a_kernel_holds_obey_the_2x_rule(device, dtype, bias, layout):
+    assert_as_good_as_plain_torch(operands(6, 17, 23, 33, bias=bias, dtype=dtype, device=device, **layout))
 
 
-def test_float64_is_exact(backend):
-    tensors = operands(5, 7, 6, 3, outer=2, inner=3, dtype=torch.float64, device=backend)
+def test_triton_refuses_more_hyperparameters_than_a_kernel_holds():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"at most 32 hyperparameters, and h has 33"):
+        apply(gated_linear, operands(6, 17, 23, 33, device=device))
+
+
+def test_float64_is_exact(device):
+    tensors = operands(5, 7, 6, 3, outer=2, inner=3, dtype=torch.float64, device=device)
     assert relative_error(apply(gated_linear, tensors), apply(reference, tensors)) < 1e-14
 
 
@@ -270,8 +276,8 @@ def test_folded_layer_carries_gradients_to_h():
     assert relative_error(folded, full[0]) < 1e-12
 
 
-def test_forward_mode_tangent_is_not_silently_zero(backend):
-    primals = [t[0, :, 0] if t.ndim == 4 else t for t in operands(5, 7, 6, 3, dtype=torch.float64, device=backend)]
+def test_forward_mode_tangent_is_not_silently_zero(device):
+    primals = [t[0, :, 0] if t.ndim == 4 else t for t in operands(5, 7, 6, 3, dtype=torch.float64, device=device)]
     tangents = [torch.randn_like(t) for t in primals]
     _, got = torch.func.jvp(gated_linear, tuple(primals), tuple(tangents))
     step = 1e-6

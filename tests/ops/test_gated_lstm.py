@@ -216,8 +216,8 @@ def test_the_gradient_of_a_cell_that_forgets_nothing_sums_all_steps_in_float32(d
     assert relative_error(got, steps * o.double().expand(2, 4)) < torch.finfo(dtype).eps
 
 
-def test_float64_is_exact(backend):
-    tensors = on(backend, operands(5, 3, 7, 6, 3, dtype=torch.float64))
+def test_float64_is_exact(device):
+    tensors = on(device, operands(5, 3, 7, 6, 3, dtype=torch.float64))
     incoming = drawn_gradients(apply(reference, tensors), torch.float64)
     got = gradients(gated_lstm, leaves(tensors), incoming)
     for mine, want in zip(got, gradients(reference, leaves(tensors), incoming), strict=True):

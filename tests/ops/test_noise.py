@@ -85,10 +85,10 @@ def test_compiles_without_graph_break_to_the_same_numbers():
     assert torch.equal(compiled(x, scale), noise(x, scale, **WHERE))
 
 
-def test_float64_is_exact(backend):
-    x = torch.randn(5, 33, dtype=torch.float64, device=backend)
-    scale = torch.rand(5, device=backend, requires_grad=True)
-    eps = epsilon((5, 33), 0).to(backend)
+def test_float64_is_exact(device):
+    x = torch.randn(5, 33, dtype=torch.float64, device=device)
+    scale = torch.rand(5, device=device, requires_grad=True)
+    eps = epsilon((5, 33), 0).to(device)
     y = noise(x, scale, **WHERE)
     assert relative_error(y, x + scale.double()[:, None] * eps) < 1e-14
     (d_scale,) = torch.autograd.grad(y, scale, x)

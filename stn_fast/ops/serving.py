@@ -1,0 +1,32 @@
+"""Which backend computes an operation on given tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from stn_fast.dispatch import Name, choose
+from stn_fast.ops._transforms import in_function_transform
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+# The kernels accumulate in float32, so float64 is left to plain torch.
+GATED = MappingProxyType({"cpp": (torch.float32,), "triton": (torch.float32, *SIXTEEN_BITS)})
+ELEMENTWISE = MappingProxyType({"cpp": (torch.float32, *SIXTEEN_BITS), "triton": (torch.float32, *SIXTEEN_BITS)})
+
+
+def serving(
+    x: Tensor,
+    *others: Tensor,
+    takes: Mapping[str, tuple[torch.dtype, ...]] = GATED,
+    without: Mapping[str, str] = MappingProxyType({}),
+) -> Name:
+    """The backend for tensors on the device of ``x`` and of its dtype; see `stn_fast.dispatch.choose`.
+
+    Plain torch serves what no kernel can: empty tensors, and those of a torch.func transform, which have no memory.
+    """
+    if in_function_transform() or not x.numel() or not all(map(Tensor.numel, others)):
+        return "reference"
+    return choose(x.device, x.dtype, takes, without)

@@ -1,0 +1,89 @@
+"""Operations where OpenMP starts fewer threads than torch counts on, by its environment variables and at run time.
+
+oneDNN's products then leave part of their result unwritten. Fresh memory is filled with NaN, so that this shows.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from stn_fast import _C
+from stn_fast.ops import _products, openmp
+
+pytestmark = pytest.mark.skipif(not _C.openmp(), reason="the core runs on one thread")
+
+CHILD = """
+import ctypes, json, sys
+import torch
+import stn_fast as stn
+from stn_fast import functional as SF
+
+at_run_time = sys.argv[1] == "at run time"
+torch.set_num_threads(2)
+torch.utils.deterministic.fill_uninitialized_memory = True
+torch.use_deterministic_algorithms(True)  # torch.empty is filled with NaN
+torch.manual_seed(0)
+n = 3
+layers = {
+    "linear": (stn.HyperLinear(300, 400, num_hyperparameters=n), (64, 300)),
+    "linear of few rows": (stn.HyperLinear(1024, 1024, num_hyperparameters=n), (3, 1024)),
+    "conv2d": (stn.HyperConv2d(8, 16, 3, num_hyperparameters=n), (16, 8, 20, 20)),
+    "conv2d 1x1": (stn.HyperConv2d(32, 64, 1, num_hyperparameters=n), (16, 32, 9, 9)),
+    "lstm": (stn.HyperLSTM(64, 64, num_hyperparameters=n), (3, 64, 64)),
+    "lstm of packed weights": (stn.HyperLSTM(16, 384, num_hyperparameters=n), (2, 16, 16)),
+}
+examples = {"linear": 64, "linear of few rows": 3, "lstm": 64}
+
+def run(layer, x, h):
+    leaves = [x.clone().requires_grad_(), h.clone().requires_grad_(), *layer.parameters()]
+    y = layer(leaves[0], leaves[1])
+    y = y[0] if isinstance(y, tuple) else y
+    return [y.detach(), *torch.autograd.grad((y * y.detach().cos()).sum(), leaves)]
+
+worst = {}
+for shared in (False, True):
+    for name, (layer, shape) in layers.items():
+        x = torch.randn(shape)
+        h = torch.randn(n) if shared else torch.randn(examples.get(name, 16), n)
+        if at_run_time:
+            run(layer, x, h)  # with all threads, so that what is remembered is of them
+            ctypes.CDLL("libgomp.so.1").omp_set_max_active_levels(0)
+        got = run(layer, x, h)
+        if at_run_time:
+            ctypes.CDLL("libgomp.so.1").omp_set_max_active_levels(8)
+        with stn.use_backend("reference"):
+            want = run(layer.double(), x.double(), h.double())
+        layer.float()
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(got, want)]
+        worst[f"{name}, {'shared' if shared else 'rows'}"] = max(e if e == e else 9.0 for e in errors)
+print(json.dumps(worst))
+"""
+
+SETTINGS = ({}, {"OMP_THREAD_LIMIT": "1"}, {"OMP_MAX_ACTIVE_LEVELS": "0"}, {"OMP_DYNAMIC": "true"}, "at run time")
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_results_and_gradients_are_whole_whatever_threads_openmp_gives(setting):
+    named = {} if isinstance(setting, str) else setting
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
+    environment |= {"OMP_WAIT_POLICY": "passive"} | named
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(setting)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    worst = json.loads(done.stdout)
+    assert worst
+    assert {name: error for name, error in worst.items() if not error < 1e-4} == {}
+
+
+def test_without_a_full_team_torch_computes_and_backends_says_so(monkeypatch):
+    monkeypatch.setattr(_products, "_prefers_onednn", lambda: True)
+    assert _products.library() == "oneDNN"
+    monkeypatch.setattr(_C, "full_team", lambda *functions: False)
+    assert _products.library() == "torch.mm"
+    assert "fewer threads" in _products.description()
+    monkeypatch.setattr(openmp, "_openmp_of_torch", lambda: None)
+    assert not openmp.full_team()
