@@ -124,7 +124,7 @@ def test_data_that_are_not_finite_are_one_line_and_status_2(tmp_path, capsys, mo
 
 def test_a_run_leaves_everything_it_should(whole):
     left = {path.name for path in whole.iterdir()} - {".lock"}
-    assert left == {"config.yaml", "metrics.jsonl", "result.json", "schedule.png", "checkpoints"}
+    assert left == {"config.yaml", "data.json", "metrics.jsonl", "result.json", "schedule.png", "checkpoints"}
     result = json.loads((whole / "result.json").read_text())
     wanted = {"recipe", "method", "seed", "steps", "wall_seconds", "valid_loss", "test_loss", "test_accuracy"}
     assert wanted | {"hyperparameters", "best_step", "ended_by", "steps_per_second", "versions"} <= result.keys()
