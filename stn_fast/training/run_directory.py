@@ -15,6 +15,8 @@ from stn_fast.training.config import Config
 from stn_fast.training.disk import make_directory, replace, writing
 from stn_fast.training.layering import build, differences, read_yaml, to_yaml
 
+MOST_DIFFERENCES = 5  # named in an error
+
 
 class RunDirectory:
     """The files of one run.
@@ -114,12 +116,15 @@ class RunDirectory:
         """Raises UserError where ``config`` would give other numbers than the run that is here."""
         if not self.config.exists():
             raise UserError(f"{self.path} has no config.yaml; restore it, or start over with --no-resume")
-        changed = differences(self.saved_config(), config)
+        cure = "choose another --run-dir, or start over with --no-resume"
+        saved = self.saved_config()
+        if saved.recipe != config.recipe:
+            raise UserError(f"{self.path} holds a run of the recipe '{saved.recipe}', not '{config.recipe}': {cure}")
+        changed = differences(saved, config)
         if changed:
-            raise UserError(
-                f"{self.path} holds a run with other settings ({'; '.join(changed)}): "
-                "choose another --run-dir, or start over with --no-resume"
-            )
+            more = len(changed) - MOST_DIFFERENCES
+            named = "; ".join(changed[:MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+            raise UserError(f"{self.path} holds a run with other settings ({named}): {cure}")
 
     def check_same_data(self, data: dict[str, str], warn: Callable[[str], None]) -> None:
         """Raises UserError where the run that is here was trained on other data than those of fingerprint ``data``.
