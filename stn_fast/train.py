@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stn_fast.command_line import Parser
 from stn_fast.errors import UserError
 from stn_fast.recipes import RECIPES, recipe
-from stn_fast.training.config import FLAGS
-from stn_fast.training.layering import resolve, to_yaml
+from stn_fast.training.config import FLAGS, ConfigError
+from stn_fast.training.layering import read_yaml, resolve, to_yaml
 
 PROGRAM = "python -m stn_fast.train"
+DEFAULT_RECIPE = "digits"
 
 
 def parser() -> Parser:
@@ -21,7 +22,8 @@ def parser() -> Parser:
     about = "Trains a self-tuning network, or the same network without the tuning."
     it = Parser(PROGRAM, about)
     flag = it.add_argument
-    flag("recipe", nargs="?", default="digits", help=f"what to train: {', '.join(RECIPES)} (default: digits)")
+    default = f"the recipe in --config, else {DEFAULT_RECIPE}"
+    flag("recipe", nargs="?", help=f"what to train: {', '.join(RECIPES)} (default: {default})")
     flag("--method", dest="method.name", metavar="NAME", help="stn or fixed (default: stn)")
     flag("--freeze", dest="method.freeze", action="store_true", default=None, help="stn, hyperparameters held still")
     flag("--seed", type=int, metavar="N", help="fixes everything random (default: 0)")
@@ -45,9 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 1, 2 for a user's error, 130 or 143 after a signal."""
     try:
         flags = parser().given(arguments)
-        module = recipe(flags["recipe"])
+        file = flags["config"]
+        settings = {} if file is None else read_yaml(file)
+        module = recipe(recipe_name(flags["recipe"], settings, file))
         overrides = {key: flags[key] for key in FLAGS if flags.get(key) is not None and key != "recipe"}
-        config = resolve(module.config(), flags["config"], flags["set"], overrides)
+        config = resolve(module.config(), file, flags["set"], overrides, settings=settings)
         if flags["print_config"]:
             print(to_yaml(config), end="")
             return 0
@@ -58,6 +62,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: stopped by Ctrl-C", file=sys.stderr)
         return 130
+
+
+def recipe_name(argument: str | None, settings: Mapping[str, Any], file: str | None) -> str:
+    """The recipe that the first ``argument`` or the ``settings`` in the --config ``file`` name.
+
+    Raises:
+        UserError: they name two different ones, or the settings name something that is not text.
+    """
+    if "recipe" not in settings:
+        return argument or DEFAULT_RECIPE
+    named = settings["recipe"]
+    if not isinstance(named, str):
+        raise ConfigError("recipe", named, f"must be the name of a recipe in {file}: {', '.join(RECIPES)}")
+    if argument is not None and argument != named:
+        raise UserError(
+            f"the first argument is the recipe '{argument}', but {file} is for '{named}': leave out the argument, "
+            "or choose another --config"
+        )
+    return named
 
 
 def train(config: Any, module: Any, resume: bool) -> int:

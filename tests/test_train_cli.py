@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
+import yaml
 from run_files import rows
 
 from stn_fast import train
@@ -124,7 +126,7 @@ def test_data_that_are_not_finite_are_one_line_and_status_2(tmp_path, capsys, mo
 
 def test_a_run_leaves_everything_it_should(whole):
     left = {path.name for path in whole.iterdir()} - {".lock"}
-    assert left == {"config.yaml", "metrics.jsonl", "result.json", "schedule.png", "checkpoints"}
+    assert left == {"config.yaml", "data.json", "metrics.jsonl", "result.json", "schedule.png", "checkpoints"}
     result = json.loads((whole / "result.json").read_text())
     wanted = {"recipe", "method", "seed", "steps", "wall_seconds", "valid_loss", "test_loss", "test_accuracy"}
     assert wanted | {"hyperparameters", "best_step", "ended_by", "steps_per_second", "versions"} <= result.keys()
@@ -218,3 +220,81 @@ def test_a_log_that_cannot_be_written_is_status_1_and_one_line(tmp_path, capsys)
     about, said = capsys.readouterr().err.splitlines()
     assert about.startswith("digits, stn: 900 training, 400 validation, 497 test examples; ")
     assert said.startswith(f"error: cannot write {tmp_path}")
+
+
+def printed(arguments, capsys):
+    """What --print-config prints for ``arguments``."""
+    assert train.main([*arguments, "--print-config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["text", "fashion-mnist-small"])
+def test_a_configuration_file_names_its_recipe(tmp_path, capsys, name):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(printed([name, "--seed", "3"], capsys)))
+    whole = printed(["--config", str(file)], capsys)
+    assert (whole["recipe"], whole["seed"]) == (name, 3)
+    assert printed([name, "--config", str(file)], capsys) == whole
+    file.write_text(f"recipe: {name}\nseed: 4\n")
+    part = printed(["--config", str(file)], capsys)
+    assert part == {**whole, "seed": 4}
+
+
+def test_a_configuration_file_without_a_recipe_is_for_the_one_that_is_named(tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text("seed: 4\n")
+    assert printed(["--config", str(file)], capsys)["recipe"] == "digits"
+    assert printed(["ptb", "--config", str(file)], capsys)["recipe"] == "ptb"
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "says"),
+    [
+        ("recipe: text\n", ["ptb"], "the first argument is the recipe 'ptb', but {file} is for 'text': leave out"),
+        ("recipe: text\n", ["digits"], "the first argument is the recipe 'digits', but {file} is for 'text'"),
+        ("recipe: texts\n", [], "unknown recipe 'texts': did you mean 'text'?"),
+        ("recipe:\n", [], "recipe (the first argument) = None: must be the name of a recipe in {file}: digits, "),
+        ("recipe: [text]\n", [], "recipe (the first argument) = ['text']: must be the name of a recipe in {file}"),
+        ("recipe: text\nsched: {}\n", [], "unknown key 'sched' in {file}: did you mean 'schedule'?"),
+        ("recipe: text\n", ["--set", "recipe=ptb"], "'ptb': this runs 'text'; name another as the first argument"),
+    ],
+)
+def test_a_recipe_that_is_unclear_is_one_line_and_status_2(tmp_path, capsys, text, arguments, says):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert train.main([*arguments, "--config", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert says.format(file=file) in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_configuration_can_come_from_a_pipe_which_is_read_once(tmp_path, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("recipe: text\nseed: 4\n",), daemon=True)
+    writer.start()
+    config = printed(["--config", str(pipe)], capsys)
+    writer.join()
+    assert (config["recipe"], config["seed"]) == ("text", 4)
+
+
+@pytest.mark.parametrize(("name", "root"), [("text", "."), ("cifar10", "nowhere")])
+def test_another_recipe_in_a_run_directory_is_one_short_line_and_status_2(whole, capsys, name, root):
+    assert train.main([name, "--run-dir", str(whole), "--data-root", root]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"error: {whole} holds a run of the recipe 'digits', not '{name}': "
+        "choose another --run-dir, or start over with --no-resume\n"
+    )
+
+
+def test_many_other_settings_are_counted(whole, capsys):
+    pairs = ["method.train_steps=3", "optimizer.momentum=0", "schedule.batch_size=9", "train_fraction=.5", "threads=2"]
+    flags = [argument for pair in pairs for argument in ("--set", pair)]
+    assert train.main([*SHORT, *flags, "--run-dir", str(whole)]) == 2
+    assert "train_fraction: 1.0 -> 0.5): choose" in capsys.readouterr().err
+    assert train.main([*SHORT, *flags, "--run-dir", str(whole), "--seed", "1", "--method", "fixed"]) == 2
+    said = capsys.readouterr().err
+    assert said.count(" -> ") == 5
+    assert "; and 2 more): choose another --run-dir" in said

@@ -2,6 +2,7 @@
 
 from stn_fast.data.dataset import from_dataset
 from stn_fast.data.download import data_root
+from stn_fast.data.fingerprint import fingerprint
 from stn_fast.data.residency import placed
 from stn_fast.data.splits import DataSet, Images, Split, checked, fraction, split_validation
 
@@ -11,6 +12,7 @@ __all__ = [
     "Split",
     "checked",
     "data_root",
+    "fingerprint",
     "fraction",
     "from_dataset",
     "placed",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from operator import index
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ from stn_fast.data.splits import Split
 from stn_fast.errors import UserError
 
 CHANNELS = (1, 3)
+LABELS = 2**63  # so many numbers from 0 on are in int64
 
 
 def from_dataset(dataset: Dataset) -> Split:
@@ -24,39 +29,88 @@ def from_dataset(dataset: Dataset) -> Split:
     set wants no transform that makes floats of its images.
 
     Raises:
-        UserError: naming the example, for anything else, for images of different shapes, and for no examples at all.
+        UserError: naming the example, for anything else, for images of different shapes, for no examples at all, and
+            for a data set without len() or without indexing that is no IterableDataset.
+
+    What the data set itself raises is not changed; from Python 3.11 on, a note on it says for which example.
     """
-    examples: Any = list(dataset) if isinstance(dataset, IterableDataset) else dataset
-    count = len(examples)
+    examples: Any = _listed(dataset) if isinstance(dataset, IterableDataset) else dataset
+    count = _count(examples)
     if count == 0:
         raise UserError("the data set is empty; it needs at least one example")
     inputs, targets = torch.empty(0, dtype=torch.uint8), torch.empty(count, dtype=torch.int64)
     for i in range(count):
-        where = f"example {i} of the data set"
-        image, label = _pair(examples[i], where)
-        if i == 0:
-            inputs = torch.empty((count, *image.shape), dtype=torch.uint8)
-        if image.shape != inputs.shape[1:]:
-            raise UserError(
-                f"{where} has shape {tuple(image.shape)} and example 0 {tuple(inputs.shape[1:])} (C, H, W); "
-                "images must be of one shape: resize or crop them"
-            )
-        inputs[i], targets[i] = image, label
+        with _example(i) as where:
+            image, label = _pair(examples[i], where)
+            if i == 0:
+                inputs = torch.empty((count, *image.shape), dtype=torch.uint8)
+            if image.shape != inputs.shape[1:]:
+                raise UserError(
+                    f"{where} has shape {tuple(image.shape)} and example 0 {tuple(inputs.shape[1:])} (C, H, W); "
+                    "images must be of one shape: resize or crop them"
+                )
+            inputs[i], targets[i] = image, label
     return Split(inputs, targets)
+
+
+@contextmanager
+def _example(i: int) -> Iterator[str]:
+    """What example ``i`` is called in errors; an error of the data set's own inside gets a note that names it."""
+    where = f"example {i} of the data set"
+    try:
+        yield where
+    except Exception as error:
+        if sys.version_info >= (3, 11) and not isinstance(error, UserError):
+            error.add_note(f"while reading {where}")
+        raise
+
+
+def _listed(dataset: IterableDataset) -> list[Any]:
+    examples: list[Any] = []
+    end, source = object(), iter(dataset)
+    while True:
+        with _example(len(examples)):
+            example = next(source, end)
+        if example is end:
+            return examples
+        examples.append(example)
+
+
+def _count(examples: Any) -> int:
+    kind = type(examples).__name__
+    cure = "pass a list, a Dataset with __len__ and __getitem__, or an IterableDataset"
+    try:
+        count = len(examples)
+    except (TypeError, NotImplementedError) as error:
+        raise UserError(f"the data set, of type {kind}, has no len() ({error}); {cure}") from error
+    if not hasattr(type(examples), "__getitem__"):
+        raise UserError(f"the data set, of type {kind}, cannot be indexed; {cure}")
+    return count
 
 
 def _pair(example: Any, where: str) -> tuple[Tensor, int]:
     try:
+        if isinstance(example, (Mapping, str, Tensor, np.ndarray)):  # what they unpack to is not an image and a label
+            raise TypeError
         image, label = example
     except (TypeError, ValueError):
-        raise UserError(f"{where} is no pair of an image and a label but {type(example).__name__}") from None
+        length = f" of length {len(example)}" if isinstance(example, (tuple, list)) else ""
+        raise UserError(f"{where} must be a pair (image, label); it is a {type(example).__name__}{length}") from None
     try:
         number = index(label)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # the last is torch's for an integer beyond int64
         number = -1
-    if number < 0:
-        raise UserError(f"{where} has the label {label!r}; it wants the number of its class, 0 or above")
+    if not 0 <= number < LABELS:
+        raise UserError(f"{where} has the label {_shown(label)}; it must be the number of its class, 0 to 2**63 - 1")
     return _channels_first(image, where), number
+
+
+def _shown(label: Any) -> str:
+    """``label`` on one short line: of an array of several numbers only the shape."""
+    shape = tuple(getattr(label, "shape", ()))
+    if shape:
+        return f"of type {type(label).__name__} and shape {shape}"
+    return shorten(repr(label), 60)
 
 
 def _channels_first(image: Any, where: str) -> Tensor:
@@ -64,9 +118,15 @@ def _channels_first(image: Any, where: str) -> Tensor:
     mode = getattr(image, "mode", None)  # a PIL image has one; nothing here imports PIL
     if isinstance(mode, str) and mode not in ("L", "RGB"):
         raise UserError(f"{where} is an image of mode {mode}; it wants L or RGB, which its convert method makes")
-    values = image if isinstance(image, Tensor) else np.asarray(image)
+    try:
+        values = image if isinstance(image, Tensor) else np.asarray(image)
+    except ValueError as error:
+        raise UserError(f"{where} has an image of type {type(image).__name__} that is no array ({error})") from error
     if values.dtype not in (torch.uint8, np.uint8):
-        raise UserError(f"{where} holds {values.dtype} where uint8, 0 to 255, is meant; leave out what converts it")
+        raise UserError(
+            f"{where} holds {values.dtype} where uint8, 0 to 255, is meant; "
+            "leave out what converts it, or convert it to uint8"
+        )
     shape, layout = tuple(values.shape), "(C, H, W)" if isinstance(image, Tensor) else "(H, W, C)"
     pixels = values if isinstance(values, Tensor) else torch.from_numpy(values.copy())
     if pixels.ndim == 2:

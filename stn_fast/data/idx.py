@@ -35,7 +35,8 @@ def parse(contents: bytes, name: str) -> Tensor:
     for each of these follows.
 
     Raises:
-        UserError: the gzip stream is damaged, the header is none, or there are more or fewer values than it states.
+        UserError: the gzip stream is damaged, the header is none or states a shape that no array has, or there are
+            more or fewer values than it states.
     """
     if contents[:2] == b"\x1f\x8b":
         try:
@@ -52,4 +53,8 @@ def parse(contents: bytes, name: str) -> Tensor:
     expected = start + int(np.prod(shape, dtype=object))
     if dimensions == 0 or len(contents) != expected:
         raise UserError(f"{name} has {len(contents):,} bytes where its header asks for {expected:,}; fetch it again")
-    return torch.from_numpy(np.frombuffer(contents, np.uint8, offset=start).reshape(shape).copy())
+    try:
+        values = np.frombuffer(contents, np.uint8, offset=start).reshape(shape)
+    except ValueError as error:
+        raise UserError(f"{name} states a shape that no array has ({error}); fetch it again") from None
+    return torch.from_numpy(values.copy())

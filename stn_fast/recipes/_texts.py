@@ -95,4 +95,5 @@ def build_task(config: Config, load: Callable[..., Corpus]) -> Task:
         report=language.with_perplexity,
         batching=ContinuousText(text.window, text.valid_streams, text.test_streams),
         facts={"vocabulary": len(corpus.words), "unknown_share": corpus.unknown_share()},
+        vocabulary=corpus.words,
     )

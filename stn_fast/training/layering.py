@@ -17,15 +17,21 @@ Tree = dict[str, Any]
 
 
 def resolve(
-    defaults: Config, file: str | None = None, pairs: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+    defaults: Config,
+    file: str | None = None,
+    pairs: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
 ) -> Config:
     """``defaults`` under the YAML ``file``, then ``name=value`` ``pairs``, then ``flags`` {dotted key: value}.
 
-    A ``data_root`` that none of them names is the environment variable STN_FAST_DATA.
+    ``settings`` are the contents of ``file`` where it has been read already: a pipe can be read only once. A
+    ``data_root`` that none of them names is the environment variable STN_FAST_DATA.
     """
     tree = asdict(defaults)
     if file is not None:
-        overlay(tree, read_yaml(file), where=f"in {file}")
+        overlay(tree, read_yaml(file) if settings is None else settings, where=f"in {file}")
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:

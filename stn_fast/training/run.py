@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import stn_fast
+from stn_fast.data import fingerprint
 from stn_fast.errors import UserError
 from stn_fast.training import checkpoint
 from stn_fast.training.config import FLAGS, Config, ConfigError
@@ -33,7 +34,8 @@ def run(
     """Trains as ``config`` says in ``config.directory`` and returns what ``result.json`` holds.
 
     With ``resume``, a run that is there goes on from its newest whole checkpoint, bit for bit as if it had never
-    stopped; a finished one only gives its result again.
+    stopped; a finished one only gives its result again. Both need the data that the run was trained on, wherever they
+    are now.
 
     Raises:
         UserError: the configuration, the data or the run directory cannot be used.
@@ -51,16 +53,19 @@ def run(
             resume = False
         if resume:
             directory.check_same_run(config)
+        task = checked_task(config, build_task)
+        data = fingerprint(task.data, task.vocabulary)
+        if resume:
+            directory.check_same_data(data, progress.warn)
             if (result := directory.finished_result(config)) is not None:
                 progress.say(f"{directory.path} is finished; --no-resume would run it again")
                 return result
-        return _train(config, build_task, directory, resume, progress)
+        return _train(config, task, data, directory, resume, progress)
 
 
 def _train(
-    config: Config, build_task: Callable[[Config], Task], directory: RunDirectory, resume: bool, progress: Progress
+    config: Config, task: Task, data: dict[str, str], directory: RunDirectory, resume: bool, progress: Progress
 ) -> dict[str, Any]:
-    task = checked_task(config, build_task)
     trainer = Trainer(config, task, build_method(config, task), directory.checkpoints, progress.row, progress.step)
     progress.say(_about(config, task, trainer))
     if resume:
@@ -68,6 +73,7 @@ def _train(
     else:
         directory.clear()
     directory.write_config(config)
+    directory.write_data(data)
     directory.clear_result()
     progress.start = trainer.train_steps / trainer.train_batches.per_pass
     with progress, MetricsLog(directory.metrics, trainer.rows) as log:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stn_fast.data.fingerprint import PARTS
 from stn_fast.errors import UserError
 from stn_fast.training import checkpoint
 from stn_fast.training.config import Config
 from stn_fast.training.disk import make_directory, replace, writing
 from stn_fast.training.layering import build, differences, read_yaml, to_yaml
+
+MOST_DIFFERENCES = 5  # named in an error
 
 
 class RunDirectory:
@@ -25,6 +28,7 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.data = self.path / "data.json"
         self.metrics = self.path / "metrics.jsonl"
         self.result = self.path / "result.json"
         self.schedule = self.path / "schedule.png"
@@ -93,7 +97,7 @@ class RunDirectory:
 
     @property
     def _files(self) -> tuple[Path, ...]:
-        return self.metrics, self.result, self.schedule, self.config
+        return self.metrics, self.result, self.schedule, self.config, self.data
 
     @property
     def _holds_a_run(self) -> bool:
@@ -112,12 +116,42 @@ class RunDirectory:
         """Raises UserError where ``config`` would give other numbers than the run that is here."""
         if not self.config.exists():
             raise UserError(f"{self.path} has no config.yaml; restore it, or start over with --no-resume")
-        changed = differences(self.saved_config(), config)
+        cure = "choose another --run-dir, or start over with --no-resume"
+        saved = self.saved_config()
+        if saved.recipe != config.recipe:
+            raise UserError(f"{self.path} holds a run of the recipe '{saved.recipe}', not '{config.recipe}': {cure}")
+        changed = differences(saved, config)
+        if changed:
+            more = len(changed) - MOST_DIFFERENCES
+            named = "; ".join(changed[:MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+            raise UserError(f"{self.path} holds a run with other settings ({named}): {cure}")
+
+    def check_same_data(self, data: dict[str, str], warn: Callable[[str], None]) -> None:
+        """Raises UserError where the run that is here was trained on other data than those of fingerprint ``data``.
+
+        ``warn`` is called where that cannot be known: the run is from before fingerprints were saved.
+        """
+        if not self.data.exists():
+            warn(f"{self.path} has no data.json: whether it was trained on these data cannot be checked")
+            return
+        saved = self._saved_data()
+        changed = [name for part, name in PARTS.items() if saved.get(part) != data.get(part)]
         if changed:
             raise UserError(
-                f"{self.path} holds a run with other settings ({'; '.join(changed)}): "
-                "choose another --run-dir, or start over with --no-resume"
+                f"{self.path} holds a run on other data (different: {', '.join(changed)}): "
+                "choose another --run-dir, name the run's data with --data-root, or start over with --no-resume"
             )
+
+    def _saved_data(self) -> dict[str, str]:
+        try:
+            saved = json.loads(self.data.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            saved = None
+        if not isinstance(saved, dict):
+            raise UserError(
+                f"{self.data} is not a fingerprint of a run's data: restore it, or start over with --no-resume"
+            )
+        return saved
 
     def saved_config(self) -> Config:
         """The configuration of the run that is here."""
@@ -143,6 +177,10 @@ class RunDirectory:
     def write_config(self, config: Config) -> None:
         """Saves the resolved configuration."""
         replace(self.config, to_yaml(config))
+
+    def write_data(self, data: dict[str, str]) -> None:
+        """Saves the fingerprint of the data."""
+        replace(self.data, json.dumps(data, indent=2) + "\n")
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Saves ``result.json``."""

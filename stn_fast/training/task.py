@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,8 @@ class Task:
     ``training_objective`` may carry penalties; ``validation_objective`` must not: the hyperparameters descend it.
     ``scores`` reports on a split; it must include ``loss``, the validation objective as a sum. ``report`` may add to
     their means what is no mean itself. ``batching`` makes the batches that all of them see. ``facts`` are what a result
-    should say of the data, for it to be compared with others.
+    should say of the data, for it to be compared with others. ``vocabulary`` is the words that the numbers in a text
+    stand for; a run directory records it together with the splits.
     """
 
     space: HyperparameterSpace
@@ -44,6 +45,7 @@ class Task:
     report: Report = dict
     batching: Batching = field(default_factory=IndependentExamples)
     facts: Mapping[str, float] = field(default_factory=dict)
+    vocabulary: Sequence[str] = ()
 
 
 def classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:

@@ -1,10 +1,12 @@
 """Any map-style or iterable data set of images and labels becomes one tensor of bytes, or is refused by name."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from stn_fast.data import from_dataset
 from stn_fast.errors import UserError
@@ -87,17 +89,140 @@ def test_an_image_of_another_kind_is_refused_by_name(image, says):
         from_dataset(Listed([PIXELS[0], image], LABELS))
 
 
-@pytest.mark.parametrize("label", [-1, 1.0, "cat", None, torch.tensor([1, 2])])
+@pytest.mark.parametrize(
+    "label",
+    [-1, -(2**63) - 1, 1.0, np.float32(1), float("nan"), torch.tensor(1.0), "cat", "1", None, torch.tensor([1, 2])],
+)
 def test_a_label_that_is_no_class_is_refused_by_name(label):
     with pytest.raises(UserError, match="example 1 of the data set has the label"):
         from_dataset(Listed(PIXELS, [0, label, 0, 0]))
 
 
-def test_an_example_that_is_no_pair_is_refused_by_name():
-    with pytest.raises(UserError, match="example 0 of the data set is no pair of an image and a label but Tensor"):
-        from_dataset([torch.zeros(3, 5, 6, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "label", [2**63, 2**64, np.uint64(2**63), np.array(2**63, np.uint64), torch.tensor(2**63, dtype=torch.uint64)]
+)
+def test_a_label_that_int64_cannot_hold_is_refused_by_name(label):
+    with pytest.raises(UserError, match=r"example 1 .* has the label .*\d{19}.*2\*\*63 - 1$"):
+        from_dataset(Listed(PIXELS, [0, label, 0, 0]))
 
 
-def test_no_examples_are_refused():
+def test_the_largest_label_of_int64_is_kept():
+    assert from_dataset(Listed(PIXELS, [0, 2**63 - 1, np.int64(1), torch.tensor(2)])).targets[1] == 2**63 - 1
+
+
+@pytest.mark.parametrize("label", [np.zeros((40, 40)), torch.zeros(9, 9), "x\ny" * 99, list(range(999))])
+def test_a_label_that_is_long_to_show_stays_on_one_short_line(label):
+    with pytest.raises(UserError, match="example 1 of the data set has the label") as caught:
+        from_dataset(Listed(PIXELS, [0, label, 0, 0]))
+    assert len(str(caught.value)) < 200
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("example", "kind"),
+    [
+        (torch.zeros(3, 5, 6, dtype=torch.uint8), "Tensor"),
+        (torch.zeros(2, 5, 6, dtype=torch.uint8), "Tensor"),
+        (np.zeros((2, 5, 6), np.uint8), "ndarray"),
+        (np.array(1), "ndarray"),
+        ({"image": PIXELS[0], "label": 0}, "dict"),
+        ("ab", "str"),
+        (None, "NoneType"),
+        ((PIXELS[0], 0, 0), "tuple of length 3"),
+        ([], "list of length 0"),
+    ],
+)
+def test_an_example_that_is_no_pair_is_refused_by_name(example, kind):
+    with pytest.raises(UserError, match=rf"example 1 of the data set must be a pair \(image, label\); it is a {kind}$"):
+        from_dataset([(PIXELS[0], 0), example])
+
+
+def test_a_list_whose_rows_differ_in_length_is_refused_by_name():
+    with pytest.raises(UserError, match="example 1 of the data set has an image of type list that is no array"):
+        from_dataset([(PIXELS[0], 0), ([[1, 2], [3]], 0)])
+
+
+class WithoutLength(Dataset):
+    def __getitem__(self, i):
+        return PIXELS[i], LABELS[i]
+
+
+class LengthOfAnother(WithoutLength):
+    def __len__(self):
+        return len(WithoutLength())
+
+
+class LengthLeftOut(WithoutLength):
+    def __len__(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [WithoutLength(), LengthOfAnother(), LengthLeftOut(), zip(PIXELS, LABELS, strict=True), iter([]), None, 3],
+    ids=lambda dataset: type(dataset).__name__,
+)
+def test_a_data_set_without_a_length_is_refused_by_its_type(dataset):
+    says = f"the data set, of type {type(dataset).__name__}, has no len.*pass a list.*an IterableDataset"
+    with pytest.raises(UserError, match=says):
+        from_dataset(dataset)
+
+
+@pytest.mark.parametrize("dataset", [DataLoader(Listed(PIXELS, LABELS)), {1, 2}, dict(enumerate(LABELS)).values()])
+def test_a_data_set_that_cannot_be_indexed_is_refused_by_its_type(dataset):
+    with pytest.raises(UserError, match=rf"of type {type(dataset).__name__}, cannot be indexed; pass a list"):
+        from_dataset(dataset)
+
+
+class Broken(Listed):
+    def __getitem__(self, i):
+        if i == 2:
+            raise OSError("image file is truncated")
+        return super().__getitem__(i)
+
+
+class BrokenStream(IterableDataset):
+    def __iter__(self):
+        yield from zip(PIXELS[:2], LABELS, strict=False)
+        raise OSError("image file is truncated")
+
+
+class BrokenImage:
+    def __array__(self, dtype=None, copy=None):
+        raise OSError("image file is truncated")
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [Broken(PIXELS, LABELS), BrokenStream(), Listed([*PIXELS[:2], BrokenImage(), PIXELS[3]], LABELS)],
+    ids=["indexed", "iterable", "image"],
+)
+def test_an_error_of_the_data_set_s_own_stays_and_names_the_example(dataset):
+    with pytest.raises(OSError, match="image file is truncated") as caught:
+        from_dataset(dataset)
+    assert str(caught.value) == "image file is truncated"
+    if sys.version_info >= (3, 11):
+        assert caught.value.__notes__ == ["while reading example 2 of the data set"]
+
+
+class TooLong(Listed):
+    def __len__(self):
+        return 9
+
+
+def test_a_length_beyond_the_examples_names_the_first_that_is_missing():
+    with pytest.raises(IndexError) as caught:
+        from_dataset(TooLong(PIXELS, LABELS))
+    if sys.version_info >= (3, 11):
+        assert caught.value.__notes__ == ["while reading example 4 of the data set"]
+
+
+class EmptyStream(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.parametrize("dataset", [Listed([], []), [], EmptyStream()], ids=["indexed", "list", "iterable"])
+def test_no_examples_are_refused(dataset):
     with pytest.raises(UserError, match="is empty"):
-        from_dataset(Listed([], []))
+        from_dataset(dataset)

@@ -12,7 +12,7 @@ from stn_fast.errors import UserError
 from stn_fast.training import checkpoint, disk
 from stn_fast.training.run_directory import RunDirectory
 
-OURS = ("config.yaml", "metrics.jsonl", "result.json", "schedule.png")
+OURS = ("config.yaml", "data.json", "metrics.jsonl", "result.json", "schedule.png")
 
 HOLD = """
 import sys

@@ -1,0 +1,44 @@
+"""A fingerprint of a data set: SHA-256 of its contents, so that a run can tell whether its data are still the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+
+from stn_fast.data.splits import DataSet, Split
+
+# What each part of a fingerprint is called in a message.
+PARTS = {
+    "train": "training split",
+    "valid": "validation split",
+    "test": "test split",
+    "vocabulary": "vocabulary",
+}
+
+
+def fingerprint(data: DataSet, vocabulary: Sequence[str] = ()) -> dict[str, str]:
+    """``sha256:...`` of each split of ``data``, and of the ``vocabulary`` where there is one, by the keys of ``PARTS``.
+
+    A split's digest covers dtype, shape and values of its tensors and the order of its examples; not their device,
+    their memory layout, or the files they came from.
+    """
+    digests = {name: _digest(split) for name, split in data._asdict().items()}
+    if vocabulary:
+        digests["vocabulary"] = _named(hashlib.sha256(json.dumps(list(vocabulary)).encode()))
+    return digests
+
+
+def _digest(split: Split) -> str:
+    digest = hashlib.sha256()
+    for tensor in split:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        values = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        digest.update(values.flatten().view(torch.uint8).numpy().data)
+    return _named(digest)
+
+
+def _named(digest: hashlib._Hash) -> str:
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,181 @@
+"""The README's measured tables hold what the recorded results hold, to the digits shown."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from benchmarks.ratios import geometric_mean
+
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+NUMBER = r"\d+(?:\.\d+)?"
+
+
+def table(title: str) -> dict[str, list[str]]:
+    """The rows below the heading that starts with ``title``: {first cell: the numbers in the others}."""
+    lines = README[README.index(f"| {title}") :].split("\n\n")[0].splitlines()[2:]
+    rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {name: re.findall(NUMBER, " ".join(cells)) for name, *cells in rows}
+
+
+def assert_shown(shown: list[str], recorded: list[float]) -> None:
+    """Every number, with the decimals that are shown; a recorded ratio is itself rounded to four."""
+    assert len(shown) == len(recorded)
+    for text, value in zip(shown, recorded, strict=True):
+        assert abs(float(text) - value) <= 0.5 * 10 ** -len(text.partition(".")[2]) + 5e-5, (text, value)
+
+
+def medians(file: str, method: str, guess: float | None, keys: list[str]) -> list[float]:
+    results = json.loads((RESULTS / file).read_text())[method]
+    results = [result for result in results if result.get("guess") == guess]
+    return [statistics.median(result[key] for result in results) for key in keys]
+
+
+LOSSES = ["valid_loss", "test_loss", "test_accuracy"]
+PERPLEXITIES = ["valid_perplexity", "test_perplexity"]
+DIGITS, FASHION, PTB = (f"self_tuning_{name}.json" for name in ("digits", "fashion_mnist_small", "ptb_small"))
+RUNS = [
+    ("self-tuned", DIGITS, "stn", None, LOSSES),
+    ("fixed at the guess", DIGITS, "fixed", None, LOSSES),
+    ("self-tuning network, hyperparameters frozen", DIGITS, "frozen", None, LOSSES),
+    *((f"self-tuned from {shown}", FASHION, "stn", float(shown), LOSSES) for shown in (".05", ".5")),
+    *((f"fixed at {shown}", FASHION, "fixed", float(shown), LOSSES) for shown in (".05", ".5")),
+    *((f"self-tuned from {shown}", PTB, "stn", float(shown), PERPLEXITIES) for shown in (".05", ".6")),
+    *((f"fixed at {shown}", PTB, "fixed", float(shown), PERPLEXITIES) for shown in (".05", ".6")),
+    *(
+        (f"self-tuning network, hyperparameters frozen at {shown}", PTB, "frozen", float(shown), PERPLEXITIES)
+        for shown in (".05", ".6")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "method", "guess", "keys"), RUNS)
+def test_scores_are_the_medians_that_were_recorded(name, file, method, guess, keys):
+    cells = [line for line in README.splitlines() if line.startswith(f"| {name} |")]
+    if len(cells) > 1:  # two tables have rows of this name: that of losses first
+        cells = cells[file == PTB :]
+    assert_shown(re.findall(NUMBER, cells[0][len(name) + 2 :]), medians(file, method, guess, keys))
+
+
+def rows(op: str, mode: str, provider: str = "stn_fast", file: str = "cpu.json", shape: tuple[int, ...] = ()) -> list:
+    found = json.loads((RESULTS / file).read_text())
+    key = (op, mode, provider)
+    rows = [row for row in found if (row["op"], row["mode"], row["provider"]) == key]
+    return [row for row in rows if row["shape"][: len(shape)] == list(shape)]
+
+
+def ratios(row: dict) -> list[float]:
+    return [row["ratio_to_limit"], row["ratio_to_eager"]]
+
+
+def megabytes(*found: dict) -> list[float]:
+    return [row["peak_bytes"] / 1e6 for row in found]
+
+
+def sizes(name: str) -> tuple[int, ...]:
+    """The numbers in the first cell of a row."""
+    return tuple(map(int, re.findall(r"\d+", name)))
+
+
+def test_gated_linear_layers():
+    for name, shown in table("gated linear layer").items():
+        forward, train, full = (
+            rows("gated_linear", mode, shape=sizes(name))[0] for mode in ("forward", "train", "full")
+        )
+        (eager,) = rows("gated_linear", "train", "eager", shape=sizes(name))
+        assert_shown(shown, [*ratios(forward), *ratios(train), *ratios(full), *megabytes(train, eager)])
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "count"), [("AlexNet's five", "alexnet", 5), ("ResNet-18's eleven", "resnet18", 11)]
+)
+def test_gated_convolutions(name, op, count):
+    (shown,) = [shown for row, shown in table("gated convolutions").items() if row.startswith(name)]
+    recorded = []
+    for mode in ("train", "valid"):
+        found = rows(f"gated_conv2d_{op}", mode)
+        assert len(found) == count
+        recorded += [geometric_mean(column) for column in zip(*map(ratios, found), strict=True)]
+    assert_shown(shown, recorded)
+
+
+def test_gated_convolutions_against_bare_ones_laid_out_beforehand():
+    said = re.search(
+        rf"channels_last beforehand: ({NUMBER}) and ({NUMBER}) for AlexNet, ({NUMBER}) and ({NUMBER})", README
+    )
+    recorded = []
+    for op in ("alexnet", "resnet18"):
+        for mode in ("train", "valid"):
+            both = zip(
+                *(rows(f"gated_conv2d_{op}", mode, by) for by in ("stn_fast", "channels_last_convolution")), strict=True
+            )
+            recorded.append(geometric_mean([ours["ratio_to_limit"] / bare["ratio_to_limit"] for ours, bare in both]))
+    assert_shown(list(said.groups()), recorded)
+
+
+def times(*found: dict) -> float:
+    """The median time of the first in that of the second."""
+    ours, other = found
+    return ours["p50"] / other["p50"]
+
+
+def test_gated_lstms():
+    plain = []
+    for name, shown in table("gated LSTM").items():
+        recorded = []
+        for mode in ("train", "valid"):
+            ours, joined = (rows("gated_lstm", mode, by, shape=sizes(name))[0] for by in ("stn_fast", "concatenated"))
+            recorded += [*ratios(ours), times(ours, joined)]
+        ours, eager, torchs = (
+            rows("gated_lstm", "train", by, shape=sizes(name))[0] for by in ("stn_fast", "eager", "plain_lstm")
+        )
+        assert_shown(shown, [*recorded, *megabytes(ours, eager)])
+        plain.append(times(torchs, ours))
+    said = re.search(rf"takes ({NUMBER}) and ({NUMBER}) of our training step's time", README)
+    assert_shown(list(said.groups()), plain)
+
+
+def test_augmentation_against_pillow():
+    ours, pillow = (rows("augment", "forward", by, shape=(128,))[0] for by in ("stn_fast", "pillow"))
+    said = re.search(rf"\(({NUMBER}) times faster than with Pillow", README)
+    assert_shown([said[1]], [times(pillow, ours)])
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "shape"),
+    [
+        ("perturbing 15 hyperparameters, 128 examples", "perturb", (128,)),
+        ("perturbing 15 hyperparameters, 4096 examples", "perturb", (4096,)),
+        ("augmenting 128 images", "augment", (128,)),
+        ("dropout, (128, 4096)", "dropout_flat", ()),
+        ("dropout of channels", "dropout_channel", ()),
+        ("dropout locked over time", "dropout_locked", ()),
+    ],
+)
+def test_operations_against_eager_torch(name, op, shape):
+    (shown,) = [shown for row, shown in table("times faster than eager torch").items() if row.startswith(name)]
+    found = [row for mode in ("forward", "full") for row in rows(op, mode, shape=shape)]
+    assert_shown(shown, [1 / row["ratio_to_eager"] for row in found])
+
+
+def test_whole_steps():
+    text = " ".join(README[README.index("Whole steps") :].split("\n\n")[0].split())
+    text = re.sub(r"\(`[^`]*`\)", "", text)
+    modes = ("train", "valid", "train_with_data")
+    recorded = [rows("alexnet_step", mode, file="steps-cpu.json")[0]["ratio_to_eager"] for mode in modes]
+    for shape in ((70, 40, 650), (35, 20, 200)):
+        for mode in ("train", "valid"):
+            (row,) = rows("language_step", mode, file="language-steps-cpu.json", shape=shape)
+            recorded.append(row["ratio_to_eager"])
+    assert_shown(re.findall(r"\d+\.\d+", text), recorded)
+
+
+def test_the_machine_and_torch_are_those_of_the_rows():
+    said = re.search(r"On an (.*) with (\d+) threads and torch ([\d.]+\d)", README)
+    for row in json.loads((RESULTS / "cpu.json").read_text()):
+        assert row["device"] == f"{said[1]}, {said[2]} threads"
+        assert row["versions"]["torch"].startswith(said[3])
