@@ -73,6 +73,17 @@ def _automatic(device_type: str) -> Name:
     return "reference"
 
 
+def triton_may_serve() -> bool:
+    """Whether some operation of this thread may be computed by Triton: asked for, or with CUDA there."""
+    return _requested.get() == "triton" or _cuda_is_available()
+
+
+@cache
+def _cuda_is_available() -> bool:
+    torch: Any = importlib.import_module("torch")
+    return torch.cuda.is_available()
+
+
 def _why_not(name: str, device_type: str) -> str | None:
     """Why the backend called ``name`` can't serve tensors of this device type; None when it can."""
     if name == "cpp":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def traced(first: Tensor, *others: Tensor | None) -> bool:
@@ -24,7 +24,22 @@ def traced(first: Tensor, *others: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.jit.is_tracing() or first.is_meta:
         return True
-    return any(type(tensor) not in _PLAIN for tensor in (first, *others))
+    return not {type(first), *map(type, others)} <= _PLAIN
+
+
+def register(name: str, compute: Callable[..., Any], check: Callable[..., None]) -> Any:
+    """The operation `name` that computes as `compute` does where `check`, called alike, raises nothing.
+
+    The public functions check their arguments. A trace calls the operation alone, on whatever it is given later, and
+    the kernels believe the sizes that they are told.
+    """
+
+    def run(*arguments: Any) -> Any:
+        check(*arguments)
+        return compute(*arguments)
+
+    schema = torch.library.infer_schema(compute, mutates_args=())
+    return torch.library.custom_op(f"stn_fast::{name}", run, mutates_args=(), schema=schema)
 
 
 def known_sizes(sizes: Sequence[int]) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stn_fast.ops._gated_linear_plain import Gradients, Wanted
-from stn_fast.ops._products import sum_of_two, times_transpose
+from stn_fast.ops._products import both_times_transpose, sum_of_two
 from stn_fast.ops.memory import address
 
 
@@ -27,7 +27,7 @@ def forward_core(
     """Two library products, no copy of the weights, then one fused pass over their results."""
     from stn_fast import _C
 
-    y, q = times_transpose(x, weight), times_transpose(x, response_weight)
+    y, q = both_times_transpose(x, weight, response_weight)
     _C.gated_epilogue_forward(
         address(y), address(q), address(h), address(weight_gate),
         address(bias), address(response_bias), address(bias_gate),

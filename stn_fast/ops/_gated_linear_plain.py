@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stn_fast.ops.openmp import any_team
+
 
 class Gradients(NamedTuple):
     """One entry for every tensor that `gated_linear` takes, in its order; None where not wanted."""
@@ -50,6 +52,7 @@ def _examples(per_row: Tensor, outer: int, batch: int, inner: int) -> Tensor:
     return per_row.view(outer, batch, inner, per_row.shape[1]).sum((0, 2))
 
 
+@any_team
 def forward_plain(
     x: Tensor,
     weight: Tensor,
@@ -69,6 +72,7 @@ def forward_plain(
     return y, q
 
 
+@any_team
 def backward_plain(
     dy: Tensor,
     x: Tensor,

@@ -62,6 +62,14 @@ def times_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
 
 
+def both_times_transpose(x: Tensor, weight: Tensor, response_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x Wᵀ and x Rᵀ of x (M, K) and W, R (O, K)."""
+    if library() == "oneDNN":
+        multiply = torch.ops.mkldnn._linear_pointwise
+        return multiply(x, weight, None, "none", [], ""), multiply(x, response_weight, None, "none", [], "")
+    return torch.mm(x, weight.T), torch.mm(x, response_weight.T)
+
+
 def sum_of_two(dy: Tensor, weight: Tensor, g: Tensor, response_weight: Tensor, out: Tensor) -> Tensor:
     """out ← dy W + g R of dy, g (M, O) and W, R (O, K)."""
     if library() == "oneDNN":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stn_fast import random
 from stn_fast.ops._draw import check_coordinates, check_strength
-from stn_fast.ops._eager import eager_function, known_sizes, traced
+from stn_fast.ops._eager import eager_function, known_sizes, register, traced
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.memory import address, reads_memory
 from stn_fast.ops.serving import ELEMENTWISE, serving
@@ -56,8 +57,6 @@ def _compute(
     sizes: list[int],
     strides: list[int],
 ) -> Tensor:
-    if x.numel() != math.prod(sizes) or len(rate) != sizes[1]:
-        raise ValueError(f"dropout was traced for x of {sizes} numbers; got {tuple(x.shape)}, rate {tuple(rate.shape)}")
     if x.numel() == 0:
         return torch.empty_like(x)
     backend = serving(x, takes=ELEMENTWISE)
@@ -80,7 +79,13 @@ def _compute(
     return reference(x, rate, _uniform(step, seed, stream, first_example, sizes, strides), sizes, strides)
 
 
-_dropout = torch.library.custom_op("stn_fast::dropout", _compute, mutates_args=())
+def _check_sizes(x: Tensor, rate: Tensor, *rest: Any) -> None:
+    sizes = rest[4]
+    if x.numel() != math.prod(sizes) or len(rate) != sizes[1]:
+        raise ValueError(f"dropout was traced for x of {sizes} numbers; got {tuple(x.shape)}, rate {tuple(rate.shape)}")
+
+
+_dropout = register("dropout", _compute, _check_sizes)
 
 
 @_dropout.register_fake
@@ -189,8 +194,9 @@ def dropout(
     step = check_coordinates("dropout", x.device, seed, step, first_example)
     if rate.requires_grad:
         raise ValueError("dropout: rate requires grad, but a mask has no gradient; pass rate.detach()")
-    sizes, strides = known_sizes(sizes), known_sizes(strides)
-    draw = (rate.contiguous(), step, seed, stream, first_example, sizes, strides)
+    draw = (rate.contiguous(), step, seed, stream, first_example)
     if in_transform():
         return reference(x, rate, _uniform(step, seed, stream, first_example, sizes, strides), sizes, strides)
-    return (_dropout if traced(x, rate) else _eager)(x.contiguous(), *draw)
+    if traced(x, rate):
+        return _dropout(x.contiguous(), *draw, known_sizes(sizes), known_sizes(strides))
+    return _eager(x.contiguous(), *draw, sizes, strides)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stn_fast.ops._draw import check_coordinates, check_stream
-from stn_fast.ops._eager import eager_function, traced
+from stn_fast.ops._eager import eager_function, register, traced
 from stn_fast.ops._gated_embedding_cpu import backward_core, forward_core
 from stn_fast.ops._gated_embedding_plain import Wanted, backward_plain, forward_plain
 from stn_fast.ops._operands import check_operands
@@ -80,8 +81,6 @@ def _compute(
     padding: int,
     sparse: bool,
 ) -> Tensor:
-    if len(tokens) != outer * len(h) * inner:
-        raise ValueError(f"gated_embedding: {len(tokens)} tokens are not {outer * inner} for each of {len(h)} examples")
     _check_range(tokens, len(weight))
     scale = None if rate is None or step is None else row_scale(len(weight), rate, step, seed, stream)
     operands = (tokens, weight, response_weight, weight_gate, h, scale, outer, inner)
@@ -93,7 +92,13 @@ def _compute(
     return forward_core(*operands) if backend == "cpp" else forward_plain(*operands, padding)
 
 
-_gated_embedding = torch.library.custom_op("stn_fast::gated_embedding", _compute, mutates_args=())
+def _check_sizes(tokens: Tensor, *rest: Any) -> None:
+    h, outer, inner = rest[3], *rest[8:10]
+    if len(tokens) != outer * len(h) * inner:
+        raise ValueError(f"gated_embedding: {len(tokens)} tokens are not {outer * inner} for each of {len(h)} examples")
+
+
+_gated_embedding = register("gated_embedding", _compute, _check_sizes)
 
 
 @_gated_embedding.register_fake

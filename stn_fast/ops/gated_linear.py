@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stn_fast.ops._eager import eager_function, traced
+from stn_fast.ops._eager import eager_function, register, traced
 from stn_fast.ops._gated_linear_cpu import backward_core, forward_core
 from stn_fast.ops._gated_linear_plain import Wanted, backward_plain, forward_plain
 from stn_fast.ops._linear import linear
 from stn_fast.ops._operands import check_operands
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.memory import autocast_dtype, reads_memory
-from stn_fast.ops.openmp import any_team
 from stn_fast.ops.serving import serving
 
 
@@ -66,7 +66,6 @@ def _backend(x: Tensor, weight: Tensor, h: Tensor) -> str:
 
 
 @reads_memory
-@any_team
 def _compute(
     x: Tensor,
     weight: Tensor,
@@ -81,8 +80,6 @@ def _compute(
     save_response: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y, q): q = x Rᵀ is what backward needs for the gates, and empty when nobody will ask."""
-    if len(x) != outer * len(h) * inner:
-        raise ValueError(f"gated_linear: x {tuple(x.shape)} is not {outer} x {inner} positions of h {tuple(h.shape)}")
     tensors = (x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
     backend = _backend(x, weight, h)
     if backend == "triton":
@@ -94,7 +91,13 @@ def _compute(
     return y, q if save_response and q is not None else x.new_empty(0)
 
 
-_gated_linear = torch.library.custom_op("stn_fast::gated_linear", _compute, mutates_args=())
+def _check_sizes(x: Tensor, *rest: Any) -> None:
+    h, outer, inner, _ = rest[6:]
+    if len(x) != outer * len(h) * inner:
+        raise ValueError(f"gated_linear: x {tuple(x.shape)} is not {outer} x {inner} positions of h {tuple(h.shape)}")
+
+
+_gated_linear = register("gated_linear", _compute, _check_sizes)
 
 
 @_gated_linear.register_fake
@@ -104,7 +107,6 @@ def _(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h
 
 
 @reads_memory
-@any_team
 def _compute_backward(
     dy: Tensor,
     x: Tensor,

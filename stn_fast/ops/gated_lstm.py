@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stn_fast.ops import _gated_lstm_driver as driver
 from stn_fast.ops import gated_linear
-from stn_fast.ops._eager import eager_function, traced
+from stn_fast.ops._eager import eager_function, register, traced
 from stn_fast.ops._gated_lstm_driver import Saved, Weights
 from stn_fast.ops._gated_lstm_plain import Plain
 from stn_fast.ops._operands import check_operands
@@ -84,10 +85,6 @@ def _compute(
     save_response: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, c_n, *Saved), what is saved having no time step where nobody will ask."""
-    if not x.shape[1] == len(h_0) == len(c_0) == len(h):
-        raise ValueError(
-            f"gated_lstm: x {tuple(x.shape)}, h_0 {tuple(h_0.shape)}, h {tuple(h.shape)} differ in examples"
-        )
     from_input = Weights(weight_ih, bias_ih, response_weight_ih, response_bias_ih, weight_gate_ih, bias_gate_ih)
     from_hidden = Weights(weight_hh, bias_hh, response_weight_hh, response_bias_hh, weight_gate_hh, bias_gate_hh)
     y, c_n, saved = driver.forward(
@@ -100,7 +97,15 @@ def _compute(
     return y, c_n, *saved
 
 
-_gated_lstm = torch.library.custom_op("stn_fast::gated_lstm", _compute, mutates_args=())
+def _check_sizes(x: Tensor, h_0: Tensor, c_0: Tensor, *rest: Any) -> None:
+    h = rest[12]
+    if not x.shape[1] == len(h_0) == len(c_0) == len(h):
+        raise ValueError(
+            f"gated_lstm: x {tuple(x.shape)}, h_0 {tuple(h_0.shape)}, h {tuple(h.shape)} differ in examples"
+        )
+
+
+_gated_lstm = register("gated_lstm", _compute, _check_sizes)
 
 
 @_gated_lstm.register_fake

@@ -1,8 +1,8 @@
 """The one place where a tensor's address is taken, and what every tensor passes before that.
 
 A kernel reads memory, and memory alone doesn't say what a tensor holds: torch may keep a sign apart (the negative bit),
-have no memory at all (a ZeroTensor), or cast operands on the way (autocast). Every operation reaches its kernels
-through `reads_memory`, which leaves plain numbers in plain memory, and passes `address` of them to the C++ core.
+have no memory at all (a ZeroTensor, a gradient under vmap), or cast operands on the way (autocast). Every operation
+reaches its kernels through `reads_memory`.
 """
 
 from __future__ import annotations
@@ -14,34 +14,53 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from stn_fast.dispatch import triton_may_serve, use_backend
+from stn_fast.ops._transforms import in_function_transform
+
 Result = TypeVar("Result")
 
 
-def reads_memory(compute: Callable[..., Result]) -> Callable[..., Result]:
-    """`compute`, of tensors on one device and other arguments, on tensors whose memory holds their numbers.
+class NoMemory(RuntimeError):
+    """A tensor's memory doesn't hold its numbers."""
 
-    - A tensor with the negative bit and a ZeroTensor are copied; everything else is passed as it is.
-    - Autocast is off inside. Under it a product of float32 matrices is in 16 bits, and the core, which is told no more
-      than an address, would read past its end. A user may have autocast on around the forward pass of an operation
-      that it leaves alone, or around a backward pass alone.
+
+def reads_memory(compute: Callable[..., Result]) -> Callable[..., Result]:
+    """`compute`, which takes `address` of its tensors or passes them to Triton, on tensors whose memory can be read.
+
+    A tensor with the negative bit and a ZeroTensor are copied first. Tensors of a torch.func transform, such as a
+    gradient under vmap, have no memory at all: plain torch computes them.
+
+    Autocast is off inside. Under it a product of float32 matrices is in 16 bits, and the core, which is told no more
+    than an address, would read past its end. A user may have autocast on around the forward pass of an operation that
+    it leaves alone, or around a backward pass alone.
     """
 
     @wraps(compute)
     def run(*arguments: Any, **options: Any) -> Result:
-        tensors = [value for value in arguments if isinstance(value, Tensor)]
-        if any(map(_unread, tensors)):
-            arguments = tuple(value.clone() if _unread(value) else value for value in arguments)
-        device = tensors[0].device.type
-        if not autocasts(device):
+        if _autocasts_anywhere():
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return run(*arguments, **options)
+        if not triton_may_serve() or not any(map(_is_lazy, arguments)):  # Triton takes addresses itself
+            try:
+                return compute(*arguments, **options)
+            except NoMemory:  # raised by `address`, so that the core's usual call costs nothing more
+                pass
+        arguments = tuple(value.clone() if _is_lazy(value) else value for value in arguments)
+        if not in_function_transform():
             return compute(*arguments, **options)
-        with torch.autocast(device, enabled=False):
+        with use_backend("reference"):
             return compute(*arguments, **options)
 
     return run
 
 
-def _unread(value: Any) -> bool:
-    """Whether this is a tensor whose memory doesn't hold its numbers."""
+def _autocasts_anywhere() -> bool:
+    """Whether autocast is on for some device: one question in place of one for each."""
+    return torch._C._is_any_autocast_enabled()
+
+
+def _is_lazy(value: Any) -> bool:
+    """Whether this is a tensor whose sign torch keeps apart, or whose zeros it doesn't keep at all."""
     return isinstance(value, Tensor) and (value.is_neg() or value._is_zerotensor())
 
 
@@ -49,13 +68,18 @@ def address(tensor: Tensor | None) -> int:
     """Address of a tensor's first number; 0 for None.
 
     Raises:
-        RuntimeError: the tensor has numbers, and no memory that holds them.
+        NoMemory: its memory doesn't hold its numbers; `reads_memory` answers that.
     """
     if tensor is None:
         return 0
-    pointer = tensor.data_ptr()
+    if tensor.is_neg():
+        raise NoMemory(f"a lazily negated tensor {tuple(tensor.shape)} reached a kernel")
+    try:
+        pointer = tensor.data_ptr()
+    except RuntimeError as error:
+        raise NoMemory(f"{error}; stn_fast takes dense tensors: to_dense() makes one") from error
     if not pointer and tensor.numel():
-        raise RuntimeError(f"a tensor {tuple(tensor.shape)} without memory reached a kernel; please report this")
+        raise NoMemory(f"a tensor {tuple(tensor.shape)} without memory reached a kernel")
     return pointer
 
 

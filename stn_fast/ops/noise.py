@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stn_fast import random
 from stn_fast.ops._draw import check_coordinates, check_strength
-from stn_fast.ops._eager import eager_function, known_sizes, traced
+from stn_fast.ops._eager import eager_function, known_sizes, register, traced
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.memory import address, reads_memory
 from stn_fast.ops.serving import ELEMENTWISE, serving
@@ -38,8 +39,6 @@ def _normal(step: Tensor, seed: int, stream: int, first_example: int, sizes: Seq
 def _compute(
     x: Tensor, scale: Tensor, step: Tensor, seed: int, stream: int, first_example: int, sizes: list[int]
 ) -> Tensor:
-    if x.numel() != math.prod(sizes) or len(scale) != sizes[1]:
-        raise ValueError(f"noise was traced for x of {sizes} numbers; got {tuple(x.shape)}, scale {tuple(scale.shape)}")
     if x.numel() == 0:
         return torch.empty_like(x)
     backend = serving(x, takes=ELEMENTWISE)
@@ -61,7 +60,13 @@ def _compute(
     return reference(x, scale, _normal(step, seed, stream, first_example, sizes), sizes)
 
 
-_noise = torch.library.custom_op("stn_fast::noise", _compute, mutates_args=())
+def _check_sizes(x: Tensor, scale: Tensor, *rest: Any) -> None:
+    sizes = rest[4]
+    if x.numel() != math.prod(sizes) or len(scale) != sizes[1]:
+        raise ValueError(f"noise was traced for x of {sizes} numbers; got {tuple(x.shape)}, scale {tuple(scale.shape)}")
+
+
+_noise = register("noise", _compute, _check_sizes)
 
 
 @_noise.register_fake
@@ -151,10 +156,11 @@ def noise(
         raise ValueError(f"noise: example_dim={example_dim} is not a dimension of x {tuple(x.shape)}")
     example_dim %= x.ndim
     batch = x.shape[example_dim]
-    sizes = known_sizes([math.prod(x.shape[:example_dim]), batch, math.prod(x.shape[example_dim + 1 :])])
+    sizes = [math.prod(x.shape[:example_dim]), batch, math.prod(x.shape[example_dim + 1 :])]
     check_strength("noise", "scale", scale, x, batch, stream)
     step = check_coordinates("noise", x.device, seed, step, first_example)
-    draw = (step, seed, stream, first_example, sizes)
+    draw = (step, seed, stream, first_example)
     if in_transform():
         return reference(x, scale, _normal(step, seed, stream, first_example, sizes), sizes)
-    return (_noise if traced(x, scale) else _eager)(x.contiguous(), scale.contiguous(), *draw)
+    operands = (x.contiguous(), scale.contiguous(), *draw)
+    return _noise(*operands, known_sizes(sizes)) if traced(x, scale) else _eager(*operands, sizes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,10 +26,7 @@ def full_team() -> bool:
     They don't under OMP_THREAD_LIMIT, OMP_DYNAMIC or OMP_MAX_ACTIVE_LEVELS=0, inside a parallel region, or after
     another library's omp_set_dynamic(1). False where OpenMP can't be asked.
     """
-    from stn_fast import _C
-
-    runtime = _openmp_of_torch()
-    return runtime is not None and _C.full_team(*runtime)
+    return _ask_openmp_of_torch()()
 
 
 _ASKED = (
@@ -42,24 +39,26 @@ _ASKED = (
 
 
 @cache
-def _openmp_of_torch() -> tuple[int, ...] | None:
-    """Addresses of OpenMP's functions in the runtime that torch calls; the core may be linked with another."""
+def _ask_openmp_of_torch() -> Callable[[], bool]:
+    """The question of `full_team`, put to the OpenMP runtime that torch calls; the core may be linked with another."""
     try:
+        from stn_fast import _C
+
         # A symbol is looked up in what libtorch_cpu was linked with.
         torch_cpu = ctypes.CDLL(str(next(Path(torch.__file__).with_name("lib").glob("libtorch_cpu.*"))))
         functions = [getattr(torch_cpu, name) for name in _ASKED]
-    except (StopIteration, OSError, AttributeError):
-        return None
-    return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+    except (ImportError, StopIteration, OSError, AttributeError):
+        return lambda: False
+    return partial(_C.full_team, *(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions))
 
 
 def misled(x: Tensor) -> bool:
-    """Whether torch's own convolution or LSTM of x could be wrong, whose backward pass `any_team` doesn't reach."""
+    """Whether torch's own convolution or LSTM of x could be wrong, whose backward pass is out of our hands."""
     return not (x.is_cuda or torch.compiler.is_compiling() or full_team())
 
 
 def any_team(compute: Callable[..., Result]) -> Callable[..., Result]:
-    """`compute`, right with any number of threads: without oneDNN where OpenMP starts fewer than it plans for."""
+    """`compute`, which calls torch's convolutions or products, without oneDNN where the team isn't full."""
 
     @wraps(compute)
     def run(*arguments: Any, **options: Any) -> Result:
@@ -70,6 +69,6 @@ def any_team(compute: Callable[..., Result]) -> Callable[..., Result]:
         try:
             return compute(*arguments, **options)
         finally:
-            torch.backends.mkldnn.enabled = before  # type: ignore[assignment]
+            torch.backends.mkldnn.enabled = before
 
     return run

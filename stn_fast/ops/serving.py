@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from stn_fast.dispatch import Name, choose
-from stn_fast.ops._transforms import in_function_transform
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 # The kernels accumulate in float32, so float64 is left to plain torch.
@@ -25,8 +24,8 @@ def serving(
 ) -> Name:
     """The backend for tensors on the device of ``x`` and of its dtype; see `stn_fast.dispatch.choose`.
 
-    Plain torch serves what no kernel can: empty tensors, and those of a torch.func transform, which have no memory.
+    Plain torch serves empty tensors.
     """
-    if in_function_transform() or not x.numel() or not all(map(Tensor.numel, others)):
+    if not x.numel() or not all(map(Tensor.numel, others)):
         return "reference"
     return choose(x.device, x.dtype, takes, without)

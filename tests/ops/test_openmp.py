@@ -3,13 +3,16 @@
 oneDNN's products then leave part of their result unwritten. Fresh memory is filled with NaN, so that this shows.
 """
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import stn_fast
 from stn_fast import _C
 from stn_fast.ops import _products, openmp
 
@@ -81,9 +84,28 @@ def test_results_and_gradients_are_whole_whatever_threads_openmp_gives(setting):
 
 def test_without_a_full_team_torch_computes_and_backends_says_so(monkeypatch):
     monkeypatch.setattr(_products, "_prefers_onednn", lambda: True)
-    assert _products.library() == "oneDNN"
-    monkeypatch.setattr(_C, "full_team", lambda *functions: False)
+    monkeypatch.setattr(_products, "full_team", lambda: True)
+    assert _products.library() == _products.description() == "oneDNN"
+    monkeypatch.setattr(_products, "full_team", lambda: False)
     assert _products.library() == "torch.mm"
-    assert "fewer threads" in _products.description()
-    monkeypatch.setattr(openmp, "_openmp_of_torch", lambda: None)
-    assert not openmp.full_team()
+    assert "fewer threads" in str(stn_fast.backends()["cpp"])
+
+
+def test_a_team_that_openmp_cannot_be_asked_about_is_not_full(monkeypatch):
+    monkeypatch.setattr(openmp, "_ASKED", ("no_such_function",))
+    openmp._ask_openmp_of_torch.cache_clear()
+    try:
+        assert not openmp.full_team()
+    finally:
+        openmp._ask_openmp_of_torch.cache_clear()
+
+
+def test_torch_s_internal_products_are_called_behind_the_question_alone():
+    """In `_products`, by functions that ask `library` or `full_team` first; `offers_onednn` tries them on 12 numbers."""
+    asked = {"library", "full_team"}
+    for path in Path(stn_fast.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "torch.ops.mkldnn" in ast.unparse(node):
+                calls = {ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
+                assert path.name == "_products.py"
+                assert node.name == "offers_onednn" or calls & asked, node.name
