@@ -6,7 +6,24 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from stn_fast import values
 from stn_fast.errors import UserError, did_you_mean
+
+
+def whole_number(text: str) -> int:
+    """The type of an argument that is an integer, written as in a configuration file."""
+    try:
+        return values.whole_number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+
+
+def number(text: str) -> float:
+    """The type of an argument that is a number, written as in a configuration file."""
+    try:
+        return values.number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
 
 
 class Parser(argparse.ArgumentParser):

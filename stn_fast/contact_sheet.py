@@ -8,7 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stn_fast.command_line import Parser
+from stn_fast import values
+from stn_fast.command_line import Parser, whole_number
 from stn_fast.errors import UserError, did_you_mean
 from stn_fast.plot import save
 
@@ -80,13 +81,13 @@ def parse_setting(text: str) -> dict[str, float]:
     """
     setting: dict[str, float] = {}
     for pair in text.split(","):
-        name, _, number = pair.partition("=")
+        name, _, strength = pair.partition("=")
         if name not in VISIBLE:
             raise UserError(f"--set {text}: there is no augmentation '{name}': {did_you_mean(name, VISIBLE)}")
         if name in setting:
             raise UserError(f"--set {text}: {name} is given twice")
         try:
-            setting[name] = int(number) if name == "crop_padding" else float(number)
+            setting[name] = values.whole_number(strength) if name == "crop_padding" else values.number(strength)
         except ValueError:
             wants = "a whole number" if name == "crop_padding" else "a number"
             raise UserError(f"--set {text}: {name} wants {wants}, as in {name}={VISIBLE[name]:g}") from None
@@ -177,10 +178,10 @@ def parser() -> Parser:
         f"one row, e.g. brightness=0.5,hue=0.1; repeat for more (default: a row for each of {names}; and all, milder)"
     )
     flag("--set", action="append", default=[], metavar="NAME=STRENGTH,...", help=rows)
-    flag("--columns", type=int, default=COLUMNS, metavar="N", help=f"images in a row (default: {COLUMNS})")
-    flag("--first", type=int, default=0, metavar="N", help="training image of the first column (default: 0)")
+    flag("--columns", type=whole_number, default=COLUMNS, metavar="N", help=f"images in a row (default: {COLUMNS})")
+    flag("--first", type=whole_number, default=0, metavar="N", help="training image of the first column (default: 0)")
     flag("--same", action="store_true", help="that image in every column, drawn anew")
-    flag("--seed", type=int, default=SEED, metavar="N", help=f"fixes everything random (default: {SEED})")
+    flag("--seed", type=whole_number, default=SEED, metavar="N", help=f"fixes everything random (default: {SEED})")
     root = "where data sets are, or are downloaded to (default: $STN_FAST_DATA, else ~/.cache/stn_fast/data)"
     flag("--data-root", metavar="DIR", help=root)
     output = "PNG, PDF or SVG (default: contact-sheet-DATA.png)"

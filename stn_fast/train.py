@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from stn_fast.command_line import Parser
+from stn_fast.command_line import Parser, number, whole_number
 from stn_fast.errors import UserError
 from stn_fast.recipes import RECIPES, recipe
 from stn_fast.training.config import FLAGS
@@ -24,12 +24,12 @@ def parser() -> Parser:
     flag("recipe", nargs="?", default="digits", help=f"what to train: {', '.join(RECIPES)} (default: digits)")
     flag("--method", dest="method.name", metavar="NAME", help="stn or fixed (default: stn)")
     flag("--freeze", dest="method.freeze", action="store_true", default=None, help="stn, hyperparameters held still")
-    flag("--seed", type=int, metavar="N", help="fixes everything random (default: 0)")
+    flag("--seed", type=whole_number, metavar="N", help="fixes everything random (default: 0)")
     flag("--device", metavar="DEVICE", help="cpu or cuda (default: cpu)")
-    flag("--epochs", dest="schedule.epochs", type=int, metavar="N", help="passes over the training set")
-    flag("--max-steps", dest="schedule.max_steps", type=int, metavar="N", help="stop early after so many steps")
+    flag("--epochs", dest="schedule.epochs", type=whole_number, metavar="N", help="passes over the training set")
+    flag("--max-steps", dest="schedule.max_steps", type=whole_number, metavar="N", help="stop after so many steps")
     share = "use so much of the training set, above 0 and at most 1 (default: 1)"
-    flag("--train-fraction", dest="train_fraction", type=float, metavar="F", help=share)
+    flag("--train-fraction", dest="train_fraction", type=number, metavar="F", help=share)
     root = "where data sets are, or are downloaded to (default: $STN_FAST_DATA, else ~/.cache/stn_fast/data)"
     flag("--data-root", dest="data_root", metavar="DIR", help=root)
     flag("--run-dir", dest="run_dir", metavar="DIR", help="default: runs/RECIPE-METHOD-seedSEED")

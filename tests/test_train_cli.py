@@ -83,6 +83,9 @@ def test_printing_the_configuration_loads_nothing_heavy(capsys):
     [
         (["--epoch", "3"], "unknown argument '--epoch': did you mean '--epochs'?"),
         (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["--seed", "1_0"], "argument --seed: invalid int value: '1_0'"),
+        (["--train-fraction", "0_1e-0"], "argument --train-fraction: invalid float value"),
+        (["--set", "schedule={epochs: 1, epochs: 2}"], "key 'epochs' is given twice"),
         (["digit"], "unknown recipe 'digit': did you mean 'digits'?"),
         (["--method", "delta-stn"], "not available yet"),
         (["--set", "optimiser.learning_rate=1"], "did you mean 'optimizer'?"),
