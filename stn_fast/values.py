@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
                 seen.add(name)
         return node
 
-    def construct_text(self, node: yaml.ScalarNode) -> str | Any:
+    def construct_text(self, node: yaml.ScalarNode) -> str:
         return self.construct_scalar(node)
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float | bool:

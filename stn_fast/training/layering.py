@@ -3,11 +3,11 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from stn_fast.errors import UserError, did_you_mean
+from stn_fast.files import expanded
 from stn_fast.training.config import FLAGS, FREE_ON_RESUME, Config, ConfigError
 from stn_fast.values import NotYaml, from_yaml
 from stn_fast.values import to_yaml as dump
@@ -115,9 +115,11 @@ def convert(hint: Any, value: Any, key: str) -> Any:
 def read_yaml(path: str) -> Tree:
     """The mapping in a YAML file; an empty file is an empty mapping."""
     try:
-        tree = from_yaml(Path(path).read_text(encoding="utf-8"))
+        tree = from_yaml(expanded(path, "--config").read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}; name a YAML file") from None
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML ({error}); --print-config shows the expected form") from None
     if tree is None:

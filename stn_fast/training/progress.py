@@ -75,18 +75,20 @@ def summary(result: dict[str, Any]) -> str:
     start, best, end = (result[f"hyperparameters{part}"] for part in ("_start", "", "_end"))
     moved = result["moved_in_initial_scales"]
     width = max(map(len, best))
-    lines = [f"{'hyperparameter':<{width}}  {'start':>9}  {'best':>9}  {'end':>9}  moved (initial σ)"]
+    lines = [f"{'hyperparameter':<{width}}  {'start':>10}  {'best':>10}  {'end':>10}  moved (initial scales)"]
     lines += [
-        f"{name:<{width}}  {start[name]:9.3g}  {best[name]:9.3g}  {end[name]:9.3g}  {moved[name]:+8.1f}"
+        f"{name:<{width}}"
+        + "".join(f"  {_shown(values[name], '.3g'):>10}" for values in (start, best, end))
+        + f"  {_shown(moved[name], '+.1f'):>8}"
         for name in best
     ]
     if result["method"] == "stn" and result["valid_steps"] == 0:
         lines.append("no validation step was taken: nothing has been tuned yet")
+    forms = {"test_loss": ".4f", "test_accuracy": ".4f", "test_perplexity": ".2f"}
+    scores = [f"{key.replace('_', ' ')} {_shown(result[key], form)}" for key, form in forms.items() if key in result]
     lines.append(
-        f"best validation loss {result['valid_loss']:.4f} at step {result['best_step']} of {result['steps']}; there, "
-        f"test loss {result['test_loss']:.4f}"
-        + (f", test accuracy {result['test_accuracy']:.4f}" if "test_accuracy" in result else "")
-        + (f", test perplexity {result['test_perplexity']:.2f}" if "test_perplexity" in result else "")
+        f"best validation loss {_shown(result['valid_loss'], '.4f')} at step {result['best_step']} of "
+        f"{result['steps']}; there, {', '.join(scores)}"
     )
     lines.append(
         f"{result['steps']} steps at {result['steps_per_second']:.4g} a second, ended by {result['ended_by']}; "
@@ -97,3 +99,8 @@ def summary(result: dict[str, Any]) -> str:
             f"{result['vocabulary']:,} words are known; {result['unknown_share']:.1%} of the test text is read as <unk>"
         )
     return "\n".join(lines)
+
+
+def _shown(value: float | None, form: str) -> str:
+    """A number of result.json, where one that is not finite is None."""
+    return "not finite" if value is None else format(value, form)

@@ -13,14 +13,16 @@ import torch
 
 import stn_fast
 from stn_fast.errors import UserError
+from stn_fast.files import exists
 from stn_fast.training import checkpoint
 from stn_fast.training.config import FLAGS, Config, ConfigError
 from stn_fast.training.methods import build_method
-from stn_fast.training.metrics import MetricsLog
+from stn_fast.training.metrics import MetricsLog, size_of
 from stn_fast.training.progress import Progress
 from stn_fast.training.run_directory import RunDirectory
 from stn_fast.training.task import Task
 from stn_fast.training.trainer import Trainer
+from stn_fast.values import finite
 
 
 def run(
@@ -46,7 +48,7 @@ def run(
         checkpoint.recover(directory.checkpoints)
         if resume and not directory.resumable:
             directory.check_free()
-            if directory.metrics.exists():
+            if exists(directory.metrics):
                 progress.warn(f"{directory.path} holds a run but no checkpoint of it: starting over from step 0")
             resume = False
         if resume:
@@ -72,7 +74,7 @@ def _train(
     progress.start = trainer.train_steps / trainer.train_batches.per_pass
     with progress, MetricsLog(directory.metrics, trainer.rows) as log:
         trainer.fit(log)
-    result = best_result(trainer, task, progress)
+    result = finite(best_result(trainer, task, progress))
     directory.write_result(result)
     return result
 
@@ -96,6 +98,7 @@ def _continue(trainer: Trainer, directory: RunDirectory, progress: Progress) -> 
     path, state = newest
     with checkpoint.fitting(path):
         trainer.load_state_dict(state)
+    size_of(directory.metrics, trainer.rows)  # raises before anything in the directory is changed
     if (key := trainer.overrun) is not None:
         section, _, name = key.partition(".")
         value, flag = getattr(getattr(trainer.config, section), name), FLAGS.get(key, f"--set {key}=...")
