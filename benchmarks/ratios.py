@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.cases import Case, all_cases
 from benchmarks.timing import Timings, interleave, peak_bytes
+from stn_fast.command_line import run_command
 from stn_fast.files import expanded
 from stn_fast.values import to_json
 
@@ -179,4 +180,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run_command(main))

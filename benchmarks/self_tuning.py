@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stn_fast.command_line import run_command
 from stn_fast.errors import UserError
 from stn_fast.files import expanded
 from stn_fast.recipes import RECIPES, recipe
@@ -234,4 +235,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from stn_fast.command_line import Parser, number, whole_number
-from stn_fast.errors import UserError
+from stn_fast.command_line import Parser, complain, number, run_command, whole_number
 from stn_fast.recipes import RECIPES, recipe
+from stn_fast.terminal import printable
 from stn_fast.training.config import FLAGS
 from stn_fast.training.layering import resolve, to_yaml
 
@@ -43,27 +43,23 @@ def parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 1, 2 for a user's error, 130 or 143 after a signal."""
-    try:
-        flags = parser().given(arguments)
-        module = recipe(flags["recipe"])
-        overrides = {key: flags[key] for key in FLAGS if flags.get(key) is not None and key != "recipe"}
-        config = resolve(module.config(), flags["config"], flags["set"], overrides)
-        if flags["print_config"]:
-            print(to_yaml(config), end="")
-            return 0
-        return train(config, module, flags["resume"])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: stopped by Ctrl-C", file=sys.stderr)
-        return 130
+    return run_command(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    flags = parser().given(arguments)
+    module = recipe(flags["recipe"])
+    overrides = {key: flags[key] for key in FLAGS if flags.get(key) is not None and key != "recipe"}
+    config = resolve(module.config(), flags["config"], flags["set"], overrides)
+    if flags["print_config"]:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return train(config, module, flags["resume"])
 
 
 def train(config: Any, module: Any, resume: bool) -> int:
     """Runs ``config`` and tells how it went."""
     from stn_fast.plot import save_schedule
-    from stn_fast.training.disk import CannotWrite
     from stn_fast.training.progress import Progress, summary
     from stn_fast.training.run import run
     from stn_fast.training.signals import Interrupted
@@ -72,14 +68,14 @@ def train(config: Any, module: Any, resume: bool) -> int:
     try:
         result = run(config, module.build, resume=resume, progress=Progress(config.schedule.epochs))
     except Interrupted as stop:
-        print(f"{stop} in {config.directory}; the same command resumes it", file=sys.stderr)
+        print(printable(f"{stop} in {config.directory}; the same command resumes it"), file=sys.stderr)
         return stop.exit_status
-    except (Diverged, CannotWrite) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    schedule = save_schedule([config.directory])
+    except Diverged as error:
+        return complain(str(error), 1)
     print(summary(result))
-    print(f"{result['wall_seconds']:.1f} s; everything is in {config.directory}, the schedules in {schedule}")
+    schedule = save_schedule([config.directory])
+    files = f"everything is in {config.directory}, the schedules in {schedule}"
+    print(f"{result['wall_seconds']:.1f} s; {printable(files)}")
     return 0
 
 

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from stn_fast import files
 from stn_fast.errors import UserError
+from stn_fast.terminal import printable
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0  # seconds without an answer
@@ -121,7 +122,8 @@ class _NoAnswer(Exception):
 def _download(path: Path, partial: Path, published: Published) -> None:
     failures = []
     for url in published.urls:
-        print(f"downloading {url} ({published.size / 1e6:.1f} MB) to {path.parent}", file=sys.stderr, flush=True)
+        says = f"downloading {url} ({published.size / 1e6:.1f} MB) to {path.parent}"
+        print(printable(says), file=sys.stderr, flush=True)
         try:
             with writing(path):
                 damage = _copy(url, partial, published)

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from stn_fast.terminal import printable
+
 LINES = 12  # about so many progress lines where there is no terminal
 SILENCE = 60.0  # seconds without a line after which there is one more
 REDRAW = 0.1  # seconds between two pictures of the bar
@@ -27,12 +29,12 @@ class Progress:
     def say(self, text: str) -> None:
         """One line of news."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
             self._shown = time.monotonic()
 
     def warn(self, text: str) -> None:
         """One line that matters even in silence."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
     def row(self, row: dict[str, Any]) -> None:
         """Shows a row of metrics.jsonl; evaluations alone are worth a line."""
@@ -60,7 +62,7 @@ class Progress:
         return time.monotonic() - self._shown >= seconds
 
     def __enter__(self) -> Progress:
-        if not self.quiet and sys.stderr.isatty():
+        if not self.quiet and sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(total=self.epochs, initial=self.start, bar_format=BAR, file=sys.stderr, dynamic_ncols=True)
         return self
 
@@ -74,10 +76,10 @@ def summary(result: dict[str, Any]) -> str:
     """Where each hyperparameter started and stands at the best step, then the scores of that step."""
     start, best, end = (result[f"hyperparameters{part}"] for part in ("_start", "", "_end"))
     moved = result["moved_in_initial_scales"]
-    width = max(map(len, best))
+    width = max(len(printable(name)) for name in ("hyperparameter", *best))
     lines = [f"{'hyperparameter':<{width}}  {'start':>10}  {'best':>10}  {'end':>10}  moved (initial scales)"]
     lines += [
-        f"{name:<{width}}"
+        f"{printable(name):<{width}}"
         + "".join(f"  {_shown(values[name], '.3g'):>10}" for values in (start, best, end))
         + f"  {_shown(moved[name], '+.1f'):>8}"
         for name in best

@@ -32,7 +32,7 @@ class Task:
     ``training_objective`` may carry penalties; ``validation_objective`` must not: the hyperparameters descend it.
     ``scores`` reports on a split; it must include ``loss``, the validation objective as a sum. ``report`` may add to
     their means what is no mean itself. ``batching`` makes the batches that all of them see. ``facts`` are what a result
-    should say of the data, for it to be compared with others.
+    should say of the data, for it to be compared with others. ``loss_unit`` is the unit of the losses in plots.
     """
 
     space: HyperparameterSpace
@@ -44,6 +44,7 @@ class Task:
     report: Report = dict
     batching: Batching = field(default_factory=IndependentExamples)
     facts: Mapping[str, float] = field(default_factory=dict)
+    loss_unit: str = ""
 
 
 def classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:
