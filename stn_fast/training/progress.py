@@ -92,10 +92,9 @@ def summary(result: dict[str, Any]) -> str:
         f"best validation loss {_shown(result['valid_loss'], '.4f')} at step {result['best_step']} of "
         f"{result['steps']}; there, {', '.join(scores)}"
     )
-    lines.append(
-        f"{result['steps']} steps at {result['steps_per_second']:.4g} a second, ended by {result['ended_by']}; "
-        f"at most {result['peak_bytes'] / 1e6:,.0f} MB of memory"
-    )
+    lines.append(f"{result['steps']} steps at {result['steps_per_second']:.4g} a second, ended by {result['ended_by']}")
+    if result["peak_bytes"] is not None:
+        lines[-1] += f"; at most {result['peak_bytes'] / 1e6:,.0f} MB of memory"
     if "vocabulary" in result:
         lines.append(
             f"{result['vocabulary']:,} words are known; {result['unknown_share']:.1%} of the test text is read as <unk>"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 import stn_fast
+from stn_fast.dispatch import serving
 from stn_fast.errors import UserError
 from stn_fast.files import exists
 from stn_fast.training import checkpoint
@@ -80,13 +80,15 @@ def _train(
 
 
 def _about(config: Config, task: Task, trainer: Trainer) -> str:
-    """One line on what is about to be learnt, and from how much."""
+    """One line on what is about to be learnt, from how much, and why it will be slow where it will be."""
+    backend, reason = serving(torch.device(config.device))
     train, valid, test = (len(split.targets) for split in task.data)
     parameters = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
     steps = trainer.train_batches.per_pass
     return (
         f"{config.recipe}, {config.method.label}: {train:,} training, {valid:,} validation, {test:,} test "
         f"{task.batching.unit}; {parameters:,} trained parameters; {steps:,} training steps an epoch"
+        + ("" if reason is None else f"; the slow backend {backend!r} computes: {reason}")
     )
 
 
@@ -186,10 +188,17 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
     }
 
 
-def peak_bytes(device: str) -> int:
-    """The most memory at once: on CUDA of what torch allocated, else the whole process's in the host."""
+def peak_bytes(device: str) -> int | None:
+    """The most memory at once: on CUDA of what torch allocated, else the whole process's in the host.
+
+    None where the system doesn't say: Python has no call for it on Windows.
+    """
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # not POSIX
+        return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
 
@@ -203,4 +212,5 @@ def versions(device: str) -> dict[str, str | int]:
         "platform": platform.system(),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
+        "backend": serving(torch.device(device))[0],
     }
