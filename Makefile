@@ -1,15 +1,19 @@
 # Every target sets up what it needs. PYTHON is the interpreter that .venv is made from; test-gpu and bench-gpu
 # use it directly, with the torch and Triton that it already has.
+#
+# The clone may be in a folder of any name: no recipe contains its path, all paths are relative. What make itself
+# can't do: PYTHON is a command, so a path with a space in it needs quotes of its own (make PYTHON='"/my tools/python"'),
+# and a $ in a variable on the command line is written $$.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 # Test files side by side, each on two threads that leave the processors to one another when they wait.
 WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help venv train test lint bench test-gpu bench-gpu clean
+.PHONY: help venv train test lint cases bench test-gpu bench-gpu clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
 
 venv: $(VENV)/.installed  ## .venv with the package, its C++ core and everything below
 
@@ -26,7 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
 	@# The clone may have the package's name: from its parent folder it would be taken for a namespace package before the
 	@# editable install is asked. An entry of its own on the path comes first.
-	@$(RUN) -c "import pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'stn_fast_clone.pth').write_text('$(CURDIR)\n')"
+	@$(RUN) -c "import os, pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'stn_fast_clone.pth').write_bytes(os.getcwdb() + b'\n')"
 	@touch $@
 
 train: venv  ## train a self-tuning network on scikit-learn's digits (ARGS="--seed 1" adds flags)
@@ -39,6 +43,9 @@ lint: venv  ## style and types
 
 test: lint  ## lint, then every test that needs no GPU
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -m "not gpu" $(WORKERS) $(ARGS)
+
+cases: venv  ## every script in a folder (CASES=DIR): its exit status and seconds, then how many failed
+	$(RUN) tests/run_cases.py "$$CASES"
 
 bench: venv  ## speed on the CPU: compare tables, then ratios to the bare library products
 	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-group-by=group $(ARGS)

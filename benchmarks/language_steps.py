@@ -20,6 +20,7 @@ from benchmarks.published_language import Trainer
 from benchmarks.ratios import Row, device_name, write
 from benchmarks.steps import rows_of
 from benchmarks.timing import Provider, interleave
+from stn_fast.command_line import run_command
 
 MODES = ("train", "valid")
 LAYERS = 2
@@ -100,4 +101,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import math
 import platform
 import sys
@@ -22,6 +21,9 @@ import torch
 
 from benchmarks.cases import Case, all_cases
 from benchmarks.timing import Timings, interleave, peak_bytes
+from stn_fast.command_line import run_command
+from stn_fast.files import expanded
+from stn_fast.values import to_json
 
 Row = dict[str, Any]
 
@@ -128,8 +130,9 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """A JSON array with one row to a line, so that two recordings can be compared with diff."""
+    path = expanded(path, "--json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(row) for row in rows)
+    lines = ",\n".join(to_json(row) for row in rows)
     path.write_text(f"[\n{lines}\n]\n")
 
 
@@ -177,4 +180,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run_command(main))

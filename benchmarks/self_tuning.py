@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -24,9 +24,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stn_fast.command_line import run_command
 from stn_fast.errors import UserError
+from stn_fast.files import expanded
 from stn_fast.recipes import RECIPES, recipe
 from stn_fast.training.config import Config, MethodConfig
+from stn_fast.values import to_json
 
 METHODS: dict[str, dict[str, Any]] = {"stn": {}, "fixed": {"name": "fixed"}, "frozen": {"freeze": True}}
 COLUMNS = {
@@ -110,6 +113,11 @@ def measured(configs: Sequence[Config], jobs: int) -> Iterator[Iterator[Result]]
         yield pool.imap(measure, configs)
 
 
+def score(result: Result, key: str) -> float:
+    """``key`` of a run; infinite where it is beyond a float, or the run turned non-finite."""
+    return math.inf if result["diverged"] or result[key] is None else result[key]
+
+
 def table(title: str, results: Sequence[Result]) -> str:
     """One line for every run and one for the median."""
     finite = [result for result in results if not result["diverged"]]
@@ -121,17 +129,17 @@ def table(title: str, results: Sequence[Result]) -> str:
 
     lines = [line(title, columns.values())]
     for result in results:
-        cells = ["not finite"] if result["diverged"] else [f"{result[key]:.4g}" for key in columns]
+        cells = ["not finite"] if result["diverged"] else [f"{score(result, key):.4g}" for key in columns]
         lines.append(line(f"seed {result['seed']:>2}", cells))
     if finite:
-        lines.append(line("median", (f"{statistics.median(run[key] for run in finite):.4g}" for key in columns)))
+        lines.append(line("median", (f"{statistics.median(score(run, key) for run in finite):.4g}" for key in columns)))
     lines.append(f"{'':>15}  {len(results) - len(finite)} of {len(results)} runs turned non-finite")
     return "\n".join(lines)
 
 
 def median_score(results: Sequence[Result], key: str) -> float:
     """Median over runs of ``key`` at the best validation loss; infinite for a run that turned non-finite."""
-    return statistics.median(float("inf") if r["diverged"] else r[key] for r in results)
+    return statistics.median(score(result, key) for result in results)
 
 
 def ratios(one: Sequence[Result], other: Sequence[Result], says: str) -> list[str]:
@@ -222,9 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         it.error(str(error))
     if flags.json:
-        Path(flags.json).write_text(json.dumps(results, indent=2) + "\n")
+        expanded(flags.json, "--json").write_text(to_json(results, indent=2) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

@@ -19,6 +19,7 @@ from benchmarks.augmentation import MEAN, STD
 from benchmarks.baselines import Range
 from benchmarks.ratios import Row, device_name, versions, write
 from benchmarks.timing import Provider, Timings, interleave, peak_bytes
+from stn_fast.command_line import run_command
 
 MODES = ("train", "valid", "train_with_data")
 
@@ -109,4 +110,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

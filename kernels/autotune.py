@@ -22,6 +22,8 @@ import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from stn_fast.files import expanded
+
 try:
     import fcntl
 except ImportError:  # not a POSIX system
@@ -43,8 +45,7 @@ def milliseconds(candidate: Candidate) -> float:
 
 
 def cache_file() -> Path:
-    directory = os.environ.get("STN_FAST_CACHE") or Path.home() / ".cache" / "stn_fast"
-    return Path(directory) / "autotune.json"
+    return expanded(os.environ.get("STN_FAST_CACHE") or "~/.cache/stn_fast", "STN_FAST_CACHE") / "autotune.json"
 
 
 def size_bucket(size: int) -> str:

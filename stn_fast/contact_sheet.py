@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stn_fast.command_line import Parser
+from stn_fast import values
+from stn_fast.command_line import Parser, run_command, whole_number
 from stn_fast.errors import UserError, did_you_mean
-from stn_fast.plot import save
+from stn_fast.plot import new_figure, save
+from stn_fast.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,13 +81,13 @@ def parse_setting(text: str) -> dict[str, float]:
     """
     setting: dict[str, float] = {}
     for pair in text.split(","):
-        name, _, number = pair.partition("=")
+        name, _, strength = pair.partition("=")
         if name not in VISIBLE:
             raise UserError(f"--set {text}: there is no augmentation '{name}': {did_you_mean(name, VISIBLE)}")
         if name in setting:
             raise UserError(f"--set {text}: {name} is given twice")
         try:
-            setting[name] = int(number) if name == "crop_padding" else float(number)
+            setting[name] = values.whole_number(strength) if name == "crop_padding" else values.number(strength)
         except ValueError:
             wants = "a whole number" if name == "crop_padding" else "a number"
             raise UserError(f"--set {text}: {name} wants {wants}, as in {name}={VISIBLE[name]:g}") from None
@@ -144,15 +145,11 @@ def augmented(x: Tensor, row: Row, data: Images, seed: int) -> Tensor:
 
 def draw(x: Tensor, rows: Sequence[Row], data: Images, seed: int, title: str) -> Figure:
     """Images (N, C, H, W) as they are, and below them one row for every setting."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     pictures = [x / 255, *(augmented(x, row, data, seed) for row in rows)]
     labels = ["originals", *(row.label for row in rows)]
     pitch, head = CELL + GAP, 0.45
     width, height = LABEL + pitch * len(x), head + pitch * len(pictures)
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height)
     figure.text(0.5, 1 - head / 2 / height, title, ha="center", va="center", fontsize=11)
     for line, (batch, name) in enumerate(zip(pictures, labels, strict=True)):
         bottom = height - head - pitch * (line + 1) + GAP
@@ -177,10 +174,10 @@ def parser() -> Parser:
         f"one row, e.g. brightness=0.5,hue=0.1; repeat for more (default: a row for each of {names}; and all, milder)"
     )
     flag("--set", action="append", default=[], metavar="NAME=STRENGTH,...", help=rows)
-    flag("--columns", type=int, default=COLUMNS, metavar="N", help=f"images in a row (default: {COLUMNS})")
-    flag("--first", type=int, default=0, metavar="N", help="training image of the first column (default: 0)")
+    flag("--columns", type=whole_number, default=COLUMNS, metavar="N", help=f"images in a row (default: {COLUMNS})")
+    flag("--first", type=whole_number, default=0, metavar="N", help="training image of the first column (default: 0)")
     flag("--same", action="store_true", help="that image in every column, drawn anew")
-    flag("--seed", type=int, default=SEED, metavar="N", help=f"fixes everything random (default: {SEED})")
+    flag("--seed", type=whole_number, default=SEED, metavar="N", help=f"fixes everything random (default: {SEED})")
     root = "where data sets are, or are downloaded to (default: $STN_FAST_DATA, else ~/.cache/stn_fast/data)"
     flag("--data-root", metavar="DIR", help=root)
     output = "PNG, PDF or SVG (default: contact-sheet-DATA.png)"
@@ -190,18 +187,19 @@ def parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, or 2 for a user's error."""
-    try:
-        flags = parser().given(arguments)
-        rows = [row_of(parse_setting(text)) for text in flags["set"]]
-        if not 0 <= flags["seed"] < 2**63:
-            raise UserError(f"--seed {flags['seed']}: must be at least 0 and below 2**63")
-        data = load(flags["data"], flags["data_root"])
-        x = chosen(data.train.inputs, flags["first"], flags["columns"], flags["same"])
-        figure = draw(x, rows or default_rows(x.shape[1]), data, flags["seed"], flags["data"])
-        print(save(figure, Path(flags["output"] or f"contact-sheet-{flags['data']}.png")))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    flags = parser().given(arguments)
+    rows = [row_of(parse_setting(text)) for text in flags["set"]]
+    if not 0 <= flags["seed"] < 2**63:
+        raise UserError(f"--seed {flags['seed']}: must be at least 0 and below 2**63")
+    data = load(flags["data"], flags["data_root"])
+    x = chosen(data.train.inputs, flags["first"], flags["columns"], flags["same"])
+    figure = draw(x, rows or default_rows(x.shape[1]), data, flags["seed"], flags["data"])
+    saved = save(figure, flags["output"] or f"contact-sheet-{flags['data']}.png")
+    print(printable(str(saved)))
     return 0
 
 

@@ -131,6 +131,15 @@ def choose(
     return name  # type: ignore[return-value]
 
 
+def chosen(device: _Device) -> tuple[Name, str | None]:
+    """(the backend that computes on ``device`` now, why the fast one for such a device doesn't or None if it does)."""
+    name = choose(device)
+    fast = {"cpu": "cpp", "cuda": "triton"}.get(device.type, name)
+    if name == fast:
+        return name, None
+    return name, _why_not(fast, device.type) or f"use_backend({name!r}) asks for it"
+
+
 @contextmanager
 def use_backend(name: Literal["auto", "cpp", "triton", "reference"]) -> Iterator[None]:
     """Within the ``with`` block, operations run on the backend called ``name``; "auto" is the rule elsewhere.

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from stn_fast.command_line import Parser
+from stn_fast.command_line import Parser, run_command
 from stn_fast.errors import UserError
+from stn_fast.files import expanded
+from stn_fast.terminal import printable
+from stn_fast.training.reading import Run, read_run, read_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from stn_fast.training.config import Config
+__all__ = ["Run", "draw", "new_figure", "read_run", "read_runs", "save", "save_schedule"]
 
 # Okabe and Ito's palette: eight colours that stay apart for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A600")
@@ -41,66 +46,67 @@ def colour_of(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-class Run(NamedTuple):
-    """A run directory's configuration and its rows by phase."""
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches on matplotlib's Agg canvas, whatever MPLBACKEND names.
 
-    name: str
-    config: Config
-    rows: dict[str, list[dict[str, Any]]]
-
-    @property
-    def best(self) -> dict[str, Any]:
-        """The evaluation with the lowest validation loss."""
-        return min(self.rows["eval"], key=lambda row: row["loss"])
-
-
-def read_run(directory: str | Path) -> Run:
-    """What ``directory`` holds.
-
-    Raises:
-        UserError: there is no such directory, it holds no run, or no evaluation has been written yet.
+    matplotlib refuses to be imported where MPLBACKEND is misspelt or names a backend that is not installed. So it is
+    imported without; a backend that there is remains the one of pyplot, which is not used here.
     """
-    from stn_fast.training.config import Config
-    from stn_fast.training.layering import build, read_yaml
-
-    path = Path(directory)
-    metrics = path / "metrics.jsonl"
-    if not path.is_dir():
-        raise UserError(f"there is no run directory {path}; python -m stn_fast.train makes one under runs/")
-    if not metrics.is_file():
-        raise UserError(f"{path} holds no metrics.jsonl; name a directory that python -m stn_fast.train has written")
-    rows: dict[str, list[dict[str, Any]]] = {"train": [], "valid": [], "eval": []}
-    for number, line in enumerate(metrics.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            rows[row["phase"]].append(row)
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"line {number} of {metrics} is not a row of metrics; remove it") from None
-    if not rows["eval"]:
-        raise UserError(f"{metrics} holds no evaluation yet; let the run finish its first epoch")
-    return Run(path.name or str(path), build(Config, read_yaml(str(path / "config.yaml"))), rows)
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
 
 
-def save_schedule(directories: Sequence[str | Path], output: str | Path | None = None) -> Path:
+def warn(text: str) -> None:
+    """One line on standard error."""
+    print(f"warning: {printable(text)}", file=sys.stderr)
+
+
+def save_schedule(
+    directories: Sequence[str | Path], output: str | Path | None = None, warn: Callable[[str], None] = warn
+) -> Path:
     """Draws the runs over each other into a PNG; by default ``schedule.png`` in the run's own directory.
 
+    Of several directories, those that hold no run are left out, and ``warn`` is called with what is wrong with each.
+
     Raises:
-        UserError: a directory holds no run, or the picture cannot be written.
+        UserError: no directory holds a run, or the picture cannot be written.
     """
-    runs = [read_run(directory) for directory in directories]
+    runs = read_runs(directories, warn)
     single = Path(directories[0]) / "schedule.png"
-    target = Path(output) if output is not None else single if len(runs) == 1 else Path("schedules.png")
-    return save(draw(runs), target)
+    return save(draw(runs), output if output is not None else single if len(directories) == 1 else "schedules.png")
 
 
-def save(figure: Figure, target: Path) -> Path:
-    """Writes ``figure`` in the format that the ending of ``target`` names, and returns that.
+def save(figure: Figure, output: str | Path) -> Path:
+    """Writes ``figure`` in the format that the ending of ``output`` names, PNG without one; returns the file.
+
+    All text in it is drawn as it is: no ``$`` begins a formula, and no setting of the user has TeX typeset it.
 
     Raises:
         UserError: it cannot be written there, or not in that format.
     """
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
+    target = expanded(output, "--output")
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_usetex(False)
     try:
-        figure.savefig(target, dpi=150)
+        target = target if target.suffix else target.with_suffix(".png")
+        with rc_context({"text.parse_math": False, "text.usetex": False}):  # for ticks, which are made while drawing
+            figure.savefig(target, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(f"--output {target} cannot be written ({error}); name a .png, .pdf or .svg file") from None
     return target
@@ -108,16 +114,12 @@ def save(figure: Figure, target: Path) -> Path:
 
 def draw(runs: Sequence[Run]) -> Figure:
     """One panel for the losses and one for every hyperparameter, all over epochs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(name for run in runs for name in run.config.enabled))
     panels = 1 + len(names)
     columns = min(COLUMNS, panels)
     lines = -(-panels // columns)
     top = 0.35 + 0.25 * -(-len(runs) // LEGEND_COLUMNS)
-    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines + top))
-    FigureCanvasAgg(figure)
+    figure = new_figure(PANEL[0] * columns, PANEL[1] * lines + top)
     below_head = (0, 0, 1, 1 - top / figure.get_figheight())
     figure.set_layout_engine("constrained", rect=below_head, w_pad=0.1, h_pad=0.08)
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
@@ -134,7 +136,7 @@ def draw(runs: Sequence[Run]) -> Figure:
 
 
 def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
-    """Training objective, validation loss and test loss in nats; a dot marks the best validation loss."""
+    """Training objective, validation loss and test loss in the task's unit; a dot marks the best validation loss."""
     curves = (
         ("train (regularised)", "train", "loss", ":"),
         ("valid", "eval", "loss", "-"),
@@ -154,10 +156,12 @@ def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
             )
         colour = colour_of(number)
         axis.plot(run.best["epoch"], run.best["loss"], "o", color=colour, markersize=5, zorder=5)
-    axis.set_yscale("log")
-    _plain_log_labels(axis)
+    if all(not row[key] <= 0 for run in runs for _, phase, key, _ in curves for row in run.rows[phase] if key in row):
+        axis.set_yscale("log")
+        _plain_log_labels(axis)
     axis.set_title("loss", fontsize=10, loc="left")
-    axis.set_ylabel("nats", fontsize=8)
+    units = dict.fromkeys(printable(run.loss_unit) for run in runs if run.loss_unit)
+    axis.set_ylabel(", ".join(units), fontsize=8)
     legend = axis.legend(loc="lower right", bbox_to_anchor=(1.02, 1.0), **LEGEND)
     if len(runs) > 1:
         for handle in legend.get_lines():
@@ -181,7 +185,7 @@ def draw_hyperparameter(axis: Axes, runs: Sequence[Run], name: str) -> None:
     for init in {entry.init for entry in entries}:
         axis.axhline(init, color=GREY, linestyle=":", linewidth=1)
     _scale(axis, entries)
-    axis.set_title(textwrap.fill(name.replace("_", " "), TITLE), fontsize=10, loc="left")
+    axis.set_title(textwrap.fill(printable(name).replace("_", " "), TITLE), fontsize=10, loc="left")
     if len(runs) == 1:
         path = f"{entries[0].init:.2g} → {runs[0].best['hyperparameters'][name]:.2g}"
         axis.set_title(path, fontsize=9, loc="right", color=GREY)
@@ -224,19 +228,23 @@ def _head(figure: Figure, runs: Sequence[Run], top: float) -> None:
     height = figure.get_figheight()
     if len(runs) == 1:
         config, best = runs[0].config, runs[0].best
-        title = f"{config.recipe}, {config.method.label}, seed {config.seed}: best validation loss {best['loss']:.3f}"
-        title += f", test accuracy there {best['test_accuracy']:.3f}" if "test_accuracy" in best else ""
-        title += f", test perplexity there {best['test_perplexity']:.1f}" if "test_perplexity" in best else ""
+        title = f"{printable(config.recipe)}, {config.method.label}, seed {config.seed}: "
+        title += f"best validation loss {best['loss']:.3f}"
+        for score, form in (("test_accuracy", ".3f"), ("test_perplexity", ".1f")):
+            if math.isfinite(best.get(score, math.nan)):
+                title += f", {score.replace('_', ' ')} there {best[score]:{form}}"
         figure.text(0.5, 1 - 0.25 / height, title, ha="center", va="center", fontsize=12)
     else:
         handles = [Line2D([], [], color=colour_of(i), linewidth=2.5) for i in range(len(runs))]
-        labels = [f"{run.name}: best validation loss {run.best['loss']:.3f}" for run in runs]
+        labels = [f"{printable(run.name)}: best validation loss {run.best['loss']:.3f}" for run in runs]
         place: dict[str, Any] = {
             "loc": "upper center",
             "bbox_to_anchor": (0.5, 1 - 0.05 / height),
             "borderaxespad": 0.0,
         }
-        figure.legend(handles, labels, ncols=LEGEND_COLUMNS, frameon=False, fontsize=10, **place)
+        legend = figure.legend(handles, ["run"] * len(runs), ncols=LEGEND_COLUMNS, frameon=False, fontsize=10, **place)
+        for text, label in zip(legend.get_texts(), labels, strict=True):
+            text.set_text(label)  # matplotlib leaves out a label that it is given with a _ in front
     note = "line: value    band: ± σ of its perturbation    dot: best validation loss    dotted: first guess"
     shaded = "    shaded: warm-up" if any(run.config.method.tunes for run in runs) else ""
     figure.text(0.5, 1 - (top - 0.12) / height, note + shaded, ha="center", va="center", fontsize=8.5, color=GREY)
@@ -244,16 +252,16 @@ def _head(figure: Figure, runs: Sequence[Run], top: float) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, or 2 for a user's error."""
+    return run_command(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     it = Parser("python -m stn_fast.plot", __doc__)
     it.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directories that stn_fast.train has written")
     output = "PNG, PDF or SVG (default: schedule.png in the run's directory; schedules.png here for several)"
-    it.add_argument("--output", metavar="FILE", help=output)
-    try:
-        flags = it.given(arguments)
-        print(save_schedule(flags["run_dirs"], flags["output"]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    it.add_argument("-o", "--output", metavar="FILE", help=output)
+    flags = it.given(arguments)
+    print(printable(str(save_schedule(flags["run_dirs"], flags["output"]))))
     return 0
 
 

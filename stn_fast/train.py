@@ -7,9 +7,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stn_fast.command_line import Parser
+from stn_fast.command_line import Parser, complain, number, run_command, whole_number
 from stn_fast.errors import UserError
 from stn_fast.recipes import RECIPES, recipe
+from stn_fast.terminal import printable
 from stn_fast.training.config import FLAGS, ConfigError
 from stn_fast.training.layering import read_yaml, resolve, to_yaml
 
@@ -26,12 +27,12 @@ def parser() -> Parser:
     flag("recipe", nargs="?", help=f"what to train: {', '.join(RECIPES)} (default: {default})")
     flag("--method", dest="method.name", metavar="NAME", help="stn or fixed (default: stn)")
     flag("--freeze", dest="method.freeze", action="store_true", default=None, help="stn, hyperparameters held still")
-    flag("--seed", type=int, metavar="N", help="fixes everything random (default: 0)")
+    flag("--seed", type=whole_number, metavar="N", help="fixes everything random (default: 0)")
     flag("--device", metavar="DEVICE", help="cpu or cuda (default: cpu)")
-    flag("--epochs", dest="schedule.epochs", type=int, metavar="N", help="passes over the training set")
-    flag("--max-steps", dest="schedule.max_steps", type=int, metavar="N", help="stop early after so many steps")
+    flag("--epochs", dest="schedule.epochs", type=whole_number, metavar="N", help="passes over the training set")
+    flag("--max-steps", dest="schedule.max_steps", type=whole_number, metavar="N", help="stop after so many steps")
     share = "use so much of the training set, above 0 and at most 1 (default: 1)"
-    flag("--train-fraction", dest="train_fraction", type=float, metavar="F", help=share)
+    flag("--train-fraction", dest="train_fraction", type=number, metavar="F", help=share)
     root = "where data sets are, or are downloaded to (default: $STN_FAST_DATA, else ~/.cache/stn_fast/data)"
     flag("--data-root", dest="data_root", metavar="DIR", help=root)
     flag("--run-dir", dest="run_dir", metavar="DIR", help="default: runs/RECIPE-METHOD-seedSEED")
@@ -45,23 +46,20 @@ def parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 1, 2 for a user's error, 130 or 143 after a signal."""
-    try:
-        flags = parser().given(arguments)
-        file = flags["config"]
-        settings = {} if file is None else read_yaml(file)
-        module = recipe(recipe_name(flags["recipe"], settings, file))
-        overrides = {key: flags[key] for key in FLAGS if flags.get(key) is not None and key != "recipe"}
-        config = resolve(module.config(), file, flags["set"], overrides, settings=settings)
-        if flags["print_config"]:
-            print(to_yaml(config), end="")
-            return 0
-        return train(config, module, flags["resume"])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: stopped by Ctrl-C", file=sys.stderr)
-        return 130
+    return run_command(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    flags = parser().given(arguments)
+    file = flags["config"]
+    settings = {} if file is None else read_yaml(file)
+    module = recipe(recipe_name(flags["recipe"], settings, file))
+    overrides = {key: flags[key] for key in FLAGS if flags.get(key) is not None and key != "recipe"}
+    config = resolve(module.config(), file, flags["set"], overrides, settings=settings)
+    if flags["print_config"]:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return train(config, module, flags["resume"])
 
 
 def recipe_name(argument: str | None, settings: Mapping[str, Any], file: str | None) -> str:
@@ -86,7 +84,6 @@ def recipe_name(argument: str | None, settings: Mapping[str, Any], file: str | N
 def train(config: Any, module: Any, resume: bool) -> int:
     """Runs ``config`` and tells how it went."""
     from stn_fast.plot import save_schedule
-    from stn_fast.training.disk import CannotWrite
     from stn_fast.training.progress import Progress, summary
     from stn_fast.training.run import run
     from stn_fast.training.signals import Interrupted
@@ -95,14 +92,14 @@ def train(config: Any, module: Any, resume: bool) -> int:
     try:
         result = run(config, module.build, resume=resume, progress=Progress(config.schedule.epochs))
     except Interrupted as stop:
-        print(f"{stop} in {config.directory}; the same command resumes it", file=sys.stderr)
+        print(printable(f"{stop} in {config.directory}; the same command resumes it"), file=sys.stderr)
         return stop.exit_status
-    except (Diverged, CannotWrite) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    schedule = save_schedule([config.directory])
+    except Diverged as error:
+        return complain(str(error), 1)
     print(summary(result))
-    print(f"{result['wall_seconds']:.1f} s; everything is in {config.directory}, the schedules in {schedule}")
+    schedule = save_schedule([config.directory])
+    files = f"everything is in {config.directory}, the schedules in {schedule}"
+    print(f"{result['wall_seconds']:.1f} s; {printable(files)}")
     return 0
 
 

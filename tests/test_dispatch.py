@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stn_fast import dispatch as module
-from stn_fast.dispatch import backends, choose, use_backend
+from stn_fast.dispatch import backends, choose, chosen, use_backend
 
 CPU = torch.device("cpu")
 
@@ -134,3 +134,17 @@ def test_importing_and_choosing_on_the_cpu_starts_neither_cuda_nor_triton() -> N
         "assert not torch.cuda.is_initialized()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_backend_that_serves_a_device_is_told_with_the_reason_why_the_fast_one_does_not(monkeypatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert chosen(cpu) == ("cpp", None)
+    with use_backend("reference"):
+        assert chosen(cpu) == ("reference", "use_backend('reference') asks for it")
+    for device, missing, says in ((cpu, "stn_fast._C", "the C++ core stn_fast._C"), (cuda, "triton", "Triton")):
+        without(monkeypatch, missing)
+        name, reason = chosen(device)
+        assert name == "reference"
+        assert reason is not None
+        assert reason.startswith(f"{says} does not import (")
+    assert chosen(torch.device("meta")) == ("reference", None)

@@ -1,7 +1,14 @@
 """python -m stn_fast.plot: every panel drawn and labelled, every error one line."""
 
 import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import matplotlib
 import pytest
 
 from stn_fast import plot
@@ -125,3 +132,100 @@ def test_a_hyperparameter_that_a_run_left_out_has_no_panel(tmp_path):
     titles = [panel.get_title("left") for panel in visible(plot.draw([plot.read_run(tmp_path)]))]
     assert "input noise" not in titles
     assert "weight decay" in titles
+
+
+def test_plot_reads_and_writes_below_home(runs, tmp_path, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    shutil.copytree(runs[0], home / "run")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    assert plot.main(["~/run"]) == 0
+    assert (home / "run" / "schedule.png").exists()
+    assert plot.main(["~/run", "-o", "~/picture.svg"]) == 0
+    assert (home / "picture.svg").exists()
+    assert list(here.iterdir()) == []
+
+
+def test_a_picture_without_an_ending_is_the_png_that_is_named(runs, tmp_path, capsys):
+    assert plot.main([str(runs[0]), "-o", str(tmp_path / "picture")]) == 0
+    assert Path(capsys.readouterr().out.strip()).read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_several_directories_those_that_can_be_are_drawn_and_the_others_named(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    absent = tmp_path / "ab\nsent"
+    assert plot.main([str(absent), str(runs[0]), str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out == "schedules.png\n"
+    assert [line[:9] for line in said.err.splitlines()] == ["warning: "] * 2
+    assert "ab\\nsent" in said.err
+    Path("schedules.png").unlink()
+    assert plot.main([str(absent), str(tmp_path)]) == 2
+    assert "error: none of the 2 directories" in capsys.readouterr().err
+    assert not Path("schedules.png").exists()
+
+
+DRAW = """
+import os, sys
+from stn_fast.plot import save_schedule
+save_schedule(sys.argv[1:2], sys.argv[2])
+assert os.environ["MPLBACKEND"] == {backend!r}
+import matplotlib
+print(matplotlib.rcParams._get("backend"))
+"""
+
+
+@pytest.mark.parametrize("backend", ["aggg", "module://not_installed.backend", "gtk4agg", "", "pdf"])
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_backend_that_the_environment_names_does_not_matter(runs, tmp_path, backend, suffix):
+    environment = os.environ | {"MPLBACKEND": backend}
+    picture = tmp_path / f"x.{suffix}"
+    command = [sys.executable, "-c", DRAW.format(backend=backend), str(runs[0]), str(picture)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert picture.stat().st_size > 10_000
+    if backend == "pdf":
+        assert done.stdout == "pdf\n"  # pyplot, if somebody uses it next, has the one that was asked for
+
+
+ODD = ["$x^2$", "$\\frac{1}$", "a $ b $ c_{", "_hidden", "a\nb", "\x1b[31mred", "\udcff", "a/b", "%s {} \\"]
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_name_is_drawn_as_text(runs, tmp_path, name, count):
+    read = [renamed(plot.read_run(directory), "weight_decay", name) for directory in runs[:count]]
+    read = [run._replace(name=name, config=dataclasses.replace(run.config, recipe=name)) for run in read]
+    figure = plot.draw(read)
+    with matplotlib.rc_context({"text.usetex": True}):
+        plot.save(figure, tmp_path / "picture.svg")
+    shown = [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_visible()]
+    panel = visible(figure)[-1]
+    assert "".join(panel.get_title("left").split()) == "".join(plot.printable(name).replace("_", " ").split())
+    heads = [text for text in shown if text.startswith(plot.printable(name))]
+    assert len(heads) >= count
+    assert all(text.isprintable() for text in heads)
+
+
+def test_a_run_whose_name_begins_with_an_underscore_has_its_place_in_the_legend(runs, recwarn):
+    figure = plot.draw([plot.read_run(directory)._replace(name=f"_{i}") for i, directory in enumerate(runs)])
+    (legend,) = figure.legends
+    assert [text.get_text().split(":")[0] for text in legend.get_texts()] == ["_0", "_1"]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("unit", ["", "mV²", "$x$"])
+def test_a_loss_is_labelled_with_the_tasks_unit_and_may_be_negative(tmp_path, unit):
+    def build(config):
+        return dataclasses.replace(digits.build(config), loss_unit=unit)
+
+    run(resolve(digits.config(), None, ["schedule.max_steps=2", f"run_dir={tmp_path}"]), build)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = plot.draw([plot.read_run(tmp_path)]).axes[0]
+    assert losses.get_ylabel() == unit
+    assert losses.get_yscale() == "log"
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row | {"loss": -row["loss"]}) + "\n" for row in rows))
+    figure = plot.draw([plot.read_run(tmp_path)])
+    assert figure.axes[0].get_yscale() == "linear"
+    plot.save(figure, tmp_path / "picture.png")

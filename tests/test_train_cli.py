@@ -85,6 +85,9 @@ def test_printing_the_configuration_loads_nothing_heavy(capsys):
     [
         (["--epoch", "3"], "unknown argument '--epoch': did you mean '--epochs'?"),
         (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["--seed", "1_0"], "argument --seed: invalid int value: '1_0'"),
+        (["--train-fraction", "0_1e-0"], "argument --train-fraction: invalid float value"),
+        (["--set", "schedule={epochs: 1, epochs: 2}"], "key 'epochs' is given twice"),
         (["digit"], "unknown recipe 'digit': did you mean 'digits'?"),
         (["--method", "delta-stn"], "not available yet"),
         (["--set", "optimiser.learning_rate=1"], "did you mean 'optimizer'?"),
@@ -181,7 +184,7 @@ def test_a_process_killed_outright_resumes_to_the_same_numbers(whole, tmp_path):
 
 
 def test_divergence_is_status_1_and_one_line(tmp_path, capsys):
-    hot = ["--set", "optimizer.learning_rate=1e6", "--set", "optimizer.momentum=0"]
+    hot = ["--set", "optimizer.learning_rate=1e6", "--set", "optimizer.momentum=0", "--set", "optimizer.clip=null"]
     assert train.main([*SHORT, *hot, "--run-dir", str(tmp_path / "hot")]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: the ")

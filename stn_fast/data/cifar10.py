@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stn_fast import files
 from stn_fast.data.download import Published, data_root, downloaded, verified, writing
 from stn_fast.data.splits import Images, Split
 from stn_fast.errors import UserError
@@ -50,7 +51,7 @@ def load(root: str | Path | None = None) -> Images:
         UserError: a file is damaged, or missing and not to be had.
     """
     folder = data_root(root) / FOLDER / BATCHES
-    missing = [file for file in (*TRAIN, *TEST) if not (folder / file.name).exists()]
+    missing = [file for file in (*TRAIN, *TEST) if not files.exists(folder / file.name)]
     if missing:
         with downloaded(folder / ARCHIVE.name, ARCHIVE) as archive:
             unpack(archive, folder, missing)

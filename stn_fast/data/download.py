@@ -13,7 +13,9 @@ from http.client import HTTPException
 from pathlib import Path
 from uuid import uuid4
 
+from stn_fast import files
 from stn_fast.errors import UserError
+from stn_fast.terminal import printable
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0  # seconds without an answer
@@ -35,9 +37,8 @@ def data_root(root: str | Path | None = None) -> Path:
     Raises:
         UserError: there is no home directory where one is needed.
     """
-    return _expanded(
-        root or os.environ.get("STN_FAST_DATA") or "~/.cache/stn_fast/data", "--data-root or STN_FAST_DATA"
-    )
+    path = root or os.environ.get("STN_FAST_DATA") or "~/.cache/stn_fast/data"
+    return files.expanded(path, "--data-root or STN_FAST_DATA")
 
 
 def cache_root() -> Path:
@@ -46,14 +47,7 @@ def cache_root() -> Path:
     Raises:
         UserError: there is no home directory where one is needed.
     """
-    return _expanded(os.environ.get("STN_FAST_CACHE") or "~/.cache/stn_fast", "STN_FAST_CACHE")
-
-
-def _expanded(path: str | Path, setting: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"there is no home directory that {path} could be in; name a folder with {setting}") from None
+    return files.expanded(os.environ.get("STN_FAST_CACHE") or "~/.cache/stn_fast", "STN_FAST_CACHE")
 
 
 def verified(path: Path, published: Published) -> bytes:
@@ -62,10 +56,7 @@ def verified(path: Path, published: Published) -> bytes:
     Raises:
         UserError: the file cannot be read, is cut short or has been changed.
     """
-    try:
-        contents = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from None
+    contents = files.read_bytes(path)
     if (damage := _damage(len(contents), hashlib.sha256(contents), published)) is not None:
         raise UserError(f"{path} {damage}; delete it, and the next run downloads it again")
     return contents
@@ -78,7 +69,7 @@ def fetch(folder: Path, published: Published) -> bytes:
         UserError: as ``verified``; or the file is missing and no address gives it.
     """
     path = folder / published.name
-    if not path.exists():
+    if not files.exists(path):
         with downloaded(path, published) as partial:
             partial.replace(path)
     return verified(path, published)
@@ -94,7 +85,7 @@ def downloaded(path: Path, published: Published) -> Iterator[Path]:
         UserError: as ``verified``; or no address gives the file, and one line says what was missing, why, and where to
             put it by hand.
     """
-    if path.exists():
+    if files.exists(path):
         verified(path, published)
         yield path
         return
@@ -131,7 +122,8 @@ class _NoAnswer(Exception):
 def _download(path: Path, partial: Path, published: Published) -> None:
     failures = []
     for url in published.urls:
-        print(f"downloading {url} ({published.size / 1e6:.1f} MB) to {path.parent}", file=sys.stderr, flush=True)
+        says = f"downloading {url} ({published.size / 1e6:.1f} MB) to {path.parent}"
+        print(printable(says), file=sys.stderr, flush=True)
         try:
             with writing(path):
                 damage = _copy(url, partial, published)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 
+from stn_fast import files
 from stn_fast.data.download import Published, data_root, downloaded, partial_of, writing
 from stn_fast.data.text import Corpus, corpus_of, read
 from stn_fast.errors import UserError
@@ -44,7 +45,7 @@ def load(
         UserError: a file is not the published one, or missing and not to be had; or an argument is out of range.
     """
     folder = data_root(root) / FOLDER
-    missing = [name for name in FILES if not (folder / name).exists()]
+    missing = [name for name in FILES if not files.exists(folder / name)]
     if missing:
         with downloaded(folder / ARCHIVE.name, ARCHIVE) as archive:
             unpack(archive, folder, missing)

@@ -55,4 +55,5 @@ def build_task(
         training_objective=task.decayed_classification_loss,
         validation_objective=task.classification_loss,
         scores=task.classification_scores,
+        loss_unit="nats",
     )

@@ -93,6 +93,7 @@ def build_task(config: Config, load: Callable[..., Corpus]) -> Task:
         validation_objective=language.next_word_loss,
         scores=language.next_word_scores,
         report=language.with_perplexity,
+        loss_unit="nats",
         batching=ContinuousText(text.window, text.valid_streams, text.test_streams),
         facts={"vocabulary": len(corpus.words), "unknown_share": corpus.unknown_share()},
         vocabulary=corpus.words,

@@ -59,4 +59,5 @@ def build(config: Config) -> Task:
         training_objective=task.decayed_classification_loss,
         validation_objective=task.classification_loss,
         scores=task.classification_scores,
+        loss_unit="nats",
     )

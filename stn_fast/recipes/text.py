@@ -35,10 +35,11 @@ def load(root: str | None = None, *, min_count: int = 1, train_fraction: float =
     from stn_fast.data import text
     from stn_fast.data.download import data_root
     from stn_fast.errors import UserError
+    from stn_fast.files import is_file
 
     paths = [data_root(root) / name for name in FILES]
     for path in paths:
-        if not path.is_file():
+        if not is_file(path):
             raise UserError(
                 f"there is no file {path}: the recipe text wants {', '.join(FILES)} in --data-root or STN_FAST_DATA"
             )

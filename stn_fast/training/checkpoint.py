@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 import shutil
 import textwrap
@@ -15,8 +14,10 @@ from typing import Any
 
 import torch
 
+from stn_fast import files
 from stn_fast.errors import UserError
 from stn_fast.training.disk import make_directory, sync, write_through, writing
+from stn_fast.values import from_json, to_json
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 FORMAT = 3  # counts the layouts of the state; another one is not read
@@ -38,28 +39,29 @@ def path_of(root: Path, step: int) -> Path:
 
 def steps(root: Path) -> list[int]:
     """The steps with a checkpoint under ``root``, ascending."""
-    matches = (_NAME.fullmatch(entry.name) for entry in _entries(root))
+    matches = (_NAME.fullmatch(entry.name) for entry in files.entries(root))
     return sorted(int(match[1]) for match in matches if match)
 
 
 def foreign(root: Path) -> list[Path]:
     """What lies under ``root``, or in its place, that no checkpoint put there."""
-    if root.exists() and not root.is_dir():
+    if files.exists(root) and not files.is_directory(root):
         return [root]
-    return [entry for entry in _entries(root) if not (_NAME.fullmatch(entry.name) or _LEFTOVER.fullmatch(entry.name))]
+    ours = (_NAME, _LEFTOVER)
+    return [entry for entry in files.entries(root) if not any(name.fullmatch(entry.name) for name in ours)]
 
 
 def clear(root: Path) -> None:
     """Removes every checkpoint under ``root`` and what a kill left of others; foreign entries stay."""
     with writing(root):
-        for entry in sorted({*_entries(root)} - {*foreign(root)}):
+        for entry in sorted({*files.entries(root)} - {*foreign(root)}):
             shutil.rmtree(entry)
 
 
 def recover(root: Path) -> None:
     """Mends what a kill left in the middle of ``write``: a checkpoint about to be replaced is put back."""
     with writing(root):
-        for entry in _entries(root):
+        for entry in files.entries(root):
             match = _LEFTOVER.fullmatch(entry.name)
             if match and match[2] == "replaced" and not (root / match[1]).exists():
                 entry.rename(root / match[1])
@@ -94,7 +96,7 @@ def write(root: Path, step: int, state: dict[str, Any], best_step: int) -> Path:
         partial.mkdir()
         try:
             write_through(partial / STATE, contents)
-            write_through(partial / MANIFEST, json.dumps(manifest).encode())
+            write_through(partial / MANIFEST, to_json(manifest).encode())
             sync(partial)
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
@@ -116,7 +118,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         UserError: it is whole, but of another format.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = from_json((path / MANIFEST).read_bytes())
         contents = (path / STATE).read_bytes()
         wanted, written_as = manifest["sha256"], manifest.get("format", 0)
     except OSError as error:
@@ -182,14 +184,10 @@ def read_newest(
     return None
 
 
-def _entries(root: Path) -> list[Path]:
-    return sorted(root.iterdir()) if root.is_dir() else []
-
-
 def _best_step(path: Path) -> int | None:
     try:
-        return int(json.loads((path / MANIFEST).read_text())["best_step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(from_json((path / MANIFEST).read_bytes())["best_step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

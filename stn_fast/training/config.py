@@ -4,12 +4,14 @@ A message names the key (as ``--set`` and a YAML file spell it), the value and w
 imports nothing heavy, so that ``--help`` and ``--print-config`` answer at once.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal
 
 from stn_fast.errors import UserError, did_you_mean
+from stn_fast.files import expanded
 
 # Keys that have a flag of their own on the command line.
 FLAGS = {
@@ -271,5 +273,6 @@ class Config:
 
     @property
     def directory(self) -> str:
-        """Where the run's files go."""
-        return self.run_dir or f"runs/{self.recipe}-{self.method.label}-seed{self.seed}"
+        """Where the run's files go; by default a folder named after the run, all in one level below ``runs/``."""
+        recipe = re.sub(r"[^\w.-]", "_", self.recipe)
+        return str(expanded(self.run_dir or f"runs/{recipe}-{self.method.label}-seed{self.seed}", "--run-dir"))

@@ -3,14 +3,14 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from stn_fast.errors import UserError, did_you_mean
+from stn_fast.files import expanded
 from stn_fast.training.config import FLAGS, FREE_ON_RESUME, Config, ConfigError
+from stn_fast.values import NotYaml, from_yaml
+from stn_fast.values import to_yaml as dump
 
 T = TypeVar("T")
 Tree = dict[str, Any]
@@ -37,9 +37,9 @@ def resolve(
         if not equals or not key:
             raise UserError(f"--set {pair}: must be name=value, e.g. --set optimizer.learning_rate=0.1")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--set {pair}: '{text}' is not a YAML value; quote it") from None
+            value = from_yaml(text)
+        except NotYaml as error:
+            raise UserError(f"--set {pair}: '{text}' is not a YAML value: {error.problem}") from None
         overlay(tree, nested(key, value), where="in --set")
     for key, value in (flags or {}).items():
         overlay(tree, nested(key, value), where=f"from {FLAGS.get(key, key)}")
@@ -93,7 +93,7 @@ def build(kind: type[T], tree: Mapping[str, Any], section: str = "") -> T:
 
 
 def convert(hint: Any, value: Any, key: str) -> Any:
-    """``value`` as the annotated type ``hint``; YAML reads 1e-3 as a string, so numbers may come as text."""
+    """``value`` as the annotated type ``hint``."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return None if value is None else convert(arguments[0], value, key)
@@ -103,29 +103,31 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(key, value, "must be a section of keys")
         return build(hint, value, f"{key}.")
-    if isinstance(value, Mapping) and origin is not None:
-        return {name: convert(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if origin is not None:
+        if not isinstance(value, Mapping):
+            raise ConfigError(key, value, "must be a section of keys")
+        return {convert(str, name, key): convert(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
-            raise ConfigError(key, value, "must be a number") from None
+        except OverflowError:
+            raise ConfigError(key, value, "must be a number that a float can hold") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         expected = {int: "a whole number", bool: "true or false", str: "text", float: "a number"}
-        raise ConfigError(key, value, f"must be {expected.get(hint, 'a section of keys')}")
+        raise ConfigError(key, value, f"must be {expected[hint]}")
     return value
 
 
 def read_yaml(path: str) -> Tree:
     """The mapping in a YAML file; an empty file is an empty mapping."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = from_yaml(expanded(path, "--config").read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}; name a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" near line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path} is not valid YAML{line}; --print-config shows the expected form") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML ({error}); --print-config shows the expected form") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -135,7 +137,7 @@ def read_yaml(path: str) -> Tree:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, which ``--config`` reads back."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
+    return dump(asdict(config))
 
 
 def differences(saved: Config, asked: Config) -> list[str]:

@@ -1,8 +1,10 @@
-"""metrics.jsonl: one JSON object a line, for every epoch a "train", a "valid" and an "eval" row."""
+"""metrics.jsonl: one JSON object a line, for every epoch a "train", a "valid" and an "eval" row.
+
+A score that is not finite, such as a perplexity beyond a float, is null.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from types import TracebackType
@@ -12,8 +14,10 @@ import torch
 from torch import Tensor
 
 from stn_fast.errors import UserError
+from stn_fast.files import exists, read_bytes
 from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.training.disk import sync, writing
+from stn_fast.values import to_json
 
 # These keys alone may differ between two runs of one seed.
 TIMES = ("wall_seconds", "examples_per_second", "steps_per_second", "peak_bytes")
@@ -23,27 +27,22 @@ class MetricsLog:
     """Appends rows to ``path`` after the first ``rows`` that are there; later ones are cut off.
 
     Raises:
-        UserError: the file holds fewer rows than that.
+        UserError: the file cannot be read, or holds fewer rows than that.
         CannotWrite: here and below, the disk is full or refuses.
     """
 
     def __init__(self, path: Path, rows: int = 0) -> None:
-        lines = path.read_bytes().splitlines(keepends=True)[:rows] if rows and path.exists() else []
-        if len(lines) < rows or (lines and not lines[-1].endswith(b"\n")):
-            raise UserError(
-                f"{path} holds fewer than the {rows} rows written before the checkpoint; "
-                "restore it, or start over with --no-resume"
-            )
+        size = size_of(path, rows)
         self.path, self.rows = path, rows
         with writing(path):
             self._file = path.open("ab")
-            self._file.truncate(sum(map(len, lines)))
+            self._file.truncate(size)
             sync(path.parent)
 
     def write(self, row: dict[str, Any]) -> None:
         """Adds one row; on the disk after the next ``sync``."""
         with writing(self.path):
-            self._file.write(json.dumps(row).encode() + b"\n")
+            self._file.write(to_json(row).encode() + b"\n")
             self._file.flush()
         self.rows += 1
 
@@ -58,6 +57,21 @@ class MetricsLog:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with writing(self.path):
             self._file.close()
+
+
+def size_of(path: Path, rows: int) -> int:
+    """How many bytes the first ``rows`` rows of the file take.
+
+    Raises:
+        UserError: the file cannot be read, or holds fewer rows than that.
+    """
+    lines = read_bytes(path).splitlines(keepends=True)[:rows] if rows and exists(path) else []
+    if len(lines) < rows or (lines and not lines[-1].endswith(b"\n")):
+        raise UserError(
+            f"{path} holds fewer than the {rows} rows written before the checkpoint; "
+            "restore it, or start over with --no-resume"
+        )
+    return sum(map(len, lines))
 
 
 class MeanLoss:

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from stn_fast.terminal import printable
+
 LINES = 12  # about so many progress lines where there is no terminal
 SILENCE = 60.0  # seconds without a line after which there is one more
 REDRAW = 0.1  # seconds between two pictures of the bar
@@ -27,12 +29,12 @@ class Progress:
     def say(self, text: str) -> None:
         """One line of news."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
             self._shown = time.monotonic()
 
     def warn(self, text: str) -> None:
         """One line that matters even in silence."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
     def row(self, row: dict[str, Any]) -> None:
         """Shows a row of metrics.jsonl; evaluations alone are worth a line."""
@@ -60,7 +62,7 @@ class Progress:
         return time.monotonic() - self._shown >= seconds
 
     def __enter__(self) -> Progress:
-        if not self.quiet and sys.stderr.isatty():
+        if not self.quiet and sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(total=self.epochs, initial=self.start, bar_format=BAR, file=sys.stderr, dynamic_ncols=True)
         return self
 
@@ -74,26 +76,32 @@ def summary(result: dict[str, Any]) -> str:
     """Where each hyperparameter started and stands at the best step, then the scores of that step."""
     start, best, end = (result[f"hyperparameters{part}"] for part in ("_start", "", "_end"))
     moved = result["moved_in_initial_scales"]
-    width = max(map(len, best))
-    lines = [f"{'hyperparameter':<{width}}  {'start':>9}  {'best':>9}  {'end':>9}  moved (initial σ)"]
+    width = max(len(printable(name)) for name in ("hyperparameter", *best))
+    lines = [f"{'hyperparameter':<{width}}  {'start':>10}  {'best':>10}  {'end':>10}  moved (initial scales)"]
     lines += [
-        f"{name:<{width}}  {start[name]:9.3g}  {best[name]:9.3g}  {end[name]:9.3g}  {moved[name]:+8.1f}"
+        f"{printable(name):<{width}}"
+        + "".join(f"  {_shown(values[name], '.3g'):>10}" for values in (start, best, end))
+        + f"  {_shown(moved[name], '+.1f'):>8}"
         for name in best
     ]
     if result["method"] == "stn" and result["valid_steps"] == 0:
         lines.append("no validation step was taken: nothing has been tuned yet")
+    forms = {"test_loss": ".4f", "test_accuracy": ".4f", "test_perplexity": ".2f"}
+    scores = [f"{key.replace('_', ' ')} {_shown(result[key], form)}" for key, form in forms.items() if key in result]
     lines.append(
-        f"best validation loss {result['valid_loss']:.4f} at step {result['best_step']} of {result['steps']}; there, "
-        f"test loss {result['test_loss']:.4f}"
-        + (f", test accuracy {result['test_accuracy']:.4f}" if "test_accuracy" in result else "")
-        + (f", test perplexity {result['test_perplexity']:.2f}" if "test_perplexity" in result else "")
+        f"best validation loss {_shown(result['valid_loss'], '.4f')} at step {result['best_step']} of "
+        f"{result['steps']}; there, {', '.join(scores)}"
     )
-    lines.append(
-        f"{result['steps']} steps at {result['steps_per_second']:.4g} a second, ended by {result['ended_by']}; "
-        f"at most {result['peak_bytes'] / 1e6:,.0f} MB of memory"
-    )
+    lines.append(f"{result['steps']} steps at {result['steps_per_second']:.4g} a second, ended by {result['ended_by']}")
+    if result["peak_bytes"] is not None:
+        lines[-1] += f"; at most {result['peak_bytes'] / 1e6:,.0f} MB of memory"
     if "vocabulary" in result:
         lines.append(
             f"{result['vocabulary']:,} words are known; {result['unknown_share']:.1%} of the test text is read as <unk>"
         )
     return "\n".join(lines)
+
+
+def _shown(value: float | None, form: str) -> str:
+    """A number of result.json, where one that is not finite is None."""
+    return "not finite" if value is None else format(value, form)

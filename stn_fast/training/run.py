@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,15 +12,19 @@ import torch
 
 import stn_fast
 from stn_fast.data import fingerprint
+from stn_fast.dispatch import chosen
 from stn_fast.errors import UserError
+from stn_fast.files import exists
+from stn_fast.ops.openmp import full_team
 from stn_fast.training import checkpoint
 from stn_fast.training.config import FLAGS, Config, ConfigError
 from stn_fast.training.methods import build_method
-from stn_fast.training.metrics import MetricsLog
+from stn_fast.training.metrics import MetricsLog, size_of
 from stn_fast.training.progress import Progress
 from stn_fast.training.run_directory import RunDirectory
 from stn_fast.training.task import Task
 from stn_fast.training.trainer import Trainer
+from stn_fast.values import finite
 
 
 def run(
@@ -48,7 +51,7 @@ def run(
         checkpoint.recover(directory.checkpoints)
         if resume and not directory.resumable:
             directory.check_free()
-            if directory.metrics.exists():
+            if exists(directory.metrics):
                 progress.warn(f"{directory.path} holds a run but no checkpoint of it: starting over from step 0")
             resume = False
         if resume:
@@ -78,19 +81,21 @@ def _train(
     progress.start = trainer.train_steps / trainer.train_batches.per_pass
     with progress, MetricsLog(directory.metrics, trainer.rows) as log:
         trainer.fit(log)
-    result = best_result(trainer, task, progress)
+    result = finite(best_result(trainer, task, progress))
     directory.write_result(result)
     return result
 
 
 def _about(config: Config, task: Task, trainer: Trainer) -> str:
-    """One line on what is about to be learnt, and from how much."""
+    """One line on what is about to be learnt, from how much, and why it will be slow where it will be."""
+    backend, reason = chosen(torch.device(config.device))
     train, valid, test = (len(split.targets) for split in task.data)
     parameters = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
     steps = trainer.train_batches.per_pass
     return (
         f"{config.recipe}, {config.method.label}: {train:,} training, {valid:,} validation, {test:,} test "
         f"{task.batching.unit}; {parameters:,} trained parameters; {steps:,} training steps an epoch"
+        + ("" if reason is None else f"; the slow backend {backend!r} computes: {reason}")
     )
 
 
@@ -102,6 +107,7 @@ def _continue(trainer: Trainer, directory: RunDirectory, progress: Progress) -> 
     path, state = newest
     with checkpoint.fitting(path):
         trainer.load_state_dict(state)
+    size_of(directory.metrics, trainer.rows)  # raises before anything in the directory is changed
     if (key := trainer.overrun) is not None:
         section, _, name = key.partition(".")
         value, flag = getattr(getattr(trainer.config, section), name), FLAGS.get(key, f"--set {key}=...")
@@ -115,9 +121,14 @@ def _continue(trainer: Trainer, directory: RunDirectory, progress: Progress) -> 
 
 @contextmanager
 def using_threads(count: int | None) -> Iterator[None]:
-    """torch, and with it the C++ core, on ``count`` CPU threads inside; None leaves the setting as it is."""
+    """torch, and with it the C++ core, on ``count`` CPU threads inside; None leaves the setting as it is.
+
+    Where OpenMP would start fewer, on one: torch's own layers may compute wrong numbers otherwise.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
+    if not full_team():
+        torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -189,10 +200,17 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
     }
 
 
-def peak_bytes(device: str) -> int:
-    """The most memory at once: on CUDA of what torch allocated, else the whole process's in the host."""
+def peak_bytes(device: str) -> int | None:
+    """The most memory at once: on CUDA of what torch allocated, else the whole process's in the host.
+
+    None where the system doesn't say: Python has no call for it on Windows.
+    """
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # not POSIX
+        return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
 
@@ -206,4 +224,5 @@ def versions(device: str) -> dict[str, str | int]:
         "platform": platform.system(),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
+        "backend": chosen(torch.device(device))[0],
     }

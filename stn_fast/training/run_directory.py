@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +9,13 @@ from typing import Any
 
 from stn_fast.data.fingerprint import PARTS
 from stn_fast.errors import UserError
+from stn_fast.files import exists, read_bytes
 from stn_fast.training import checkpoint
 from stn_fast.training.config import Config
 from stn_fast.training.disk import make_directory, replace, writing
 from stn_fast.training.layering import build, differences, read_yaml, to_yaml
+from stn_fast.training.result import is_result
+from stn_fast.values import from_json, to_json
 
 MOST_DIFFERENCES = 5  # named in an error
 
@@ -73,7 +75,7 @@ class RunDirectory:
     def check_free(self) -> None:
         """Raises UserError where ``clear`` would remove, or a run mix with, what no run has put here."""
         foreign = checkpoint.foreign(self.checkpoints)
-        taken = [file for file in self._files if file.exists()]
+        taken = [file for file in self._files if exists(file)]
         if taken and not self._holds_a_run:
             foreign += taken
         if foreign:
@@ -114,7 +116,7 @@ class RunDirectory:
 
     def check_same_run(self, config: Config) -> None:
         """Raises UserError where ``config`` would give other numbers than the run that is here."""
-        if not self.config.exists():
+        if not exists(self.config):
             raise UserError(f"{self.path} has no config.yaml; restore it, or start over with --no-resume")
         cure = "choose another --run-dir, or start over with --no-resume"
         saved = self.saved_config()
@@ -131,7 +133,7 @@ class RunDirectory:
 
         ``warn`` is called where that cannot be known: the run is from before fingerprints were saved.
         """
-        if not self.data.exists():
+        if not exists(self.data):
             warn(f"{self.path} has no data.json: whether it was trained on these data cannot be checked")
             return
         saved = self._saved_data()
@@ -144,8 +146,8 @@ class RunDirectory:
 
     def _saved_data(self) -> dict[str, str]:
         try:
-            saved = json.loads(self.data.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            saved = from_json(read_bytes(self.data))
+        except (UserError, ValueError):
             saved = None
         if not isinstance(saved, dict):
             raise UserError(
@@ -163,16 +165,18 @@ class RunDirectory:
             ) from None
 
     def finished_result(self, config: Config) -> dict[str, Any] | None:
-        """The result of the run that is here, if it went exactly as far as ``config`` asks."""
-        if not self.result.exists():
+        """The result of the run that is here, if it is undamaged and went exactly as far as ``config`` asks."""
+        if not exists(self.result):
             return None
         saved = self.saved_config()
         if (saved.schedule, saved.optimizer) != (config.schedule, config.optimizer):
             return None
+        contents = read_bytes(self.result)
         try:
-            return json.loads(self.result.read_text())
+            result = from_json(contents)
         except ValueError:
             return None
+        return result if is_result(result, config) else None
 
     def write_config(self, config: Config) -> None:
         """Saves the resolved configuration."""
@@ -180,8 +184,8 @@ class RunDirectory:
 
     def write_data(self, data: dict[str, str]) -> None:
         """Saves the fingerprint of the data."""
-        replace(self.data, json.dumps(data, indent=2) + "\n")
+        replace(self.data, to_json(data, indent=2) + "\n")
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Saves ``result.json``."""
-        replace(self.result, json.dumps(result, indent=2) + "\n")
+        replace(self.result, to_json(result, indent=2) + "\n")

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -32,9 +33,10 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        if number == signal.SIGINT and sys.stderr.isatty():
-            # Not print: a handler may come in the middle of one.
-            os.write(sys.stderr.fileno(), b"\nstopping after this step or evaluation; Ctrl-C again stops at once\n")
+        if number == signal.SIGINT and sys.stderr is not None and sys.stderr.isatty():
+            # Not print: a handler may come in the middle of one. A terminal that is gone need not be told.
+            with suppress(OSError):
+                os.write(sys.stderr.fileno(), b"\nstopping after this step or evaluation; Ctrl-C again stops at once\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -33,7 +33,8 @@ class Task:
     ``scores`` reports on a split; it must include ``loss``, the validation objective as a sum. ``report`` may add to
     their means what is no mean itself. ``batching`` makes the batches that all of them see. ``facts`` are what a result
     should say of the data, for it to be compared with others. ``vocabulary`` is the words that the numbers in a text
-    stand for; a run directory records it together with the splits.
+    stand for; a run directory records it together with the splits. ``loss_unit`` is the unit of the losses in
+    plots.
     """
 
     space: HyperparameterSpace
@@ -46,6 +47,7 @@ class Task:
     batching: Batching = field(default_factory=IndependentExamples)
     facts: Mapping[str, float] = field(default_factory=dict)
     vocabulary: Sequence[str] = ()
+    loss_unit: str = ""
 
 
 def classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:

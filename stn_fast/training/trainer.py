@@ -173,7 +173,7 @@ class Trainer:
         scores = {f"valid_{name}": value for name, value in valid.items() if name != "loss"}
         scores |= {f"test_{name}": value for name, value in test.items()}
         examples = len(self.task.data.valid.inputs) + len(self.task.data.test.inputs)
-        self._write(log, "eval", valid["loss"], examples, began, {**scores, **tuned})
+        self._write(log, "eval", valid["loss"], examples, began, {"loss_unit": self.task.loss_unit, **scores, **tuned})
         if valid["loss"] < self.best["valid_loss"]:
             self.best = {"valid_loss": valid["loss"], "step": self.step}
         self.reported_at = self._seconds()

@@ -131,3 +131,9 @@ def test_cuda_is_refused_in_one_line_where_there_is_none() -> None:
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1
     assert "no CUDA device" in result.stderr
+
+
+def test_a_row_is_json_whatever_was_measured_and_is_written_below_home(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ratios.write(Path("~/rows.json"), [{"p50": float("inf"), "ratio_to_limit": float("nan"), "op": "x"}])
+    assert json.loads((tmp_path / "rows.json").read_text()) == [{"p50": None, "ratio_to_limit": None, "op": "x"}]

@@ -1,6 +1,7 @@
 """The evidence command: its table, its ratio, and how it counts runs that turn non-finite."""
 
 import json
+import math
 
 import pytest
 
@@ -63,3 +64,12 @@ def test_wrong_arguments_are_refused(arguments, says, capsys):
         self_tuning.main(arguments)
     assert stop.value.code == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_perplexity_beyond_a_float_counts_as_infinite():
+    runs = [
+        {"seed": seed, "diverged": None, "test_perplexity": value, "valid_perplexity": 2.0, "moved": 0}
+        for seed, value in enumerate([None, None, 3.0])
+    ]
+    assert self_tuning.median_score(runs, "test_perplexity") == math.inf
+    assert "inf" in self_tuning.table("stn", [run | {"wall_seconds": 1.0} for run in runs])

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import stn_fast
 from stn_fast import _C
@@ -101,7 +102,7 @@ def test_a_team_that_openmp_cannot_be_asked_about_is_not_full(monkeypatch):
 
 
 def test_torch_s_internal_products_are_called_behind_the_question_alone():
-    """In `_products`, by functions that ask `library` or `full_team` first; `offers_onednn` tries them on 12 numbers."""
+    """In `_products`, by functions that ask `library` or `full_team`; `offers_onednn` tries them on 12 numbers."""
     asked = {"library", "full_team"}
     for path in Path(stn_fast.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -109,3 +110,15 @@ def test_torch_s_internal_products_are_called_behind_the_question_alone():
                 calls = {ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
                 assert path.name == "_products.py"
                 assert node.name == "offers_onednn" or calls & asked, node.name
+
+
+def test_a_run_takes_one_thread_where_openmp_would_start_fewer_than_asked_for(monkeypatch):
+    from stn_fast.training import run
+
+    before = torch.get_num_threads()
+    with run.using_threads(2):
+        assert torch.get_num_threads() == 2
+    monkeypatch.setattr(run, "full_team", lambda: False)
+    with run.using_threads(2):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before

@@ -1,5 +1,6 @@
 """What surrounds the loop: the rehearsal before it, the pace that is reported after it, and data in host memory."""
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from run_files import result, rows
 from torch import nn
 
+from stn_fast import dispatch
 from stn_fast.data import digits as digits_data
 from stn_fast.errors import UserError
 from stn_fast.recipes import digits
@@ -139,3 +141,43 @@ def test_rmsprop_moves_the_hyperparameters_and_resumes_to_the_same_numbers(train
     warmup = 5  # rows: the evaluation before training, then two epochs of warm-up, without a validation step
     assert rows(whole)[:warmup] == rows(adam)[:warmup]
     assert result(whole)["hyperparameters_end"] != result(adam)["hyperparameters_end"]
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """without("module") makes its import fail, as on a machine that lacks it."""
+
+    def forget():
+        dispatch._import_failure.cache_clear()
+        dispatch._automatic.cache_clear()
+
+    with monkeypatch.context() as patch:
+        yield lambda module: (patch.setitem(sys.modules, module, None), forget())
+    forget()
+
+
+def test_a_run_without_the_core_says_so_in_its_first_line_and_its_result(make_config, without):
+    without("stn_fast._C")
+    progress = Recorder()
+    got = run(make_config("schedule.max_steps=1"), digits.build, progress=progress)
+    assert "; the slow backend 'reference' computes: the C++ core stn_fast._C does not import (" in progress.said[0]
+    assert got["versions"]["backend"] == "reference"
+
+
+def test_a_run_on_the_backend_that_was_asked_for_says_so(make_config):
+    progress = Recorder()
+    with dispatch.use_backend("reference"):
+        got = run(make_config("schedule.max_steps=1"), digits.build, progress=progress)
+    assert "'reference' computes: use_backend('reference') asks for it" in progress.said[0]
+    assert got["versions"]["backend"] == "reference"
+    again = run(make_config("schedule.max_steps=1", name="again"), digits.build, progress=progress)
+    assert again["versions"]["backend"] == "cpp"
+    assert "backend" not in progress.said[-1]
+
+
+def test_without_a_call_that_tells_the_memory_a_run_ends_well(make_config, without):
+    without("resource")
+    got = run(make_config("schedule.max_steps=1"), digits.build)
+    assert got["peak_bytes"] is None
+    assert "MB" not in summary(got)
+    assert run(make_config("schedule.max_steps=1"), digits.build) == got  # read back

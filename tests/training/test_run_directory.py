@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from run_files import rows
@@ -50,12 +51,50 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(train, same_ru
     same_run(whole, train(name="died"))
 
 
-@pytest.mark.parametrize("text", ["", "recipe: digits\n", "a: [1\n"])
+WRONG_SHAPES = ["- 1\n", "3\n", "recipe: digits\nhyperparameters: 3\n", "recipe: digits\nhyperparameters: {1: {}}\n"]
+
+
+@pytest.mark.parametrize("text", ["", "recipe: digits\n", "a: [1\n", "\0", "[" * 5000, *WRONG_SHAPES])
 def test_a_config_that_is_cut_short_names_itself_and_the_cure(train, text):
     directory = train("schedule.max_steps=5")
     (directory / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"run/config.yaml is not a run's configuration .*restore it.*--no-resume"):
         train()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "result.json"])
+def test_a_file_in_the_run_that_cannot_be_read_is_an_error_of_the_user_and_nothing_is_lost(train, name):
+    directory = train("schedule.max_steps=5")
+    kept = sorted(directory.rglob("*"))
+    (directory / name).unlink()
+    (directory / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name}.*Is a directory"):
+        train("schedule.max_steps=5") if name == "result.json" else train("schedule.max_steps=9")
+    assert sorted(directory.rglob("*")) == kept
+
+
+@pytest.mark.parametrize("manifest", ["[]", "3", "null", '{"best_step": 1e999}', "{}", "[" * 100_000, "\0"])
+def test_a_damaged_manifest_makes_its_checkpoint_a_damaged_one(train, same_run, manifest):
+    whole, directory = train(name="whole"), train(name="damaged")
+    newest = checkpoint.steps(directory / "checkpoints")[-1]
+    (checkpoint.path_of(directory / "checkpoints", newest) / "manifest.json").write_text(manifest)
+    (directory / "result.json").unlink()
+    train(name="damaged")
+    same_run(whole, directory)
+
+
+def test_checkpoints_that_cannot_be_looked_into_are_an_error_of_the_user(train, monkeypatch):
+    directory = train("schedule.max_steps=5")
+    iterdir = Path.iterdir
+
+    def refused(path):
+        if path == directory / "checkpoints":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(UserError, match=r"cannot look into .*checkpoints \(Permission denied\)"):
+        train("schedule.max_steps=5")
 
 
 def test_a_second_run_in_the_same_directory_is_refused(train):

@@ -1,0 +1,45 @@
+"""The shape of result.json, by which a damaged one is told from a run's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from stn_fast.training.config import Config
+
+COUNTS = ("steps", "valid_steps", "epochs", "best_step")
+TIMES = ("wall_seconds", "steps_per_second")
+NULLABLE = ("peak_bytes", "valid_loss", "test_loss")
+SCORES = ("valid_accuracy", "test_accuracy", "valid_perplexity", "test_perplexity", "vocabulary", "unknown_share")
+BY_NAME = ("hyperparameters", "hyperparameters_start", "hyperparameters_end", "moved_in_initial_scales")
+
+
+def is_result(value: Any, config: Config) -> bool:
+    """Whether ``value``, read from JSON, has all that a run as ``config`` says writes into its result."""
+    if not isinstance(value, dict):
+        return False
+    run = (value.get("recipe"), value.get("method"), value.get("seed"))
+    return (
+        run == (config.recipe, config.method.label, config.seed)
+        and all(isinstance(value.get(key), int) and _is_number(value[key]) for key in COUNTS)
+        and all(_is_number(value.get(key)) for key in TIMES)
+        and all(key in value for key in NULLABLE)
+        and _are_nullable(value[key] for key in (*NULLABLE, *SCORES) if key in value)
+        and isinstance(value.get("ended_by"), str)
+        and isinstance(value.get("versions"), dict)
+        and all(_is_nullable_by_name(value.get(key), config.enabled) for key in BY_NAME)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
+def _are_nullable(values: Iterable[Any]) -> bool:
+    """Whether each is a number; None stands for one that is not finite or not known."""
+    return all(value is None or _is_number(value) for value in values)
+
+
+def _is_nullable_by_name(value: Any, names: Iterable[str]) -> bool:
+    return isinstance(value, dict) and value.keys() == {*names} and _are_nullable(value.values())
