@@ -28,7 +28,8 @@ def is_result(value: Any, config: Config) -> bool:
         and _are_nullable(value[key] for key in (*NULLABLE, *SCORES) if key in value)
         and isinstance(value.get("ended_by"), str)
         and isinstance(value.get("versions"), dict)
-        and all(_is_nullable_by_name(value.get(key), config.enabled) for key in BY_NAME)
+        and all(_is_nullable_by_name(value.get(key)) for key in BY_NAME)
+        and len({frozenset(value[key]) for key in BY_NAME}) == 1  # a task of one's own has names of its own
     )
 
 
@@ -41,5 +42,5 @@ def _are_nullable(values: Iterable[Any]) -> bool:
     return all(value is None or _is_number(value) for value in values)
 
 
-def _is_nullable_by_name(value: Any, names: Iterable[str]) -> bool:
-    return isinstance(value, dict) and value.keys() == {*names} and _are_nullable(value.values())
+def _is_nullable_by_name(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) > 0 and _are_nullable(value.values())
