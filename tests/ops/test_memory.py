@@ -101,6 +101,17 @@ def test_the_sign_of_a_lazily_negated_gradient_counts(function, operands):
     check(got, gradients(function, operands, lambda y: -y.detach().cos()))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the operands are on the CPU")
+@each_operation
+def test_triton_reads_the_sign_of_a_lazily_negated_operand_and_gradient(function, operands):
+    with stn.use_backend("triton"):
+        changed, negated = list(operands), list(operands)
+        changed[-1], negated[-1] = -operands[-1], torch._neg_view(operands[-1])
+        check([function(*negated)], [function(*changed)])
+        got = gradients(function, operands, lambda y: torch._neg_view(y.detach().cos()))
+        check(got, gradients(function, operands, lambda y: -y.detach().cos()))
+
+
 def test_an_imaginary_part_of_a_conjugate_is_read_with_its_sign():
     x = torch.complex(drawn(4, 6), drawn(4, 6, seed=1)).conj().imag
     assert x.is_neg()
