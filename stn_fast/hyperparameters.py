@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from stn_fast.checks import tensor, whole_number
 from stn_fast.ops._draw import check_coordinates
 from stn_fast.ops.perturb import (
     BOTH_BOUNDS,
@@ -248,9 +249,10 @@ class HyperparameterSpace:
         return self._on_device[device]
 
     def _check_location(self, location: Tensor) -> None:
+        tensor("HyperparameterSpace", "location", location)
         if location.shape != (len(self),) or location.dtype != torch.float32:
             raise ValueError(
-                f"location wants ({len(self)},) float32, one entry a hyperparameter; "
+                f"location must be ({len(self)},) float32, one entry per hyperparameter, "
                 f"got {tuple(location.shape)} {location.dtype}"
             )
 
@@ -281,7 +283,9 @@ class HyperparameterSpace:
             ValueError: a shape, dtype or range does not fit; the message names the argument.
         """
         table, default_center = self._constants(location.device)
-        step = check_coordinates("sample", location.device, seed, step, first_example)
+        self._check_location(location)
+        batch_size = whole_number("sample", "batch_size", batch_size, 0)
+        step, seed, first_example = check_coordinates("sample", location.device, seed, step, first_example)
         values, response = perturb(
             location,
             raw_scale,
@@ -309,13 +313,14 @@ class HyperparameterSpace:
         Arguments as for `sample`; seed and step matter to dropout and noise in training mode alone.
         """
         self._check_location(location)
+        batch_size = whole_number("at", "batch_size", batch_size, 0)
+        step, seed, first_example = check_coordinates("at", location.device, seed, step, first_example)
         table, default_center = self._constants(location.device)
         values = constrain(location, table)
         shift = location - (default_center if center is None else center.detach())
         response = torch.where(table[:, 5] > 0, values, shift)
         columns = values[:, None].expand(-1, batch_size).contiguous().T
         rows = columns, response.expand(batch_size, -1)
-        step = check_coordinates("at", location.device, seed, step, first_example)
         return HyperBatch(*rows, step, seed, first_example, self, shared=True)
 
     def scales(self, raw_scale: Tensor) -> Tensor:

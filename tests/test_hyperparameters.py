@@ -205,16 +205,16 @@ def test_a_bad_space_is_refused_by_name():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(location=torch.zeros(3)), r"location \(4,\) float32.*got \(3,\)"),
-        (dict(step=-1), "step >= 0, or a tensor; got -1"),
-        (dict(first_example=-1), "first_example >= 0; got -1"),
+        (dict(location=torch.zeros(3)), r"location must be \(4,\) float32.*got \(3,\)"),
+        (dict(step=-1), "step must be an int >= 0.*or a 0-dim int64 tensor on cpu, got -1"),
+        (dict(first_example=-1), "first_example must be an int >= 0.*got -1"),
         (dict(step=torch.zeros(2, dtype=torch.int64)), "0-dim int64"),
-        (dict(step=torch.zeros(())), "0-dim int64 tensor on cpu; got .*float32"),
-        (dict(batch_size=-2), "batch_size >= 0"),
-        (dict(seed=-1), "0 <= seed"),
-        (dict(seed=0.5), "wants an int 0 <= seed.*got 0.5"),
-        (dict(step=1.9), "int step >= 0.*got 1.9"),
-        (dict(batch_size=1.5), "int batch_size >= 0; got 1.5"),
+        (dict(step=torch.zeros(())), "0-dim int64 tensor on cpu, got .*float32"),
+        (dict(batch_size=-2), "batch_size must be an int >= 0.*got -2"),
+        (dict(seed=-1), "seed must be an int >= 0"),
+        (dict(seed=0.5), "seed must be an int >= 0.*got 0.5"),
+        (dict(step=1.9), "step must be an int >= 0.*got 1.9"),
+        (dict(batch_size=1.5), "batch_size must be an int >= 0.*got 1.5"),
     ],
 )
 def test_bad_arguments_to_sample_are_named(change, message):
@@ -226,5 +226,5 @@ def test_bad_arguments_to_sample_are_named(change, message):
 
 def test_bad_location_to_at_and_values_is_named():
     for call in (lambda: space().at(torch.zeros(5), batch_size=1), lambda: space().values(torch.zeros(5))):
-        with pytest.raises(ValueError, match=r"location wants \(4,\) float32.*got \(5,\)"):
+        with pytest.raises(ValueError, match=r"location must be \(4,\) float32.*got \(5,\)"):
             call()

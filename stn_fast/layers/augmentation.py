@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stn_fast import functional
+from stn_fast.checks import whole_number
 from stn_fast.errors import did_you_mean
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter
 from stn_fast.layers.regularisers import _PerExampleRegulariser
@@ -62,9 +63,9 @@ class PerExampleAugmentation(_PerExampleRegulariser):
         self.names, who = tuple(names), type(self).__name__
         for name, numbers in (("mean", mean), ("std", std)):
             per_channel(who, name, numbers, len(mean))
-        check_settings(who, std, flip, crop_padding)
         self.mean, self.std = tuple(mean), tuple(std)
-        self.flip, self.crop_padding, self.image_size = flip, crop_padding, image_size
+        self.flip, self.crop_padding = check_settings(who, std, flip, crop_padding)
+        self.image_size = None if image_size is None else whole_number(who, "image_size", image_size, 1)
         # Not part of the state: a checkpoint of the network behind loads with and without this layer.
         for name, numbers in (("_byte_mean", mean), ("_byte_std", std)):
             bytes_of = 255 * torch.tensor(numbers, dtype=torch.float64).view(-1, 1, 1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stn_fast import functional
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter
+from stn_fast.ops._draw import check_stream
 
 
 class _Regulariser(nn.Module):
@@ -22,9 +23,7 @@ class _Regulariser(nn.Module):
 
     def __init__(self, name: str, *, stream: int):
         super().__init__()
-        if stream < 1:
-            raise ValueError(f"{type(self).__name__} wants stream >= 1, distinct for every layer; got {stream}")
-        self.name, self.stream = name, stream
+        self.name, self.stream = name, check_stream(type(self).__name__, stream)
 
     def _check_range(self, hyperparameter: Hyperparameter) -> None:
         raise NotImplementedError

@@ -180,8 +180,8 @@ def dropout(
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"dropout wants a floating point x of at least one dimension; got {tuple(x.shape)} {x.dtype}")
     sizes, strides = mask_layout(x.shape, example_dim, shared_dims)
-    check_strength("dropout", "rate", rate, x, sizes[1], stream)
-    step = check_coordinates("dropout", x.device, seed, step, first_example)
+    stream = check_strength("dropout", "rate", rate, x, sizes[1], stream)
+    step, seed, first_example = check_coordinates("dropout", x.device, seed, step, first_example)
     if rate.requires_grad:
         raise ValueError("dropout: rate requires grad, but a mask has no gradient; pass rate.detach()")
     draw = (rate.contiguous(), step, seed, stream, first_example, sizes, strides)

@@ -147,8 +147,8 @@ def noise(
     example_dim %= x.ndim
     batch = x.shape[example_dim]
     sizes = [math.prod(x.shape[:example_dim]), batch, math.prod(x.shape[example_dim + 1 :])]
-    check_strength("noise", "scale", scale, x, batch, stream)
-    step = check_coordinates("noise", x.device, seed, step, first_example)
+    stream = check_strength("noise", "scale", scale, x, batch, stream)
+    step, seed, first_example = check_coordinates("noise", x.device, seed, step, first_example)
     draw = (step, seed, stream, first_example, sizes)
     if in_transform():
         return reference(x, scale, _normal(step, seed, stream, first_example, sizes), sizes)

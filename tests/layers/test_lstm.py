@@ -298,7 +298,7 @@ def test_dropout_of_a_single_layer_warns_as_torch_does():
         (dict(recurrent_dropout="", stream=1), "wants recurrent_dropout as the name .*; got ''"),
         (dict(num_layers=2, dropout="locked"), "dropout='locked' wants stream"),
         (dict(recurrent_dropout="connect"), "recurrent_dropout='connect' wants stream"),
-        (dict(recurrent_dropout="connect", stream=0), "stream >= 1.*got 0"),
+        (dict(recurrent_dropout="connect", stream=0), "stream must be an int >= 1.*got 0"),
     ],
     ids=str,
 )

@@ -247,10 +247,10 @@ def test_forward_mode_tangent_is_not_silently_zero():
         (dict(table=torch.zeros(N, 3)), r"table \(n, 6\) float32.*3\)"),
         (dict(table=torch.zeros(6, N).T), r"contiguous table"),
         (dict(step=torch.tensor(0.5)), r"0-dim int64 tensor.*float32"),
-        (dict(first_example=-1), r"first_example >= 0; got -1"),
-        (dict(batch_size=-1), r"batch_size >= 0; got -1"),
-        (dict(seed=-1), r"seed < 2\*\*63; got -1"),
-        (dict(seed=2**63), r"seed < 2\*\*63"),
+        (dict(first_example=-1), r"first_example must be an int >= 0.*got -1"),
+        (dict(batch_size=-1), r"batch_size must be an int >= 0.*got -1"),
+        (dict(seed=-1), r"seed must be an int >= 0 and < 2\*\*63, got -1"),
+        (dict(seed=2**63), r"seed must be an int >= 0 and < 2\*\*63, got 9223372036854775808"),
     ],
 )
 def test_misfits_are_named(change, message):
