@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import operator
+import sys
 from numbers import Integral, Real
 
 import numpy as np
@@ -45,10 +45,11 @@ def real_number(who: str, name: str, value: object) -> float:
     Raises:
         ValueError: it is something else, or not finite.
     """
-    right = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not right:
-        raise ValueError(f"{who}: {name} must be a finite number, got {value!r}")
-    return int(value) if isinstance(value, Integral) else float(value)  # type: ignore[arg-type]
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = int(value) if isinstance(value, Integral) else float(value)
+        if abs(number) <= sys.float_info.max:
+            return number
+    raise ValueError(f"{who}: {name} must be a finite number, got {value!r}")
 
 
 def switch(who: str, name: str, value: object) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,102 +13,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stn_fast.checks import tensor, whole_number
+from stn_fast.hyperparameter import SCALE_BOUNDS, Hyperparameter, Response, inverse_softplus
 from stn_fast.ops._draw import check_coordinates
-from stn_fast.ops.perturb import (
-    BOTH_BOUNDS,
-    LOWER_BOUND,
-    NO_BOUND,
-    RAW_SCALE_BOUNDS,
-    UPPER_BOUND,
-    constrain,
-    perturb,
-)
+from stn_fast.ops.perturb import RAW_SCALE_BOUNDS, constrain, perturb
 
-Response = Literal["shifted", "raw", "value"]
-
-
-def inverse_softplus(y: float) -> float:
-    """x with log(1 + eˣ) = y > 0, exact for tiny and for large y."""
-    return y + math.log(-math.expm1(-y))
-
-
-SCALE_BOUNDS = tuple(math.log1p(math.exp(bound)) for bound in RAW_SCALE_BOUNDS)
-
-
-@dataclass(frozen=True)
-class Hyperparameter:
-    """One tuned hyperparameter: its range, where it starts, and how widely it is explored.
-
-    The unconstrained location λ maps to the value: low + (high − low)·sigmoid(λ) with both bounds,
-    low + softplus(λ) with a lower one, high − softplus(−λ) with an upper one, λ itself with none.
-
-    Args:
-        name: how it is looked up, `hyper["name"]`.
-        init: constrained value to start from, strictly inside (low, high). For an integer a half, such as
-            1.5, starts in the middle of its plateau.
-        low, high: bounds, None for unbounded. The upper bound of a dropout rate must be below 1.
-        scale: initial standard deviation σ of the perturbation of λ, within [0.0181, 3.0486].
-        integer: the value is the floor of the constrained one. No gradient passes through the floor; the
-            response of the weights still carries one.
-        per_example: each example draws its own perturbation; False draws one for the whole batch.
-        response: what the gates of the layers see: "shifted" λ̃ − λ₀ (default, well conditioned), "raw" λ̃ or
-            "value" the constrained value (both as published; prone to diverge).
-
-    Raises:
-        ValueError: an argument is out of range; the message names the hyperparameter and the argument.
-    """
-
-    name: str
-    _: KW_ONLY
-    init: float
-    low: float | None = None
-    high: float | None = None
-    scale: float = 0.5
-    integer: bool = False
-    per_example: bool = True
-    response: Response = "shifted"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"a Hyperparameter wants a name, a non-empty string; got {self.name!r}")
-        for field in ("low", "high", "init", "scale"):
-            value = getattr(self, field)
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-                raise ValueError(f"hyperparameter {self.name!r}: {field}={value!r} is not a finite number")
-        low = -math.inf if self.low is None else self.low
-        high = math.inf if self.high is None else self.high
-        if low >= high:
-            raise ValueError(f"hyperparameter {self.name!r}: low={self.low} must be below high={self.high}")
-        if not low < self.init < high:
-            raise ValueError(f"hyperparameter {self.name!r}: init={self.init} must lie strictly inside ({low}, {high})")
-        if not SCALE_BOUNDS[0] <= self.scale <= SCALE_BOUNDS[1]:
-            raise ValueError(
-                f"hyperparameter {self.name!r}: scale={self.scale} must lie in "
-                f"[{SCALE_BOUNDS[0]:.4f}, {SCALE_BOUNDS[1]:.4f}]"
-            )
-        if self.response not in ("shifted", "raw", "value"):
-            raise ValueError(
-                f"hyperparameter {self.name!r}: response={self.response!r} must be 'shifted', 'raw' or 'value'"
-            )
-
-    @property
-    def kind(self) -> int:
-        return {
-            (False, False): NO_BOUND,
-            (True, False): LOWER_BOUND,
-            (False, True): UPPER_BOUND,
-            (True, True): BOTH_BOUNDS,
-        }[self.low is not None, self.high is not None]
-
-    def unconstrained(self, value: float) -> float:
-        """λ of a constrained value strictly inside the range; the inverse of the map above, in float64."""
-        if self.low is not None and self.high is not None:
-            return math.log(value - self.low) - math.log(self.high - value)
-        if self.low is not None:
-            return inverse_softplus(value - self.low)
-        if self.high is not None:
-            return -inverse_softplus(self.high - value)
-        return value
+__all__ = [
+    "SCALE_BOUNDS",
+    "HyperBatch",
+    "Hyperparameter",
+    "HyperparameterSpace",
+    "Response",
+    "inverse_softplus",
+]
 
 
 @dataclass(eq=False)
@@ -190,26 +106,14 @@ class HyperparameterSpace:
         if twice:
             raise ValueError(f"hyperparameter names must be distinct; given twice: {', '.join(twice)}")
         self._index = {name: k for k, name in enumerate(self.names)}
-        rows = [
-            (h.kind, h.low or 0.0, h.high or 0.0, h.integer, h.per_example, h.response == "value")
-            for h in self.hyperparameters
-        ]
-        self._table = torch.tensor(rows, dtype=torch.float32)
-        self._location = torch.tensor([self._start(h) for h in self.hyperparameters], dtype=torch.float32)
+        self._table = torch.tensor([h.row for h in self.hyperparameters], dtype=torch.float32)
+        self._location = torch.tensor([h.start for h in self.hyperparameters], dtype=torch.float32)
         self._raw_scale = torch.tensor(
             [inverse_softplus(h.scale) for h in self.hyperparameters], dtype=torch.float32
         ).clamp_(*RAW_SCALE_BOUNDS)
         shifted = torch.tensor([h.response == "shifted" for h in self.hyperparameters])
         self._center = self._location * shifted
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    @staticmethod
-    def _start(hyperparameter: Hyperparameter) -> float:
-        """λ₀, for an integer moved up by the few float32 roundings that would put its floor below `init`."""
-        location = hyperparameter.unconstrained(hyperparameter.init)
-        if hyperparameter.integer:
-            location += 4e-6 * max(1.0, abs(location))
-        return location
 
     def __len__(self) -> int:
         return len(self.hyperparameters)

@@ -81,11 +81,11 @@ class _PerBatchRegulariser(_Regulariser):
 
 def check_rate(hyperparameter: Hyperparameter) -> None:
     """Raises ValueError where a dropout rate could leave [0, 1), or not leave 0."""
-    name, low, high = hyperparameter.name, hyperparameter.low, hyperparameter.high
-    if low is None or low < 0 or high is None or high >= 1:
+    name, (low, high) = hyperparameter.name, hyperparameter.reach
+    if low < 0 or high >= 1:
         raise ValueError(
             f"hyperparameter {name!r} is a dropout rate and wants bounds 0 <= low and high < 1; "
-            f"got low={low}, high={high}"
+            f"got low={hyperparameter.low}, high={hyperparameter.high}"
         )
     if hyperparameter.integer:
         raise ValueError(f"hyperparameter {name!r} is a dropout rate, and integer=True leaves it nothing but 0")
