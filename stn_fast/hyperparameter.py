@@ -102,7 +102,7 @@ class Hyperparameter:
         low, high = self.reach
         if not low < high:
             raise ValueError(f"{who}: low={self.low} and high={self.high} are the same number in float32")
-        if (math.isinf(high - low) and self.kind == BOTH_BOUNDS) or math.isnan(high):
+        if self.low is not None and self.high is not None and math.isinf(high):
             raise ValueError(f"{who}: high - low = {self.high - self.low} is beyond float32, which ends at 3.4e38")
         for field, bound, reached, outside in (
             ("low", self.low, low, low < (self.low or 0)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn, overload
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,11 @@ __all__ = [
 
 @dataclass(eq=False)
 class HyperBatch:
-    """A batch of hyperparameters, one row an example: what a self-tuning model is called with.
+    """A batch of hyperparameters, one row per example: what a self-tuning model is called with.
 
     A pytree whose leaves are the three tensors, so it passes through torch.compile, torch.func and
-    DistributedDataParallel as they are. `hyper["name"]` is the (B,) column of constrained values.
+    DistributedDataParallel as they are. `hyper["name"]` is the (B,) column of constrained values, `"name" in hyper`
+    says whether there is one, `hyper[:2]` is the batch of the first two examples.
 
     Attributes:
         values: (B, n) float32, constrained; each column is contiguous.
@@ -52,11 +53,52 @@ class HyperBatch:
     space: HyperparameterSpace
     shared: bool = False
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.values[:, self.space.index(name)]
+    @overload
+    def __getitem__(self, key: str) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> HyperBatch: ...
+
+    def __getitem__(self, key: str | slice) -> Tensor | HyperBatch:
+        """The (B,) column of a name, or the batch of some examples: hyper[:2] are the first two, with their draws.
+
+        Raises:
+            KeyError: there is no such hyperparameter.
+            TypeError, ValueError: `key` is something else, or a slice with a step, whose examples aren't consecutive.
+        """
+        if isinstance(key, str):
+            return self.values[:, self.space.index(key)]
+        if not isinstance(key, slice):
+            raise TypeError(
+                f"a HyperBatch is indexed by a name or by a slice of examples, as in hyper[:2], got {key!r}"
+            )
+        start, stop, stride = key.indices(len(self))
+        if stride != 1:
+            raise ValueError(f"a HyperBatch holds consecutive examples: the slice must have step 1, got {stride}")
+        rows = slice(start, max(start, stop))
+        return replace(
+            self,
+            values=self.values[rows],
+            response=self.response[rows],
+            first_example=self.first_example + start,
+        )
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a hyperparameter of this name."""
+        return name in self.space.names
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError("a HyperBatch is not iterable: loop over hyper.space.names, or over slices such as hyper[0:1]")
 
     def __len__(self) -> int:
+        """B, the number of examples."""
         return self.values.shape[0]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> HyperBatch:
+        """The same batch on `device`; its draws are the same there."""
+        values = self.values.T.to(device, non_blocking=non_blocking).T  # columns stay contiguous
+        response = self.response.to(device, non_blocking=non_blocking)
+        return replace(self, values=values, response=response, step=self.step.to(device, non_blocking=non_blocking))
 
 
 _LEAVES = ("values", "response", "step")
@@ -123,6 +165,10 @@ class HyperparameterSpace:
 
     def __getitem__(self, name: str) -> Hyperparameter:
         return self.hyperparameters[self.index(name)]
+
+    def __contains__(self, one: object) -> bool:
+        """Whether there is a hyperparameter of this name, or this `Hyperparameter`."""
+        return one in self.names or one in self.hyperparameters
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HyperparameterSpace) and self.hyperparameters == other.hyperparameters

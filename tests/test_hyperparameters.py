@@ -171,6 +171,57 @@ def test_columns_are_contiguous_and_looked_up_by_name():
         hyper["droput"]
 
 
+def test_names_are_looked_for_in_a_space_and_in_a_batch():
+    """`if "weight_decay" in space` was always false, and a penalty after it skipped."""
+    one = space()
+    hyper = one.at(one.initial_state()[0], batch_size=2)
+    for found in (one, hyper):
+        assert "weight_decay" in found
+        assert "weight_decoy" not in found
+        assert 0 not in found
+    assert one["dropout"] in one
+    assert [h.name for h in one] == list(one.names)
+    with pytest.raises(TypeError, match=r"not iterable: loop over hyper\.space\.names"):
+        list(hyper)
+    with pytest.raises(TypeError, match=r"by a name or by a slice of examples, as in hyper\[:2\], got 0"):
+        hyper[0]
+
+
+@pytest.mark.parametrize("rows", [slice(2), slice(2, 5), slice(-2, None), slice(3, 1), slice(None)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_slice_is_the_batch_of_those_examples_with_their_draws(rows, shared):
+    location, raw_scale = space().initial_state()
+    draw = dict(batch_size=6, seed=3, step=4, first_example=10)
+    hyper = space().at(location + 1, **draw) if shared else space().sample(location, raw_scale, **draw)
+    part = hyper[rows]
+    assert torch.equal(part.values, hyper.values[rows])
+    assert torch.equal(part.response, hyper.response[rows])
+    assert len(part) == 0 or part["dropout"].is_contiguous()
+    assert (part.seed, part.step, part.shared, part.space) == (3, hyper.step, shared, hyper.space)
+    x, layer = torch.ones(6, 50), stn.PerExampleDropout("dropout", stream=1)
+    assert torch.equal(layer(x[rows], part), layer(x, hyper)[rows])
+    gated = stn.HyperLinear(50, 3, num_hyperparameters=4)
+    torch.testing.assert_close(gated(x[rows], part), gated(x, hyper)[rows])
+
+
+def test_a_slice_with_a_step_is_refused():
+    hyper = space().at(space().initial_state()[0], batch_size=6)
+    with pytest.raises(ValueError, match="consecutive examples: the slice must have step 1, got 2"):
+        hyper[::2]
+
+
+def test_a_batch_moves_to_a_device_whole():
+    location, raw_scale = space().initial_state()
+    hyper = space().sample(location, raw_scale, batch_size=6, seed=3, step=4)
+    moved = hyper.to("meta")
+    assert {t.device.type for t in (moved.values, moved.response, moved.step)} == {"meta"}
+    assert moved["dropout"].is_contiguous()
+    same = hyper.to("cpu")
+    assert torch.equal(same.values, hyper.values)
+    assert torch.equal(same.response, hyper.response)
+    assert (same.seed, same.step, same.first_example) == (hyper.seed, hyper.step, hyper.first_example)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
