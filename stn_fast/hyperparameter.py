@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal
 
 import torch
 
@@ -46,6 +46,9 @@ class Hyperparameter:
 
     Numbers may be NumPy's, and are kept as Python's.
 
+    Attributes:
+        reach: the lowest and the highest value in float32, where λ is far out; infinite without a bound.
+
     Raises:
         ValueError: an argument is out of range; the message names the hyperparameter and the argument.
     """
@@ -59,17 +62,18 @@ class Hyperparameter:
     integer: bool = False
     per_example: bool = True
     response: Response = "shifted"
+    reach: tuple[float, float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"Hyperparameter: name must be a string that is not empty, got {self.name!r}")
         who = f"hyperparameter {self.name!r}"
-        for field in ("low", "high", "init", "scale"):
-            value = getattr(self, field)
-            if value is not None or field in ("init", "scale"):
-                object.__setattr__(self, field, real_number(who, field, value))
-        for field in ("integer", "per_example"):
-            object.__setattr__(self, field, switch(who, field, getattr(self, field)))
+        for argument in ("low", "high", "init", "scale"):
+            value = getattr(self, argument)
+            if value is not None or argument in ("init", "scale"):
+                object.__setattr__(self, argument, real_number(who, argument, value))
+        for argument in ("integer", "per_example"):
+            object.__setattr__(self, argument, switch(who, argument, getattr(self, argument)))
         if self.response not in ("shifted", "raw", "value"):
             raise ValueError(f"{who}: response={self.response!r} must be 'shifted', 'raw' or 'value'")
         if self.integer and self.response == "value":
@@ -78,6 +82,7 @@ class Hyperparameter:
                 "use response='shifted', which is λ̃ − λ₀"
             )
         self._check_range(who)
+        object.__setattr__(self, "reach", self._reach())
         self._check_float32(who)
 
     def _check_range(self, who: str) -> None:
@@ -95,23 +100,23 @@ class Hyperparameter:
 
     def _check_float32(self, who: str) -> None:
         """Raises ValueError where float32, which computes the values, cannot hold the range or the start."""
-        for field in ("low", "high", "init"):
-            value = getattr(self, field)
+        for argument in ("low", "high", "init"):
+            value = getattr(self, argument)
             if value is not None and math.isinf(as_float32(value)):
-                raise ValueError(f"{who}: {field}={value} is beyond float32, which ends at 3.4e38")
+                raise ValueError(f"{who}: {argument}={value} is beyond float32, which ends at 3.4e38")
         low, high = self.reach
         if not low < high:
             raise ValueError(f"{who}: low={self.low} and high={self.high} are the same number in float32")
         if self.low is not None and self.high is not None and math.isinf(high):
             raise ValueError(f"{who}: high - low = {self.high - self.low} is beyond float32, which ends at 3.4e38")
-        for field, bound, reached, outside in (
+        for argument, bound, reached, outside in (
             ("low", self.low, low, low < (self.low or 0)),
             ("high", self.high, high, high > (self.high or 0)),
         ):
             # Every bound is rounded a little; what must not be reached, such as a rate of 1, is a whole number.
             if bound is not None and outside and reached == round(reached) and abs(reached) < 2**23:
                 raise ValueError(
-                    f"{who}: values in float32 reach {reached:g}, which {field}={bound} excludes: move it further away"
+                    f"{who}: values in float32 reach {reached:g}, which {argument}={bound} excludes: move it away"
                 )
         start = _value(self.start, (self.row[0], *self.row[1:3], False, True, False))
         if not low < start < high or not low < as_float32(self.init) < high:
@@ -133,9 +138,7 @@ class Hyperparameter:
         """Its row of the table that kernels read, `stn_fast.ops.perturb.Table`."""
         return self.kind, self.low or 0.0, self.high or 0.0, self.integer, self.per_example, self.response == "value"
 
-    @property
-    def reach(self) -> tuple[float, float]:
-        """The lowest and the highest value in float32, where λ is far out; infinite without a bound."""
+    def _reach(self) -> tuple[float, float]:
         low = -math.inf if self.low is None else as_float32(self.low)
         high = math.inf if self.high is None else as_float32(self.high)
         return low, as_float32(low + as_float32(high - low)) if self.kind == BOTH_BOUNDS else high
@@ -167,4 +170,5 @@ def as_float32(value: float) -> float:
 
 def _value(location: float, row: tuple[float, ...]) -> float:
     """The value at λ = `location`, as float32 tensors have it."""
-    return constrain(torch.tensor([location]), torch.tensor([row], dtype=torch.float32)).item()
+    given: dict[str, Any] = dict(dtype=torch.float32, device="cpu")  # whatever torch's default device is
+    return constrain(torch.tensor([location], **given), torch.tensor([row], **given)).item()

@@ -301,6 +301,18 @@ def test_an_integer_just_below_a_whole_number_starts_below_it():
         assert one.values(one.initial_state()[0])["n"] == whole
 
 
+def test_the_default_device_and_dtype_have_no_say_in_the_checks():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            one = stn.Hyperparameter("n", low=0, high=4, init=3, integer=True)
+            with pytest.raises(ValueError, match=r"reach 1, which high=0\.99999999 excludes"):
+                stn.Hyperparameter("p", low=0.0, high=0.99999999, init=0.5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert one.start == stn.Hyperparameter("n", low=0, high=4, init=3, integer=True).start
+
+
 def test_an_integer_that_responds_with_its_value_is_refused():
     """The floor has no gradient, so it would never be tuned, and nothing would say so."""
     for make in (

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stn_fast import functional
+from stn_fast import checks, functional
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import GatedLayer, check_sizes, give_parameters
 from stn_fast.ops._transforms import in_transform
@@ -28,10 +28,17 @@ class HyperBatchNorm2d(GatedLayer):
     Args:
         num_features: C.
         eps: added to the variance.
-        momentum: weight of a new batch in the running statistics.
+        momentum: weight of a new batch in the running statistics, in [0, 1]; None for their plain average over all
+            batches so far. Its count is then read back from the device at each training pass, as torch does.
         num_hyperparameters: n, at least 1.
 
+    Processes that share a batch each have the statistics of their own part of it, as torch.nn.BatchNorm2d has:
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm leaves this layer as it is.
+
     Shapes: weight, response_weight, bias, response_bias, running_mean, running_var (C,); weight_gate, bias_gate (C, n).
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
     """
 
     running_mean: Tensor
@@ -45,13 +52,17 @@ class HyperBatchNorm2d(GatedLayer):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         *,
         num_hyperparameters: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         check_sizes("HyperBatchNorm2d", num_features=num_features, num_hyperparameters=num_hyperparameters)
+        if momentum is not None and not 0 <= checks.real_number("HyperBatchNorm2d", "momentum", momentum) <= 1:
+            raise ValueError(f"HyperBatchNorm2d: momentum must be in [0, 1], or None for the average, got {momentum}")
+        if checks.real_number("HyperBatchNorm2d", "eps", eps) < 0:
+            raise ValueError(f"HyperBatchNorm2d: eps must be >= 0, got {eps}")
         super().__init__((num_features,), True, num_hyperparameters, device, dtype)
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
@@ -65,6 +76,7 @@ class HyperBatchNorm2d(GatedLayer):
 
     def forward(self, x: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
         """(B, C, H, W) → the same; `hyper` is a HyperBatch or its response."""
+        checks.tensor("HyperBatchNorm2d", "x", x)
         if x.ndim != 4 or x.shape[1] != self.num_features:
             raise ValueError(
                 f"HyperBatchNorm2d has num_features={self.num_features} of (B, C, H, W); got x {tuple(x.shape)}"
@@ -98,9 +110,12 @@ class HyperBatchNorm2d(GatedLayer):
         return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None]).to(x.dtype)
 
     def _normalised(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        frozen = self.training and in_transform()
-        mean, variance = (None, None) if frozen else (self.running_mean, self.running_var)
-        return F.batch_norm(x, mean, variance, scale, shift, self.training, self.momentum, self.eps)
+        if self.training and in_transform():
+            return F.batch_norm(x, None, None, scale, shift, True, 0.0, self.eps)
+        momentum = 0.0 if not self.training else self.momentum
+        if momentum is None:
+            momentum = 1 / float(self.num_batches_tracked)
+        return F.batch_norm(x, self.running_mean, self.running_var, scale, shift, self.training, momentum, self.eps)
 
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
         """0: weight decay is for filters, and leaves the scale and shift of normalised activations alone."""

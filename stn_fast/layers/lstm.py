@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from stn_fast import functional
+from stn_fast import checks, functional
 from stn_fast.functional import Weights
 from stn_fast.hyperparameters import HyperBatch
-from stn_fast.layers.gated import check_folding, check_response, check_sizes
+from stn_fast.layers.gated import check_folding, check_response, check_sizes, check_switches
 from stn_fast.layers.regularisers import DropConnect, PerExampleDropout
 from stn_fast.ops.gated_lstm import fold
 
@@ -75,6 +75,7 @@ class HyperLSTM(nn.Module):
             num_layers=num_layers,
             num_hyperparameters=num_hyperparameters,
         )
+        check_switches("HyperLSTM", bias=bias, batch_first=batch_first, bidirectional=bidirectional)
         if proj_size != 0:
             raise ValueError(f"HyperLSTM has no projections of the hidden state: proj_size must be 0; got {proj_size}")
         super().__init__()
@@ -152,6 +153,7 @@ class HyperLSTM(nn.Module):
                 "HyperLSTM takes no PackedSequence; pad the sequences (torch.nn.utils.rnn.pad_packed_sequence) and "
                 "leave the padding out of the loss"
             )
+        checks.tensor("HyperLSTM", "x", x)
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
             raise ValueError(
                 f"HyperLSTM has input_size={self.input_size} and wants x ({'B, T' if self.batch_first else 'T, B'}, I) "

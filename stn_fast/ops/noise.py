@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stn_fast import random
+from stn_fast.checks import tensor
 from stn_fast.dispatch import choose
 from stn_fast.ops._draw import check_coordinates, check_strength
 from stn_fast.ops._eager import eager_function, traced
@@ -138,8 +139,10 @@ def noise(
         As x.
 
     Raises:
+        TypeError: x is not a tensor.
         ValueError: a shape, dtype or range does not fit; the message names the argument.
     """
+    tensor("noise", "x", x)
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"noise wants a floating point x of at least one dimension; got {tuple(x.shape)} {x.dtype}")
     if not -x.ndim <= example_dim < x.ndim:

@@ -287,10 +287,10 @@ def test_dropout_of_a_single_layer_warns_as_torch_does():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(input_size=0), "input_size >= 1; got 0"),
-        (dict(hidden_size=-1), "hidden_size >= 1; got -1"),
-        (dict(num_layers=0), "num_layers >= 1; got 0"),
-        (dict(num_hyperparameters=0), "num_hyperparameters >= 1; got 0"),
+        (dict(input_size=0), "input_size must be an int >= 1.*got 0"),
+        (dict(hidden_size=-1), "hidden_size must be an int >= 1.*got -1"),
+        (dict(num_layers=0), "num_layers must be an int >= 1.*got 0"),
+        (dict(num_hyperparameters=0), "num_hyperparameters must be an int >= 1.*got 0"),
         (dict(proj_size=3), "proj_size must be 0; got 3"),
         (dict(dropout=0.5), r"wants dropout as the name of the hyperparameter that is its rate; got 0\.5"),
         (dict(recurrent_dropout=0.5), r"wants recurrent_dropout as the name .*; got 0\.5"),
