@@ -10,6 +10,7 @@ from stn_fast import checks, functional
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import GatedLayer, check_sizes, give_parameters
 from stn_fast.ops._transforms import in_transform
+from stn_fast.ops._uncast import product
 
 
 class HyperBatchNorm2d(GatedLayer):
@@ -20,6 +21,8 @@ class HyperBatchNorm2d(GatedLayer):
     validation step, itself perturbed, and an evaluation meet are spread around the same point. An eval-mode pass never
     changes them, nor does one under forward-mode AD or torch.func: the response step of a delta-STN is run on the batch
     that its general step has already counted.
+
+    Scale and shift are computed in the dtype of the parameters under autocast too, as torch.nn.BatchNorm2d's are.
 
     Parameters and buffers are named and shaped as in torch.nn.BatchNorm2d, so a plain checkpoint loads with
     strict=False. weight starts at 1 and bias at 0; the responses R, r uniform in ±1, as ±1/√fan_in with the one input
@@ -98,10 +101,11 @@ class HyperBatchNorm2d(GatedLayer):
             if not in_transform():
                 self.num_batches_tracked.add_(1)
         # y = x̂ ⊙ scale + shift, and x̂ = (x - mean) / deviation
-        scale = torch.addcmul(self.weight, h @ self.weight_gate.T, self.response_weight)
-        shift = torch.addcmul(self.bias, h @ self.bias_gate.T, self.response_bias)
+        rows = (h if h.ndim == 2 else h[None]).to(self.weight.dtype)
+        scale = torch.addcmul(self.weight, product(rows, self.weight_gate.T), self.response_weight)
+        shift = torch.addcmul(self.bias, product(rows, self.bias_gate.T), self.response_bias)
         if h.ndim == 1:
-            return self._normalised(x, scale, shift)
+            return self._normalised(x, scale[0], shift[0])
         if self.training:
             x = self._normalised(x)
         else:

@@ -234,3 +234,23 @@ def test_conversion_to_sync_batch_norm_leaves_the_layer_working():
     assert isinstance(converted[1], torch.nn.SyncBatchNorm)
     response = torch.randn(4, 2, dtype=torch.float64)
     assert relative_error(converted[0](x, response), written_out(layer, x, response)) < 1e-13
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_autocast_around_either_pass_changes_nothing_of_float32(training, shared):
+    """torch.nn.BatchNorm2d stays in float32 under autocast, and so does what makes scale and shift."""
+    layer, x = layer_of(dtype=torch.float32).train(training), images().float().requires_grad_()
+    response = torch.randn(2) if shared else torch.randn(4, 2)
+    response.requires_grad_()
+    leaves, dy = [x, response, *layer.parameters()], images().float()
+
+    def results(forward, backward):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=forward):
+            y = layer(x, response)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward):
+            return y, *torch.autograd.grad(y, leaves, dy)
+
+    want = results(False, False)
+    for forward, backward in ((True, False), (False, True), (True, True)):
+        assert all(map(torch.equal, results(forward, backward), want))
