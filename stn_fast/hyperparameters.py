@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, overload
 
 import torch
@@ -43,6 +43,7 @@ class HyperBatch:
         first_example: index of row 0 in the global batch.
         space: the `HyperparameterSpace` the columns belong to.
         shared: all rows are equal, so layers fold their response into plain weights.
+        calls: how often each stream has drawn by this batch, a slice or a copy on another device included.
     """
 
     values: Tensor
@@ -52,6 +53,32 @@ class HyperBatch:
     first_example: int
     space: HyperparameterSpace
     shared: bool = False
+    calls: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
+
+    def draw_seed(self, stream: int) -> int:
+        """The seed of a layer's next draw from its stream: the run's at its first call, others at further calls.
+
+        A layer that is called at several places of a network, or in a loop, so draws other numbers each time. The same
+        numbers come from a HyperBatch that is sampled again with the same seed and step. In a backward pass, where
+        activation checkpointing calls layers once more, the draw of the only call is repeated. (Where a checkpointed
+        segment is compiled with fullgraph=True, torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint must
+        be True: the count is a side effect, and is rightly left out when the segment is computed again.)
+
+        Raises:
+            RuntimeError: in a backward pass, after several calls, of which one is to be repeated.
+        """
+        place = stream, self.first_example
+        calls = self.calls.get(place, 0)
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            if calls > 1:
+                raise RuntimeError(
+                    f"the layer of stream {stream} was called {calls} times with one HyperBatch and is called again in "
+                    "the backward pass, as activation checkpointing does: which mask to repeat is not known; use "
+                    "a layer with a stream of its own at each place"
+                )
+            return self.seed
+        self.calls[place] = calls + 1
+        return (self.seed + (calls << 32)) % 2**63  # the low word of the key is the run's own
 
     @overload
     def __getitem__(self, key: str) -> Tensor: ...

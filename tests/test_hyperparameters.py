@@ -192,8 +192,11 @@ def test_names_are_looked_for_in_a_space_and_in_a_batch():
 def test_a_slice_is_the_batch_of_those_examples_with_their_draws(rows, shared):
     location, raw_scale = space().initial_state()
     draw = dict(batch_size=6, seed=3, step=4, first_example=10)
-    hyper = space().at(location + 1, **draw) if shared else space().sample(location, raw_scale, **draw)
-    part = hyper[rows]
+
+    def sampled():
+        return space().at(location + 1, **draw) if shared else space().sample(location, raw_scale, **draw)
+
+    hyper, part = sampled(), sampled()[rows]
     assert torch.equal(part.values, hyper.values[rows])
     assert torch.equal(part.response, hyper.response[rows])
     assert len(part) == 0 or part["dropout"].is_contiguous()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from stn_fast import checks, functional
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter
-from stn_fast.ops._draw import check_stream
+from stn_fast.ops._draw import stream_number
+from stn_fast.ops._transforms import in_function_transform
 
 
 class _Regulariser(nn.Module):
@@ -23,7 +24,7 @@ class _Regulariser(nn.Module):
 
     def __init__(self, name: str, *, stream: int):
         super().__init__()
-        self.name, self.stream = name, check_stream(type(self).__name__, stream)
+        self.name, self.stream = name, stream_number(type(self).__name__, stream)
 
     def _check_range(self, hyperparameter: Hyperparameter) -> None:
         raise NotImplementedError
@@ -36,7 +37,7 @@ class _Regulariser(nn.Module):
             )
 
     def _draw(self, hyper: HyperBatch) -> dict[str, Any]:
-        """Where this layer's random numbers lie."""
+        """RNG coordinates of this layer."""
         return dict(seed=hyper.seed, step=hyper.step, stream=self.stream)
 
     def extra_repr(self) -> str:
@@ -44,7 +45,10 @@ class _Regulariser(nn.Module):
 
 
 class _PerExampleRegulariser(_Regulariser):
-    """Each example has a strength of its own, and draws of its own wherever it is in the global batch."""
+    """Each example has a strength of its own, and draws of its own wherever it is in the global batch.
+
+    Each call with one HyperBatch draws anew; `HyperBatch.draw_seed` says what repeats a draw.
+    """
 
     def _check_batch(self, x: Tensor, hyper: HyperBatch, example_dim: int) -> None:
         self._check_hyper(hyper)
@@ -61,11 +65,12 @@ class _PerExampleRegulariser(_Regulariser):
         return hyper[self.name]
 
     def _draw(self, hyper: HyperBatch) -> dict[str, Any]:
-        return dict(super()._draw(hyper), first_example=hyper.first_example)
+        """RNG coordinates of this call of the layer, the next with this batch."""
+        return dict(super()._draw(hyper), seed=hyper.draw_seed(self.stream), first_example=hyper.first_example)
 
 
 class _PerBatchRegulariser(_Regulariser):
-    """One strength serves the whole batch, and one draw: the same in every process that has a part of it."""
+    """One strength serves the whole batch, and one draw: the same at every call and in every process."""
 
     def _strength(self, hyper: HyperBatch) -> Tensor:
         """(1,), or (0,) of a batch without examples."""
@@ -141,7 +146,7 @@ class PerExampleDropout2d(PerExampleDropout):
         if not self.training:
             return x
         draw = dict(rate=self._strength(x, hyper, example_dim), **self._draw(hyper))
-        if x.is_contiguous(memory_format=torch.channels_last):
+        if not in_function_transform() and x.is_contiguous(memory_format=torch.channels_last):
             # The same masks, which count channels alone, on the images as they lie.
             return functional.dropout(x.permute(0, 2, 3, 1), **draw, shared_dims=(1, 2)).permute(0, 3, 1, 2)
         return functional.dropout(x, **draw, shared_dims=self.shared_dims)

@@ -57,5 +57,26 @@ def check_strength(operation: str, name: str, strength: Tensor, x: Tensor, batch
 
 
 def check_stream(operation: str, stream: int) -> int:
+    """`stream` as an int, of an operation that is about to draw; raises as `stream_number` and `check_randomness`."""
+    check_randomness(operation)
+    return stream_number(operation, stream)
+
+
+def stream_number(operation: str, stream: int) -> int:
     """`stream` as an int; raises ValueError where it is reserved or no 32-bit number."""
     return whole_number(operation, "stream", stream, 1, 2**32, " (0 draws the hyperparameters)")
+
+
+def check_randomness(operation: str) -> None:
+    """Raises RuntimeError inside a torch.vmap whose slices are not to draw the same numbers, as these operations do."""
+    if torch.compiler.is_compiling() or not in_function_transform():
+        return
+    for interpreter in torch._C._functorch.get_interpreter_stack() or ():
+        if interpreter.key() != torch._C._functorch.TransformType.Vmap:
+            continue
+        randomness = torch._C._functorch.CVmapInterpreterPtr(interpreter).randomness()
+        if randomness != torch._C._functorch.RandomnessType.Same:
+            raise RuntimeError(
+                f"{operation}: inside torch.vmap every slice draws the same numbers, which are fixed by seed, step and "
+                f"example: ask for that with randomness='same', got {str(randomness).rpartition('.')[2].lower()!r}"
+            )

@@ -11,7 +11,7 @@ from stn_fast import random
 from stn_fast.checks import whole_number
 from stn_fast.dispatch import choose
 from stn_fast.ops._core import address
-from stn_fast.ops._draw import check_coordinates
+from stn_fast.ops._draw import check_coordinates, check_randomness
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._transforms import in_transform
 
@@ -245,6 +245,7 @@ def perturb(
     """
     _check(location, raw_scale, center, table)
     batch_size = whole_number("perturb", "batch_size", batch_size, 0)
+    check_randomness("perturb")
     step, seed, first_example = check_coordinates("perturb", table.device, seed, step, first_example)
     if in_transform():
         noise = perturbation_noise(table, step, seed, batch_size, first_example)
