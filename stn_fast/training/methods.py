@@ -10,8 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -20,16 +19,15 @@ from torch import Tensor, nn
 
 from stn_fast.data import Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
-from stn_fast.layers.regularisers import _Regulariser
 from stn_fast.training.config import Config, OptimizerConfig
+from stn_fast.training.modes import TrainingModes, evaluating
+from stn_fast.training.parameters import check_streams, hold_parameters, is_response
 from stn_fast.training.streams import Window, without_state
 from stn_fast.training.task import Objective, Task
 
 Batch = tuple[Tensor, Tensor] | Window
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-
-RESPONSE_PARAMETERS = ("response_weight", "response_bias", "weight_gate", "bias_gate")
 
 # fused: one pass over parameter, gradient and state.
 default_optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9, fused=True)
@@ -73,6 +71,7 @@ class FixedHyperparameters:
         self.model, self.space, self.seed, self.clip = model, space.with_response("shifted"), seed, clip
         self.training_objective = training_objective
         check_streams(model)
+        self._modes = TrainingModes(model)
         for name, parameter in model.named_parameters():
             if is_response(name):
                 parameter.requires_grad_(False)
@@ -83,11 +82,14 @@ class FixedHyperparameters:
     def train_step(self, batch: Batch, step: int | Tensor) -> Tensor:
         """Updates the weights on one training batch: (inputs, targets), as a DataLoader gives it, or a ``Window``.
 
+        A model in training mode is left as it is, submodules that are in evaluation mode included. One in evaluation
+        mode is put back into the modes that it had when it was last in training mode at a step, or into training mode.
+
         Returns the loss, a detached scalar on the device. What state the objective returns beside it goes to the next
         window.
         """
         batch = batch if isinstance(batch, Window) else Split(*batch)
-        self.model.train()
+        self._modes.resume()
         hyper = self._training_hyper(batch.examples, step)
         loss = without_state(self.training_objective(self.model, batch, hyper), batch)
         self.optimizer.zero_grad(set_to_none=True)
@@ -171,6 +173,7 @@ class SelfTuning(FixedHyperparameters):
         self.training_objective, self.validation_objective = training_objective, validation_objective
         self.entropy_weight, self.tune_scales, self.tunes = entropy_weight, tune_scales, not freeze
         check_streams(model)
+        self._modes = TrainingModes(model)
         parameters = list(model.parameters())
         self.optimizer = optimizer(parameters)
         self.location, self.raw_scale = space.initial_state(parameters[0].device)
@@ -192,8 +195,8 @@ class SelfTuning(FixedHyperparameters):
     def valid_step(self, batch: Batch, step: int | Tensor) -> Tensor:
         """Updates location and raw scale on one validation batch, as ``train_step`` takes it.
 
-        Returns F without its entropy term, a detached scalar on the device. Weights and their ``.grad`` are
-        left as they are.
+        Returns F without its entropy term, a detached scalar on the device. Weights, their ``.grad`` and the modes of
+        all modules are left as they are.
 
         Raises:
             RuntimeError: no hyperparameter has a part in the validation loss.
@@ -201,9 +204,8 @@ class SelfTuning(FixedHyperparameters):
         batch = batch if isinstance(batch, Window) else Split(*batch)
         if not self.tunes:
             raise RuntimeError("freeze=True holds the hyperparameters: call train_step alone")
-        self.model.eval()
         size = batch.examples
-        with held(self.model.parameters()):
+        with evaluating(self.model), hold_parameters(self.model.parameters()):
             hyper = (
                 self._perturbed(size, step)
                 if self.tune_scales
@@ -229,37 +231,6 @@ class SelfTuning(FixedHyperparameters):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
-
-
-def is_response(name: str) -> bool:
-    """Whether a parameter of this name belongs to the response of a gated layer, not to its weights."""
-    return name.rpartition(".")[2].startswith(RESPONSE_PARAMETERS)
-
-
-def check_streams(model: nn.Module) -> None:
-    """Raises ValueError where two layers of the model would draw the same random numbers."""
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, _Regulariser):
-            if module.stream in owners:
-                raise ValueError(
-                    f"{owners[module.stream]!r} and {name!r} both draw from stream {module.stream}, so "
-                    "their noise would be one and the same; give every layer a stream of its own"
-                )
-            owners[module.stream] = name
-
-
-@contextmanager
-def held(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """No gradient is computed for ``parameters`` inside."""
-    wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_()
 
 
 def build_method(config: Config, task: Task) -> FixedHyperparameters:

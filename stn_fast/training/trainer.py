@@ -17,6 +17,7 @@ from stn_fast.training import checkpoint
 from stn_fast.training.config import Config
 from stn_fast.training.methods import FixedHyperparameters
 from stn_fast.training.metrics import MeanLoss, MetricsLog, describe
+from stn_fast.training.modes import evaluating
 from stn_fast.training.plateau import Plateau
 from stn_fast.training.signals import Interrupted, StopRequest
 from stn_fast.training.streams import without_state
@@ -221,14 +222,14 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, split: Split) -> dict[str, float]:
         """Scores of all of ``split`` at the unperturbed hyperparameters, on folded weights."""
-        self.method.model.eval()
         totals: dict[str, torch.Tensor] = {}
         size, device = self.config.schedule.eval_batch_size, self.method.location.device
-        for batch in self.task.batching.whole(split, size, test=split is self.task.data.test, device=device):
-            hyper = self.method.unperturbed(batch.examples)
-            scores = without_state(self.task.scores(self.method.model, batch, hyper), batch)
-            for name, value in scores.items():
-                totals[name] = totals.get(name, 0) + value.double()
+        with evaluating(self.method.model):
+            for batch in self.task.batching.whole(split, size, test=split is self.task.data.test, device=device):
+                hyper = self.method.unperturbed(batch.examples)
+                scores = without_state(self.task.scores(self.method.model, batch, hyper), batch)
+                for name, value in scores.items():
+                    totals[name] = totals.get(name, 0) + value.double()
         return self.task.report({name: total.item() / split.examples for name, total in totals.items()})
 
     def _save(self, log: MetricsLog) -> None:
