@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from stn_fast.data import Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
+from stn_fast.training.batches import as_split
 from stn_fast.training.config import Config, OptimizerConfig
 from stn_fast.training.modes import TrainingModes, evaluating
 from stn_fast.training.parameters import check_streams, hold_parameters, is_response
 from stn_fast.training.streams import Window, without_state
 from stn_fast.training.task import Objective, Task
 
-Batch = tuple[Tensor, Tensor] | Window
+# (inputs, targets) and what else `stn_fast.training.batches.as_split` takes, or a window of a text.
+Batch = Any
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
@@ -85,13 +87,27 @@ class FixedHyperparameters:
         A model in training mode is left as it is, submodules that are in evaluation mode included. One in evaluation
         mode is put back into the modes that it had when it was last in training mode at a step, or into training mode.
 
+        Args:
+            batch: what `stn_fast.training.batches.as_split` takes; the objective sees its ``inputs`` and ``targets``.
+            step: the number that fixes the step's random draws together with the seed.
+
         Returns the loss, a detached scalar on the device. What state the objective returns beside it goes to the next
         window.
+
+        Raises:
+            TypeError: the batch is none.
+            RuntimeError: no gradient can be computed.
         """
-        batch = batch if isinstance(batch, Window) else Split(*batch)
+        self._begin("train_step")
+        batch = self._batch(batch)
         self._modes.resume()
         hyper = self._training_hyper(batch.examples, step)
-        loss = without_state(self.training_objective(self.model, batch, hyper), batch)
+        loss = self._loss("training", self.training_objective, batch, hyper)
+        if not loss.requires_grad:
+            raise RuntimeError(
+                "the training loss does not depend on any parameter that requires a gradient: compute it from the "
+                "model's outputs, and leave requires_grad on for what is to be trained"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.clip is not None:
@@ -99,6 +115,22 @@ class FixedHyperparameters:
             nn.utils.clip_grad_norm_(trained, self.clip)
         self.optimizer.step()
         return loss.detach()
+
+    def _begin(self, call: str) -> None:
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{call} computes gradients, and torch.no_grad or torch.inference_mode is on around it: call it outside"
+            )
+
+    def _batch(self, batch: Batch) -> Split | Window:
+        return batch if isinstance(batch, Window) else as_split(batch, self.location.device)
+
+    def _loss(self, kind: str, objective: Objective, batch: Split | Window, hyper: HyperBatch) -> Tensor:
+        loss = without_state(objective(self.model, batch, hyper), batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"{kind}_objective must return a tensor of one number, the mean over examples; got {got}")
+        return loss
 
     def valid_step(self, batch: Batch, step: int | Tensor) -> Tensor:
         """Has nothing to do here."""
@@ -199,9 +231,11 @@ class SelfTuning(FixedHyperparameters):
         all modules are left as they are.
 
         Raises:
-            RuntimeError: no hyperparameter has a part in the validation loss.
+            RuntimeError: no hyperparameter has a part in the validation loss, or gradients are switched off.
+            TypeError: the batch is none.
         """
-        batch = batch if isinstance(batch, Window) else Split(*batch)
+        self._begin("valid_step")
+        batch = self._batch(batch)
         if not self.tunes:
             raise RuntimeError("freeze=True holds the hyperparameters: call train_step alone")
         size = batch.examples
@@ -211,7 +245,7 @@ class SelfTuning(FixedHyperparameters):
                 if self.tune_scales
                 else self.space.at(self.location, batch_size=size, seed=self.seed, step=step)
             )
-            loss = without_state(self.validation_objective(self.model, batch, hyper), batch)
+            loss = self._loss("validation", self.validation_objective, batch, hyper)
             if not loss.requires_grad:
                 raise RuntimeError(
                     "the validation loss does not depend on the hyperparameters: the model wants layers that "
