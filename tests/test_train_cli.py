@@ -179,7 +179,8 @@ def test_a_process_killed_outright_resumes_to_the_same_numbers(whole, tmp_path):
 
 
 def test_divergence_is_status_1_and_one_line(tmp_path, capsys):
-    hot = ["--set", "optimizer.learning_rate=1e6", "--set", "optimizer.momentum=0"]
+    settings = ("optimizer.learning_rate=1e6", "optimizer.momentum=0", "optimizer.clip=null")
+    hot = [argument for setting in settings for argument in ("--set", setting)]
     assert train.main([*SHORT, *hot, "--run-dir", str(tmp_path / "hot")]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: the ")

@@ -19,7 +19,7 @@ from stn_fast.errors import UserError
 from stn_fast.training.disk import make_directory, sync, write_through, writing
 
 STATE, MANIFEST = "state.pt", "manifest.json"
-FORMAT = 3  # counts the layouts of the state; another one is not read
+FORMAT = 4  # counts the layouts of the state; another one is not read
 KEPT = 2  # the last so many stay, beside the best of each
 
 

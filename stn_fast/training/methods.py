@@ -10,19 +10,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stn_fast.checks import real_number, switch, whole_number
 from stn_fast.data import Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.training.batches import as_split
 from stn_fast.training.config import Config, OptimizerConfig
+from stn_fast.training.finite import Attempt, Buffers, Guard, gradient_norms
 from stn_fast.training.modes import TrainingModes, evaluating
-from stn_fast.training.parameters import check_streams, hold_parameters, is_response
+from stn_fast.training.parameters import (
+    check_streams,
+    hold_parameters,
+    is_response,
+    listed,
+    parameter_names,
+)
 from stn_fast.training.streams import Window, without_state
 from stn_fast.training.task import Objective, Task
 
@@ -55,7 +63,15 @@ class FixedHyperparameters:
         optimizer: makes the optimizer from the parameters to train.
         clip: maximum Euclidean norm of a training step's gradient; a longer gradient is scaled down to it. None for no
             limit: self-tuning can then diverge.
+        skip_nonfinite: how many steps in a row whose loss or gradient is not finite are left out, each with a warning.
+            One more is an error; with 0, the first is.
         seed: with ``step``, fixes dropout masks and noise.
+
+    A step that is not finite changes no weight, no hyperparameter, no optimizer's state and no running statistics; the
+    next window of a text starts from zero. On CUDA the device leaves it out and the host, which does not wait, hears of
+    it a step or so later: there the error comes at a later call, or at ``check_finite``, which waits for what is
+    outstanding. Only at the first step does the host wait, and at each where an optimizer of many numbers is not fused
+    (``fused=True``). Steps that a CUDA graph replays are left out too, but not counted.
     """
 
     tunes = False
@@ -68,18 +84,42 @@ class FixedHyperparameters:
         *,
         optimizer: MakeOptimizer = default_optimizer,
         clip: float | None = 1.0,
+        skip_nonfinite: int = 0,
         seed: int = 0,
     ) -> None:
-        self.model, self.space, self.seed, self.clip = model, space.with_response("shifted"), seed, clip
+        self._prepare(model, space.with_response("shifted"), clip, skip_nonfinite, seed)
         self.training_objective = training_objective
-        check_streams(model)
-        self._modes = TrainingModes(model)
         for name, parameter in model.named_parameters():
             if is_response(name):
                 parameter.requires_grad_(False)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = optimizer(trained)
         self.location, self.raw_scale = space.initial_state(trained[0].device)
+
+    def _prepare(
+        self, model: nn.Module, space: HyperparameterSpace, clip: float | None, skip_nonfinite: int, seed: int
+    ) -> None:
+        who = type(self).__name__
+        if clip is not None and not real_number(who, "clip", clip) > 0:
+            raise ValueError(f"{who}: clip must be above 0, or None for no limit, got {clip}")
+        self.model, self.space, self.clip = model, space, clip
+        self.seed = whole_number(who, "seed", seed, 0)
+        check_streams(model)
+        self._guard = Guard(whole_number(who, "skip_nonfinite", skip_nonfinite, 0))
+        self._modes, self._buffers = TrainingModes(model), Buffers(model)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out so far because the loss or a gradient was not finite."""
+        return self._guard.skipped
+
+    def check_finite(self) -> None:
+        """Waits for the device and judges all steps so far.
+
+        Raises:
+            NonFiniteError: one was not finite, and more in a row than ``skip_nonfinite`` allows.
+        """
+        self._guard.look(wait=True)
 
     def train_step(self, batch: Batch, step: int | Tensor) -> Tensor:
         """Updates the weights on one training batch: (inputs, targets), as a DataLoader gives it, or a ``Window``.
@@ -95,12 +135,14 @@ class FixedHyperparameters:
         window.
 
         Raises:
+            NonFiniteError: the loss or a gradient is not finite, on CUDA of an earlier step.
             TypeError: the batch is none.
             RuntimeError: no gradient can be computed.
         """
         self._begin("train_step")
         batch = self._batch(batch)
         self._modes.resume()
+        put_back = self._buffers.keep()
         hyper = self._training_hyper(batch.examples, step)
         loss = self._loss("training", self.training_objective, batch, hyper)
         if not loss.requires_grad:
@@ -110,13 +152,26 @@ class FixedHyperparameters:
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.clip is not None:
-            trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(trained, self.clip)
-        self.optimizer.step()
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms = gradient_norms([parameter.grad for parameter in trained])
+        norm = torch.linalg.vector_norm(norms)
+
+        def undo(where: Tensor | None) -> None:
+            put_back(where)
+            if isinstance(batch, Window):
+                batch.carrier.forget(where)
+
+        def update() -> None:
+            if self.clip is not None:
+                nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
+            self.optimizer.step()
+
+        name = partial(parameter_names, self.model, trained)
+        self._guard.take(Attempt("training", step, loss, norms, norm, name), self.optimizer, update, undo)
         return loss.detach()
 
     def _begin(self, call: str) -> None:
+        self._guard.look()
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 f"{call} computes gradients, and torch.no_grad or torch.inference_mode is on around it: call it outside"
@@ -154,11 +209,13 @@ class FixedHyperparameters:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next step but the data and the step number."""
+        self.check_finite()
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "location": self.location.detach(),
             "raw_scale": self.raw_scale.detach(),
+            "skipped": {"steps": self._guard.skipped, "in_a_row": self._guard.in_a_row},
         }
 
     @torch.no_grad()
@@ -168,6 +225,7 @@ class FixedHyperparameters:
         self.optimizer.load_state_dict(state["optimizer"])
         self.location.copy_(state["location"])
         self.raw_scale.copy_(state["raw_scale"])
+        self._guard = Guard(self._guard.skip, state["skipped"]["steps"], state["skipped"]["in_a_row"])
 
 
 class SelfTuning(FixedHyperparameters):
@@ -178,7 +236,7 @@ class SelfTuning(FixedHyperparameters):
     and raw scale alone, through the response; the model is in evaluation mode and no weight gradient is computed.
 
     Args:
-        model, space, training_objective, optimizer, clip, seed: as for ``FixedHyperparameters``.
+        model, space, training_objective, optimizer, clip, skip_nonfinite, seed: as for ``FixedHyperparameters``.
         validation_objective: F, without penalties.
         hyper_optimizer: makes the optimizer of location and raw scale.
         entropy_weight: τ.
@@ -199,13 +257,14 @@ class SelfTuning(FixedHyperparameters):
         tune_scales: bool = True,
         freeze: bool = False,
         clip: float | None = 1.0,
+        skip_nonfinite: int = 0,
         seed: int = 0,
     ) -> None:
-        self.model, self.space, self.seed, self.clip = model, space, seed, clip
+        self._prepare(model, space, clip, skip_nonfinite, seed)
         self.training_objective, self.validation_objective = training_objective, validation_objective
-        self.entropy_weight, self.tune_scales, self.tunes = entropy_weight, tune_scales, not freeze
-        check_streams(model)
-        self._modes = TrainingModes(model)
+        self.entropy_weight = real_number("SelfTuning", "entropy_weight", entropy_weight)
+        self.tune_scales = switch("SelfTuning", "tune_scales", tune_scales)
+        self.tunes = not switch("SelfTuning", "freeze", freeze)
         parameters = list(model.parameters())
         self.optimizer = optimizer(parameters)
         self.location, self.raw_scale = space.initial_state(parameters[0].device)
@@ -231,13 +290,14 @@ class SelfTuning(FixedHyperparameters):
         all modules are left as they are.
 
         Raises:
+            NonFiniteError: the loss or a gradient is not finite, on CUDA of an earlier step.
             RuntimeError: no hyperparameter has a part in the validation loss, or gradients are switched off.
             TypeError: the batch is none.
         """
         self._begin("valid_step")
-        batch = self._batch(batch)
         if not self.tunes:
             raise RuntimeError("freeze=True holds the hyperparameters: call train_step alone")
+        batch = self._batch(batch)
         size = batch.examples
         with evaluating(self.model), hold_parameters(self.model.parameters()):
             hyper = (
@@ -253,11 +313,24 @@ class SelfTuning(FixedHyperparameters):
                 )
             objective = loss - self.entropy_weight * self.space.entropy(self.raw_scale)
             gradients = torch.autograd.grad(objective, self.tuned)
-        for tensor, gradient in zip(self.tuned, gradients, strict=True):
-            tensor.grad = gradient
-        self.hyper_optimizer.step()
+
+        def undo(where: Tensor | None) -> None:
+            if isinstance(batch, Window):
+                batch.carrier.forget(where)
+
+        def update() -> None:
+            for tensor, gradient in zip(self.tuned, gradients, strict=True):
+                tensor.grad = gradient
+            self.hyper_optimizer.step()
+
+        parts = sum(gradients[1:], gradients[0])  # one number per hyperparameter, finite only where both are
+        attempt = Attempt("validation", step, loss, parts, parts.sum(), self._hyperparameter_names)
+        self._guard.take(attempt, self.hyper_optimizer, update, undo)
         self.space.clamp_(self.raw_scale)
         return loss.detach()
+
+    def _hyperparameter_names(self, columns: Sequence[int]) -> str:
+        return listed([f"hyperparameter {self.space.names[k]!r}" for k in columns])
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "hyper_optimizer": self.hyper_optimizer.state_dict()}
