@@ -23,10 +23,12 @@ from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.training.batches import as_split
 from stn_fast.training.config import Config, OptimizerConfig
 from stn_fast.training.finite import Attempt, Buffers, Guard, gradient_norms
+from stn_fast.training.hyper_state import described, reorder, saved_order
 from stn_fast.training.modes import TrainingModes, evaluating
 from stn_fast.training.parameters import (
     check_streams,
     hold_parameters,
+    is_gate,
     is_response,
     listed,
     parameter_names,
@@ -94,6 +96,7 @@ class FixedHyperparameters:
                 parameter.requires_grad_(False)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = optimizer(trained)
+        self._optimizers = [self.optimizer]
         self.location, self.raw_scale = space.initial_state(trained[0].device)
 
     def _prepare(
@@ -211,6 +214,7 @@ class FixedHyperparameters:
         """Everything that decides the next step but the data and the step number."""
         self.check_finite()
         return {
+            "hyperparameters": described(self.space),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "location": self.location.detach(),
@@ -218,14 +222,31 @@ class FixedHyperparameters:
             "skipped": {"steps": self._guard.skipped, "in_a_row": self._guard.in_a_row},
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what ``state_dict`` gave: weights and hyperparameters together."""
+        """Puts back what ``state_dict`` gave: weights and hyperparameters together.
+
+        Hyperparameters are told by their names. Where the state has them in another order, locations, scales and the
+        gates of this package's layers are put into the order of this method; a module of your own that reads
+        ``hyper.response`` by column is not.
+
+        Raises:
+            ValueError: hyperparameters, or their bounds, kinds or starts, are others than this method's; the message
+                says which. Nothing has been loaded then.
+        """
+        order = saved_order(state, self.space)
+        self._load(state)
+        if order != sorted(order):
+            named = self.model.named_parameters()
+            gates = [p for name, p in named if is_gate(name) and p.shape[-1] == len(order)]
+            reorder(order, [*gates, self.location, self.raw_scale], self._optimizers)
+        self._guard = Guard(self._guard.skip, state["skipped"]["steps"], state["skipped"]["in_a_row"])
+
+    @torch.no_grad()
+    def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.location.copy_(state["location"])
         self.raw_scale.copy_(state["raw_scale"])
-        self._guard = Guard(self._guard.skip, state["skipped"]["steps"], state["skipped"]["in_a_row"])
 
 
 class SelfTuning(FixedHyperparameters):
@@ -272,6 +293,7 @@ class SelfTuning(FixedHyperparameters):
         if tune_scales:
             self.tuned.append(self.raw_scale.requires_grad_())
         self.hyper_optimizer = hyper_optimizer(self.tuned)
+        self._optimizers = [self.optimizer, self.hyper_optimizer]
 
     def scales(self) -> Tensor:
         return self.space.scales(self.raw_scale.detach())
@@ -335,8 +357,8 @@ class SelfTuning(FixedHyperparameters):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "hyper_optimizer": self.hyper_optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+    def _load(self, state: dict[str, Any]) -> None:
+        super()._load(state)
         self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
 
 
