@@ -120,8 +120,8 @@ def test_numpys_settings_of_an_augmentation_are_taken():
     given = dict(crop_padding=np.int64(2), image_size=np.int32(4), flip=np.float32(0.5), stream=np.int64(3))
     layer = PerExampleAugmentation([], mean=[0.5] * 3, std=[0.5] * 3, **given)
     plain = PerExampleAugmentation([], mean=[0.5] * 3, std=[0.5] * 3, crop_padding=2, image_size=4, flip=0.5, stream=3)
-    hyper = SPACE.at(SPACE.initial_state()[0], batch_size=2)
-    assert torch.equal(layer(IMAGES, hyper), plain(IMAGES, hyper))
+    one, other = (SPACE.at(SPACE.initial_state()[0], batch_size=2) for _ in range(2))
+    assert torch.equal(layer(IMAGES, one), plain(IMAGES, other))
 
 
 @pytest.mark.parametrize("value", ["0.5", True, None, np.nan, torch.tensor(0.5)])

@@ -34,7 +34,8 @@ class HyperLSTM(nn.Module):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, bidirectional: as in torch.nn.LSTM.
         dropout: name of the hyperparameter that is the rate of locked dropout behind every layer but the last, one
-            mask for all time steps of an example. None or 0.0 for none.
+            mask for all time steps of an example. A second call with one HyperBatch has another mask. None or 0.0 for
+            none.
         proj_size: 0; projections are not supported.
         num_hyperparameters: n, at least 1.
         recurrent_dropout: name of the hyperparameter that is the rate of DropConnect on the hidden-to-hidden matrices,

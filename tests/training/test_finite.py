@@ -412,3 +412,23 @@ def test_a_small_network_of_the_package(batch, judge):
     with pytest.raises(NonFiniteError):
         judged(method.valid_step, poisoned(batch), 2)
     assert method.location.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("hyper_optimizer", ["adam", "rmsprop"])
+def test_on_cuda_no_step_waits_for_the_device_and_none_that_is_not_finite_is_taken(batch, hyper_optimizer):
+    torch.manual_seed(0)
+    batch, bad = batch.to("cuda"), poisoned(batch).to("cuda")
+    method = tuned(Normed().cuda(), hyper_optimizer=OPTIMIZERS[hyper_optimizer], skip_nonfinite=2)
+    warmed(warmed(method, batch), batch)
+    before = everything(method)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step, take in enumerate((method.train_step, method.valid_step), start=4):
+            take(bad, step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with pytest.warns(RuntimeWarning, match="loss is nan at step"):
+        method.check_finite()
+    assert [name for name in same(before, everything(method)) if not name.endswith(".step")] == []
