@@ -4,118 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from stn_fast.checks import tensor, whole_number
+from stn_fast.hyperparameter import SCALE_BOUNDS, Hyperparameter, Response, inverse_softplus
 from stn_fast.ops._draw import check_coordinates
-from stn_fast.ops.perturb import (
-    BOTH_BOUNDS,
-    LOWER_BOUND,
-    NO_BOUND,
-    RAW_SCALE_BOUNDS,
-    UPPER_BOUND,
-    constrain,
-    perturb,
-)
+from stn_fast.ops.perturb import RAW_SCALE_BOUNDS, constrain, perturb
 
-Response = Literal["shifted", "raw", "value"]
-
-
-def inverse_softplus(y: float) -> float:
-    """x with log(1 + eˣ) = y > 0, exact for tiny and for large y."""
-    return y + math.log(-math.expm1(-y))
-
-
-SCALE_BOUNDS = tuple(math.log1p(math.exp(bound)) for bound in RAW_SCALE_BOUNDS)
-
-
-@dataclass(frozen=True)
-class Hyperparameter:
-    """One tuned hyperparameter: its range, where it starts, and how widely it is explored.
-
-    The unconstrained location λ maps to the value: low + (high − low)·sigmoid(λ) with both bounds,
-    low + softplus(λ) with a lower one, high − softplus(−λ) with an upper one, λ itself with none.
-
-    Args:
-        name: how it is looked up, `hyper["name"]`.
-        init: constrained value to start from, strictly inside (low, high). For an integer a half, such as
-            1.5, starts in the middle of its plateau.
-        low, high: bounds, None for unbounded. The upper bound of a dropout rate must be below 1.
-        scale: initial standard deviation σ of the perturbation of λ, within [0.0181, 3.0486].
-        integer: the value is the floor of the constrained one. No gradient passes through the floor; the
-            response of the weights still carries one.
-        per_example: each example draws its own perturbation; False draws one for the whole batch.
-        response: what the gates of the layers see: "shifted" λ̃ − λ₀ (default, well conditioned), "raw" λ̃ or
-            "value" the constrained value (both as published; prone to diverge).
-
-    Raises:
-        ValueError: an argument is out of range; the message names the hyperparameter and the argument.
-    """
-
-    name: str
-    _: KW_ONLY
-    init: float
-    low: float | None = None
-    high: float | None = None
-    scale: float = 0.5
-    integer: bool = False
-    per_example: bool = True
-    response: Response = "shifted"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"a Hyperparameter wants a name, a non-empty string; got {self.name!r}")
-        for field in ("low", "high", "init", "scale"):
-            value = getattr(self, field)
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-                raise ValueError(f"hyperparameter {self.name!r}: {field}={value!r} is not a finite number")
-        low = -math.inf if self.low is None else self.low
-        high = math.inf if self.high is None else self.high
-        if low >= high:
-            raise ValueError(f"hyperparameter {self.name!r}: low={self.low} must be below high={self.high}")
-        if not low < self.init < high:
-            raise ValueError(f"hyperparameter {self.name!r}: init={self.init} must lie strictly inside ({low}, {high})")
-        if not SCALE_BOUNDS[0] <= self.scale <= SCALE_BOUNDS[1]:
-            raise ValueError(
-                f"hyperparameter {self.name!r}: scale={self.scale} must lie in "
-                f"[{SCALE_BOUNDS[0]:.4f}, {SCALE_BOUNDS[1]:.4f}]"
-            )
-        if self.response not in ("shifted", "raw", "value"):
-            raise ValueError(
-                f"hyperparameter {self.name!r}: response={self.response!r} must be 'shifted', 'raw' or 'value'"
-            )
-
-    @property
-    def kind(self) -> int:
-        return {
-            (False, False): NO_BOUND,
-            (True, False): LOWER_BOUND,
-            (False, True): UPPER_BOUND,
-            (True, True): BOTH_BOUNDS,
-        }[self.low is not None, self.high is not None]
-
-    def unconstrained(self, value: float) -> float:
-        """λ of a constrained value strictly inside the range; the inverse of the map above, in float64."""
-        if self.low is not None and self.high is not None:
-            return math.log(value - self.low) - math.log(self.high - value)
-        if self.low is not None:
-            return inverse_softplus(value - self.low)
-        if self.high is not None:
-            return -inverse_softplus(self.high - value)
-        return value
+__all__ = [
+    "SCALE_BOUNDS",
+    "HyperBatch",
+    "Hyperparameter",
+    "HyperparameterSpace",
+    "Response",
+    "inverse_softplus",
+]
 
 
 @dataclass(eq=False)
 class HyperBatch:
-    """A batch of hyperparameters, one row an example: what a self-tuning model is called with.
+    """A batch of hyperparameters, one row per example: what a self-tuning model is called with.
 
     A pytree whose leaves are the three tensors, so it passes through torch.compile, torch.func and
-    DistributedDataParallel as they are. `hyper["name"]` is the (B,) column of constrained values.
+    DistributedDataParallel as they are. `hyper["name"]` is the (B,) column of constrained values, `"name" in hyper`
+    says whether there is one, `hyper[:2]` is the batch of the first two examples.
 
     Attributes:
         values: (B, n) float32, constrained; each column is contiguous.
@@ -125,6 +43,7 @@ class HyperBatch:
         first_example: index of row 0 in the global batch.
         space: the `HyperparameterSpace` the columns belong to.
         shared: all rows are equal, so layers fold their response into plain weights.
+        calls: how often each stream has drawn by this batch, a slice or a copy on another device included.
     """
 
     values: Tensor
@@ -134,12 +53,79 @@ class HyperBatch:
     first_example: int
     space: HyperparameterSpace
     shared: bool = False
+    calls: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.values[:, self.space.index(name)]
+    def draw_seed(self, stream: int) -> int:
+        """The seed of a layer's next draw from its stream: the run's at its first call, others at further calls.
+
+        A layer that is called at several places of a network, or in a loop, so draws other numbers each time. The same
+        numbers come from a HyperBatch that is sampled again with the same seed and step. In a backward pass, where
+        activation checkpointing calls layers once more, the draw of the only call is repeated. (Where a checkpointed
+        segment is compiled with fullgraph=True, torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint must
+        be True: the count is a side effect, and is rightly left out when the segment is computed again.)
+
+        Raises:
+            RuntimeError: in a backward pass, after several calls, of which one is to be repeated.
+        """
+        place = stream, self.first_example
+        calls = self.calls.get(place, 0)
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            if calls > 1:
+                raise RuntimeError(
+                    f"the layer of stream {stream} was called {calls} times with one HyperBatch and is called again in "
+                    "the backward pass, as activation checkpointing does: which mask to repeat is not known; use "
+                    "a layer with a stream of its own at each place"
+                )
+            return self.seed
+        self.calls[place] = calls + 1
+        return (self.seed + (calls << 32)) % 2**63  # the low word of the key is the run's own
+
+    @overload
+    def __getitem__(self, key: str) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> HyperBatch: ...
+
+    def __getitem__(self, key: str | slice) -> Tensor | HyperBatch:
+        """The (B,) column of a name, or the batch of some examples: hyper[:2] are the first two, with their draws.
+
+        Raises:
+            KeyError: there is no such hyperparameter.
+            TypeError, ValueError: `key` is something else, or a slice with a step, whose examples aren't consecutive.
+        """
+        if isinstance(key, str):
+            return self.values[:, self.space.index(key)]
+        if not isinstance(key, slice):
+            raise TypeError(
+                f"a HyperBatch is indexed by a name or by a slice of examples, as in hyper[:2], got {key!r}"
+            )
+        start, stop, stride = key.indices(len(self))
+        if stride != 1:
+            raise ValueError(f"a HyperBatch holds consecutive examples: the slice must have step 1, got {stride}")
+        rows = slice(start, max(start, stop))
+        return replace(
+            self,
+            values=self.values[rows],
+            response=self.response[rows],
+            first_example=self.first_example + start,
+        )
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a hyperparameter of this name."""
+        return name in self.space.names
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError("a HyperBatch is not iterable: loop over hyper.space.names, or over slices such as hyper[0:1]")
 
     def __len__(self) -> int:
+        """B, the number of examples."""
         return self.values.shape[0]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> HyperBatch:
+        """The same batch on `device`; its draws are the same there."""
+        values = self.values.T.to(device, non_blocking=non_blocking).T  # columns stay contiguous
+        response = self.response.to(device, non_blocking=non_blocking)
+        return replace(self, values=values, response=response, step=self.step.to(device, non_blocking=non_blocking))
 
 
 _LEAVES = ("values", "response", "step")
@@ -189,26 +175,14 @@ class HyperparameterSpace:
         if twice:
             raise ValueError(f"hyperparameter names must be distinct; given twice: {', '.join(twice)}")
         self._index = {name: k for k, name in enumerate(self.names)}
-        rows = [
-            (h.kind, h.low or 0.0, h.high or 0.0, h.integer, h.per_example, h.response == "value")
-            for h in self.hyperparameters
-        ]
-        self._table = torch.tensor(rows, dtype=torch.float32)
-        self._location = torch.tensor([self._start(h) for h in self.hyperparameters], dtype=torch.float32)
+        self._table = torch.tensor([h.row for h in self.hyperparameters], dtype=torch.float32)
+        self._location = torch.tensor([h.start for h in self.hyperparameters], dtype=torch.float32)
         self._raw_scale = torch.tensor(
             [inverse_softplus(h.scale) for h in self.hyperparameters], dtype=torch.float32
         ).clamp_(*RAW_SCALE_BOUNDS)
         shifted = torch.tensor([h.response == "shifted" for h in self.hyperparameters])
         self._center = self._location * shifted
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    @staticmethod
-    def _start(hyperparameter: Hyperparameter) -> float:
-        """λ₀, for an integer moved up by the few float32 roundings that would put its floor below `init`."""
-        location = hyperparameter.unconstrained(hyperparameter.init)
-        if hyperparameter.integer:
-            location += 4e-6 * max(1.0, abs(location))
-        return location
 
     def __len__(self) -> int:
         return len(self.hyperparameters)
@@ -218,6 +192,10 @@ class HyperparameterSpace:
 
     def __getitem__(self, name: str) -> Hyperparameter:
         return self.hyperparameters[self.index(name)]
+
+    def __contains__(self, one: object) -> bool:
+        """Whether there is a hyperparameter of this name, or this `Hyperparameter`."""
+        return one in self.names or one in self.hyperparameters
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HyperparameterSpace) and self.hyperparameters == other.hyperparameters
@@ -248,9 +226,10 @@ class HyperparameterSpace:
         return self._on_device[device]
 
     def _check_location(self, location: Tensor) -> None:
+        tensor("HyperparameterSpace", "location", location)
         if location.shape != (len(self),) or location.dtype != torch.float32:
             raise ValueError(
-                f"location wants ({len(self)},) float32, one entry a hyperparameter; "
+                f"location must be ({len(self)},) float32, one entry per hyperparameter, "
                 f"got {tuple(location.shape)} {location.dtype}"
             )
 
@@ -281,7 +260,9 @@ class HyperparameterSpace:
             ValueError: a shape, dtype or range does not fit; the message names the argument.
         """
         table, default_center = self._constants(location.device)
-        step = check_coordinates("sample", location.device, seed, step, first_example)
+        self._check_location(location)
+        batch_size = whole_number("sample", "batch_size", batch_size, 0)
+        step, seed, first_example = check_coordinates("sample", location.device, seed, step, first_example)
         values, response = perturb(
             location,
             raw_scale,
@@ -309,13 +290,14 @@ class HyperparameterSpace:
         Arguments as for `sample`; seed and step matter to dropout and noise in training mode alone.
         """
         self._check_location(location)
+        batch_size = whole_number("at", "batch_size", batch_size, 0)
+        step, seed, first_example = check_coordinates("at", location.device, seed, step, first_example)
         table, default_center = self._constants(location.device)
         values = constrain(location, table)
         shift = location - (default_center if center is None else center.detach())
         response = torch.where(table[:, 5] > 0, values, shift)
         columns = values[:, None].expand(-1, batch_size).contiguous().T
         rows = columns, response.expand(batch_size, -1)
-        step = check_coordinates("at", location.device, seed, step, first_example)
         return HyperBatch(*rows, step, seed, first_example, self, shared=True)
 
     def scales(self, raw_scale: Tensor) -> Tensor:

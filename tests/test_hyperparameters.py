@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -70,7 +71,8 @@ def test_initial_response_is_zero_when_shifted_and_the_location_when_raw():
     assert (space().at(location, batch_size=1).response == 0).all()
     raw = space().with_response("raw")
     assert torch.equal(raw.at(location, batch_size=1).response[0], location)
-    valued = space().with_response("value").at(location, batch_size=2)
+    floats = stn.HyperparameterSpace([one for one in space() if not one.integer])
+    valued = floats.with_response("value").at(floats.initial_state()[0], batch_size=2)
     assert torch.equal(valued.response, valued.values)
 
 
@@ -169,26 +171,180 @@ def test_columns_are_contiguous_and_looked_up_by_name():
         hyper["droput"]
 
 
+def test_names_are_looked_for_in_a_space_and_in_a_batch():
+    """`if "weight_decay" in space` was always false, and a penalty after it skipped."""
+    one = space()
+    hyper = one.at(one.initial_state()[0], batch_size=2)
+    for found in (one, hyper):
+        assert "weight_decay" in found
+        assert "weight_decoy" not in found
+        assert 0 not in found
+    assert one["dropout"] in one
+    assert [h.name for h in one] == list(one.names)
+    with pytest.raises(TypeError, match=r"not iterable: loop over hyper\.space\.names"):
+        list(hyper)
+    with pytest.raises(TypeError, match=r"by a name or by a slice of examples, as in hyper\[:2\], got 0"):
+        hyper[0]
+
+
+@pytest.mark.parametrize("rows", [slice(2), slice(2, 5), slice(-2, None), slice(3, 1), slice(None)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_slice_is_the_batch_of_those_examples_with_their_draws(rows, shared):
+    location, raw_scale = space().initial_state()
+    draw = dict(batch_size=6, seed=3, step=4, first_example=10)
+
+    def sampled():
+        return space().at(location + 1, **draw) if shared else space().sample(location, raw_scale, **draw)
+
+    hyper, part = sampled(), sampled()[rows]
+    assert torch.equal(part.values, hyper.values[rows])
+    assert torch.equal(part.response, hyper.response[rows])
+    assert len(part) == 0 or part["dropout"].is_contiguous()
+    assert (part.seed, part.step, part.shared, part.space) == (3, hyper.step, shared, hyper.space)
+    x, layer = torch.ones(6, 50), stn.PerExampleDropout("dropout", stream=1)
+    assert torch.equal(layer(x[rows], part), layer(x, hyper)[rows])
+    gated = stn.HyperLinear(50, 3, num_hyperparameters=4)
+    torch.testing.assert_close(gated(x[rows], part), gated(x, hyper)[rows])
+
+
+def test_a_slice_with_a_step_is_refused():
+    hyper = space().at(space().initial_state()[0], batch_size=6)
+    with pytest.raises(ValueError, match="consecutive examples: the slice must have step 1, got 2"):
+        hyper[::2]
+
+
+def test_a_batch_moves_to_a_device_whole():
+    location, raw_scale = space().initial_state()
+    hyper = space().sample(location, raw_scale, batch_size=6, seed=3, step=4)
+    moved = hyper.to("meta")
+    assert {t.device.type for t in (moved.values, moved.response, moved.step)} == {"meta"}
+    assert moved["dropout"].is_contiguous()
+    same = hyper.to("cpu")
+    assert torch.equal(same.values, hyper.values)
+    assert torch.equal(same.response, hyper.response)
+    assert (same.seed, same.step, same.first_example) == (hyper.seed, hyper.step, hyper.first_example)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(name="", init=0.0), "wants a name"),
-        (dict(name="p", low=0.0, high=0.9, init=0.0), r"'p': init=0.0 must lie strictly inside \(0.0, 0.9\)"),
-        (dict(name="p", low=0.0, high=0.9, init=0.9), "init=0.9 must lie strictly inside"),
+        (dict(name="", init=0.0), "name must be a string that is not empty, got ''"),
+        (dict(name="p", low=0.0, high=0.9, init=0.0), r"'p': init=0.0 must be strictly inside \(0.0, 0.9\)"),
+        (dict(name="p", low=0.0, high=0.9, init=0.9), "init=0.9 must be strictly inside"),
         (dict(name="p", low=0.0, init=-1.0), r"inside \(0.0, inf\)"),
         (dict(name="p", high=0.0, init=1.0), r"inside \(-inf, 0.0\)"),
         (dict(name="p", low=1.0, high=0.0, init=0.5), "low=1.0 must be below high=0.0"),
-        (dict(name="p", init=math.nan), "init=nan is not a finite number"),
-        (dict(name="p", init="0.3"), "init='0.3' is not a finite number"),
-        (dict(name="p", init=0.0, high=math.inf), "high=inf is not a finite number"),
-        (dict(name="p", init=0.0, scale=0.0), r"scale=0.0 must lie in \[0.0181, 3.0486\]"),
-        (dict(name="p", init=0.0, scale=4.0), "scale=4.0 must lie in"),
+        (dict(name="p", init=math.nan), "init must be a finite number, got nan"),
+        (dict(name="p", init="0.3"), "init must be a finite number, got '0.3'"),
+        (dict(name="p", init=0.0, high=math.inf), "high must be a finite number, got inf"),
+        (dict(name="p", init=0.0, scale=0.0), r"scale=0.0 must be in \[0.0181, 3.0486\]"),
+        (dict(name="p", init=0.0, scale=4.0), "scale=4.0 must be in"),
         (dict(name="p", init=0.0, response="shfted"), "'shfted' must be 'shifted', 'raw' or 'value'"),
     ],
 )
 def test_a_bad_hyperparameter_is_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         stn.Hyperparameter(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(init=1e39), "init=1e[+]39 is beyond float32"),
+        (dict(low=0.0, init=1e39), "init=1e[+]39 is beyond float32"),
+        (dict(low=-(10**400), init=0.0), "low must be a finite number"),
+        (dict(low=-1e308, high=1e308, init=1.0), "low=-1e[+]308 is beyond float32"),
+        (dict(low=-3e38, high=3e38, init=1.0), "high - low = 6e[+]38 is beyond float32"),
+        (dict(low=0.0, init=1e-50), r"init=1e-50 can't be told from a bound of \(0, inf\) in float32"),
+        (dict(high=1.0, init=0.99999999), "init=0.99999999 can't be told from a bound"),
+        (dict(low=1e3, high=2e3, init=1000.00001), "init=1000.00001 can't be told from a bound"),
+        (dict(low=0.0, high=0.9, init=0.9 - 1e-9), "can't be told from a bound of"),
+        (dict(low=1.0, high=1.00000001, init=1.000000005), "are the same number in float32"),
+        (dict(low=0.0, high=0.99999999, init=0.5), "values in float32 reach 1, which high=0.99999999 excludes"),
+        (dict(low=-0.5, high=1 - 2**-24, init=0.5), "values in float32 reach 1, which high=0.9999999"),
+        (dict(low=0.0, high=89.99999999, init=5.0), "reach 90, which high=89.99999999 excludes"),
+        (dict(low=1e-46, init=5.0), "reach 0, which low=1e-46 excludes"),
+        (dict(high=-1e-46, init=-5.0), "reach -0, which high=-1e-46 excludes"),
+        (dict(low=0, high=4, init=3.9999999, integer=True), "init=3.9999999 can't be told from a bound"),
+        (dict(low=0, high=8, init=3.9999999, integer=True), "init=3.9999999 is 4 in float32, so its floor"),
+    ],
+)
+def test_what_float32_cannot_hold_is_refused_where_it_is_given(arguments, message):
+    with pytest.raises(ValueError, match=f"hyperparameter 'p': .*{message}"):
+        stn.Hyperparameter("p", **arguments)
+
+
+@given(
+    low=st.none() | st.floats(-1e6, 1e6, width=32),
+    width=st.none() | st.floats(1e-6, 1e6),
+    share=st.floats(0.0, 1.0),
+    integer=st.booleans(),
+)
+def test_every_value_of_a_range_that_is_taken_is_finite_and_starts_inside(low, width, share, integer):
+    """`reach` is what float32 tensors reach, and the start is strictly inside and on the plateau of `init`."""
+    high = None if width is None else (low or 0.0) + width
+    init = (low or 0.0) + share * (width or 1.0)
+    try:
+        one = stn.HyperparameterSpace([stn.Hyperparameter("p", low=low, high=high, init=init, integer=integer)])
+    except ValueError:
+        return
+    least, most = one["p"].reach
+    for end in (-200.0, 200.0):
+        value = one.values(torch.tensor([end]))["p"]
+        assert math.isfinite(value)
+        assert (math.floor(least) if integer and math.isfinite(least) else least) <= value <= most
+    start = one.values(one.initial_state()[0])["p"]
+    assert (start == math.floor(init)) if integer else (least < start < most)
+
+
+def test_an_integer_just_below_a_whole_number_starts_below_it():
+    """The few roundings that keep 1 from starting as 0 don't lift 1.999999 to 2."""
+    for init, whole in ((1.999999, 1), (1.0, 1), (2.0, 2), (2.5, 2), (0.000001, 0)):
+        one = stn.HyperparameterSpace([stn.Hyperparameter("n", low=0, high=4, init=init, integer=True)])
+        assert one.values(one.initial_state()[0])["n"] == whole
+
+
+def test_the_default_device_and_dtype_have_no_say_in_the_checks():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            one = stn.Hyperparameter("n", low=0, high=4, init=3, integer=True)
+            with pytest.raises(ValueError, match=r"reach 1, which high=0\.99999999 excludes"):
+                stn.Hyperparameter("p", low=0.0, high=0.99999999, init=0.5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert one.start == stn.Hyperparameter("n", low=0, high=4, init=3, integer=True).start
+
+
+def test_an_integer_that_responds_with_its_value_is_refused():
+    """The floor has no gradient, so it would never be tuned, and nothing would say so."""
+    for make in (
+        lambda: stn.Hyperparameter("n", low=0, high=4, init=1, integer=True, response="value"),
+        lambda: space().with_response("value"),
+    ):
+        with pytest.raises(ValueError, match="integer=True and response='value' leave it untuned"):
+            make()
+
+
+@pytest.mark.parametrize("field", ["init", "low", "high", "scale"])
+def test_numpys_numbers_are_kept_as_pythons_and_bools_are_refused(field):
+    numbers = dict(low=0, high=8, init=2, scale=1)
+    for kind in (np.float32, np.float64, np.float16, np.int64, np.uint8):
+        one = stn.Hyperparameter("p", **numbers | {field: kind(numbers[field])})
+        assert one == stn.Hyperparameter("p", **numbers)
+        assert type(getattr(one, field)) in (int, float)
+    for wrong in (True, np.bool_(True), torch.tensor(1.0), np.array([1.0])):
+        with pytest.raises(ValueError, match=f"'p': {field} must be a finite number, got"):
+            stn.Hyperparameter("p", **numbers | {field: wrong})
+
+
+@pytest.mark.parametrize("field", ["integer", "per_example"])
+def test_text_is_no_switch(field):
+    """'False' is true to Python."""
+    for wrong in ("False", "no", 0, None):
+        with pytest.raises(ValueError, match=f"'p': {field} must be True or False, got"):
+            stn.Hyperparameter("p", init=0.0, **{field: wrong})
+    assert getattr(stn.Hyperparameter("p", init=0.0, **{field: np.bool_(False)}), field) is False
 
 
 def test_a_bad_space_is_refused_by_name():
@@ -205,16 +361,16 @@ def test_a_bad_space_is_refused_by_name():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(location=torch.zeros(3)), r"location \(4,\) float32.*got \(3,\)"),
-        (dict(step=-1), "step >= 0, or a tensor; got -1"),
-        (dict(first_example=-1), "first_example >= 0; got -1"),
+        (dict(location=torch.zeros(3)), r"location must be \(4,\) float32.*got \(3,\)"),
+        (dict(step=-1), "step must be an int >= 0.*or a 0-dim int64 tensor on cpu, got -1"),
+        (dict(first_example=-1), "first_example must be an int >= 0.*got -1"),
         (dict(step=torch.zeros(2, dtype=torch.int64)), "0-dim int64"),
-        (dict(step=torch.zeros(())), "0-dim int64 tensor on cpu; got .*float32"),
-        (dict(batch_size=-2), "batch_size >= 0"),
-        (dict(seed=-1), "0 <= seed"),
-        (dict(seed=0.5), "wants an int 0 <= seed.*got 0.5"),
-        (dict(step=1.9), "int step >= 0.*got 1.9"),
-        (dict(batch_size=1.5), "int batch_size >= 0; got 1.5"),
+        (dict(step=torch.zeros(())), "0-dim int64 tensor on cpu, got .*float32"),
+        (dict(batch_size=-2), "batch_size must be an int >= 0.*got -2"),
+        (dict(seed=-1), "seed must be an int >= 0"),
+        (dict(seed=0.5), "seed must be an int >= 0.*got 0.5"),
+        (dict(step=1.9), "step must be an int >= 0.*got 1.9"),
+        (dict(batch_size=1.5), "batch_size must be an int >= 0.*got 1.5"),
     ],
 )
 def test_bad_arguments_to_sample_are_named(change, message):
@@ -226,5 +382,5 @@ def test_bad_arguments_to_sample_are_named(change, message):
 
 def test_bad_location_to_at_and_values_is_named():
     for call in (lambda: space().at(torch.zeros(5), batch_size=1), lambda: space().values(torch.zeros(5))):
-        with pytest.raises(ValueError, match=r"location wants \(4,\) float32.*got \(5,\)"):
+        with pytest.raises(ValueError, match=r"location must be \(4,\) float32.*got \(5,\)"):
             call()

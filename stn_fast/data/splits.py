@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from stn_fast.errors import UserError
 
@@ -19,8 +20,9 @@ class Split(NamedTuple):
 
     @property
     def examples(self) -> int:
-        """N."""
-        return len(self.inputs)
+        """N, counted by the targets: a batch may have several inputs."""
+        targets = self.targets if isinstance(self.targets, Tensor) else pytree.tree_leaves(self.targets)[0]
+        return targets.shape[0]
 
     def to(self, device: torch.device | str) -> Split:
         """The same examples on ``device``."""

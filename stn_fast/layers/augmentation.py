@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stn_fast import functional
+from stn_fast import checks, functional
 from stn_fast.errors import did_you_mean
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter
 from stn_fast.layers.regularisers import _PerExampleRegulariser
@@ -62,9 +62,9 @@ class PerExampleAugmentation(_PerExampleRegulariser):
         self.names, who = tuple(names), type(self).__name__
         for name, numbers in (("mean", mean), ("std", std)):
             per_channel(who, name, numbers, len(mean))
-        check_settings(who, std, flip, crop_padding)
         self.mean, self.std = tuple(mean), tuple(std)
-        self.flip, self.crop_padding, self.image_size = flip, crop_padding, image_size
+        self.flip, self.crop_padding = check_settings(who, std, flip, crop_padding)
+        self.image_size = None if image_size is None else checks.whole_number(who, "image_size", image_size, 1)
         # Not part of the state: a checkpoint of the network behind loads with and without this layer.
         for name, numbers in (("_byte_mean", mean), ("_byte_std", std)):
             bytes_of = 255 * torch.tensor(numbers, dtype=torch.float64).view(-1, 1, 1)
@@ -89,6 +89,7 @@ class PerExampleAugmentation(_PerExampleRegulariser):
         return augmented.to(self._byte_mean.dtype)
 
     def _check_images(self, x: Tensor) -> None:
+        checks.tensor("PerExampleAugmentation", "x", x)
         channels, side = len(self.mean), self.image_size
         fits = x.ndim == 4 and x.shape[1] == channels and (side is None or tuple(x.shape[2:]) == (side, side))
         if x.dtype != torch.uint8 or not fits:

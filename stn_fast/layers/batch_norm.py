@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stn_fast import functional
+from stn_fast import checks, functional
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import GatedLayer, check_sizes, give_parameters
 from stn_fast.ops._transforms import in_transform
+from stn_fast.ops._uncast import product
 
 
 class HyperBatchNorm2d(GatedLayer):
@@ -21,6 +22,8 @@ class HyperBatchNorm2d(GatedLayer):
     changes them, nor does one under forward-mode AD or torch.func: the response step of a delta-STN is run on the batch
     that its general step has already counted.
 
+    Scale and shift are computed in the dtype of the parameters under autocast too, as torch.nn.BatchNorm2d's are.
+
     Parameters and buffers are named and shaped as in torch.nn.BatchNorm2d, so a plain checkpoint loads with
     strict=False. weight starts at 1 and bias at 0; the responses R, r uniform in ±1, as ±1/√fan_in with the one input
     that a channel has; the gates from N(0, 0.01²).
@@ -28,10 +31,17 @@ class HyperBatchNorm2d(GatedLayer):
     Args:
         num_features: C.
         eps: added to the variance.
-        momentum: weight of a new batch in the running statistics.
+        momentum: weight of a new batch in the running statistics, in [0, 1]; None for their plain average over all
+            batches so far. Its count is then read back from the device at each training pass, as torch does.
         num_hyperparameters: n, at least 1.
 
+    Processes that share a batch each have the statistics of their own part of it, as torch.nn.BatchNorm2d has:
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm leaves this layer as it is.
+
     Shapes: weight, response_weight, bias, response_bias, running_mean, running_var (C,); weight_gate, bias_gate (C, n).
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
     """
 
     running_mean: Tensor
@@ -45,13 +55,17 @@ class HyperBatchNorm2d(GatedLayer):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         *,
         num_hyperparameters: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         check_sizes("HyperBatchNorm2d", num_features=num_features, num_hyperparameters=num_hyperparameters)
+        if momentum is not None and not 0 <= checks.real_number("HyperBatchNorm2d", "momentum", momentum) <= 1:
+            raise ValueError(f"HyperBatchNorm2d: momentum must be in [0, 1], or None for the average, got {momentum}")
+        if checks.real_number("HyperBatchNorm2d", "eps", eps) < 0:
+            raise ValueError(f"HyperBatchNorm2d: eps must be >= 0, got {eps}")
         super().__init__((num_features,), True, num_hyperparameters, device, dtype)
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
@@ -65,6 +79,7 @@ class HyperBatchNorm2d(GatedLayer):
 
     def forward(self, x: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
         """(B, C, H, W) → the same; `hyper` is a HyperBatch or its response."""
+        checks.tensor("HyperBatchNorm2d", "x", x)
         if x.ndim != 4 or x.shape[1] != self.num_features:
             raise ValueError(
                 f"HyperBatchNorm2d has num_features={self.num_features} of (B, C, H, W); got x {tuple(x.shape)}"
@@ -86,10 +101,11 @@ class HyperBatchNorm2d(GatedLayer):
             if not in_transform():
                 self.num_batches_tracked.add_(1)
         # y = x̂ ⊙ scale + shift, and x̂ = (x - mean) / deviation
-        scale = torch.addcmul(self.weight, h @ self.weight_gate.T, self.response_weight)
-        shift = torch.addcmul(self.bias, h @ self.bias_gate.T, self.response_bias)
+        rows = (h if h.ndim == 2 else h[None]).to(self.weight.dtype)
+        scale = torch.addcmul(self.weight, product(rows, self.weight_gate.T), self.response_weight)
+        shift = torch.addcmul(self.bias, product(rows, self.bias_gate.T), self.response_bias)
         if h.ndim == 1:
-            return self._normalised(x, scale, shift)
+            return self._normalised(x, scale[0], shift[0])
         if self.training:
             x = self._normalised(x)
         else:
@@ -98,9 +114,12 @@ class HyperBatchNorm2d(GatedLayer):
         return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None]).to(x.dtype)
 
     def _normalised(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        frozen = self.training and in_transform()
-        mean, variance = (None, None) if frozen else (self.running_mean, self.running_var)
-        return F.batch_norm(x, mean, variance, scale, shift, self.training, self.momentum, self.eps)
+        if self.training and in_transform():
+            return F.batch_norm(x, None, None, scale, shift, True, 0.0, self.eps)
+        momentum = 0.0 if not self.training else self.momentum
+        if momentum is None:
+            momentum = 1 / float(self.num_batches_tracked)
+        return F.batch_norm(x, self.running_mean, self.running_var, scale, shift, self.training, momentum, self.eps)
 
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
         """0: weight decay is for filters, and leaves the scale and shift of normalised activations alone."""

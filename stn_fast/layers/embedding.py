@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stn_fast import functional
+from stn_fast import checks, functional
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter
-from stn_fast.layers.gated import GatedLayer, check_folding, check_sizes
+from stn_fast.layers.gated import GatedLayer, check_folding, check_sizes, check_switches
 from stn_fast.layers.regularisers import _PerBatchRegulariser, check_rate
 from stn_fast.ops.gated_embedding import fold
 
@@ -49,6 +49,7 @@ class HyperEmbedding(GatedLayer):
             embedding_dim=embedding_dim,
             num_hyperparameters=num_hyperparameters,
         )
+        check_switches("HyperEmbedding", sparse=sparse)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise ValueError(f"HyperEmbedding wants padding_idx as one of {num_embeddings} rows; got {padding_idx}")
         self.num_embeddings, self.embedding_dim, self.sparse = num_embeddings, embedding_dim, sparse
@@ -68,6 +69,7 @@ class HyperEmbedding(GatedLayer):
 
         `dropped` are the rate and the draw of `stn_fast.functional.gated_embedding`, which `EmbeddingDropout` knows.
         """
+        checks.tensor("HyperEmbedding", "tokens", tokens)
         self._check_response(hyper)
         return functional.gated_embedding(
             tokens,

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from stn_fast import functional
+from stn_fast import checks, functional
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.ops.gated_linear import fold
 
@@ -93,10 +93,15 @@ class GatedLayer(nn.Module):
 
 
 def check_sizes(layer: str, **sizes: int) -> None:
-    """Raises ValueError naming a size below 1."""
+    """Raises ValueError naming a size that isn't a whole number of at least 1."""
     for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{layer} wants {name} >= 1; got {value}")
+        checks.whole_number(layer, name, value, 1)
+
+
+def check_switches(layer: str, **switches: bool) -> None:
+    """Raises ValueError naming what is neither True nor False, such as 'False', which would count as true."""
+    for name, value in switches.items():
+        checks.switch(layer, name, value)
 
 
 def check_response(layer: str, num_hyperparameters: int, hyper: HyperBatch | Tensor) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stn_fast import functional
+from stn_fast import checks, functional
 from stn_fast.hyperparameters import HyperBatch
-from stn_fast.layers.gated import GatedLayer, check_sizes, give_parameters
+from stn_fast.layers.gated import GatedLayer, check_sizes, check_switches, give_parameters
 
 
 class HyperLinear(GatedLayer):
@@ -40,11 +40,13 @@ class HyperLinear(GatedLayer):
             out_features=out_features,
             num_hyperparameters=num_hyperparameters,
         )
+        check_switches("HyperLinear", bias=bias)
         super().__init__((out_features, in_features), bias, num_hyperparameters, device, dtype)
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x: Tensor, hyper: HyperBatch | Tensor, example_dim: int = 0) -> Tensor:
         """(..., I) → (..., O); `hyper` is a HyperBatch or its response, `example_dim` as in functional.gated_linear."""
+        checks.tensor("HyperLinear", "x", x)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"HyperLinear has in_features={self.in_features}; got x {tuple(x.shape)}")
         self._check_response(hyper)

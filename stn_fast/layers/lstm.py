@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from stn_fast import functional
+from stn_fast import checks, functional
 from stn_fast.functional import Weights
 from stn_fast.hyperparameters import HyperBatch
-from stn_fast.layers.gated import check_folding, check_response, check_sizes
+from stn_fast.layers.gated import check_folding, check_response, check_sizes, check_switches
 from stn_fast.layers.regularisers import DropConnect, PerExampleDropout
 from stn_fast.ops.gated_lstm import fold
 
@@ -34,7 +34,8 @@ class HyperLSTM(nn.Module):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, bidirectional: as in torch.nn.LSTM.
         dropout: name of the hyperparameter that is the rate of locked dropout behind every layer but the last, one
-            mask for all time steps of an example. None or 0.0 for none.
+            mask for all time steps of an example. A second call with one HyperBatch has another mask. None or 0.0 for
+            none.
         proj_size: 0; projections are not supported.
         num_hyperparameters: n, at least 1.
         recurrent_dropout: name of the hyperparameter that is the rate of DropConnect on the hidden-to-hidden matrices,
@@ -75,6 +76,7 @@ class HyperLSTM(nn.Module):
             num_layers=num_layers,
             num_hyperparameters=num_hyperparameters,
         )
+        check_switches("HyperLSTM", bias=bias, batch_first=batch_first, bidirectional=bidirectional)
         if proj_size != 0:
             raise ValueError(f"HyperLSTM has no projections of the hidden state: proj_size must be 0; got {proj_size}")
         super().__init__()
@@ -152,6 +154,7 @@ class HyperLSTM(nn.Module):
                 "HyperLSTM takes no PackedSequence; pad the sequences (torch.nn.utils.rnn.pad_packed_sequence) and "
                 "leave the padding out of the loss"
             )
+        checks.tensor("HyperLSTM", "x", x)
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
             raise ValueError(
                 f"HyperLSTM has input_size={self.input_size} and wants x ({'B, T' if self.batch_first else 'T, B'}, I) "

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stn_fast import functional
+from stn_fast import checks, functional
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter
+from stn_fast.ops._draw import stream_number
+from stn_fast.ops._transforms import in_function_transform
 
 
 class _Regulariser(nn.Module):
@@ -22,9 +24,7 @@ class _Regulariser(nn.Module):
 
     def __init__(self, name: str, *, stream: int):
         super().__init__()
-        if stream < 1:
-            raise ValueError(f"{type(self).__name__} wants stream >= 1, distinct for every layer; got {stream}")
-        self.name, self.stream = name, stream
+        self.name, self.stream = name, stream_number(type(self).__name__, stream)
 
     def _check_range(self, hyperparameter: Hyperparameter) -> None:
         raise NotImplementedError
@@ -37,7 +37,7 @@ class _Regulariser(nn.Module):
             )
 
     def _draw(self, hyper: HyperBatch) -> dict[str, Any]:
-        """Where this layer's random numbers lie."""
+        """RNG coordinates of this layer."""
         return dict(seed=hyper.seed, step=hyper.step, stream=self.stream)
 
     def extra_repr(self) -> str:
@@ -45,10 +45,14 @@ class _Regulariser(nn.Module):
 
 
 class _PerExampleRegulariser(_Regulariser):
-    """Each example has a strength of its own, and draws of its own wherever it is in the global batch."""
+    """Each example has a strength of its own, and draws of its own wherever it is in the global batch.
+
+    Each call with one HyperBatch draws anew; `HyperBatch.draw_seed` says what repeats a draw.
+    """
 
     def _check_batch(self, x: Tensor, hyper: HyperBatch, example_dim: int) -> None:
         self._check_hyper(hyper)
+        checks.tensor(type(self).__name__, "x", x)
         if x.shape[example_dim] != len(hyper):
             raise ValueError(
                 f"{type(self).__name__}({self.name!r}): x {tuple(x.shape)} has {x.shape[example_dim]} examples in "
@@ -61,11 +65,12 @@ class _PerExampleRegulariser(_Regulariser):
         return hyper[self.name]
 
     def _draw(self, hyper: HyperBatch) -> dict[str, Any]:
-        return dict(super()._draw(hyper), first_example=hyper.first_example)
+        """RNG coordinates of this call of the layer, the next with this batch."""
+        return dict(super()._draw(hyper), seed=hyper.draw_seed(self.stream), first_example=hyper.first_example)
 
 
 class _PerBatchRegulariser(_Regulariser):
-    """One strength serves the whole batch, and one draw: the same in every process that has a part of it."""
+    """One strength serves the whole batch, and one draw: the same at every call and in every process."""
 
     def _strength(self, hyper: HyperBatch) -> Tensor:
         """(1,), or (0,) of a batch without examples."""
@@ -82,11 +87,11 @@ class _PerBatchRegulariser(_Regulariser):
 
 def check_rate(hyperparameter: Hyperparameter) -> None:
     """Raises ValueError where a dropout rate could leave [0, 1), or not leave 0."""
-    name, low, high = hyperparameter.name, hyperparameter.low, hyperparameter.high
-    if low is None or low < 0 or high is None or high >= 1:
+    name, (low, high) = hyperparameter.name, hyperparameter.reach
+    if low < 0 or high >= 1:
         raise ValueError(
             f"hyperparameter {name!r} is a dropout rate and wants bounds 0 <= low and high < 1; "
-            f"got low={low}, high={high}"
+            f"got low={hyperparameter.low}, high={hyperparameter.high}"
         )
     if hyperparameter.integer:
         raise ValueError(f"hyperparameter {name!r} is a dropout rate, and integer=True leaves it nothing but 0")
@@ -132,6 +137,7 @@ class PerExampleDropout2d(PerExampleDropout):
         super().__init__(name, stream=stream, shared_dims=(-2, -1))
 
     def forward(self, x: Tensor, hyper: HyperBatch, example_dim: int = 0) -> Tensor:
+        checks.tensor("PerExampleDropout2d", "x", x)
         if x.ndim != 4 or example_dim != 0:
             raise ValueError(
                 f"PerExampleDropout2d({self.name!r}) wants images (B, C, H, W) and example_dim=0; "
@@ -140,7 +146,7 @@ class PerExampleDropout2d(PerExampleDropout):
         if not self.training:
             return x
         draw = dict(rate=self._strength(x, hyper, example_dim), **self._draw(hyper))
-        if x.is_contiguous(memory_format=torch.channels_last):
+        if not in_function_transform() and x.is_contiguous(memory_format=torch.channels_last):
             # The same masks, which count channels alone, on the images as they lie.
             return functional.dropout(x.permute(0, 2, 3, 1), **draw, shared_dims=(1, 2)).permute(0, 3, 1, 2)
         return functional.dropout(x, **draw, shared_dims=self.shared_dims)
@@ -188,6 +194,7 @@ class DropConnect(_PerBatchRegulariser):
 
     def forward(self, weight: Tensor, hyper: HyperBatch) -> Tensor:
         """Any shape → the same."""
+        checks.tensor("DropConnect", "weight", weight)
         if not self.training:
             return weight
         rate = self._strength(hyper)

@@ -55,8 +55,6 @@ def mlp(space: HyperparameterSpace, sizes: Sequence[int] = (64, 256, 256, 10)) -
         raise ValueError(f"mlp wants at least two sizes, input and output; got {tuple(sizes)}")
     layers = [HyperLinear(i, o, num_hyperparameters=len(space)) for i, o in pairwise(sizes)]
     rates = ["input_dropout", *(f"hidden_dropout_{i}" for i in range(1, len(layers)))]
-    dropouts = [
-        PerExampleDropout(name, stream=i) if name in space.names else None for i, name in enumerate(rates, start=2)
-    ]
-    noise = PerExampleNoise("input_noise", stream=1) if "input_noise" in space.names else None
+    dropouts = [PerExampleDropout(name, stream=i) if name in space else None for i, name in enumerate(rates, start=2)]
+    noise = PerExampleNoise("input_noise", stream=1) if "input_noise" in space else None
     return MLP(layers, dropouts, noise)

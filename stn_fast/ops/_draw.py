@@ -1,44 +1,82 @@
-"""Checks that operations share which draw random numbers: where a draw lies, and one strength an example."""
+"""Checks that operations share which draw random numbers: RNG coordinates, and one strength per example."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from stn_fast.checks import whole_number
+from stn_fast.ops._eager import traced
+from stn_fast.ops._transforms import in_function_transform
+
+
+class Coordinates(NamedTuple):
+    """What fixes a draw, beside the example and the element."""
+
+    step: Tensor
+    seed: int
+    first_example: int
+
 
 def check_coordinates(
     operation: str, device: torch.device, seed: int, step: Tensor | int, first_example: int
-) -> Tensor:
-    """Returns `step` as a tensor on the device; raises ValueError naming the coordinate that does not fit."""
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"{operation} wants an int 0 <= seed < 2**63; got {seed!r}")
-    if not isinstance(first_example, int) or first_example < 0:
-        raise ValueError(f"{operation} wants an int first_example >= 0; got {first_example!r}")
+) -> Coordinates:
+    """The coordinates, `step` as a tensor on the device; raises ValueError naming the one that does not fit.
+
+    NumPy's integers are taken. The value of a step that is a tensor is looked at on the CPU only.
+    """
+    seed = whole_number(operation, "seed", seed, 0)
+    first_example = whole_number(operation, "first_example", first_example, 0)
     if not isinstance(step, Tensor):
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"{operation} wants an int step >= 0, or a tensor; got {step!r}")
-        return torch.full((), step, dtype=torch.int64, device=device)
+        number = whole_number(operation, "step", step, 0, otherwise=f", or a 0-dim int64 tensor on {device}")
+        return Coordinates(torch.full((), number, dtype=torch.int64, device=device), seed, first_example)
     if step.ndim != 0 or step.dtype != torch.int64 or step.device != device:
         raise ValueError(
-            f"{operation} wants step as an int or a 0-dim int64 tensor on {device}; "
+            f"{operation}: step must be an int or a 0-dim int64 tensor on {device}, "
             f"got {tuple(step.shape)} {step.dtype} on {step.device}"
         )
-    return step
+    if device.type == "cpu" and not traced(step) and not in_function_transform() and step.item() < 0:
+        raise ValueError(f"{operation}: step must be >= 0, got {step}")
+    return Coordinates(step, seed, first_example)
 
 
-def check_strength(operation: str, name: str, strength: Tensor, x: Tensor, batch_size: int, stream: int) -> None:
-    """Raises ValueError where the strength is not one float32 number an example, or the stream is reserved."""
+def check_strength(operation: str, name: str, strength: Tensor, x: Tensor, batch_size: int, stream: int) -> int:
+    """`stream` as an int; raises ValueError where it is reserved, or the strength isn't one float32 per example."""
     if not isinstance(strength, Tensor):
         raise ValueError(
-            f"{operation} wants {name} as a tensor ({batch_size},) float32, one entry an example; got {strength!r}"
+            f"{operation}: {name} must be a tensor ({batch_size},) float32, one entry per example, got {strength!r}"
         )
     if strength.shape != (batch_size,) or strength.dtype != torch.float32 or strength.device != x.device:
         raise ValueError(
-            f"{operation} wants {name} ({batch_size},) float32 on {x.device}, one entry an example of x "
-            f"{tuple(x.shape)}; got {tuple(strength.shape)} {strength.dtype} on {strength.device}"
+            f"{operation}: {name} must be ({batch_size},) float32 on {x.device}, one entry per example of x "
+            f"{tuple(x.shape)}, got {tuple(strength.shape)} {strength.dtype} on {strength.device}"
         )
-    check_stream(operation, stream)
+    return check_stream(operation, stream)
 
 
-def check_stream(operation: str, stream: int) -> None:
-    """Raises ValueError where the stream is reserved or no 32-bit number."""
-    if not 1 <= stream < 2**32:
-        raise ValueError(f"{operation} wants 1 <= stream < 2**32 (0 draws the hyperparameters); got {stream}")
+def check_stream(operation: str, stream: int) -> int:
+    """`stream` as an int, of an operation that is about to draw; raises as `stream_number` and `check_randomness`."""
+    check_randomness(operation)
+    return stream_number(operation, stream)
+
+
+def stream_number(operation: str, stream: int) -> int:
+    """`stream` as an int; raises ValueError where it is reserved or no 32-bit number."""
+    return whole_number(operation, "stream", stream, 1, 2**32, " (0 draws the hyperparameters)")
+
+
+def check_randomness(operation: str) -> None:
+    """Raises RuntimeError inside a torch.vmap whose slices are not to draw the same numbers, as these operations do."""
+    if torch.compiler.is_compiling() or not in_function_transform():
+        return
+    for interpreter in torch._C._functorch.get_interpreter_stack() or ():
+        if interpreter.key() != torch._C._functorch.TransformType.Vmap:
+            continue
+        randomness = torch._C._functorch.CVmapInterpreterPtr(interpreter).randomness()
+        if randomness != torch._C._functorch.RandomnessType.Same:
+            raise RuntimeError(
+                f"{operation}: inside torch.vmap every slice draws the same numbers, which are fixed by seed, step and "
+                f"example: ask for that with randomness='same', got {str(randomness).rpartition('.')[2].lower()!r}"
+            )

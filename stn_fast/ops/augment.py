@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from stn_fast import random
+from stn_fast.checks import real_number, whole_number
 from stn_fast.dispatch import choose
 from stn_fast.errors import did_you_mean
 from stn_fast.ops._draw import check_coordinates, check_stream, check_strength
@@ -328,32 +329,31 @@ def augment(
     batch, channels, height, width = images.shape
     _check_strengths(images, strengths, stream)
     mean, std = (per_channel("augment", name, numbers, channels) for name, numbers in (("mean", mean), ("std", std)))
-    check_settings("augment", std, flip, crop_padding)
+    flip, crop_padding = check_settings("augment", std, flip, crop_padding)
     if crop_padding > min(height, width):
         raise ValueError(
             f"augment wants a crop_padding from 0 to the side of the images, {min(height, width)}; got {crop_padding}"
         )
-    check_stream("augment", stream)
-    step = check_coordinates("augment", images.device, seed, step, first_example)
+    stream = check_stream("augment", stream)
+    step, seed, first_example = check_coordinates("augment", images.device, seed, step, first_example)
     off = images.new_zeros(batch, dtype=torch.float32)
     table = torch.stack([strengths.get(name, off) for name in STRENGTHS])
     mask = sum(1 << k for k, name in enumerate(STRENGTHS) if name in strengths)
     arguments = (
-        images.contiguous(), table, step, mask, mean, std, seed, stream, first_example, float(flip), crop_padding
+        images.contiguous(), table, step, mask, mean, std, seed, stream, first_example, flip, crop_padding
     )  # fmt: skip
     if in_function_transform():
         return _defined(*arguments)
     return (_augment if traced(images, *strengths.values()) else _compute)(*arguments)
 
 
-def check_settings(who: str, std: Sequence[float], flip: float, crop_padding: int) -> None:
-    """Raises ValueError where a setting is wrong for images of any size; the message names the argument."""
+def check_settings(who: str, std: Sequence[float], flip: float, crop_padding: int) -> tuple[float, int]:
+    """(flip, crop_padding); raises ValueError naming a setting that is wrong for images of any size."""
     if not all(number > 0 for number in std):
         raise ValueError(f"{who} wants std > 0 for every channel; got {list(std)}")
-    if not 0 <= flip <= 1:
+    if not 0 <= real_number(who, "flip", flip) <= 1:
         raise ValueError(f"{who} wants flip in [0, 1], the rate of mirror images; got {flip}")
-    if not isinstance(crop_padding, int) or crop_padding < 0:
-        raise ValueError(f"{who} wants crop_padding as an int, at least 0; got {crop_padding!r}")
+    return float(flip), whole_number(who, "crop_padding", crop_padding, 0)
 
 
 def _check_images(images: Tensor) -> None:

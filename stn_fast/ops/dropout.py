@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stn_fast import random
+from stn_fast.checks import tensor
 from stn_fast.ops._draw import check_coordinates, check_strength
 from stn_fast.ops._eager import eager_function, known_sizes, register, traced
 from stn_fast.ops._transforms import in_transform
@@ -113,6 +114,7 @@ def mask_layout(shape: Sequence[int], example_dim: int, shared_dims: Sequence[in
     An element is numbered row by row over the dimensions that are not shared; shared dimensions get stride 0.
 
     Raises:
+        TypeError: x is not a tensor.
         ValueError: a dimension is out of range or counts examples and is shared, or the shared dimensions
             alternate with others too often to fit the four groups.
     """
@@ -185,13 +187,15 @@ def dropout(
         As x.
 
     Raises:
+        TypeError: x is not a tensor.
         ValueError: a shape, a dtype, seed, step or stream does not fit, or rate requires grad; the message names it.
     """
+    tensor("dropout", "x", x)
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"dropout wants a floating point x of at least one dimension; got {tuple(x.shape)} {x.dtype}")
     sizes, strides = mask_layout(x.shape, example_dim, shared_dims)
-    check_strength("dropout", "rate", rate, x, sizes[1], stream)
-    step = check_coordinates("dropout", x.device, seed, step, first_example)
+    stream = check_strength("dropout", "rate", rate, x, sizes[1], stream)
+    step, seed, first_example = check_coordinates("dropout", x.device, seed, step, first_example)
     if rate.requires_grad:
         raise ValueError("dropout: rate requires grad, but a mask has no gradient; pass rate.detach()")
     draw = (rate.contiguous(), step, seed, stream, first_example)

@@ -236,8 +236,8 @@ def gated_embedding(
                 f"gated_embedding wants rate (1,) float32 without a gradient; got {tuple(rate.shape)} {rate.dtype}, "
                 f"requires_grad={rate.requires_grad}"
             )
-        check_stream("gated_embedding", stream)
-        at = check_coordinates("gated_embedding", weight.device, seed, step, 0)
+        stream = check_stream("gated_embedding", stream)
+        at, seed, _ = check_coordinates("gated_embedding", weight.device, seed, step, 0)
     padding = _NO_PADDING if padding_idx is None else padding_idx % len(weight)
     example_dim %= max(1, tokens.ndim)
     outer, inner = math.prod(tokens.shape[:example_dim]), math.prod(tokens.shape[example_dim + 1 :])

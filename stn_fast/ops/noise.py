@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stn_fast import random
+from stn_fast.checks import tensor
 from stn_fast.ops._draw import check_coordinates, check_strength
 from stn_fast.ops._eager import eager_function, known_sizes, register, traced
 from stn_fast.ops._transforms import in_transform
@@ -148,8 +149,10 @@ def noise(
         As x.
 
     Raises:
+        TypeError: x is not a tensor.
         ValueError: a shape, dtype or range does not fit; the message names the argument.
     """
+    tensor("noise", "x", x)
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"noise wants a floating point x of at least one dimension; got {tuple(x.shape)} {x.dtype}")
     if not -x.ndim <= example_dim < x.ndim:
@@ -157,8 +160,8 @@ def noise(
     example_dim %= x.ndim
     batch = x.shape[example_dim]
     sizes = [math.prod(x.shape[:example_dim]), batch, math.prod(x.shape[example_dim + 1 :])]
-    check_strength("noise", "scale", scale, x, batch, stream)
-    step = check_coordinates("noise", x.device, seed, step, first_example)
+    stream = check_strength("noise", "scale", scale, x, batch, stream)
+    step, seed, first_example = check_coordinates("noise", x.device, seed, step, first_example)
     draw = (step, seed, stream, first_example)
     if in_transform():
         return reference(x, scale, _normal(step, seed, stream, first_example, sizes), sizes)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stn_fast import random
-from stn_fast.ops._draw import check_coordinates
+from stn_fast.checks import whole_number
+from stn_fast.ops._draw import check_coordinates, check_randomness
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.memory import address, reads_memory
@@ -244,8 +245,10 @@ def perturb(
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
     """
-    _check(location, raw_scale, center, table, batch_size)
-    step = check_coordinates("perturb", table.device, seed, step, first_example)
+    _check(location, raw_scale, center, table)
+    batch_size = whole_number("perturb", "batch_size", batch_size, 0)
+    check_randomness("perturb")
+    step, seed, first_example = check_coordinates("perturb", table.device, seed, step, first_example)
     if in_transform():
         noise = perturbation_noise(table, step, seed, batch_size, first_example)
         return reference(location, raw_scale, center, table, noise)
@@ -256,7 +259,7 @@ def perturb(
     return Perturbed(values, response)
 
 
-def _check(location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor, batch_size: int) -> None:
+def _check(location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor) -> None:
     n = len(table)
     if table.shape != (n, 6) or table.dtype != torch.float32 or not table.is_contiguous():
         raise ValueError(
@@ -271,5 +274,3 @@ def _check(location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor, b
             )
         if tensor.device != table.device:
             raise ValueError(f"perturb: {name} is on {tensor.device}, the table on {table.device}; move one of them")
-    if not isinstance(batch_size, int) or batch_size < 0:
-        raise ValueError(f"perturb wants an int batch_size >= 0; got {batch_size!r}")

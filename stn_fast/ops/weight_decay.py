@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from stn_fast.ops._uncast import product
+
 
 def weight_decay_penalty(
     weight: Tensor, response_weight: Tensor, weight_gate: Tensor, h: Tensor, decay: Tensor
@@ -20,7 +22,7 @@ def weight_decay_penalty(
         decay: (B,), in torch's convention: the gradient of the penalty to W is decay · W.
 
     Returns:
-        Scalar, float32 (float64 for a float64 weight), differentiable to every argument.
+        Scalar, float32 (float64 for a float64 weight), differentiable to every argument; under autocast too.
 
     Raises:
         ValueError: the shapes do not fit together, or the batch is empty.
@@ -41,8 +43,8 @@ def weight_decay_penalty(
     weight, response_weight = weight.flatten(1).to(dtype), response_weight.flatten(1).to(dtype)
     weight_gate, h, decay = weight_gate.to(dtype), h.to(dtype), decay.to(dtype)
     weighted = decay[:, None] * h
-    mean_gate = weight_gate @ weighted.sum(0) / batch
-    mean_square_gate = ((weight_gate @ (h.T @ weighted)) * weight_gate).sum(1) / batch
+    mean_gate = (weight_gate * weighted.sum(0)).sum(1) / batch
+    mean_square_gate = (product(weight_gate, product(h.T, weighted)) * weight_gate).sum(1) / batch
     per_output = (
         decay.mean() * weight.square().sum(1)
         + 2 * mean_gate * (weight * response_weight).sum(1)

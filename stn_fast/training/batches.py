@@ -1,13 +1,14 @@
-"""Batches of a split in an order that is a pure function of (seed, pass): resuming needs only a count."""
+"""Batches of a split in an order that is a pure function of (seed, pass), and what else is taken for a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from stn_fast.data import Split
 from stn_fast.training.staging import Staging
@@ -113,3 +114,46 @@ class Batches:
     def _shuffled(self, number: int) -> Tensor:
         order = np.random.default_rng([self.seed, self.stream, number]).permutation(len(self.split.inputs))
         return torch.from_numpy(order).to(self.split.inputs.device)
+
+
+def as_split(batch: Any, device: torch.device) -> Split:
+    """The inputs and targets of a batch as a DataLoader gives it; NumPy arrays become tensors on ``device``.
+
+    - (inputs, targets), a tuple or a list, is that; of three and more the last are the targets, and the inputs are a
+      tuple of the others.
+    - A dict, or a named tuple, has its `targets`; the inputs are its `inputs` where they are all that is left, else a
+      dict of what is.
+
+    Inputs and targets may themselves be tuples, lists and dicts of tensors; the first of the targets counts the
+    examples.
+
+    Raises:
+        TypeError: it is something else, or the targets count no examples.
+    """
+    if isinstance(batch, Split) and isinstance(batch.inputs, Tensor) and isinstance(batch.targets, Tensor):
+        return batch
+    if "targets" in getattr(batch, "_fields", ()):
+        batch = batch._asdict()
+    if isinstance(batch, Mapping) and "targets" in batch and len(batch) > 1:
+        rest = {key: value for key, value in batch.items() if key != "targets"}
+        inputs, targets = rest["inputs"] if rest.keys() == {"inputs"} else rest, batch["targets"]
+    elif isinstance(batch, tuple | list) and len(batch) > 1:
+        *first, targets = batch
+        inputs = first[0] if len(first) == 1 else tuple(first)
+    else:
+        kind = type(batch).__name__
+        got = f"a dict with the keys {', '.join(map(str, batch)) or '(none)'}" if isinstance(batch, Mapping) else kind
+        raise TypeError(
+            "a batch must be (inputs, targets), (input, ..., targets), or a dict with 'targets' and the inputs; "
+            f"got {got}"
+        )
+    split = Split(
+        *pytree.tree_map_only(np.ndarray, lambda array: torch.tensor(array, device=device), (inputs, targets))
+    )
+    counted = next(iter(pytree.tree_leaves(split.targets)), None)
+    if not isinstance(counted, Tensor) or counted.ndim == 0:
+        shown = "a tensor without dimensions" if isinstance(counted, Tensor) else type(counted).__name__
+        raise TypeError(
+            f"the targets of a batch must be tensors whose first dimension counts the examples, got {shown}"
+        )
+    return split

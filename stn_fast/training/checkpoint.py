@@ -20,7 +20,7 @@ from stn_fast.training.disk import make_directory, sync, write_through, writing
 from stn_fast.values import from_json, to_json
 
 STATE, MANIFEST = "state.pt", "manifest.json"
-FORMAT = 3  # counts the layouts of the state; another one is not read
+FORMAT = 4  # counts the layouts of the state; another one is not read
 KEPT = 2  # the last so many stay, beside the best of each
 
 

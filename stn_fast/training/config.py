@@ -261,6 +261,9 @@ class Config:
         _require(len(self.enabled) > 0, "hyperparameters", names, "needs at least one that is enabled")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be at least 0 and below 2**63")
         _require_at_least(1, threads=self.threads)
+        whole = [name for name, entry in self.enabled.items() if entry.integer and self.method.name == "stn"]
+        untuned = "leaves integers untuned, as their value has no gradient; use shifted or disable " + ", ".join(whole)
+        _require(self.method.response != "value" or not whole, "method.response", "value", untuned)
         share = self.train_fraction
         _require(0 < share <= 1, "train_fraction", share, "must be above 0 and at most 1")
         devices = ("cpu", "cuda")

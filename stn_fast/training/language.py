@@ -50,7 +50,7 @@ def activation_penalty(raw: Tensor, dropped: Tensor, hyper: HyperBatch) -> Tenso
     # A single word has no step before it.
     change = raw[1:] - raw[:-1] if len(raw) > 1 else raw.new_zeros(raw.shape)
     for name, activations in (("activation_regularization", dropped), ("temporal_activation_regularization", change)):
-        if name in hyper.space.names:
+        if name in hyper:
             low = hyper.space[name].low
             if low is None or low < 0:
                 raise ValueError(f"hyperparameter {name!r} weighs a penalty and wants a bound low >= 0; got low={low}")

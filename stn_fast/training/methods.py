@@ -10,26 +10,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stn_fast.checks import real_number, switch, whole_number
 from stn_fast.data import Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
-from stn_fast.layers.regularisers import _Regulariser
+from stn_fast.training.batches import as_split
 from stn_fast.training.config import Config, OptimizerConfig
+from stn_fast.training.finite import Attempt, Buffers, Guard, gradient_norms
+from stn_fast.training.hyper_state import described, reorder, saved_order
+from stn_fast.training.modes import TrainingModes, evaluating
+from stn_fast.training.parameters import (
+    check_streams,
+    hold_parameters,
+    is_gate,
+    is_response,
+    listed,
+    parameter_names,
+)
 from stn_fast.training.streams import Window, without_state
 from stn_fast.training.task import Objective, Task
 
-Batch = tuple[Tensor, Tensor] | Window
+# (inputs, targets) and what else `stn_fast.training.batches.as_split` takes, or a window of a text.
+Batch = Any
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-
-RESPONSE_PARAMETERS = ("response_weight", "response_bias", "weight_gate", "bias_gate")
 
 # fused: one pass over parameter, gradient and state.
 default_optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9, fused=True)
@@ -55,7 +65,15 @@ class FixedHyperparameters:
         optimizer: makes the optimizer from the parameters to train.
         clip: maximum Euclidean norm of a training step's gradient; a longer gradient is scaled down to it. None for no
             limit: self-tuning can then diverge.
+        skip_nonfinite: how many steps in a row whose loss or gradient is not finite are left out, each with a warning.
+            One more is an error; with 0, the first is.
         seed: with ``step``, fixes dropout masks and noise.
+
+    A step that is not finite changes no weight, no hyperparameter, no optimizer's state and no running statistics; the
+    next window of a text starts from zero. On CUDA the device leaves it out and the host, which does not wait, hears of
+    it a step or so later: there the error comes at a later call, or at ``check_finite``, which waits for what is
+    outstanding. Only at the first step does the host wait, and at each where an optimizer of many numbers is not fused
+    (``fused=True``). Steps that a CUDA graph replays are left out too, but not counted.
     """
 
     tunes = False
@@ -68,35 +86,109 @@ class FixedHyperparameters:
         *,
         optimizer: MakeOptimizer = default_optimizer,
         clip: float | None = 1.0,
+        skip_nonfinite: int = 0,
         seed: int = 0,
     ) -> None:
-        self.model, self.space, self.seed, self.clip = model, space.with_response("shifted"), seed, clip
+        self._prepare(model, space.with_response("shifted"), clip, skip_nonfinite, seed)
         self.training_objective = training_objective
-        check_streams(model)
         for name, parameter in model.named_parameters():
             if is_response(name):
                 parameter.requires_grad_(False)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = optimizer(trained)
+        self._optimizers = [self.optimizer]
         self.location, self.raw_scale = space.initial_state(trained[0].device)
+
+    def _prepare(
+        self, model: nn.Module, space: HyperparameterSpace, clip: float | None, skip_nonfinite: int, seed: int
+    ) -> None:
+        who = type(self).__name__
+        if clip is not None and not real_number(who, "clip", clip) > 0:
+            raise ValueError(f"{who}: clip must be above 0, or None for no limit, got {clip}")
+        self.model, self.space, self.clip = model, space, clip
+        self.seed = whole_number(who, "seed", seed, 0)
+        check_streams(model)
+        self._guard = Guard(whole_number(who, "skip_nonfinite", skip_nonfinite, 0))
+        self._modes, self._buffers = TrainingModes(model), Buffers(model)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out so far because the loss or a gradient was not finite."""
+        return self._guard.skipped
+
+    def check_finite(self) -> None:
+        """Waits for the device and judges all steps so far.
+
+        Raises:
+            NonFiniteError: one was not finite, and more in a row than ``skip_nonfinite`` allows.
+        """
+        self._guard.look(wait=True)
 
     def train_step(self, batch: Batch, step: int | Tensor) -> Tensor:
         """Updates the weights on one training batch: (inputs, targets), as a DataLoader gives it, or a ``Window``.
 
+        A model in training mode is left as it is, submodules that are in evaluation mode included. One in evaluation
+        mode is put back into the modes that it had when it was last in training mode at a step, or into training mode.
+
+        Args:
+            batch: what `stn_fast.training.batches.as_split` takes; the objective sees its ``inputs`` and ``targets``.
+            step: the number that fixes the step's random draws together with the seed.
+
         Returns the loss, a detached scalar on the device. What state the objective returns beside it goes to the next
         window.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is not finite, on CUDA of an earlier step.
+            TypeError: the batch is none.
+            RuntimeError: no gradient can be computed.
         """
-        batch = batch if isinstance(batch, Window) else Split(*batch)
-        self.model.train()
+        self._begin("train_step")
+        batch = self._batch(batch)
+        self._modes.resume()
+        put_back = self._buffers.keep()
         hyper = self._training_hyper(batch.examples, step)
-        loss = without_state(self.training_objective(self.model, batch, hyper), batch)
+        loss = self._loss("training", self.training_objective, batch, hyper)
+        if not loss.requires_grad:
+            raise RuntimeError(
+                "the training loss does not depend on any parameter that requires a gradient: compute it from the "
+                "model's outputs, and leave requires_grad on for what is to be trained"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.clip is not None:
-            trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(trained, self.clip)
-        self.optimizer.step()
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms = gradient_norms([parameter.grad for parameter in trained])
+        norm = torch.linalg.vector_norm(norms)
+
+        def undo(where: Tensor | None) -> None:
+            put_back(where)
+            if isinstance(batch, Window):
+                batch.carrier.forget(where)
+
+        def update() -> None:
+            if self.clip is not None:
+                nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
+            self.optimizer.step()
+
+        name = partial(parameter_names, self.model, trained)
+        self._guard.take(Attempt("training", step, loss, norms, norm, name), self.optimizer, update, undo)
         return loss.detach()
+
+    def _begin(self, call: str) -> None:
+        self._guard.look()
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{call} computes gradients, and torch.no_grad or torch.inference_mode is on around it: call it outside"
+            )
+
+    def _batch(self, batch: Batch) -> Split | Window:
+        return batch if isinstance(batch, Window) else as_split(batch, self.location.device)
+
+    def _loss(self, kind: str, objective: Objective, batch: Split | Window, hyper: HyperBatch) -> Tensor:
+        loss = without_state(objective(self.model, batch, hyper), batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"{kind}_objective must return a tensor of one number, the mean over examples; got {got}")
+        return loss
 
     def valid_step(self, batch: Batch, step: int | Tensor) -> Tensor:
         """Has nothing to do here."""
@@ -120,16 +212,37 @@ class FixedHyperparameters:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next step but the data and the step number."""
+        self.check_finite()
         return {
+            "hyperparameters": described(self.space),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "location": self.location.detach(),
             "raw_scale": self.raw_scale.detach(),
+            "skipped": {"steps": self._guard.skipped, "in_a_row": self._guard.in_a_row},
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what ``state_dict`` gave: weights and hyperparameters together."""
+        """Puts back what ``state_dict`` gave: weights and hyperparameters together.
+
+        Hyperparameters are told by their names. Where the state has them in another order, locations, scales and the
+        gates of this package's layers are put into the order of this method; a module of your own that reads
+        ``hyper.response`` by column is not.
+
+        Raises:
+            ValueError: hyperparameters, or their bounds, kinds or starts, are others than this method's; the message
+                says which. Nothing has been loaded then.
+        """
+        order = saved_order(state, self.space)
+        self._load(state)
+        if order != sorted(order):
+            named = self.model.named_parameters()
+            gates = [p for name, p in named if is_gate(name) and p.shape[-1] == len(order)]
+            reorder(order, [*gates, self.location, self.raw_scale], self._optimizers)
+        self._guard = Guard(self._guard.skip, state["skipped"]["steps"], state["skipped"]["in_a_row"])
+
+    @torch.no_grad()
+    def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.location.copy_(state["location"])
@@ -144,7 +257,7 @@ class SelfTuning(FixedHyperparameters):
     and raw scale alone, through the response; the model is in evaluation mode and no weight gradient is computed.
 
     Args:
-        model, space, training_objective, optimizer, clip, seed: as for ``FixedHyperparameters``.
+        model, space, training_objective, optimizer, clip, skip_nonfinite, seed: as for ``FixedHyperparameters``.
         validation_objective: F, without penalties.
         hyper_optimizer: makes the optimizer of location and raw scale.
         entropy_weight: τ.
@@ -165,12 +278,14 @@ class SelfTuning(FixedHyperparameters):
         tune_scales: bool = True,
         freeze: bool = False,
         clip: float | None = 1.0,
+        skip_nonfinite: int = 0,
         seed: int = 0,
     ) -> None:
-        self.model, self.space, self.seed, self.clip = model, space, seed, clip
+        self._prepare(model, space, clip, skip_nonfinite, seed)
         self.training_objective, self.validation_objective = training_objective, validation_objective
-        self.entropy_weight, self.tune_scales, self.tunes = entropy_weight, tune_scales, not freeze
-        check_streams(model)
+        self.entropy_weight = real_number("SelfTuning", "entropy_weight", entropy_weight)
+        self.tune_scales = switch("SelfTuning", "tune_scales", tune_scales)
+        self.tunes = not switch("SelfTuning", "freeze", freeze)
         parameters = list(model.parameters())
         self.optimizer = optimizer(parameters)
         self.location, self.raw_scale = space.initial_state(parameters[0].device)
@@ -178,6 +293,7 @@ class SelfTuning(FixedHyperparameters):
         if tune_scales:
             self.tuned.append(self.raw_scale.requires_grad_())
         self.hyper_optimizer = hyper_optimizer(self.tuned)
+        self._optimizers = [self.optimizer, self.hyper_optimizer]
 
     def scales(self) -> Tensor:
         return self.space.scales(self.raw_scale.detach())
@@ -192,24 +308,26 @@ class SelfTuning(FixedHyperparameters):
     def valid_step(self, batch: Batch, step: int | Tensor) -> Tensor:
         """Updates location and raw scale on one validation batch, as ``train_step`` takes it.
 
-        Returns F without its entropy term, a detached scalar on the device. Weights and their ``.grad`` are
-        left as they are.
+        Returns F without its entropy term, a detached scalar on the device. Weights, their ``.grad`` and the modes of
+        all modules are left as they are.
 
         Raises:
-            RuntimeError: no hyperparameter has a part in the validation loss.
+            NonFiniteError: the loss or a gradient is not finite, on CUDA of an earlier step.
+            RuntimeError: no hyperparameter has a part in the validation loss, or gradients are switched off.
+            TypeError: the batch is none.
         """
-        batch = batch if isinstance(batch, Window) else Split(*batch)
+        self._begin("valid_step")
         if not self.tunes:
             raise RuntimeError("freeze=True holds the hyperparameters: call train_step alone")
-        self.model.eval()
+        batch = self._batch(batch)
         size = batch.examples
-        with held(self.model.parameters()):
+        with evaluating(self.model), hold_parameters(self.model.parameters()):
             hyper = (
                 self._perturbed(size, step)
                 if self.tune_scales
                 else self.space.at(self.location, batch_size=size, seed=self.seed, step=step)
             )
-            loss = without_state(self.validation_objective(self.model, batch, hyper), batch)
+            loss = self._loss("validation", self.validation_objective, batch, hyper)
             if not loss.requires_grad:
                 raise RuntimeError(
                     "the validation loss does not depend on the hyperparameters: the model wants layers that "
@@ -217,49 +335,31 @@ class SelfTuning(FixedHyperparameters):
                 )
             objective = loss - self.entropy_weight * self.space.entropy(self.raw_scale)
             gradients = torch.autograd.grad(objective, self.tuned)
-        for tensor, gradient in zip(self.tuned, gradients, strict=True):
-            tensor.grad = gradient
-        self.hyper_optimizer.step()
+
+        def undo(where: Tensor | None) -> None:
+            if isinstance(batch, Window):
+                batch.carrier.forget(where)
+
+        def update() -> None:
+            for tensor, gradient in zip(self.tuned, gradients, strict=True):
+                tensor.grad = gradient
+            self.hyper_optimizer.step()
+
+        parts = sum(gradients[1:], gradients[0])  # one number per hyperparameter, finite only where both are
+        attempt = Attempt("validation", step, loss, parts, parts.sum(), self._hyperparameter_names)
+        self._guard.take(attempt, self.hyper_optimizer, update, undo)
         self.space.clamp_(self.raw_scale)
         return loss.detach()
+
+    def _hyperparameter_names(self, columns: Sequence[int]) -> str:
+        return listed([f"hyperparameter {self.space.names[k]!r}" for k in columns])
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "hyper_optimizer": self.hyper_optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+    def _load(self, state: dict[str, Any]) -> None:
+        super()._load(state)
         self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
-
-
-def is_response(name: str) -> bool:
-    """Whether a parameter of this name belongs to the response of a gated layer, not to its weights."""
-    return name.rpartition(".")[2].startswith(RESPONSE_PARAMETERS)
-
-
-def check_streams(model: nn.Module) -> None:
-    """Raises ValueError where two layers of the model would draw the same random numbers."""
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, _Regulariser):
-            if module.stream in owners:
-                raise ValueError(
-                    f"{owners[module.stream]!r} and {name!r} both draw from stream {module.stream}, so "
-                    "their noise would be one and the same; give every layer a stream of its own"
-                )
-            owners[module.stream] = name
-
-
-@contextmanager
-def held(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """No gradient is computed for ``parameters`` inside."""
-    wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_()
 
 
 def build_method(config: Config, task: Task) -> FixedHyperparameters:

@@ -38,6 +38,10 @@ class _Carrier:
         """Keeps what window ``index`` leaves, cut off from the graph that made it."""
         self._next, self._state = index + 1, _mapped(Tensor.detach, state)
 
+    def forget(self, where: Tensor | None = None) -> None:
+        """Lets the next window start from zero: always, or where a scalar tensor of bools on the device is true."""
+        self._state = None if where is None else _mapped(lambda kept: kept.masked_fill(where, 0), self._state)
+
     def state_for(self, index: int) -> State | None:
         """The state that window ``index`` starts from.
 

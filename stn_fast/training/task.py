@@ -61,7 +61,7 @@ def decayed_classification_loss(model: nn.Module, batch: Split, hyper: HyperBatc
     The matrices and filters of gated layers are decayed; biases and norms are not.
     """
     loss = classification_loss(model, batch, hyper)
-    if "weight_decay" not in hyper.space.names:
+    if "weight_decay" not in hyper:
         return loss
     decay = hyper["weight_decay"]
     for layer in model.modules():

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,8 +15,10 @@ from stn_fast.data import Split
 from stn_fast.errors import UserError
 from stn_fast.training import checkpoint
 from stn_fast.training.config import Config
+from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.methods import FixedHyperparameters
 from stn_fast.training.metrics import MeanLoss, MetricsLog, describe
+from stn_fast.training.modes import evaluating
 from stn_fast.training.plateau import Plateau
 from stn_fast.training.signals import Interrupted, StopRequest
 from stn_fast.training.streams import without_state
@@ -26,7 +28,7 @@ Row = dict[str, Any]
 
 
 class Diverged(RuntimeError):
-    """A loss is no longer finite."""
+    """A loss or a gradient is no longer finite."""
 
 
 class Trainer:
@@ -119,7 +121,7 @@ class Trainer:
         """Goes on from where the state is to the end of the schedule.
 
         Raises:
-            Diverged: a loss is not finite; no checkpoint holds that state.
+            Diverged: a loss or a gradient is not finite; no checkpoint holds that state.
             Interrupted: SIGINT or SIGTERM came; a checkpoint of the last whole step is written.
         """
         self._stepping_since = time.perf_counter()
@@ -143,6 +145,12 @@ class Trainer:
         self.wall_seconds = self._seconds()
 
     def _advance(self) -> None:
+        try:
+            self._take_step()
+        except NonFiniteError as error:
+            self._diverge(error.reason)
+
+    def _take_step(self) -> None:
         if self._cycle_closed:
             self.train_loss.add(self.method.train_step(self.train_batches[self.train_steps], self.step))
             self.train_steps += 1
@@ -159,6 +167,10 @@ class Trainer:
 
     def _report_epoch(self, log: MetricsLog) -> float:
         """Writes the epoch's rows and keeps count of the best; its validation loss."""
+        try:
+            self.method.check_finite()
+        except NonFiniteError as error:
+            self._diverge(error.reason)
         tuned = describe(self.method.space, self.method.location, self.method.scales())
         self._count_step_seconds()
         for phase, losses, batches, extra in (
@@ -188,7 +200,7 @@ class Trainer:
 
     def _write(self, log: MetricsLog, phase: str, loss: float, examples: int, since: float, extra: Row) -> None:
         if not math.isfinite(loss):
-            self._diverge(phase, loss)
+            self._diverge(f"the {phase} loss became {loss} by step {self.step}")
         now = self._seconds()
         row = {"step": self.step, "epoch": self.epoch, "phase": phase, "wall_seconds": round(now, 3), "loss": loss}
         row["examples_per_second"] = round(examples / max(now - since, 1e-9), 1)
@@ -197,7 +209,7 @@ class Trainer:
         self.rows = log.rows
         self.report(row)
 
-    def _diverge(self, phase: str, loss: float) -> None:
+    def _diverge(self, what: str) -> NoReturn:
         values = self.method.space.values(self.method.location)
         named = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
         rates = [f"optimizer.learning_rate (now {self.plateau.learning_rate:g})"]
@@ -206,7 +218,7 @@ class Trainer:
         if not all(math.isfinite(value) for value in values.values()):
             rates.reverse()  # the hyperparameters went first
         raise Diverged(
-            f"the {phase} loss became {loss} by step {self.step} (epoch {self.epoch}), hyperparameters then: {named}; "
+            f"{what} (epoch {self.epoch}), hyperparameters then: {named}; "
             f"lower {' or '.join(rates)}, with --no-resume or in another --run-dir. "
             f"The last good checkpoint is {self._last_checkpoint()}"
         )
@@ -221,14 +233,14 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, split: Split) -> dict[str, float]:
         """Scores of all of ``split`` at the unperturbed hyperparameters, on folded weights."""
-        self.method.model.eval()
         totals: dict[str, torch.Tensor] = {}
         size, device = self.config.schedule.eval_batch_size, self.method.location.device
-        for batch in self.task.batching.whole(split, size, test=split is self.task.data.test, device=device):
-            hyper = self.method.unperturbed(batch.examples)
-            scores = without_state(self.task.scores(self.method.model, batch, hyper), batch)
-            for name, value in scores.items():
-                totals[name] = totals.get(name, 0) + value.double()
+        with evaluating(self.method.model):
+            for batch in self.task.batching.whole(split, size, test=split is self.task.data.test, device=device):
+                hyper = self.method.unperturbed(batch.examples)
+                scores = without_state(self.task.scores(self.method.model, batch, hyper), batch)
+                for name, value in scores.items():
+                    totals[name] = totals.get(name, 0) + value.double()
         return self.task.report({name: total.item() / split.examples for name, total in totals.items()})
 
     def _save(self, log: MetricsLog) -> None:
@@ -236,10 +248,10 @@ class Trainer:
             return
         for phase, losses in (("train", self.train_loss), ("valid", self.valid_loss)):
             if not math.isfinite(total := losses.total.item()):
-                self._diverge(phase, total)
+                self._diverge(f"the {phase} loss became {total} by step {self.step}")
         learnt = (*self.method.model.parameters(), self.method.location)
         if not all(torch.isfinite(tensor).all() for tensor in learnt):
-            self._diverge("next", math.nan)
+            self._diverge(f"weights or hyperparameters are not finite after step {self.step}")
         self._count_step_seconds()
         log.sync()
         self.wall_seconds = self._seconds()

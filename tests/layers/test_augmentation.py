@@ -75,10 +75,10 @@ def test_it_adds_nothing_to_a_checkpoint_and_follows_its_network_to_other_device
 
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_it_gives_the_same_images(training):
-    augmentation, x, hyper = layer(flip=0.5).train(training), images(), sampled(6)
+    augmentation, x = layer(flip=0.5).train(training), images()
     torch._dynamo.reset()
     compiled = torch.compile(augmentation, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, hyper), augmentation(x, hyper))
+    assert torch.equal(compiled(x, sampled(6)), augmentation(x, sampled(6)))
 
 
 @pytest.mark.parametrize(
@@ -118,13 +118,13 @@ def test_the_images_have_the_dtype_of_the_model_in_training_as_in_evaluation(tra
         (dict(std=(0.2, 0.0, 0.2)), r"std > 0 for every channel; got \[0.2, 0.0, 0.2\]"),
         (dict(mean=(0.2, float("nan"), 0.2)), "mean of 3 finite numbers"),
         (dict(flip=1.5), r"flip in \[0, 1\].*got 1.5"),
-        (dict(crop_padding=-1), "crop_padding as an int, at least 0; got -1"),
-        (dict(crop_padding=0.5), "crop_padding as an int, at least 0; got 0.5"),
+        (dict(crop_padding=-1), "crop_padding must be an int >= 0.*got -1"),
+        (dict(crop_padding=0.5), "crop_padding must be an int >= 0.*got 0.5"),
     ],
     ids=str,
 )
 def test_settings_are_refused_where_the_layer_is_made(options, message):
-    with pytest.raises(ValueError, match=f"PerExampleAugmentation wants {message}"):
+    with pytest.raises(ValueError, match=f"PerExampleAugmentation.*{message}"):
         layer(**options)
 
 
@@ -135,7 +135,7 @@ def test_misfits_are_named():
         layer(["hue", "scale", "hue"])
     with pytest.raises(ValueError, match=r"for 1 or 3 channels; got \(0.49, 0.48, 0.45\) and \(0.5,\)"):
         layer(std=(0.5,))
-    with pytest.raises(ValueError, match=r"stream >= 1.*got 0"):
+    with pytest.raises(ValueError, match=r"stream must be an int >= 1.*got 0"):
         layer(stream=0)
     with pytest.raises(ValueError, match=r"has 6 examples.*HyperBatch 5"):
         layer()(images(), sampled(5))

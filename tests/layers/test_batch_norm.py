@@ -184,5 +184,73 @@ def test_misfits_are_named():
         layer(x, torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"num_hyperparameters=2; got 3"):
         layer(x, torch.zeros(4, 3))
-    with pytest.raises(ValueError, match=r"num_features >= 1; got 0"):
+    with pytest.raises(ValueError, match=r"num_features must be an int >= 1.*got 0"):
         stn.HyperBatchNorm2d(0, num_hyperparameters=2)
+
+
+def test_without_a_momentum_the_statistics_are_the_average_over_all_batches():
+    """As torch.nn.BatchNorm2d(momentum=None) has them, in evaluation and after a checkpoint too."""
+    layer, plain = layer_of(momentum=None), torch.nn.BatchNorm2d(5, momentum=None, dtype=torch.float64)
+    plain.load_state_dict({name: layer.state_dict()[name] for name in plain.state_dict()})
+    zero, batches = torch.zeros(4, 2, dtype=torch.float64), [images() for _ in range(4)]
+    for x in batches[:3]:
+        assert relative_error(layer(x, zero), plain(x)) < 1e-13
+    assert relative_error(layer.running_mean, torch.stack([x.mean((0, 2, 3)) for x in batches[:3]]).mean(0)) < 1e-13
+    again = stn.HyperBatchNorm2d(5, momentum=None, num_hyperparameters=2, dtype=torch.float64)
+    again.load_state_dict(layer.state_dict())
+    assert relative_error(again(batches[3], zero), plain(batches[3])) < 1e-13
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(getattr(again, name), getattr(plain, name))
+    assert relative_error(again.eval()(batches[0], zero), plain.eval()(batches[0])) < 1e-13
+    assert again.fold(torch.zeros(2)).momentum is None
+
+
+def test_without_a_momentum_a_transform_leaves_the_statistics_alone():
+    layer, response = layer_of(momentum=None), torch.zeros(4, 2, dtype=torch.float64)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    torch.func.jvp(lambda h: layer(images(), h), (response,), (response,))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.1, 10, "0.1", float("nan"), True])
+def test_a_momentum_out_of_range_is_refused(momentum):
+    with pytest.raises(ValueError, match="HyperBatchNorm2d: momentum must be"):
+        stn.HyperBatchNorm2d(5, momentum=momentum, num_hyperparameters=2)
+    for edge in (0, 1, 0.0, 1.0):
+        stn.HyperBatchNorm2d(5, momentum=edge, num_hyperparameters=2)(images().float(), sampled(4))
+
+
+@pytest.mark.parametrize("eps", [-1e-5, "0", None])
+def test_an_eps_that_is_no_variance_is_refused(eps):
+    with pytest.raises(ValueError, match="HyperBatchNorm2d: eps must be"):
+        stn.HyperBatchNorm2d(5, eps=eps, num_hyperparameters=2)
+
+
+def test_conversion_to_sync_batch_norm_leaves_the_layer_working():
+    layer, x = layer_of(), images()
+    model = torch.nn.ModuleList([layer, torch.nn.BatchNorm2d(5)])
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert converted[0] is layer
+    assert isinstance(converted[1], torch.nn.SyncBatchNorm)
+    response = torch.randn(4, 2, dtype=torch.float64)
+    assert relative_error(converted[0](x, response), written_out(layer, x, response)) < 1e-13
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_autocast_around_either_pass_changes_nothing_of_float32(training, shared):
+    """torch.nn.BatchNorm2d stays in float32 under autocast, and so does what makes scale and shift."""
+    layer, x = layer_of(dtype=torch.float32).train(training), images().float().requires_grad_()
+    response = torch.randn(2) if shared else torch.randn(4, 2)
+    response.requires_grad_()
+    leaves, dy = [x, response, *layer.parameters()], images().float()
+
+    def results(forward, backward):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=forward):
+            y = layer(x, response)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward):
+            return y, *torch.autograd.grad(y, leaves, dy)
+
+    want = results(False, False)
+    for forward, backward in ((True, False), (False, True), (True, True)):
+        assert all(map(torch.equal, results(forward, backward), want))

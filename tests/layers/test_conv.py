@@ -115,9 +115,9 @@ def test_relu_is_that_of_the_layer_without_it():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(in_channels=0), "in_channels >= 1; got 0"),
-        (dict(out_channels=-1), "out_channels >= 1; got -1"),
-        (dict(num_hyperparameters=0), "num_hyperparameters >= 1; got 0"),
+        (dict(in_channels=0), "in_channels must be an int >= 1.*got 0"),
+        (dict(out_channels=-1), "out_channels must be an int >= 1.*got -1"),
+        (dict(num_hyperparameters=0), "num_hyperparameters must be an int >= 1.*got 0"),
         (dict(groups=3), "in_channels divisible by groups=3; got 4"),
         (dict(groups=4), "out_channels divisible by groups=4; got 6"),
         (dict(kernel_size=3.0), "kernel_size as an int or a pair of them, at least 1; got 3.0"),

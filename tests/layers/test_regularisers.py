@@ -109,7 +109,7 @@ def test_a_response_alone_says_nothing_to_draw_by(layer):
 
 
 def test_misfits_are_named():
-    with pytest.raises(ValueError, match=r"stream >= 1.*got 0"):
+    with pytest.raises(ValueError, match=r"stream must be an int >= 1.*got 0"):
         stn.PerExampleDropout("rate", stream=0)
     with pytest.raises(ValueError, match=r"x \(4, 2\) has 4 examples.*HyperBatch 3"):
         stn.PerExampleDropout("rate", stream=1)(torch.ones(4, 2), sampled(3))

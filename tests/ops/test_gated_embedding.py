@@ -394,7 +394,7 @@ def test_torch_s_default_dtype_and_device_don_t_change_what_the_core_reads():
         (dict(padding_idx=9), r"padding_idx=9 is no row of weight \(9, 7\)"),
         (dict(rate=torch.tensor(0.5)), r"rate \(1,\) float32.*got \(\)"),
         (dict(rate=torch.tensor([0.5], requires_grad=True)), r"requires_grad=True"),
-        (dict(rate=torch.tensor([0.5]), stream=0), r"1 <= stream"),
+        (dict(rate=torch.tensor([0.5]), stream=0), r"stream must be an int >= 1"),
     ],
 )
 def test_misfits_are_named(change, message):

@@ -59,3 +59,57 @@ def test_misfits_are_named():
         weight_decay_penalty(weight, response_weight, weight_gate, h, decay[:3])
     with pytest.raises(ValueError, match="empty batch"):
         weight_decay_penalty(weight, response_weight, weight_gate, h[:0], decay[:0])
+
+
+def float32(batch=32):
+    return [t.detach().float().requires_grad_() for t in operands((64, 64), batch, 5)]
+
+
+def autocast(on=True):
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=on)
+
+
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("backward", [True, False])
+def test_autocast_around_either_pass_changes_nothing(forward, backward):
+    tensors = float32()
+    want = torch.autograd.grad(weight_decay_penalty(*tensors), tensors)
+    with autocast(forward):
+        penalty = weight_decay_penalty(*tensors)
+    assert torch.equal(penalty, weight_decay_penalty(*tensors))
+    with autocast(backward):
+        got = torch.autograd.grad(penalty, tensors)
+    assert all(map(torch.equal, got, want))
+
+
+def test_autocast_changes_nothing_of_the_second_derivative():
+    def second(on):
+        tensors = float32()
+        with autocast(on):
+            first = torch.autograd.grad(weight_decay_penalty(*tensors), tensors, create_graph=True)
+            return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+    assert all(map(torch.equal, second(True), second(False)))
+    tensors = [t.detach()[:2, ..., :2].contiguous().requires_grad_() for t in operands()[:4]]
+    tensors.append(torch.rand(2, dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradgradcheck(weight_decay_penalty, tensors)
+
+
+def test_autocast_changes_nothing_of_transforms_and_compiled_passes():
+    weight, *others = (t.detach() for t in float32())
+    for make in (
+        lambda f: torch.func.grad(f),
+        lambda f: lambda w: torch.func.jvp(f, (w,), (torch.ones_like(w),))[1],
+        lambda f: lambda w: torch.func.vmap(torch.func.grad(f))(torch.stack([w, 2 * w])),
+    ):
+        run = make(lambda w: weight_decay_penalty(w, *others))
+        want = run(weight)
+        with autocast():
+            got = run(weight)
+        assert relative_error(got, want) < 1e-6
+    leaf = weight.clone().requires_grad_()
+    compiled = torch.compile(lambda w: weight_decay_penalty(w, *others), fullgraph=True, backend="aot_eager")
+    (want,) = torch.autograd.grad(weight_decay_penalty(leaf, *others), leaf)
+    with autocast():
+        (got,) = torch.autograd.grad(compiled(leaf), leaf)
+    assert relative_error(got, want) < 1e-6

@@ -1,11 +1,14 @@
 """Batches: every example once a pass, orders that differ between passes and repeat between runs."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from stn_fast.data import Split
 from stn_fast.training import batches as batches_module
-from stn_fast.training.batches import Batches
+from stn_fast.training.batches import Batches, as_split
 
 
 def numbered(count):
@@ -91,3 +94,78 @@ def test_batches_from_host_memory_reach_the_device_whole_while_it_is_busy():
         expected = here[index]
         assert torch.equal(targets.cpu(), expected.targets)
         assert torch.equal(sums.cpu(), expected.inputs.float().sum((1, 2, 3)))
+
+
+X, Y = torch.arange(12.0).view(4, 3), torch.tensor([0, 1, 0, 1])
+
+
+class Pair(NamedTuple):
+    """Its fields the other way round."""
+
+    targets: torch.Tensor
+    inputs: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("batch", "inputs"),
+    [
+        ((X, Y), X),
+        ([X, Y], X),
+        (Split(X, Y), X),
+        ({"inputs": X, "targets": Y}, X),
+        ({"targets": Y, "inputs": X}, X),
+        (Pair(Y, X), X),
+        ((X, 2 * X, Y), (X, 2 * X)),
+        ({"targets": Y, "words": X, "mask": 2 * X}, {"words": X, "mask": 2 * X}),
+        ({"targets": Y, "words": X}, {"words": X}),
+        (((X, 2 * X), Y), (X, 2 * X)),
+        (({"words": X}, Y), {"words": X}),
+        ((X.numpy(), Y.numpy()), X),
+        ({"inputs": X.numpy(), "targets": Y}, X),
+        (((X.numpy(), 2 * X), Y.numpy()), (X, 2 * X)),
+    ],
+)
+def test_what_a_loader_gives_has_inputs_and_targets(batch, inputs):
+    split = as_split(batch, torch.device("cpu"))
+    assert torch.equal(split.targets, Y)
+    assert split.examples == 4
+    got, want = pytree.tree_flatten(split.inputs), pytree.tree_flatten(inputs)
+    assert got[1] == want[1]
+    assert all(map(torch.equal, got[0], want[0]))
+
+
+def test_examples_are_counted_by_the_targets():
+    assert as_split((X.T, X, Y), torch.device("cpu")).examples == 4
+    assert as_split((X.T, (Y, X)), torch.device("cpu")).examples == 4
+    assert as_split((X.T, {"boxes": X, "labels": Y}), torch.device("cpu")).examples == 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [
+        (X, "got Tensor"),
+        ((X,), "got tuple"),
+        ([], "got list"),
+        (None, "got NoneType"),
+        ({"inputs": X, "labels": Y}, "got a dict with the keys inputs, labels"),
+        ({"targets": Y}, "got a dict with the keys targets"),
+        ({}, r"got a dict with the keys \(none\)"),
+    ],
+)
+def test_what_is_no_batch_is_named_with_what_would_be(batch, got):
+    with pytest.raises(TypeError, match=rf"a batch must be \(inputs, targets\).*a dict with 'targets'.*{got}$"):
+        as_split(batch, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("targets", "got"),
+    [
+        (None, "got NoneType"),
+        (3, "got int"),
+        (torch.tensor(3), "got a tensor without dimensions"),
+        ([], "got NoneType"),
+    ],
+)
+def test_targets_that_count_no_examples_are_named(targets, got):
+    with pytest.raises(TypeError, match=f"first dimension counts the examples, {got}"):
+        as_split((X, targets), torch.device("cpu"))

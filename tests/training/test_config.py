@@ -63,6 +63,15 @@ def test_a_wrong_value_is_refused_by_name(pair, says):
         resolve(digits.config(), None, [pair])
 
 
+def test_integers_cannot_respond_with_their_value():
+    config = recipe("cifar10").config()
+    with pytest.raises(UserError, match=r"method.response = 'value': leaves integers untuned.*disable cutout_"):
+        resolve(config, None, ["method.response=value"])
+    names = [name for name, entry in config.hyperparameters.items() if entry.integer]
+    without = [f"hyperparameters.{name}.enabled=false" for name in names]
+    build_space(resolve(config, None, ["method.response=value", *without]))
+
+
 def test_fixed_hyperparameters_cannot_also_be_frozen():
     with pytest.raises(UserError, match="--freeze"):
         resolve(digits.config(), None, ["method.name=fixed"], {"method.freeze": True})

@@ -241,3 +241,59 @@ def test_the_gradient_of_a_training_step_has_a_norm_of_at_most_one_unless_told_o
 
     assert norm() == pytest.approx(1.0, rel=1e-3)
     assert norm(clip=None) > 100
+
+
+def test_a_model_of_several_inputs_takes_them_from_the_batch(batch):
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp(SPACE, (6, 16, 4))
+
+        def forward(self, x, mask, hyper):
+            return self.net(x * mask, hyper)
+
+    def by_place(model, batch, hyper):
+        return F.cross_entropy(model(*batch.inputs, hyper), batch.targets)
+
+    def by_name(model, batch, hyper):
+        return F.cross_entropy(model(batch.inputs["x"], batch.inputs["mask"], hyper), batch.targets)
+
+    (x, y), mask = batch, torch.ones(6)
+    losses = []
+    for objective, given in ((by_place, (x, mask, y)), (by_name, {"x": x, "mask": mask, "targets": y})):
+        torch.manual_seed(0)
+        method = SelfTuning(Two(), SPACE, objective, objective)
+        losses.append((method.train_step(given, 0), method.valid_step(given, 1)))
+    assert losses[0] == losses[1]
+
+
+def test_arrays_of_numpy_are_a_batch(model, batch):
+    one, other = self_tuning(copy.deepcopy(model)), self_tuning(model)
+    arrays = {"inputs": batch.inputs.numpy(), "targets": batch.targets.numpy()}
+    assert torch.equal(one.train_step(arrays, 0), other.train_step(batch, 0))
+    assert torch.equal(one.valid_step(tuple(arrays.values()), 1), other.valid_step(batch, 1))
+
+
+@pytest.mark.parametrize("switch", [torch.no_grad, torch.inference_mode])
+def test_steps_without_gradients_blame_what_switched_them_off(model, batch, switch):
+    method = self_tuning(model)
+    for name in ("train_step", "valid_step"):
+        with switch(), pytest.raises(RuntimeError, match=f"{name} computes gradients, and torch.no_grad or"):
+            getattr(method, name)(batch, 0)
+
+
+def test_a_training_loss_that_trains_nothing_is_named(model, batch):
+    method = self_tuning(model.requires_grad_(False).requires_grad_(True))
+    model.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="the training loss does not depend on any parameter that requires"):
+        method.train_step(batch, 0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "got"), [(1.5, "got float"), (torch.ones(4), r"got a tensor \(4,\)"), (None, "NoneType")]
+)
+def test_an_objective_that_returns_no_mean_is_named(model, batch, loss, got):
+    method = SelfTuning(model, SPACE, lambda *given: loss, lambda *given: loss)
+    for kind, step in (("training", method.train_step), ("validation", method.valid_step)):
+        with pytest.raises(TypeError, match=f"{kind}_objective must return a tensor of one number.*{got}"):
+            step(batch, 0)

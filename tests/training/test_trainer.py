@@ -14,6 +14,7 @@ from stn_fast.training import checkpoint
 from stn_fast.training.methods import FixedHyperparameters, build_method
 from stn_fast.training.progress import Progress
 from stn_fast.training.run import run, using_threads
+from stn_fast.training.task import classification_loss
 from stn_fast.training.trainer import Diverged, Trainer
 
 
@@ -251,11 +252,32 @@ def test_a_lost_config_is_noticed(train):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_no_checkpoint_holds_it(train, make_config):
     pairs = ("optimizer.learning_rate=1e6", "optimizer.momentum=0", "optimizer.clip=null")
-    with pytest.raises(Diverged, match=r"loss became .* by step .*input_dropout 0.3.*lower optimizer.learning_rate"):
+    with pytest.raises(Diverged, match=r"training loss is nan at step 2 .*dropout 0.3.*lower optimizer.learning_rate"):
         train(*pairs)
     root = make_config(*pairs).directory
     _, state = checkpoint.read_newest(checkpoint.Path(root) / "checkpoints", "cpu", print)
     assert all(torch.isfinite(weight).all() for weight in state["method"]["model"].values())
+
+
+def test_a_step_that_is_not_finite_ends_the_run_at_once_and_says_what_it_was(train, monkeypatch):
+    def poisoned(model, batch, hyper, loss=classification_loss):
+        return loss(model, batch, hyper) + 0 * (0 * hyper["weight_decay"]).sqrt().sum()
+
+    monkeypatch.setattr("stn_fast.training.task.classification_loss", poisoned)
+    with pytest.raises(
+        Diverged, match=r"the gradient of hyperparameter 'weight_decay' is not finite at validation step"
+    ):
+        train()
+
+
+def test_an_evaluation_leaves_a_frozen_module_frozen(make_config, tmp_path):
+    config = make_config()
+    task = digits.build(config)
+    trainer = Trainer(config, task, build_method(config, task), tmp_path / "checkpoints")
+    task.model.layers[0].eval()
+    trainer.evaluate(task.data.valid)
+    assert task.model.training
+    assert not task.model.layers[0].training
 
 
 def test_a_run_leaves_the_number_of_threads_as_it_was(train):

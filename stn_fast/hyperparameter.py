@@ -1,0 +1,174 @@
+"""One hyperparameter: its range, where it starts, how widely it is explored, and what float32 makes of that."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from stn_fast.checks import real_number, switch
+from stn_fast.ops.perturb import BOTH_BOUNDS, LOWER_BOUND, NO_BOUND, RAW_SCALE_BOUNDS, UPPER_BOUND, constrain
+
+Response = Literal["shifted", "raw", "value"]
+
+
+def inverse_softplus(y: float) -> float:
+    """x with log(1 + eˣ) = y > 0, exact for tiny and for large y."""
+    return y + math.log(-math.expm1(-y))
+
+
+SCALE_BOUNDS = tuple(math.log1p(math.exp(bound)) for bound in RAW_SCALE_BOUNDS)
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """One tuned hyperparameter: its range, where it starts, and how widely it is explored.
+
+    The unconstrained location λ maps to the value: low + (high − low)·sigmoid(λ) with both bounds,
+    low + softplus(λ) with a lower one, high − softplus(−λ) with an upper one, λ itself with none.
+
+    Args:
+        name: how it is looked up, `hyper["name"]`.
+        init: constrained value to start from, strictly inside (low, high), in float32 too. For an integer a half, such
+            as 1.5, starts in the middle of its plateau.
+        low, high: bounds, None for unbounded. The upper bound of a dropout rate must be below 1. Values are float32, so
+            one that is whole must not be what float32 makes of a bound just off it, as of 0.99999999.
+        scale: initial standard deviation σ of the perturbation of λ, within [0.0181, 3.0486].
+        integer: the value is the floor of the constrained one. No gradient passes through the floor; the
+            response of the weights still carries one.
+        per_example: each example draws its own perturbation; False draws one for the whole batch.
+        response: what the gates of the layers see: "shifted" λ̃ − λ₀ (default, well conditioned), "raw" λ̃ or
+            "value" the constrained value (both as published; prone to diverge). An integer's value has no gradient,
+            so "value" is not for integers.
+
+    Numbers may be NumPy's, and are kept as Python's.
+
+    Attributes:
+        reach: the lowest and the highest value in float32, where λ is far out; infinite without a bound.
+
+    Raises:
+        ValueError: an argument is out of range; the message names the hyperparameter and the argument.
+    """
+
+    name: str
+    _: KW_ONLY
+    init: float
+    low: float | None = None
+    high: float | None = None
+    scale: float = 0.5
+    integer: bool = False
+    per_example: bool = True
+    response: Response = "shifted"
+    reach: tuple[float, float] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"Hyperparameter: name must be a string that is not empty, got {self.name!r}")
+        who = f"hyperparameter {self.name!r}"
+        for argument in ("low", "high", "init", "scale"):
+            value = getattr(self, argument)
+            if value is not None or argument in ("init", "scale"):
+                object.__setattr__(self, argument, real_number(who, argument, value))
+        for argument in ("integer", "per_example"):
+            object.__setattr__(self, argument, switch(who, argument, getattr(self, argument)))
+        if self.response not in ("shifted", "raw", "value"):
+            raise ValueError(f"{who}: response={self.response!r} must be 'shifted', 'raw' or 'value'")
+        if self.integer and self.response == "value":
+            raise ValueError(
+                f"{who}: integer=True and response='value' leave it untuned, as no gradient passes through the floor: "
+                "use response='shifted', which is λ̃ − λ₀"
+            )
+        self._check_range(who)
+        object.__setattr__(self, "reach", self._reach())
+        self._check_float32(who)
+
+    def _check_range(self, who: str) -> None:
+        low = -math.inf if self.low is None else self.low
+        high = math.inf if self.high is None else self.high
+        if low >= high:
+            raise ValueError(f"{who}: low={self.low} must be below high={self.high}")
+        if not low < self.init < high:
+            raise ValueError(f"{who}: init={self.init} must be strictly inside ({low}, {high})")
+        if not SCALE_BOUNDS[0] <= self.scale <= SCALE_BOUNDS[1]:
+            raise ValueError(
+                f"{who}: scale={self.scale} must be in [{SCALE_BOUNDS[0]:.4f}, {SCALE_BOUNDS[1]:.4f}], "
+                "in units of the unconstrained λ"
+            )
+
+    def _check_float32(self, who: str) -> None:
+        """Raises ValueError where float32, which computes the values, cannot hold the range or the start."""
+        for argument in ("low", "high", "init"):
+            value = getattr(self, argument)
+            if value is not None and math.isinf(as_float32(value)):
+                raise ValueError(f"{who}: {argument}={value} is beyond float32, which ends at 3.4e38")
+        low, high = self.reach
+        if not low < high:
+            raise ValueError(f"{who}: low={self.low} and high={self.high} are the same number in float32")
+        if self.low is not None and self.high is not None and math.isinf(high):
+            raise ValueError(f"{who}: high - low = {self.high - self.low} is beyond float32, which ends at 3.4e38")
+        for argument, bound, reached, outside in (
+            ("low", self.low, low, low < (self.low or 0)),
+            ("high", self.high, high, high > (self.high or 0)),
+        ):
+            # Every bound is rounded a little; what must not be reached, such as a rate of 1, is a whole number.
+            if bound is not None and outside and reached == round(reached) and abs(reached) < 2**23:
+                raise ValueError(
+                    f"{who}: values in float32 reach {reached:g}, which {argument}={bound} excludes: move it away"
+                )
+        start = _value(self.start, (self.row[0], *self.row[1:3], False, True, False))
+        if not low < start < high or not low < as_float32(self.init) < high:
+            raise ValueError(f"{who}: init={self.init} can't be told from a bound of ({low:g}, {high:g}) in float32")
+        if self.integer and math.floor(start) != math.floor(self.init):
+            raise ValueError(f"{who}: init={self.init} is {start:g} in float32, so its floor would be another")
+
+    @property
+    def kind(self) -> int:
+        return {
+            (False, False): NO_BOUND,
+            (True, False): LOWER_BOUND,
+            (False, True): UPPER_BOUND,
+            (True, True): BOTH_BOUNDS,
+        }[self.low is not None, self.high is not None]
+
+    @property
+    def row(self) -> tuple[float, ...]:
+        """Its row of the table that kernels read, `stn_fast.ops.perturb.Table`."""
+        return self.kind, self.low or 0.0, self.high or 0.0, self.integer, self.per_example, self.response == "value"
+
+    def _reach(self) -> tuple[float, float]:
+        low = -math.inf if self.low is None else as_float32(self.low)
+        high = math.inf if self.high is None else as_float32(self.high)
+        return low, as_float32(low + as_float32(high - low)) if self.kind == BOTH_BOUNDS else high
+
+    @property
+    def start(self) -> float:
+        """λ₀, for an integer moved up by the few float32 roundings that could put its floor below that of `init`."""
+        location = self.unconstrained(self.init)
+        if not self.integer:
+            return location
+        above = location + 4e-6 * max(1.0, abs(location))
+        return above if _value(above, self.row) == math.floor(self.init) else location
+
+    def unconstrained(self, value: float) -> float:
+        """λ of a constrained value strictly inside the range; the inverse of the map above, in float64."""
+        if self.low is not None and self.high is not None:
+            return math.log(value - self.low) - math.log(self.high - value)
+        if self.low is not None:
+            return inverse_softplus(value - self.low)
+        if self.high is not None:
+            return -inverse_softplus(self.high - value)
+        return value
+
+
+def as_float32(value: float) -> float:
+    """`value` rounded to float32; infinite where it is beyond."""
+    return ctypes.c_float(value).value
+
+
+def _value(location: float, row: tuple[float, ...]) -> float:
+    """The value at λ = `location`, as float32 tensors have it."""
+    given: dict[str, Any] = dict(dtype=torch.float32, device="cpu")  # whatever torch's default device is
+    return constrain(torch.tensor([location], **given), torch.tensor([row], **given)).item()

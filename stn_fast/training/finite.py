@@ -1,0 +1,242 @@
+"""Keeps a step whose loss or gradient is not finite from weights, hyperparameters, optimizers and running statistics.
+
+On the CPU the numbers are looked at before the step is taken. On CUDA that would make the host wait at every step, so
+the device decides there whether the step is applied, and the host hears of it a step or so later.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+FEW = 1 << 16  # numbers that may be copied at every step
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient of a step is not finite. The step was not taken.
+
+    Attributes:
+        step: its number.
+        reason: which step it was and what is not finite.
+    """
+
+    def __init__(self, step: int, reason: str, skipped: int) -> None:
+        self.step, self.reason = step, reason
+        before = f", nor {'was the one' if skipped == 1 else f'were the {skipped}'} before it" if skipped else ""
+        super().__init__(
+            f"{reason}; the step was not taken{before}: look at its batch and at the learning rate, or leave out up to "
+            "k such steps in a row with skip_nonfinite=k"
+        )
+
+
+@dataclass
+class Attempt:
+    """What a step is judged by, before it is taken.
+
+    Attributes:
+        kind: "training" or "validation".
+        step: its number.
+        loss: scalar.
+        parts: (k,), of each part of the gradient a number that is finite only where the part is.
+        size: scalar, finite only where all parts are.
+        name: names the parts of these indices.
+    """
+
+    kind: str
+    step: int | Tensor
+    loss: Tensor
+    parts: Tensor
+    size: Tensor
+    name: Callable[[list[int]], str]
+
+    def __post_init__(self) -> None:
+        self.loss = self.loss.detach().view(())
+
+    def reason(self, loss: float, parts: Sequence[float]) -> str:
+        """What is not finite, given the loss and the parts as the host has them."""
+        wrong = [k for k, part in enumerate(parts) if not math.isfinite(part)]
+        if not math.isfinite(loss):
+            return f"the {self.kind} loss is {loss} at step {int(self.step)}"
+        what = f"gradient of {self.name(wrong)} is not finite" if wrong else "norm of the gradient is beyond float32"
+        return f"the {what} at {self.kind} step {int(self.step)}"
+
+
+@dataclass
+class _Sent:
+    """The numbers of an attempt on their way to the host."""
+
+    attempt: Attempt
+    numbers: Tensor
+    event: torch.cuda.Event | None
+
+    @property
+    def arrived(self) -> bool:
+        return self.event is None or self.event.query()
+
+
+@dataclass
+class Guard:
+    """Applies steps, and leaves out those that are not finite.
+
+    Args:
+        skip: how many in a row are left out, each with a warning, before one is an error.
+
+    Attributes:
+        skipped: steps not taken so far.
+        in_a_row: those of them since the last step that was taken.
+    """
+
+    skip: int
+    skipped: int = 0
+    in_a_row: int = 0
+    _warm: set[int] = field(default_factory=set, repr=False)
+    _sent: deque[_Sent] = field(default_factory=deque, repr=False)
+
+    def take(
+        self,
+        attempt: Attempt,
+        optimizer: torch.optim.Optimizer,
+        apply: Callable[[], None],
+        undo: Callable[[Tensor | None], None],
+    ) -> None:
+        """Calls ``apply``, which steps ``optimizer``, where the attempt is finite; where it isn't, ``undo``.
+
+        ``undo`` takes back what the forward pass did: always, or where a scalar tensor of bools is true.
+
+        Raises:
+            NonFiniteError: it isn't, nor were the ``skip`` attempts before it.
+        """
+        if _decides(attempt.loss.device) and self._can_decide(optimizer):
+            bad = ~(attempt.loss.isfinite() & attempt.size.isfinite())
+            _apply_unless(bad, optimizer, apply)
+            undo(bad)
+            if not (bad.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self._send(attempt)
+            return
+        loss, size = attempt.loss.item(), attempt.size.item()
+        if math.isfinite(loss) and math.isfinite(size):
+            self.in_a_row = 0
+            apply()
+            self._warm.add(id(optimizer))
+        else:
+            undo(None)
+            self._leave_out(attempt, loss, attempt.parts.tolist())
+
+    def _can_decide(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Not at the first step, which makes the state: that of a fused SGD stays unwritten where it is left out."""
+        if id(optimizer) not in self._warm:
+            return False
+        return _skips_by_itself(optimizer) or sum(tensor.numel() for tensor in _numbers(optimizer)) <= FEW
+
+    def look(self, *, wait: bool = False) -> None:
+        """Judges the attempts whose numbers have arrived, or, with ``wait``, all.
+
+        Raises:
+            NonFiniteError: as ``take``, of an earlier step.
+        """
+        while self._sent and (wait or self._sent[0].arrived):
+            sent = self._sent.popleft()
+            if sent.event is not None:
+                sent.event.synchronize()
+            loss, size, *parts = sent.numbers.tolist()
+            if math.isfinite(loss) and math.isfinite(size):
+                self.in_a_row = 0
+            else:
+                self._leave_out(sent.attempt, loss, parts)
+
+    def _send(self, attempt: Attempt) -> None:
+        if isinstance(attempt.step, Tensor):
+            attempt.step = attempt.step.clone()  # the next step may be counted in place
+        numbers = torch.cat([torch.stack([attempt.loss.to(attempt.size), attempt.size]), attempt.parts])
+        if not numbers.is_cuda:
+            self._sent.append(_Sent(attempt, numbers, None))
+            return
+        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        host.copy_(numbers, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._sent.append(_Sent(attempt, host, event))
+
+    def _leave_out(self, attempt: Attempt, loss: float, parts: Sequence[float]) -> None:
+        reason, before = attempt.reason(loss, parts), self.in_a_row
+        self.skipped, self.in_a_row = self.skipped + 1, before + 1
+        if self.in_a_row > self.skip:
+            raise NonFiniteError(int(attempt.step), reason, before)
+        warnings.warn(f"{reason}; left out, {self.in_a_row} of {self.skip} in a row", RuntimeWarning, stacklevel=4)
+
+
+class Buffers:
+    """The buffers of a model, such as running statistics, which a forward pass in training mode changes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners = [module for module in model.modules() if module._buffers]
+
+    def keep(self) -> Callable[[Tensor | None], None]:
+        """A function that puts them back as they are now: always, or where a scalar tensor of bools is true."""
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for module in self._owners:
+            for buffer in module._buffers.values() if module.training else ():
+                if buffer is not None and buffer.layout == torch.strided:
+                    groups.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+        kept = [(buffers, _joined(buffers)) for buffers in groups.values()]
+
+        def put_back(where: Tensor | None) -> None:
+            for buffers, before in kept:
+                numbers = before if where is None else torch.where(where.to(before.device), before, _joined(buffers))
+                parts = numbers.split([buffer.numel() for buffer in buffers])
+                for buffer, part in zip(buffers, parts, strict=True):
+                    buffer.copy_(part.view(buffer.shape))
+
+        return torch.no_grad()(put_back)
+
+
+def _joined(buffers: list[Tensor]) -> Tensor:
+    return torch.cat([buffer.detach().reshape(-1) for buffer in buffers])
+
+
+def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
+    """(k,): the Euclidean norm of each, float32 or wider, as torch.nn.utils.get_total_norm computes them."""
+    entries = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    device = entries[0].device
+    if device.type == "cuda" and all(e.device == device and e.dtype == torch.float32 for e in entries):
+        return torch.stack(torch._foreach_norm(entries))
+    norms = [torch.linalg.vector_norm(e, dtype=torch.promote_types(e.dtype, torch.float32)) for e in entries]
+    return torch.stack([norm.to(device) for norm in norms])
+
+
+def _decides(device: torch.device) -> bool:
+    """Whether the device itself is to decide on a step, because asking it would make the host wait."""
+    return device.type == "cuda"
+
+
+def _numbers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters of an optimizer, and what of its state is beside them on the device."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = [value for of_one in optimizer.state.values() for value in of_one.values() if isinstance(value, Tensor)]
+    return parameters + [value for value in state if value.device == parameters[0].device]
+
+
+def _skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its kernels leave out a step as torch.amp.GradScaler asks them to: those of fused optimizers do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+@torch.no_grad()
+def _apply_unless(bad: Tensor, optimizer: torch.optim.Optimizer, apply: Callable[[], None]) -> None:
+    if _skips_by_itself(optimizer):
+        optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
+        try:
+            apply()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        return
+    kept = [(tensor, tensor.clone()) for tensor in _numbers(optimizer)]
+    apply()
+    for tensor, before in kept:
+        tensor.copy_(torch.where(bad, before, tensor))

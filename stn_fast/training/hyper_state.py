@@ -1,0 +1,53 @@
+"""Hyperparameters as a part of a method's state: written down with it, and compared when it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stn_fast.hyperparameters import HyperparameterSpace
+
+# What a location, a weight and a gate mean depends on. The scale doesn't count: it is only where σ starts.
+COMPARED = ("low", "high", "integer", "per_example", "response", "init")
+
+
+def described(space: HyperparameterSpace) -> list[dict[str, Any]]:
+    """The hyperparameters of ``space`` in their order, as plain values."""
+    return [{"name": one.name, **{key: getattr(one, key) for key in COMPARED}} for one in space]
+
+
+def saved_order(state: dict[str, Any], space: HyperparameterSpace) -> list[int]:
+    """Where each hyperparameter of ``space`` stands in ``state``.
+
+    Raises:
+        ValueError: the state has others, or they differ; the message says what is where.
+    """
+    if "hyperparameters" not in state:
+        raise ValueError("the state does not say which hyperparameters it has: another version of stn_fast saved it")
+    saved = {one["name"]: one for one in state["hyperparameters"]}
+    there, here = [name for name in saved if name not in space], [name for name in space.names if name not in saved]
+    if there or here:
+        only = [f"{', '.join(names)} only {place}" for names, place in ((there, "there"), (here, "here")) if names]
+        raise ValueError(f"the state has other hyperparameters than this method: {'; '.join(only)}")
+    differences = [
+        f"{one['name']} {key}={saved[one['name']][key]!r} there, {one[key]!r} here"
+        for one in described(space)
+        for key in COMPARED
+        if saved[one["name"]][key] != one[key] and (key != "init" or one["response"] == "shifted")
+    ]
+    if differences:
+        raise ValueError(f"the state's hyperparameters differ from this method's: {'; '.join(differences)}")
+    return [list(saved).index(name) for name in space.names]
+
+
+@torch.no_grad()
+def reorder(order: Sequence[int], tensors: Iterable[Tensor], optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Puts the last dimension of ``tensors``, and of what ``optimizers`` keep of them, into another order."""
+    for tensor in tensors:
+        kept = [value for optimizer in optimizers for value in optimizer.state.get(tensor, {}).values()]
+        for value in (tensor, *kept):
+            if isinstance(value, Tensor) and value.shape == tensor.shape:
+                value.copy_(value[..., order])

@@ -1,0 +1,45 @@
+"""Training and evaluation mode of a model whose submodules need not all be in the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+class TrainingModes:
+    """The modes that a model's modules had when the model itself was last in training mode.
+
+    A submodule that is in evaluation mode then, such as a frozen batch norm, is kept there.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._modules = model, list(model.modules())
+        self._seen = [True] * len(self._modules)
+        self.note()
+
+    def note(self) -> None:
+        """Notes the modes, where the model is in training mode."""
+        if self._model.training:
+            self._seen = [module.training for module in self._modules]
+
+    def resume(self) -> None:
+        """Puts a model that is in evaluation mode back into those modes, and leaves one in training mode as it is."""
+        if self._model.training:
+            return self.note()
+        self._model.train()
+        for module, training in zip(self._modules, self._seen, strict=True):
+            module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in evaluation mode inside; afterwards each of its modules is in the mode that it had."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

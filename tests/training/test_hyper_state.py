@@ -1,0 +1,151 @@
+"""A state is loaded into the hyperparameters that it was saved of: told by name, and compared."""
+
+import copy
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+
+import stn_fast as stn
+from stn_fast.training.methods import FixedHyperparameters, SelfTuning
+from stn_fast.training.task import classification_loss, decayed_classification_loss
+
+RATE = stn.Hyperparameter("rate", low=0.0, high=0.9, init=0.3)
+DECAY = stn.Hyperparameter("weight_decay", low=0.0, init=1e-2)
+NOISE = stn.Hyperparameter("noise", low=0.0, init=0.2, scale=0.3)
+SPACE = [RATE, DECAY, NOISE]
+BATCH = torch.randn(32, 6), torch.randint(4, (32,))
+
+
+class Network(torch.nn.Module):
+    """Its numbers don't depend on the order of the hyperparameters, once its gates are in that order."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = stn.HyperLinear(6, 16, num_hyperparameters=3)
+        self.lstm = stn.HyperLSTM(16, 8, num_hyperparameters=3)
+        self.drop = stn.PerExampleDropout("rate", stream=1)
+        self.last = stn.HyperLinear(8, 4, num_hyperparameters=3)
+
+    def forward(self, x, hyper):
+        x = self.drop(self.first(x, hyper).relu(), hyper)
+        return self.last(self.lstm(x[None], hyper)[0][0], hyper)
+
+
+def method_of(hyperparameters, kind=SelfTuning, **options):
+    torch.manual_seed(0)
+    objectives = [decayed_classification_loss, classification_loss][: 2 if kind is SelfTuning else 1]
+    return kind(Network(), stn.HyperparameterSpace(hyperparameters), *objectives, **options)
+
+
+def trained(hyperparameters=SPACE, kind=SelfTuning, **options):
+    method = method_of(hyperparameters, kind, **options)
+    for step in range(4):
+        method.train_step(BATCH, 2 * step)
+        if method.tunes:
+            method.valid_step(BATCH, 2 * step + 1)
+    return method
+
+
+def saved(method):
+    """Through a file, as a checkpoint is."""
+    file = io.BytesIO()
+    torch.save(method.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1), (2, 1, 0)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"optimizer": torch.optim.Adam, "hyper_optimizer": torch.optim.RMSprop}, {"tune_scales": False}],
+    ids=lambda options: "-".join(options) or "default",
+)
+def test_another_order_is_put_back_by_name(order, options):
+    one, other = trained(**options), method_of([SPACE[k] for k in order], **options)
+    other.load_state_dict(saved(one))
+    want, got = (method.space.values(method.location) for method in (one, other))
+    assert got == want
+    assert dict(zip(other.space.names, other.scales().tolist(), strict=True)) == dict(
+        zip(one.space.names, one.scales().tolist(), strict=True)
+    )
+    # Without perturbation, whose draws go by column, the two are the same method from here on.
+    for method in (one, other):
+        method._perturbed = lambda size, step, method=method: method.unperturbed(size)
+        if method.tunes:
+            method.tune_scales = False
+            method.validation_objective = classification_loss
+    for step in range(20, 24):
+        torch.testing.assert_close(one.train_step(BATCH, step), other.train_step(BATCH, step))
+    for name, value in one.model.named_parameters():
+        theirs = dict(other.model.named_parameters())[name]
+        torch.testing.assert_close(theirs, value[:, order] if "gate" in name else value, rtol=1e-4, atol=1e-6)
+
+
+def test_moments_go_with_their_hyperparameters():
+    one, other = trained(), method_of(SPACE[::-1])
+    other.load_state_dict(saved(one))
+    for mine, theirs in ((one.location, other.location), (one.raw_scale, other.raw_scale)):
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(one.hyper_optimizer.state[mine][key].flip(0), other.hyper_optimizer.state[theirs][key])
+    gate, flipped = one.model.first.weight_gate, other.model.first.weight_gate
+    momentum = one.optimizer.state[gate]["momentum_buffer"], other.optimizer.state[flipped]["momentum_buffer"]
+    assert torch.equal(momentum[0].flip(1), momentum[1])
+
+
+@pytest.mark.parametrize("kind", [SelfTuning, FixedHyperparameters])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(high=0.5), "rate high=0.9 there, 0.5 here"),
+        (dict(low=0.1), "rate low=0.0 there, 0.1 here"),
+        (dict(high=None), "rate high=0.9 there, None here"),
+        (dict(low=None, high=None), "rate low=0.0 there, None here; rate high=0.9 there, None here"),
+        (dict(integer=True), "rate integer=False there, True here"),
+        (dict(per_example=False), "rate per_example=True there, False here"),
+        (dict(init=0.05), "rate init=0.3 there, 0.05 here"),
+    ],
+)
+def test_what_differs_is_named_and_nothing_is_loaded(kind, change, message):
+    state = saved(trained(kind=kind))
+    other = method_of([replace(RATE, **change), DECAY, NOISE], kind)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=f"the state's hyperparameters differ from this method's: {message}"):
+        other.load_state_dict(state)
+    after = other.state_dict()
+    assert torch.equal(after["location"], before["location"])
+    assert all(torch.equal(value, before["model"][name]) for name, value in after["model"].items())
+
+
+def test_other_names_are_named():
+    state = saved(trained())
+    with pytest.raises(ValueError, match="other hyperparameters than this method: noise only there; jitter only here"):
+        method_of([RATE, DECAY, replace(NOISE, name="jitter")]).load_state_dict(state)
+
+
+def test_another_response_is_named():
+    state, raw = saved(trained()), [replace(one, response="raw") for one in SPACE]
+    with pytest.raises(ValueError, match="rate response='shifted' there, 'raw' here"):
+        method_of(raw).load_state_dict(state)
+
+
+def test_where_the_start_has_no_part_in_the_response_it_may_differ():
+    raw = [replace(one, response="raw") for one in SPACE]
+    other = method_of([replace(raw[0], init=0.05), *raw[1:]])
+    one = trained(raw)
+    other.load_state_dict(saved(one))
+    assert torch.equal(other.location, one.location)
+
+
+def test_another_scale_to_start_from_is_no_difference():
+    one, other = trained(), method_of([replace(RATE, scale=1.0), DECAY, NOISE])
+    other.load_state_dict(saved(one))
+    assert torch.equal(other.raw_scale, one.raw_scale)
+
+
+def test_a_state_that_says_nothing_of_its_hyperparameters_is_refused():
+    state = saved(trained())
+    del state["hyperparameters"]
+    with pytest.raises(ValueError, match="does not say which hyperparameters it has"):
+        method_of(SPACE).load_state_dict(state)
