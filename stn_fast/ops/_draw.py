@@ -71,6 +71,8 @@ def check_randomness(operation: str) -> None:
     """Raises RuntimeError inside a torch.vmap whose slices are not to draw the same numbers, as these operations do."""
     if torch.compiler.is_compiling() or not in_function_transform():
         return
+    if torch._C._current_graph_task_id() != -1:  # a backward pass draws again what its forward pass drew
+        return
     for interpreter in torch._C._functorch.get_interpreter_stack() or ():
         if interpreter.key() != torch._C._functorch.TransformType.Vmap:
             continue

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stn_fast.ops._eager import traced
+from stn_fast.ops.memory import autocasts
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -22,10 +23,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    device = a.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocasts(a.device.type):
         return a @ b
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(a.device.type, enabled=False):
         return a @ b
 
 
