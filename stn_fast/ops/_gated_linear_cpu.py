@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stn_fast.ops._gated_linear_plain import Gradients, Wanted
 from stn_fast.ops._products import both_times_transpose, sum_of_two
-from stn_fast.ops.memory import address
+from stn_fast.ops.memory import address, own_address
 
 
 def forward_core(
@@ -29,7 +29,7 @@ def forward_core(
 
     y, q = both_times_transpose(x, weight, response_weight)
     _C.gated_epilogue_forward(
-        address(y), address(q), address(h), address(weight_gate),
+        own_address(y), own_address(q), address(h), address(weight_gate),
         address(bias), address(response_bias), address(bias_gate),
         outer, h.shape[0], inner, weight.shape[0], h.shape[1], torch.get_num_threads(),
     )  # fmt: skip
@@ -71,7 +71,7 @@ def backward_core(
     needs_g = wanted.x or wanted.response_weight
     buffer = dy.new_empty(min(len(dy), max(most, inner)), outputs) if needs_g else None
 
-    sums = tuple(address(t) for t in (d_weight_gate, d_bias, d_response_bias, d_bias_gate))
+    sums = tuple(own_address(t) for t in (d_weight_gate, d_bias, d_response_bias, d_bias_gate))
     constants = (address(weight_gate), address(response_bias), address(bias_gate))
     epilogue: Callable[..., None] = _C.gated_epilogue_backward
     for rows, examples, turns in row_blocks(outer, len(h), inner, most):
@@ -80,10 +80,10 @@ def backward_core(
         inputs = (address(of_dy), address(of_q), address(of_h), *constants)
         sizes = (turns, len(of_h), inner, outputs, h.shape[1])
         if g is not None or any(sums):
-            epilogue(*inputs, address(g), *sums, 0, *sizes, rows.start > 0, torch.get_num_threads())
+            epilogue(*inputs, own_address(g), *sums, 0, *sizes, rows.start > 0, torch.get_num_threads())
         if d_h is not None:  # apart from the sums, which would crowd its tiles out of the cache
             again = rows.start >= len(h) * inner
-            epilogue(*inputs, 0, 0, 0, 0, 0, address(d_h[examples]), *sizes, again, torch.get_num_threads())
+            epilogue(*inputs, 0, 0, 0, 0, 0, own_address(d_h[examples]), *sizes, again, torch.get_num_threads())
         if dx is not None and g is not None:
             sum_of_two(of_dy, weight, g, response_weight, out=dx[rows])
         for total, factor in ((d_weight, of_dy), (d_response_weight, g)):

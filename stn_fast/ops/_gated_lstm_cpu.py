@@ -11,7 +11,7 @@ from torch import Tensor
 from stn_fast.ops._gated_linear_cpu import backward_core, forward_core
 from stn_fast.ops._gated_lstm_driver import Recurrence, RecurrenceGradients, in_time
 from stn_fast.ops._products import many_times_transpose
-from stn_fast.ops.memory import address
+from stn_fast.ops.memory import address, own_address
 
 
 class Core:
@@ -34,6 +34,8 @@ class Core:
         from stn_fast import _C
 
         (steps, batch, _), hidden, threads = gates.shape, h_0.shape[1], torch.get_num_threads()
+        for given in (gates, h_0, c_0, scale):
+            address(given)  # raises where it can't be read
         times_weights = many_times_transpose(torch.cat([weight, response_weight]), batch)
         y = gates.new_empty(steps, batch, hidden)
         cells = torch.empty_like(y) if save else gates.new_empty(1, batch, hidden).expand_as(y)
@@ -43,8 +45,9 @@ class Core:
             both = times_weights(h)
             h, c_before, c = y[t], c, cells[t]
             _C.gated_lstm_cell_forward(
-                address(gates[t]), address(both), address(scale), address(shift), address(c_before),
-                address(c), address(h), 0 if response is None else address(response[t]), batch, hidden, threads,
+                own_address(gates[t]), own_address(both), own_address(scale), address(shift), own_address(c_before),
+                own_address(c), own_address(h), own_address(None if response is None else response[t]),
+                batch, hidden, threads,
             )  # fmt: skip
         return Recurrence(y, c.clone(), cells if save else None, response)
 
@@ -64,6 +67,8 @@ class Core:
         from stn_fast import _C
 
         (steps, batch, wide), hidden, threads = gates.shape, c_0.shape[1], torch.get_num_threads()
+        for given in (dy, d_last_cell, gates, cells, c_0, scale):
+            address(given)  # raises where it can't be read
         d_gates, d_both = torch.empty_like(gates), gates.new_empty(batch, 2 * wide)
         times_weights = many_times_transpose(torch.cat([weight, response_weight]).T, batch)
         dc = torch.zeros_like(c_0) if d_last_cell is None else d_last_cell.clone(memory_format=torch.contiguous_format)
@@ -73,8 +78,9 @@ class Core:
             t = order[position]
             c_before = cells[order[position - 1]] if position else c_0
             _C.gated_lstm_cell_backward(
-                address(dy[t]), address(dh), address(dc), address(gates[t]), address(cells[t]),
-                address(c_before), address(scale), address(d_gates[t]), address(d_both), batch, hidden, threads,
+                own_address(dy[t]), own_address(dh), own_address(dc), own_address(gates[t]), own_address(cells[t]),
+                own_address(c_before), own_address(scale), own_address(d_gates[t]), own_address(d_both),
+                batch, hidden, threads,
             )  # fmt: skip
             if position or wants_h_0:
                 dh = times_weights(d_both)

@@ -17,7 +17,7 @@ from stn_fast.errors import did_you_mean
 from stn_fast.ops._draw import check_coordinates, check_stream, check_strength
 from stn_fast.ops._eager import traced
 from stn_fast.ops._transforms import in_function_transform
-from stn_fast.ops.memory import address, reads_memory
+from stn_fast.ops.memory import address, own_address, reads_memory
 
 # The rows of the table that kernels read, in this order; bit k of the mask says that row k is on.
 STRENGTHS = (
@@ -251,7 +251,7 @@ def _compute(
         out = torch.empty_like(images, dtype=torch.float32)
         statistics = torch.tensor([mean, std], dtype=torch.float32, device="cpu")
         _C.augment(
-            address(images), address(table), address(statistics[0]), address(statistics[1]), address(out),
+            address(images), address(table), own_address(statistics[0]), own_address(statistics[1]), own_address(out),
             batch, channels, height, width, mask, flip, crop_padding, first_example, seed, int(step), stream,
             torch.get_num_threads(),
         )  # fmt: skip

@@ -15,7 +15,7 @@ from stn_fast.checks import tensor
 from stn_fast.ops._draw import check_coordinates, check_strength
 from stn_fast.ops._eager import eager_function, known_sizes, register, traced
 from stn_fast.ops._transforms import in_transform
-from stn_fast.ops.memory import address, reads_memory
+from stn_fast.ops.memory import address, own_address, reads_memory
 from stn_fast.ops.serving import ELEMENTWISE, serving
 
 
@@ -73,7 +73,7 @@ def _compute(
         source = x.float()
         y = torch.empty_like(source)
         _C.dropout(
-            address(source), address(rate), address(y), outer, batch, middle, last, e_outer, e_middle, e_last,
+            address(source), address(rate), own_address(y), outer, batch, middle, last, e_outer, e_middle, e_last,
             first_example, seed, int(step), stream, torch.get_num_threads(),
         )  # fmt: skip
         return y.to(x.dtype)

@@ -72,15 +72,18 @@ def address(tensor: Tensor | None) -> int:
     """
     if tensor is None:
         return 0
-    if tensor.is_neg():
-        raise NoMemory(f"a lazily negated tensor {tuple(tensor.shape)} reached a kernel")
+    # Asked for, not told by an address of 0: that of a slice of a ZeroTensor is another.
+    if tensor.is_neg() or tensor._is_zerotensor():
+        raise NoMemory(f"a tensor {tuple(tensor.shape)} without its numbers in memory reached a kernel")
     try:
-        pointer = tensor.data_ptr()
+        return tensor.data_ptr()
     except RuntimeError as error:
         raise NoMemory(f"{error}; stn_fast takes dense tensors: to_dense() makes one") from error
-    if not pointer and tensor.numel():
-        raise NoMemory(f"a tensor {tuple(tensor.shape)} without memory reached a kernel")
-    return pointer
+
+
+def own_address(tensor: Tensor | None) -> int:
+    """`address` of a tensor that the operation has made itself, or a part of one that it has asked `address` of."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def autocasts(device_type: str) -> bool:

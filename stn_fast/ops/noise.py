@@ -15,7 +15,7 @@ from stn_fast.checks import tensor
 from stn_fast.ops._draw import check_coordinates, check_strength
 from stn_fast.ops._eager import eager_function, known_sizes, register, traced
 from stn_fast.ops._transforms import in_transform
-from stn_fast.ops.memory import address, reads_memory
+from stn_fast.ops.memory import address, own_address, reads_memory
 from stn_fast.ops.serving import ELEMENTWISE, serving
 
 
@@ -54,7 +54,7 @@ def _compute(
         source = x.float()
         y = torch.empty_like(source)
         _C.noise_forward(
-            address(source), address(scale), address(y), outer, batch, inner,
+            address(source), address(scale), own_address(y), outer, batch, inner,
             first_example, seed, int(step), stream, torch.get_num_threads(),
         )  # fmt: skip
         return y.to(x.dtype)
@@ -92,7 +92,7 @@ def _compute_backward(dy: Tensor, step: Tensor, seed: int, stream: int, first_ex
         source = dy.float()
         d_scale = source.new_empty(sizes[1])
         _C.noise_backward(
-            address(source), address(d_scale), outer, batch, inner,
+            address(source), own_address(d_scale), outer, batch, inner,
             first_example, seed, int(step), stream, torch.get_num_threads(),
         )  # fmt: skip
         return d_scale

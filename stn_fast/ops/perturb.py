@@ -12,7 +12,7 @@ from stn_fast.checks import whole_number
 from stn_fast.ops._draw import check_coordinates, check_randomness
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._transforms import in_transform
-from stn_fast.ops.memory import address, reads_memory
+from stn_fast.ops.memory import address, own_address, reads_memory
 from stn_fast.ops.serving import serving
 
 RAW_SCALE_BOUNDS = (-4.0, 3.0)
@@ -110,7 +110,7 @@ def _compute(
 
         _C.perturb_forward(
             address(location), address(raw_scale), address(center), address(table),
-            address(values), address(response), address(noise) if save_noise else 0,
+            own_address(values), own_address(response), own_address(noise) if save_noise else 0,
             n, batch_size, first_example, seed, int(step), *RAW_SCALE_BOUNDS, torch.get_num_threads(),
         )  # fmt: skip
     return values.T, response, noise
@@ -154,7 +154,7 @@ def _compute_backward(
     _C.perturb_backward(
         address(d_values), in_rows, address(d_response),
         address(location), address(raw_scale), address(table), address(noise),
-        address(d_location), address(d_raw_scale), n, batch_size, *RAW_SCALE_BOUNDS, torch.get_num_threads(),
+        own_address(d_location), own_address(d_raw_scale), n, batch_size, *RAW_SCALE_BOUNDS, torch.get_num_threads(),
     )  # fmt: skip
     return d_location, d_raw_scale
 
