@@ -74,7 +74,6 @@ def _takes(draw, name):
         ("seed", np.float64(3.0)),
         ("seed", np.int64(-1)),
         ("step", 2**63),
-        ("step", torch.tensor(-3)),
         ("step", np.array([3])),
         ("step", None),
         ("step", False),
@@ -86,6 +85,12 @@ def _takes(draw, name):
 def test_coordinates_that_do_not_fit_are_a_value_error_that_names_them(draw, name, value):
     with pytest.raises(ValueError, match=rf"\w+: {name} must be "):
         draw(**{name: value})
+
+
+@pytest.mark.parametrize("draw", [dropped, noisy, augmented, sampled])
+def test_a_tensor_below_zero_is_refused_as_a_step_where_it_draws(draw):
+    with pytest.raises(ValueError, match=r"(dropout|noise|augment|perturb): step must be >= 0, got -3"):
+        draw(step=torch.tensor(-3))
 
 
 @pytest.mark.parametrize("draw", [dropped, noisy, augmented, looked_up])

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from stn_fast.checks import whole_number
-from stn_fast.ops._eager import traced
 from stn_fast.ops._transforms import in_function_transform
 
 
@@ -25,7 +24,7 @@ def check_coordinates(
 ) -> Coordinates:
     """The coordinates, `step` as a tensor on the device; raises ValueError naming the one that does not fit.
 
-    NumPy's integers are taken. The value of a step that is a tensor is looked at on the CPU only.
+    NumPy's integers are taken. The value of a step that is a tensor is not looked at here, but by `step_number`.
     """
     seed = whole_number(operation, "seed", seed, 0)
     first_example = whole_number(operation, "first_example", first_example, 0)
@@ -37,9 +36,15 @@ def check_coordinates(
             f"{operation}: step must be an int or a 0-dim int64 tensor on {device}, "
             f"got {tuple(step.shape)} {step.dtype} on {step.device}"
         )
-    if device.type == "cpu" and not traced(step) and not in_function_transform() and step.item() < 0:
-        raise ValueError(f"{operation}: step must be >= 0, got {step}")
     return Coordinates(step, seed, first_example)
+
+
+def step_number(operation: str, step: Tensor) -> int:
+    """The value of a step that `check_coordinates` has passed, for a draw on the CPU; raises ValueError below 0."""
+    number = int(step)
+    if number < 0:
+        raise ValueError(f"{operation}: step must be >= 0, got {number}")
+    return number
 
 
 def check_strength(operation: str, name: str, strength: Tensor, x: Tensor, batch_size: int, stream: int) -> int:

@@ -71,6 +71,7 @@ def backward_core(
     needs_g = wanted.x or wanted.response_weight
     buffer = dy.new_empty(min(len(dy), max(most, inner)), outputs) if needs_g else None
 
+    address(dy)  # raises where it can't be read
     sums = tuple(own_address(t) for t in (d_weight_gate, d_bias, d_response_bias, d_bias_gate))
     constants = (address(weight_gate), address(response_bias), address(bias_gate))
     epilogue: Callable[..., None] = _C.gated_epilogue_backward

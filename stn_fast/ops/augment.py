@@ -14,7 +14,7 @@ from stn_fast import random
 from stn_fast.checks import real_number, whole_number
 from stn_fast.dispatch import choose
 from stn_fast.errors import did_you_mean
-from stn_fast.ops._draw import check_coordinates, check_stream, check_strength
+from stn_fast.ops._draw import check_coordinates, check_stream, check_strength, step_number
 from stn_fast.ops._eager import traced
 from stn_fast.ops._transforms import in_function_transform
 from stn_fast.ops.memory import address, own_address, reads_memory
@@ -73,7 +73,7 @@ def draw(images: Tensor, mask: int, step: Tensor, seed: int, stream: int, first_
     """The numbers behind `augment`, from the NumPy generator."""
     batch, channels, height, width = images.shape
     values, pixels = channels * height * width, height * width
-    where = (seed, int(step), stream, batch)
+    where = (seed, step_number("augment", step), stream, batch)
 
     def part(numbers, first: int, count: int, *shape: int) -> Tensor:
         drawn = numbers(*where, first + count, first_example)[:, first:]
@@ -252,7 +252,7 @@ def _compute(
         statistics = torch.tensor([mean, std], dtype=torch.float32, device="cpu")
         _C.augment(
             address(images), address(table), own_address(statistics[0]), own_address(statistics[1]), own_address(out),
-            batch, channels, height, width, mask, flip, crop_padding, first_example, seed, int(step), stream,
+            batch, channels, height, width, mask, flip, crop_padding, first_example, seed, step_number("augment", step), stream,
             torch.get_num_threads(),
         )  # fmt: skip
         return out

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stn_fast import random
 from stn_fast.checks import tensor
-from stn_fast.ops._draw import check_coordinates, check_strength
+from stn_fast.ops._draw import check_coordinates, check_strength, step_number
 from stn_fast.ops._eager import eager_function, known_sizes, register, traced
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.memory import address, own_address, reads_memory
@@ -43,7 +43,7 @@ def _uniform(
     """u (batch, elements) of every distinct element that the strides reach, from the NumPy generator."""
     outer, batch, middle, last = sizes
     elements = 1 + sum((size - 1) * stride for size, stride in zip((outer, middle, last), strides, strict=True))
-    draws = random.uniform(seed, int(step), stream, batch, elements, first_example)
+    draws = random.uniform(seed, step_number("dropout", step), stream, batch, elements, first_example)
     return torch.from_numpy(draws).to(step.device)
 
 
@@ -74,9 +74,9 @@ def _compute(
         y = torch.empty_like(source)
         _C.dropout(
             address(source), address(rate), own_address(y), outer, batch, middle, last, e_outer, e_middle, e_last,
-            first_example, seed, int(step), stream, torch.get_num_threads(),
+            first_example, seed, step_number("dropout", step), stream, torch.get_num_threads(),
         )  # fmt: skip
-        return y.to(x.dtype)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
     return reference(x, rate, _uniform(step, seed, stream, first_example, sizes, strides), sizes, strides)
 
 

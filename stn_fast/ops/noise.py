@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stn_fast import random
 from stn_fast.checks import tensor
-from stn_fast.ops._draw import check_coordinates, check_strength
+from stn_fast.ops._draw import check_coordinates, check_strength, step_number
 from stn_fast.ops._eager import eager_function, known_sizes, register, traced
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.memory import address, own_address, reads_memory
@@ -32,7 +32,7 @@ def _arrange(normal: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def _normal(step: Tensor, seed: int, stream: int, first_example: int, sizes: Sequence[int]) -> Tensor:
     outer, batch, inner = sizes
-    draws = random.normal(seed, int(step), stream, batch, outer * inner, first_example)
+    draws = random.normal(seed, step_number("noise", step), stream, batch, outer * inner, first_example)
     return torch.from_numpy(draws).to(step.device)
 
 
@@ -55,9 +55,9 @@ def _compute(
         y = torch.empty_like(source)
         _C.noise_forward(
             address(source), address(scale), own_address(y), outer, batch, inner,
-            first_example, seed, int(step), stream, torch.get_num_threads(),
+            first_example, seed, step_number("noise", step), stream, torch.get_num_threads(),
         )  # fmt: skip
-        return y.to(x.dtype)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
     return reference(x, scale, _normal(step, seed, stream, first_example, sizes), sizes)
 
 
@@ -93,7 +93,7 @@ def _compute_backward(dy: Tensor, step: Tensor, seed: int, stream: int, first_ex
         d_scale = source.new_empty(sizes[1])
         _C.noise_backward(
             address(source), own_address(d_scale), outer, batch, inner,
-            first_example, seed, int(step), stream, torch.get_num_threads(),
+            first_example, seed, step_number("noise", step), stream, torch.get_num_threads(),
         )  # fmt: skip
         return d_scale
     normal = _arrange(_normal(step, seed, stream, first_example, sizes), sizes)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stn_fast import random
 from stn_fast.checks import whole_number
-from stn_fast.ops._draw import check_coordinates, check_randomness
+from stn_fast.ops._draw import check_coordinates, check_randomness, step_number
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.memory import address, own_address, reads_memory
@@ -62,8 +62,8 @@ def _constrain_derivative(unconstrained: Tensor, table: Tensor) -> Tensor:
 def perturbation_noise(table: Tensor, step: Tensor, seed: int, batch_size: int, first_example: int) -> Tensor:
     """The standard normal draws eps (B, n) behind a perturbation, from the NumPy reference generator."""
     n = table.shape[0]
-    draws = random.normal(seed, int(step), PERTURBATION_STREAM, batch_size, n, first_example)
-    shared = random.normal(seed, int(step), PERTURBATION_STREAM, 1, n, 0)
+    draws = random.normal(seed, step_number("perturb", step), PERTURBATION_STREAM, batch_size, n, first_example)
+    shared = random.normal(seed, step_number("perturb", step), PERTURBATION_STREAM, 1, n, 0)
     noise = torch.from_numpy(draws).to(table.device)
     return torch.where(table[:, 4] > 0, noise, torch.from_numpy(shared).to(table.device))
 
@@ -111,7 +111,7 @@ def _compute(
         _C.perturb_forward(
             address(location), address(raw_scale), address(center), address(table),
             own_address(values), own_address(response), own_address(noise) if save_noise else 0,
-            n, batch_size, first_example, seed, int(step), *RAW_SCALE_BOUNDS, torch.get_num_threads(),
+            n, batch_size, first_example, seed, step_number("perturb", step), *RAW_SCALE_BOUNDS, torch.get_num_threads(),
         )  # fmt: skip
     return values.T, response, noise
 
