@@ -252,8 +252,8 @@ def _compute(
         statistics = torch.tensor([mean, std], dtype=torch.float32, device="cpu")
         _C.augment(
             address(images), address(table), own_address(statistics[0]), own_address(statistics[1]), own_address(out),
-            batch, channels, height, width, mask, flip, crop_padding, first_example, seed, step_number("augment", step), stream,
-            torch.get_num_threads(),
+            batch, channels, height, width, mask, flip, crop_padding, first_example, seed,
+            step_number("augment", step), stream, torch.get_num_threads(),
         )  # fmt: skip
         return out
     return _defined(images, table, step, mask, mean, std, seed, stream, first_example, flip, crop_padding)

@@ -111,7 +111,8 @@ def _compute(
         _C.perturb_forward(
             address(location), address(raw_scale), address(center), address(table),
             own_address(values), own_address(response), own_address(noise) if save_noise else 0,
-            n, batch_size, first_example, seed, step_number("perturb", step), *RAW_SCALE_BOUNDS, torch.get_num_threads(),
+            n, batch_size, first_example, seed, step_number("perturb", step),
+            *RAW_SCALE_BOUNDS, torch.get_num_threads(),
         )  # fmt: skip
     return values.T, response, noise
 
