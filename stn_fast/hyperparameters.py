@@ -27,6 +27,16 @@ __all__ = [
 ]
 
 
+@dataclass
+class _Call:
+    """One call of a layer that draws: for which examples, its number among those of them, and whether backward came."""
+
+    first: int
+    last: int
+    number: int
+    repeated: bool = False
+
+
 @dataclass(eq=False)
 class HyperBatch:
     """A batch of hyperparameters, one row per example: what a self-tuning model is called with.
@@ -53,32 +63,47 @@ class HyperBatch:
     first_example: int
     space: HyperparameterSpace
     shared: bool = False
-    calls: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
+    calls: dict[int, list[_Call]] = field(default_factory=dict, repr=False)
 
     def draw_seed(self, stream: int) -> int:
         """The seed of a layer's next draw from its stream: the run's at its first call, others at further calls.
 
-        A layer that is called at several places of a network, or in a loop, so draws other numbers each time. The same
-        numbers come from a HyperBatch that is sampled again with the same seed and step. In a backward pass, where
-        activation checkpointing calls layers once more, the draw of the only call is repeated. (Where a checkpointed
-        segment is compiled with fullgraph=True, torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint must
-        be True: the count is a side effect, and is rightly left out when the segment is computed again.)
+        A layer that is called at several places of a network, or in a loop, so draws other numbers each time; calls
+        with slices count where they share examples. The same numbers come from a HyperBatch that is sampled again with
+        the same seed and step. A copy that torch.func or tree_map makes starts to count anew.
+
+        In a backward pass, where activation checkpointing calls layers once more, the draw of the one call that has not
+        been repeated is repeated. (Where a checkpointed segment is compiled with fullgraph=True,
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint must be True: the count is a side effect, and
+        is rightly left out when the segment is computed again.)
 
         Raises:
             RuntimeError: in a backward pass, after several calls, of which one is to be repeated.
         """
-        place = stream, self.first_example
-        calls = self.calls.get(place, 0)
+        first, last = self.first_example, self.first_example + len(self)
+        made = self.calls.setdefault(stream, [])
+        before = [call for call in made if call.first < last and first < call.last]
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            if calls > 1:
-                raise RuntimeError(
-                    f"the layer of stream {stream} was called {calls} times with one HyperBatch and is called again in "
-                    "the backward pass, as activation checkpointing does: which mask to repeat is not known; use "
-                    "a layer with a stream of its own at each place"
-                )
-            return self.seed
-        self.calls[place] = calls + 1
-        return (self.seed + (calls << 32)) % 2**63  # the low word of the key is the run's own
+            number = self._repeated(stream, before)
+        else:
+            number = 1 + max((call.number for call in before), default=-1)
+            made.append(_Call(first, last, number))
+        return (self.seed + (number << 32)) % 2**63  # the low word of the key is the run's own
+
+    @staticmethod
+    def _repeated(stream: int, calls: list[_Call]) -> int:
+        """The number of the only call that has not been repeated yet, which now is."""
+        open_calls = [call for call in calls if not call.repeated]
+        if len(open_calls) > 1:
+            raise RuntimeError(
+                f"the layer of stream {stream} was called {len(open_calls)} times with one HyperBatch and is called "
+                "again in the backward pass, as activation checkpointing does: which mask to repeat is not known. Use "
+                "a layer with a stream of its own at each place, and sample a HyperBatch for each forward pass"
+            )
+        if not open_calls:
+            return max((call.number for call in calls), default=0)
+        open_calls[0].repeated = True
+        return open_calls[0].number
 
     @overload
     def __getitem__(self, key: str) -> Tensor: ...

@@ -25,6 +25,9 @@ _CORE_SCHEMA = (
 )
 
 
+MOST_DIGITS = 300  # of a whole number; Python prints no more than some thousands
+
+
 class NotYaml(ValueError):
     """Text that is not YAML: ``problem`` says why, ``line`` where, counted from 1, if that is known."""
 
@@ -73,10 +76,14 @@ for _tag, _pattern, _first in _CORE_SCHEMA:
 for _tag in ("bool", "int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 _Loader.add_constructor("tag:yaml.org,2002:merge", _Loader.construct_text)
+for _tag in ("timestamp", "binary", "set", "omap", "pairs"):  # of version 1.1 alone
+    _Loader.yaml_constructors.pop(f"tag:yaml.org,2002:{_tag}")
 
 
 def _number(text: str, whole: bool) -> int | float:
     if whole:
+        if len(text) > MOST_DIGITS:
+            raise ValueError(f"{text[:20]}... has more than {MOST_DIGITS} digits")
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
 
@@ -99,7 +106,10 @@ def number(text: str) -> float:
         ValueError: it reads something else.
     """
     if _INT.fullmatch(text):
-        return float(whole_number(text))
+        try:
+            return float(whole_number(text))
+        except OverflowError:
+            raise ValueError(f"{text[:20]}... is beyond the range of floating point numbers") from None
     if not _FLOAT.fullmatch(text):
         raise ValueError(f"{text!r} is not a number")
     return _number(text, whole=False)

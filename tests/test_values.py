@@ -180,3 +180,19 @@ def test_no_json_has_a_number_that_is_not_finite(indent):
 def test_what_is_not_json_is_one_kind_of_error(text):
     with pytest.raises(ValueError):  # noqa: PT011  what it says is json's
         from_json(text)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "0x" + "f" * 5000, "0o" + "7" * 5000, "-" + "9" * 5000])
+def test_a_number_beyond_every_range_is_a_value_error_of_one_line(text):
+    for read in (number, whole_number):
+        with pytest.raises(ValueError, match=r"digits|range") as caught:
+            read(text)
+        assert len(str(caught.value)) < 200
+    with pytest.raises(NotYaml):
+        from_yaml(f"seed: {text}")
+
+
+@pytest.mark.parametrize("text", ["!!timestamp 2020-01-01", "!!set {a, b}", "!!binary aGk=", "!!omap [a: 1]"])
+def test_tags_of_yaml_1_1_are_refused(text):
+    with pytest.raises(NotYaml):
+        from_yaml(text)

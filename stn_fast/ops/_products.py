@@ -21,13 +21,13 @@ from stn_fast.ops.openmp import full_team
 
 def library() -> str:
     """What computes them here and now: "oneDNN", or "torch.mm" and the library behind it."""
-    return "oneDNN" if _prefers_onednn() and full_team() else "torch.mm"
+    return "oneDNN" if full_team() and _prefers_onednn() else "torch.mm"
 
 
 def description() -> str:
     """`library()`, and why it isn't oneDNN where that would be faster."""
-    fewer = ", because OpenMP gives fewer threads than torch.get_num_threads()" if _prefers_onednn() else ""
-    return "oneDNN" if library() == "oneDNN" else f"torch.mm{fewer}"
+    fewer = "" if full_team() else ", because OpenMP gives fewer threads than torch.get_num_threads()"
+    return library() + fewer
 
 
 @cache
@@ -86,7 +86,7 @@ def many_times_transpose(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor
 
     Of a few rows, much of the time of a library product goes into laying the weight out; oneDNN takes one that is.
     """
-    if weight.numel() > _LARGE and offers_onednn() and full_team():
+    if weight.numel() > _LARGE and full_team() and offers_onednn():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     out, transposed = weight.new_empty(rows, len(weight)), weight.T

@@ -18,7 +18,7 @@ from stn_fast.ops._operands import check_operands
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.gated_linear import fold
 from stn_fast.ops.memory import autocast_dtype, plain_strides, reads_memory
-from stn_fast.ops.openmp import any_team, misled
+from stn_fast.ops.openmp import any_team, misled, watch
 from stn_fast.ops.serving import serving
 
 IntOrPair = int | tuple[int, int] | list[int]
@@ -243,6 +243,8 @@ def gated_conv2d(
         serving(x, weight, h)  # raises where a backend was asked for that can't serve
         folded, folded_bias = fold(weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
         y = F.conv2d(x, folded, folded_bias, stride, padding, dilation, groups)
+        if not in_transform():
+            watch(y)
         return y.relu() if relu else y
     tensors = (x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
     if in_transform():

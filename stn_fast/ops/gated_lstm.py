@@ -16,7 +16,7 @@ from stn_fast.ops._gated_lstm_plain import Plain
 from stn_fast.ops._operands import check_operands
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.memory import autocast_dtype, reads_memory
-from stn_fast.ops.openmp import any_team, misled
+from stn_fast.ops.openmp import any_team, misled, watch
 from stn_fast.ops.serving import serving
 
 __all__ = ["Weights", "fold", "gated_lstm", "reference"]
@@ -284,6 +284,7 @@ def _folded(
         bidirectional=False,
         batch_first=False,
     )
+    watch(y, h_n, c_n)
     return y.flip(0) if reverse else y, (h_n[0], c_n[0])
 
 

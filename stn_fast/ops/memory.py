@@ -38,8 +38,13 @@ def reads_memory(compute: Callable[..., Result]) -> Callable[..., Result]:
     @wraps(compute)
     def run(*arguments: Any, **options: Any) -> Result:
         if _autocasts_anywhere():
-            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-                return run(*arguments, **options)
+            device = next(value for value in arguments if isinstance(value, Tensor)).device.type
+            if autocasts(device):
+                with torch.autocast(device, enabled=False):
+                    return on_memory(*arguments, **options)
+        return on_memory(*arguments, **options)
+
+    def on_memory(*arguments: Any, **options: Any) -> Result:
         if not triton_may_serve() or not any(map(_is_lazy, arguments)):  # Triton takes addresses itself
             try:
                 return compute(*arguments, **options)

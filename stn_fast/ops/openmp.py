@@ -9,6 +9,7 @@ end.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from functools import cache, partial, wraps
 from pathlib import Path
@@ -57,6 +58,44 @@ def misled(x: Tensor) -> bool:
     return not (x.is_cuda or torch.compiler.is_compiling() or full_team())
 
 
+def watch(*results: Tensor) -> None:
+    """Makes the backward pass from `results` of torch's own layers raise where the team is no longer full by then."""
+    for result in results:
+        if result.requires_grad and result.device.type == "cpu" and not torch.compiler.is_compiling():
+            result.register_hook(_check_team)
+
+
+def _check_team(gradient: Tensor) -> None:
+    if not full_team():
+        raise RuntimeError(
+            "OpenMP starts fewer threads than it did in the forward pass (after omp_set_dynamic or the like), and "
+            "torch's own layers would give wrong gradients: call torch.set_num_threads(1) before the forward pass"
+        )
+
+
+class _WithoutOneDNN:
+    """oneDNN is off while any thread is inside: the switch is one for the whole process."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = bool(torch.backends.mkldnn.enabled)
+                torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch.backends.mkldnn.enabled = self._before  # type: ignore[assignment]
+
+
+_without_onednn = _WithoutOneDNN()
+
+
 def any_team(compute: Callable[..., Result]) -> Callable[..., Result]:
     """`compute`, which calls torch's convolutions or products, without oneDNN where the team isn't full."""
 
@@ -64,11 +103,7 @@ def any_team(compute: Callable[..., Result]) -> Callable[..., Result]:
     def run(*arguments: Any, **options: Any) -> Result:
         if full_team():
             return compute(*arguments, **options)
-        before = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-        try:
+        with _without_onednn:
             return compute(*arguments, **options)
-        finally:
-            torch.backends.mkldnn.enabled = before
 
     return run

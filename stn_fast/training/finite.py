@@ -11,6 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -171,33 +172,66 @@ class Guard:
         warnings.warn(f"{reason}; left out, {self.in_a_row} of {self.skip} in a row", RuntimeWarning, stacklevel=4)
 
 
+class _Kept(NamedTuple):
+    """A buffer as it was: the tensor, and a copy if it may be written to."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    before: Tensor | None
+
+
 class Buffers:
-    """The buffers of a model, such as running statistics, which a forward pass in training mode changes."""
+    """The buffers of a model, such as running statistics, which a forward pass in training mode changes.
+
+    Those of at most ``FEW`` numbers are copied at each step; larger ones, such as attention masks, once they have been
+    seen to change.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._owners = [module for module in model.modules() if module._buffers]
+        self._large: dict[tuple[int, str], int] = {}  # how often a large buffer had been written to, at the last step
+        self._changing: set[tuple[int, str]] = set()
 
     def keep(self) -> Callable[[Tensor | None], None]:
         """A function that puts them back as they are now: always, or where a scalar tensor of bools is true."""
-        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for module in self._owners:
-            for buffer in module._buffers.values() if module.training else ():
-                if buffer is not None and buffer.layout == torch.strided:
-                    groups.setdefault((buffer.device, buffer.dtype), []).append(buffer)
-        kept = [(buffers, _joined(buffers)) for buffers in groups.values()]
+        kept = [
+            _Kept(module, name, buffer, self._copy(module, name, buffer))
+            for module in self._owners
+            if module.training
+            for name, buffer in module._buffers.items()
+            if buffer is not None and not buffer.is_inference()
+        ]
 
         def put_back(where: Tensor | None) -> None:
-            for buffers, before in kept:
-                numbers = before if where is None else torch.where(where.to(before.device), before, _joined(buffers))
-                parts = numbers.split([buffer.numel() for buffer in buffers])
-                for buffer, part in zip(buffers, parts, strict=True):
-                    buffer.copy_(part.view(buffer.shape))
+            for one in kept:
+                _put_back(one, one.module._buffers[one.name], where)
 
         return torch.no_grad()(put_back)
 
+    def _copy(self, module: nn.Module, name: str, buffer: Tensor) -> Tensor | None:
+        """A copy of a buffer that may be written to: not of one whose numbers share memory, which can't be."""
+        if any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
+            return None
+        if buffer.numel() > FEW:
+            key = id(module), name
+            if self._large.setdefault(key, buffer._version) != buffer._version:
+                self._changing.add(key)
+            if key not in self._changing:
+                return None
+        return buffer.detach().clone()
 
-def _joined(buffers: list[Tensor]) -> Tensor:
-    return torch.cat([buffer.detach().reshape(-1) for buffer in buffers])
+
+def _put_back(one: _Kept, now: Tensor | None, where: Tensor | None) -> None:
+    if one.before is not None:  # not told by its version: batch norm writes without counting
+        numbers = one.before if where is None else torch.where(where.to(one.tensor.device), one.before, one.tensor)
+        one.tensor.copy_(numbers)
+    if now is one.tensor:
+        return
+    if where is None:  # another tensor has taken its place
+        one.module._buffers[one.name] = one.tensor
+    elif now is not None and now.shape == one.tensor.shape and now.dtype == one.tensor.dtype:
+        one.module._buffers[one.name] = torch.where(where.to(now.device), one.tensor, now)
 
 
 def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:

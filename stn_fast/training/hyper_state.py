@@ -49,5 +49,5 @@ def reorder(order: Sequence[int], tensors: Iterable[Tensor], optimizers: Iterabl
     for tensor in tensors:
         kept = [value for optimizer in optimizers for value in optimizer.state.get(tensor, {}).values()]
         for value in (tensor, *kept):
-            if isinstance(value, Tensor) and value.shape == tensor.shape:
+            if isinstance(value, Tensor) and value.shape[-1:] == tensor.shape[-1:]:
                 value.copy_(value[..., order])

@@ -156,6 +156,8 @@ class FixedHyperparameters:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not trained:
+            raise RuntimeError("the training loss depends on none of the parameters that the optimizer trains")
         norms = gradient_norms([parameter.grad for parameter in trained])
         norm = torch.linalg.vector_norm(norms)
 

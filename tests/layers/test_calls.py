@@ -222,3 +222,23 @@ def test_gradients_of_single_examples_by_vmap_of_grad():
         torch.vmap(gradient)(x)
     torch.testing.assert_close(torch.vmap(gradient, randomness="same")(x)[1], layer(x[1], sampled()))
     torch.testing.assert_close(gradient(x[0]), layer(x[0], sampled()))
+
+
+def test_slices_that_share_examples_draw_anew_and_parts_of_a_batch_draw_what_the_whole_does():
+    layer, x = stn.PerExampleDropout("rate", stream=3), torch.ones(6, 400)
+    hyper = sampled()
+    whole, again = layer(x, hyper), layer(x[2:], hyper[2:])
+    assert not torch.equal(whole[2:], again)
+    hyper = sampled()
+    parts = [layer(x[:2], hyper[:2]), layer(x[2:], hyper[2:])]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(layer(x, hyper)[:2], parts[0])
+
+
+def test_two_passes_over_one_batch_are_recomputed_each_by_its_own_mask():
+    layer, hyper = stn.PerExampleDropout("rate", stream=3), sampled()
+    for _ in range(2):
+        x = torch.ones(6, 400, requires_grad=True)
+        y = checkpoint(lambda x: layer(x, hyper) * x, x, use_reentrant=False)
+        y.sum().backward()
+        torch.testing.assert_close(x.grad, 2 * y.detach())

@@ -226,6 +226,15 @@ def test_autocast_around_the_backward_pass_of_16_bits_changes_nothing(name, dtyp
     check(gradients(function, operands, lambda y: y.detach().cos(), around=around), want, tolerance=0)
 
 
+def test_autocast_of_a_device_that_is_neither_cpu_nor_cuda_is_left_alone():
+    torch.set_autocast_enabled("xpu", True)
+    try:
+        for function, operands in OPERATIONS.values():
+            gradients(function, operands, torch.ones_like)
+    finally:
+        torch.set_autocast_enabled("xpu", False)
+
+
 @each_operation
 def test_shapes_are_known_on_the_meta_device(function, operands):
     if function is OPERATIONS["dropout"][0]:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,34 @@ def test_a_run_takes_one_thread_where_openmp_would_start_fewer_than_asked_for(mo
     with run.using_threads(2):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("layer", ["conv2d", "lstm"])
+def test_a_team_that_shrinks_before_the_backward_pass_of_a_folded_layer_is_an_error(layer, monkeypatch):
+    """torch's own backward pass would be wrong, or would not return."""
+    if layer == "conv2d":
+        y = stn_fast.HyperConv2d(3, 4, 3, num_hyperparameters=2)(torch.randn(2, 3, 8, 8), torch.randn(2))
+    else:
+        y, _ = stn_fast.HyperLSTM(3, 4, num_hyperparameters=2)(torch.randn(5, 2, 3), torch.randn(2))
+    monkeypatch.setattr(openmp, "full_team", lambda: False)
+    with pytest.raises(RuntimeError, match="fewer threads than it did in the forward pass"):
+        y.sum().backward()
+
+
+def test_onednn_is_on_again_after_threads_that_switched_it_off_side_by_side(monkeypatch):
+    monkeypatch.setattr(openmp, "full_team", lambda: False)
+    meet, seen = threading.Barrier(4), []
+
+    @openmp.any_team
+    def compute():
+        meet.wait(timeout=60)  # all are inside
+        seen.append(bool(torch.backends.mkldnn.enabled))
+
+    for _ in range(20):
+        threads = [threading.Thread(target=compute) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert torch.backends.mkldnn.enabled
+    assert seen == [False] * 80

@@ -315,6 +315,56 @@ def test_running_statistics_are_those_of_the_steps_that_were_taken(model, batch,
     assert model.norm.num_batches_tracked == before["num_batches_tracked"] + 1
 
 
+class Buffered(Normed):
+    """With buffers of every kind: reassigned, written to, expanded, large and constant, large and written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16))
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("ids", torch.arange(4.0).expand(3, 4))
+        self.register_buffer("mask", torch.ones(300, 300))
+        self.register_buffer("history", torch.zeros(300, 300))
+
+    def forward(self, x, hyper):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * self.first(x).mean(0)
+            self.count += x.sum()
+            self.history[0] += x.sum()
+        return super().forward(x, hyper)
+
+
+def test_buffers_of_every_kind_are_those_of_the_steps_that_were_taken(batch, judge):
+    torch.manual_seed(0)
+    network = Buffered()
+    method = SelfTuning(network, SPACE, classification_loss, classification_loss)
+    for step in range(2):
+        method.train_step(batch, step)
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with pytest.raises(NonFiniteError):
+        judged(method.train_step, Split(batch.inputs * NAN, batch.targets), 2)
+    for name, buffer in network.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_large_buffers_that_no_step_changes_are_not_copied(batch):
+    network = Buffered()
+    method = SelfTuning(network, SPACE, classification_loss, classification_loss)
+    for step in range(3):
+        method.train_step(batch, step)
+    copy = method._buffers._copy
+    assert copy(network, "mask", network.mask) is None
+    assert torch.equal(copy(network, "history", network.history), network.history)
+
+
+def test_a_loss_of_nothing_that_is_trained_is_named(model, batch):
+    method = SelfTuning(model, SPACE, classification_loss, classification_loss, optimizer=OPTIMIZERS["plain sgd"])
+    apart = torch.ones((), requires_grad=True)
+    method.training_objective = lambda model, batch, hyper: apart * 2
+    with pytest.raises(RuntimeError, match="none of the parameters that the optimizer trains"):
+        method.train_step(batch, 0)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_text_goes_on_from_zero_after_a_window_that_was_left_out(judge):
     class Counter(torch.nn.Module):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import stn_fast as stn
+from stn_fast.training.hyper_state import reorder
 from stn_fast.training.methods import FixedHyperparameters, SelfTuning
 from stn_fast.training.task import classification_loss, decayed_classification_loss
 
@@ -149,3 +150,15 @@ def test_a_state_that_says_nothing_of_its_hyperparameters_is_refused():
     del state["hyperparameters"]
     with pytest.raises(ValueError, match="does not say which hyperparameters it has"):
         method_of(SPACE).load_state_dict(state)
+
+
+def test_factored_moments_follow_their_hyperparameters():
+    """Adafactor keeps a row for the columns of a gate: (1, n)."""
+    location = torch.zeros(3, 2, requires_grad=True)
+    optimizer = torch.optim.Adafactor([location])
+    location.grad = torch.tensor([[1.0, 2.0]] * 3)
+    optimizer.step()
+    before = optimizer.state[location]["col_var"].clone()
+    reorder([1, 0], [location], [optimizer])
+    assert torch.equal(optimizer.state[location]["col_var"], before[:, [1, 0]])
+    assert not torch.equal(before, before[:, [1, 0]])
