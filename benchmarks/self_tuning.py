@@ -2,7 +2,7 @@
 
     python -m benchmarks.self_tuning digits --seeds 5
     python -m benchmarks.self_tuning digits --seeds 20 --methods stn --learning-rate-factor 2
-    python -m benchmarks.self_tuning fashion-mnist-small --seeds 3 --methods stn fixed --guesses .05 .5
+    python -m benchmarks.self_tuning fashion-mnist-small --seeds 3 --methods stn fixed --guesses .05 .5 --jobs 2
     python -m benchmarks.self_tuning ptb-small --seeds 2 --guesses .05 .6 --jobs 2
 
 Prints one row for every run, medians, the ratios of validation and test losses (of texts: perplexities), and how many

@@ -197,7 +197,10 @@ def dropout(
     stream = check_strength("dropout", "rate", rate, x, sizes[1], stream)
     step, seed, first_example = check_coordinates("dropout", x.device, seed, step, first_example)
     if rate.requires_grad:
-        raise ValueError("dropout: rate requires grad, but a mask has no gradient; pass rate.detach()")
+        raise ValueError(
+            "dropout: rate requires grad, but a mask has no gradient: sample hyperparameters with location.detach() in "
+            "a training step, and leave dropout out of a validation step, as its layers do in eval mode"
+        )
     draw = (rate.contiguous(), step, seed, stream, first_example)
     if in_transform():
         return reference(x, rate, _uniform(step, seed, stream, first_example, sizes, strides), sizes, strides)

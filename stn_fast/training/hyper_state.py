@@ -19,14 +19,23 @@ def described(space: HyperparameterSpace) -> list[dict[str, Any]]:
     return [{"name": one.name, **{key: getattr(one, key) for key in COMPARED}} for one in space]
 
 
+def check_made_by(state: Any, made_by: dict[str, Any]) -> None:
+    """Raises ValueError where ``state`` is not that of a method, or one of another method or other optimizers."""
+    if not isinstance(state, dict) or not {"made_by", "hyperparameters", "model", "optimizer"} <= state.keys():
+        given = f"a dict of {', '.join(map(str, state)) or 'nothing'}" if isinstance(state, dict) else f"{state!r:.40}"
+        raise ValueError(f"the state must be one that a method's state_dict() has returned, got {given}")
+    for key, here in made_by.items():
+        if state["made_by"][key] != here:
+            there, here = (", ".join(v) if isinstance(v, list) else v for v in (state["made_by"][key], here))
+            raise ValueError(f"the state was saved with the {key} {there}, and this method has {here}")
+
+
 def saved_order(state: dict[str, Any], space: HyperparameterSpace) -> list[int]:
     """Where each hyperparameter of ``space`` stands in ``state``.
 
     Raises:
         ValueError: the state has others, or they differ; the message says what is where.
     """
-    if "hyperparameters" not in state:
-        raise ValueError("the state does not say which hyperparameters it has: another version of stn_fast saved it")
     saved = {one["name"]: one for one in state["hyperparameters"]}
     there, here = [name for name in saved if name not in space], [name for name in space.names if name not in saved]
     if there or here:

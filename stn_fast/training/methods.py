@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.training.batches import as_split
 from stn_fast.training.config import Config, OptimizerConfig
 from stn_fast.training.finite import Attempt, Buffers, Guard, gradient_norms
-from stn_fast.training.hyper_state import described, reorder, saved_order
+from stn_fast.training.hyper_state import check_made_by, described, reorder, saved_order
 from stn_fast.training.modes import TrainingModes, evaluating
 from stn_fast.training.parameters import (
     check_streams,
@@ -216,6 +217,7 @@ class FixedHyperparameters:
         """Everything that decides the next step but the data and the step number."""
         self.check_finite()
         return {
+            "made_by": self._made_by(),
             "hyperparameters": described(self.space),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -232,16 +234,26 @@ class FixedHyperparameters:
         ``hyper.response`` by column is not.
 
         Raises:
-            ValueError: hyperparameters, or their bounds, kinds or starts, are others than this method's; the message
-                says which. Nothing has been loaded then.
+            ValueError: the method, its optimizers, its hyperparameters, or their bounds, kinds or starts differ from
+                this method's; the message says which. Nothing has been loaded then, nor after any other error.
         """
+        check_made_by(state, self._made_by())
         order = saved_order(state, self.space)
-        self._load(state)
+        before = copy.deepcopy(self.state_dict())
+        try:
+            self._load(state)
+        except Exception:
+            self._load(before)
+            raise
         if order != sorted(order):
             named = self.model.named_parameters()
             gates = [p for name, p in named if is_gate(name) and p.shape[-1] == len(order)]
             reorder(order, [*gates, self.location, self.raw_scale], self._optimizers)
         self._guard = Guard(self._guard.skip, state["skipped"]["steps"], state["skipped"]["in_a_row"])
+
+    def _made_by(self) -> dict[str, Any]:
+        optimizers = [type(optimizer).__name__ for optimizer in self._optimizers]
+        return {"method": type(self).__name__, "optimizers": optimizers}
 
     @torch.no_grad()
     def _load(self, state: dict[str, Any]) -> None:

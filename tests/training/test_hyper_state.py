@@ -3,6 +3,7 @@
 import copy
 import io
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_another_scale_to_start_from_is_no_difference():
 def test_a_state_that_says_nothing_of_its_hyperparameters_is_refused():
     state = saved(trained())
     del state["hyperparameters"]
-    with pytest.raises(ValueError, match="does not say which hyperparameters it has"):
+    with pytest.raises(ValueError, match="must be one that a method's"):
         method_of(SPACE).load_state_dict(state)
 
 
@@ -162,3 +163,36 @@ def test_factored_moments_follow_their_hyperparameters():
     reorder([1, 0], [location], [optimizer])
     assert torch.equal(optimizer.state[location]["col_var"], before[:, [1, 0]])
     assert not torch.equal(before, before[:, [1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (dict(optimizer=partial(torch.optim.Adam, lr=1e-3)), r"optimizers Adam, Adam, and this method has SGD, Adam"),
+        (dict(hyper_optimizer=partial(torch.optim.SGD, lr=0.1)), r"optimizers SGD, SGD, and this method has SGD, Adam"),
+        (dict(kind=FixedHyperparameters), r"method FixedHyperparameters, and this method has SelfTuning"),
+    ],
+)
+def test_a_state_of_another_method_or_other_optimizers_is_refused_and_nothing_loaded(other, says):
+    state, method = saved(trained(**other)), trained()
+    before = saved(method)
+    with pytest.raises(ValueError, match=says):
+        method.load_state_dict(state)
+    assert str(saved(method)) == str(before)
+
+
+@pytest.mark.parametrize("state", [None, {}, torch.nn.Linear(2, 2).state_dict()], ids=["None", "empty", "of a module"])
+def test_what_is_no_state_of_a_method_is_refused(state):
+    with pytest.raises(ValueError, match=r"must be one that a method's state_dict\(\) has returned, got "):
+        method_of(SPACE).load_state_dict(state)
+
+
+def test_a_state_that_does_not_fit_leaves_everything_as_it_was():
+    method, state = trained(), saved(trained())
+    state["optimizer"]["param_groups"][0]["params"].pop()
+    state["model"]["first.weight"] += 1
+    before = saved(method)
+    with pytest.raises(ValueError, match="parameter group"):
+        method.load_state_dict(state)
+    assert str(saved(method)) == str(before)
+    method.train_step(BATCH, 99)
