@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class RunDirectory:
         self.schedule = self.path / "schedule.png"
         self.checkpoints = self.path / "checkpoints"
         probe = self.path / ".writable"
+        self._made = not exists(self.path)
         try:
             make_directory(self.path)
             probe.touch()
@@ -70,7 +71,17 @@ class RunDirectory:
                 ) from None
             except OSError:  # a file system without locks
                 pass
-            yield
+            try:
+                yield
+            finally:
+                self._remove_if_unused()
+
+    def _remove_if_unused(self) -> None:
+        """Leaves nothing behind where no run has begun: a directory made for it that holds only its lock goes."""
+        if self._made and [entry.name for entry in self.path.iterdir()] == [".lock"]:
+            with suppress(OSError):
+                (self.path / ".lock").unlink()
+                self.path.rmdir()
 
     def check_free(self) -> None:
         """Raises UserError where ``clear`` would remove, or a run mix with, what no run has put here."""

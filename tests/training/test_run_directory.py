@@ -10,13 +10,16 @@ import pytest
 from run_files import rows
 
 from stn_fast.errors import UserError
+from stn_fast.recipes import digits
 from stn_fast.training import checkpoint, disk
+from stn_fast.training.run import run
 from stn_fast.training.run_directory import RunDirectory
 
 OURS = ("config.yaml", "data.json", "metrics.jsonl", "result.json", "schedule.png")
 
 HOLD = """
 import sys
+from stn_fast.training.run import run
 from stn_fast.training.run_directory import RunDirectory
 with RunDirectory(sys.argv[1]).locked():
     print("held", flush=True)
@@ -159,3 +162,13 @@ def test_a_run_whose_checkpoints_are_gone_says_that_it_starts_over(train, capsys
     checkpoint.clear(directory / "checkpoints")
     train("schedule.epochs=7")
     assert "holds a run but no checkpoint of it: starting over from step 0" in capsys.readouterr().err
+
+
+def test_a_run_that_never_began_leaves_no_directory_that_was_not_there(make_config):
+    config = make_config("schedule.batch_size=100000")
+    for made in (False, True):
+        if made:
+            Path(config.directory).mkdir()
+        with pytest.raises(UserError, match="batch_size"):
+            run(config, digits.build)
+        assert Path(config.directory).exists() == made
