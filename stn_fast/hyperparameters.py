@@ -27,14 +27,7 @@ __all__ = [
 ]
 
 
-@dataclass
-class _Call:
-    """One call of a layer that draws: for which examples, its number among those of them, and whether backward came."""
-
-    first: int
-    last: int
-    number: int
-    repeated: bool = False
+_Place = tuple[int, int, int]  # where a layer draws: its stream, the first example, one more than the last
 
 
 @dataclass(eq=False)
@@ -53,7 +46,8 @@ class HyperBatch:
         first_example: index of row 0 in the global batch.
         space: the `HyperparameterSpace` the columns belong to.
         shared: all rows are equal, so layers fold their response into plain weights.
-        calls: how often each stream has drawn by this batch, a slice or a copy on another device included.
+        calls: the number of each layer's next draw, by stream and examples; slices and `to` share it.
+        open_calls: how many draws no backward pass has repeated, likewise.
     """
 
     values: Tensor
@@ -63,7 +57,8 @@ class HyperBatch:
     first_example: int
     space: HyperparameterSpace
     shared: bool = False
-    calls: dict[int, list[_Call]] = field(default_factory=dict, repr=False)
+    calls: dict[_Place, int] = field(default_factory=dict, repr=False)
+    open_calls: dict[_Place, int] = field(default_factory=dict, repr=False)
 
     def draw_seed(self, stream: int) -> int:
         """The seed of a layer's next draw from its stream: the run's at its first call, others at further calls.
@@ -81,29 +76,30 @@ class HyperBatch:
             RuntimeError: in a backward pass, after several calls, of which one is to be repeated.
         """
         first, last = self.first_example, self.first_example + len(self)
-        made = self.calls.setdefault(stream, [])
-        before = [call for call in made if call.first < last and first < call.last]
+        shared = [place for place in self.calls if place[0] == stream and place[1] < last and first < place[2]]
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            number = self._repeated(stream, before)
+            number = self._repeated(shared)
         else:
-            number = 1 + max((call.number for call in before), default=-1)
-            made.append(_Call(first, last, number))
+            place = stream, first, last
+            number = 0
+            for other in shared:  # not max() of them all, which torch.compile can't trace
+                number = max(number, self.calls[other]) if number else self.calls[other]
+            self.calls[place] = number + 1
+            self.open_calls[place] = self.open_calls.get(place, 0) + 1
         return (self.seed + (number << 32)) % 2**63  # the low word of the key is the run's own
 
-    @staticmethod
-    def _repeated(stream: int, calls: list[_Call]) -> int:
-        """The number of the only call that has not been repeated yet, which now is."""
-        open_calls = [call for call in calls if not call.repeated]
-        if len(open_calls) > 1:
+    def _repeated(self, places: list[_Place]) -> int:
+        """The number of the only call at these places that has not been repeated, which now is."""
+        waiting = [place for place in places for _ in range(self.open_calls[place])]
+        if len(waiting) > 1:
             raise RuntimeError(
-                f"the layer of stream {stream} was called {len(open_calls)} times with one HyperBatch and is called "
-                "again in the backward pass, as activation checkpointing does: which mask to repeat is not known. Use "
-                "a layer with a stream of its own at each place, and sample a HyperBatch for each forward pass"
+                f"the layer of stream {waiting[0][0]} was called {len(waiting)} times with one HyperBatch and again in "
+                "the backward pass, as activation checkpointing does: which mask to repeat is not known. Use a layer "
+                "with a stream of its own at each place, and sample a HyperBatch for each forward pass"
             )
-        if not open_calls:
-            return max((call.number for call in calls), default=0)
-        open_calls[0].repeated = True
-        return open_calls[0].number
+        for place in waiting:
+            self.open_calls[place] -= 1
+        return max([self.calls[place] for place in waiting or places], default=1) - 1
 
     @overload
     def __getitem__(self, key: str) -> Tensor: ...

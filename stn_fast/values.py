@@ -25,7 +25,7 @@ _CORE_SCHEMA = (
 )
 
 
-MOST_DIGITS = 300  # of a whole number; Python prints no more than some thousands
+MOST_DIGITS = 1000  # of a whole number; Python prints no more than some thousands
 
 
 class NotYaml(ValueError):

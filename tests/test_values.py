@@ -182,14 +182,19 @@ def test_what_is_not_json_is_one_kind_of_error(text):
         from_json(text)
 
 
-@pytest.mark.parametrize("text", ["9" * 400, "0x" + "f" * 5000, "0o" + "7" * 5000, "-" + "9" * 5000])
-def test_a_number_beyond_every_range_is_a_value_error_of_one_line(text):
+@pytest.mark.parametrize("text", ["0x" + "f" * 5000, "0o" + "7" * 5000, "-" + "9" * 5000])
+def test_a_number_of_too_many_digits_is_a_value_error_of_one_line(text):
     for read in (number, whole_number):
-        with pytest.raises(ValueError, match=r"digits|range") as caught:
+        with pytest.raises(ValueError, match="digits") as caught:
             read(text)
         assert len(str(caught.value)) < 200
     with pytest.raises(NotYaml):
         from_yaml(f"seed: {text}")
+
+
+def test_a_whole_number_that_no_float_holds_is_a_value_error_where_a_number_is_read():
+    with pytest.raises(ValueError, match="beyond the range of floating point"):
+        number("9" * 400)
 
 
 @pytest.mark.parametrize("text", ["!!timestamp 2020-01-01", "!!set {a, b}", "!!binary aGk=", "!!omap [a: 1]"])
