@@ -70,8 +70,8 @@ def eager_function(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
-            given = [gradient for gradient in gradients if gradient is not None]
-            registered = torch.is_grad_enabled() or (bool(given) and traced(*given))
+            seen = is_in_torch_dispatch_mode() or not {*map(type, gradients)} <= _PLAIN
+            registered = torch.is_grad_enabled() or seen
             return backward(registered_backward if registered else compute_backward, ctx, *gradients)
 
     def run(*inputs: Any) -> Any:

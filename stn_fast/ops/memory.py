@@ -41,15 +41,15 @@ def reads_memory(compute: Callable[..., Result]) -> Callable[..., Result]:
             device = next(value for value in arguments if isinstance(value, Tensor)).device.type
             if autocasts(device):
                 with torch.autocast(device, enabled=False):
-                    return on_memory(*arguments, **options)
-        return on_memory(*arguments, **options)
+                    return on_copies(arguments, options)
+        if triton_may_serve() and any(map(_is_lazy, arguments)):  # Triton takes addresses itself
+            return on_copies(arguments, options)
+        try:
+            return compute(*arguments, **options)
+        except NoMemory:  # raised by `address`, so that the core's usual call costs nothing more
+            return on_copies(arguments, options)
 
-    def on_memory(*arguments: Any, **options: Any) -> Result:
-        if not triton_may_serve() or not any(map(_is_lazy, arguments)):  # Triton takes addresses itself
-            try:
-                return compute(*arguments, **options)
-            except NoMemory:  # raised by `address`, so that the core's usual call costs nothing more
-                pass
+    def on_copies(arguments: tuple[Any, ...], options: dict[str, Any]) -> Result:
         arguments = tuple(value.clone() if _is_lazy(value) else value for value in arguments)
         if not in_function_transform():
             return compute(*arguments, **options)
@@ -59,9 +59,7 @@ def reads_memory(compute: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
-def _autocasts_anywhere() -> bool:
-    """Whether autocast is on for some device: one question in place of one for each."""
-    return torch._C._is_any_autocast_enabled()
+_autocasts_anywhere = torch._C._is_any_autocast_enabled  # one question in place of one for each device
 
 
 def _is_lazy(value: Any) -> bool:
