@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from stn_fast.checks import tensor, whole_number
 from stn_fast.hyperparameter import SCALE_BOUNDS, Hyperparameter, Response, inverse_softplus
 from stn_fast.ops._draw import check_coordinates
-from stn_fast.ops.perturb import RAW_SCALE_BOUNDS, constrain, perturb
+from stn_fast.ops.perturb import RAW_SCALE_BOUNDS, constrain, perturb_for
 
 __all__ = [
     "SCALE_BOUNDS",
@@ -282,18 +282,11 @@ class HyperparameterSpace:
         """
         table, default_center = self._constants(location.device)
         self._check_location(location)
-        batch_size = whole_number("sample", "batch_size", batch_size, 0)
-        step, seed, first_example = check_coordinates("sample", location.device, seed, step, first_example)
-        values, response = perturb(
-            location,
-            raw_scale,
-            default_center if center is None else center.detach(),
-            table,
-            step=step,
-            seed=seed,
-            batch_size=batch_size,
-            first_example=first_example,
+        center = default_center if center is None else center.detach()
+        (values, response), coordinates = perturb_for(
+            "sample", location, raw_scale, center, table, step, seed, batch_size, first_example
         )
+        step, seed, first_example = coordinates
         return HyperBatch(values, response, step, seed, first_example, self)
 
     def at(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stn_fast import random
 from stn_fast.checks import whole_number
-from stn_fast.ops._draw import check_coordinates, check_randomness, step_number
+from stn_fast.ops._draw import Coordinates, check_coordinates, check_randomness, step_number
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.memory import address, own_address, reads_memory
@@ -246,18 +246,34 @@ def perturb(
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
     """
+    return perturb_for("perturb", location, raw_scale, center, table, step, seed, batch_size, first_example)[0]
+
+
+def perturb_for(
+    operation: str,
+    location: Tensor,
+    raw_scale: Tensor,
+    center: Tensor,
+    table: Tensor,
+    step: Tensor | int,
+    seed: int,
+    batch_size: int,
+    first_example: int,
+) -> tuple[Perturbed, Coordinates]:
+    """`perturb`, and the coordinates that it has checked; errors name ``operation``."""
     _check(location, raw_scale, center, table)
-    batch_size = whole_number("perturb", "batch_size", batch_size, 0)
-    check_randomness("perturb")
-    step, seed, first_example = check_coordinates("perturb", table.device, seed, step, first_example)
+    batch_size = whole_number(operation, "batch_size", batch_size, 0)
+    check_randomness(operation)
+    coordinates = check_coordinates(operation, table.device, seed, step, first_example)
+    step, seed, first_example = coordinates
     if in_transform():
         noise = perturbation_noise(table, step, seed, batch_size, first_example)
-        return reference(location, raw_scale, center, table, noise)
+        return reference(location, raw_scale, center, table, noise), coordinates
     run = _perturb if traced(location, raw_scale, center) else _eager
     save_noise = torch.is_grad_enabled() and (location.requires_grad or raw_scale.requires_grad)
     draw = (table, step, seed, batch_size, first_example, save_noise)
     values, response, _ = run(location.contiguous(), raw_scale.contiguous(), center.contiguous(), *draw)
-    return Perturbed(values, response)
+    return Perturbed(values, response), coordinates
 
 
 def _check(location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor) -> None:

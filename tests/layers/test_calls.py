@@ -209,7 +209,7 @@ def test_under_vmap_sampling_says_so_too_and_unperturbed_batches_need_not():
     def values(location):
         return SPACE.sample(location, SPACE.initial_state()[1], batch_size=6, seed=5, step=4).values
 
-    with pytest.raises(RuntimeError, match=r"perturb: inside torch.vmap.*randomness='same'"):
+    with pytest.raises(RuntimeError, match=r"sample: inside torch.vmap.*randomness='same'"):
         torch.vmap(values)(locations)
     assert torch.vmap(values, randomness="same")(locations).shape == (2, 6, 4)
     assert torch.vmap(lambda location: SPACE.at(location, batch_size=6).values)(locations).shape == (2, 6, 4)
