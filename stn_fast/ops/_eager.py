@@ -70,9 +70,8 @@ def eager_function(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
-            seen = is_in_torch_dispatch_mode() or not {*map(type, gradients)} <= _PLAIN
-            registered = torch.is_grad_enabled() or seen
-            return backward(registered_backward if registered else compute_backward, ctx, *gradients)
+            must_see = torch.is_grad_enabled() or is_in_torch_dispatch_mode() or not {*map(type, gradients)} <= _PLAIN
+            return backward(registered_backward if must_see else compute_backward, ctx, *gradients)
 
     def run(*inputs: Any) -> Any:
         return Eager.apply(*inputs) if torch.is_grad_enabled() else compute(*inputs)

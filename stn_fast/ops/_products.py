@@ -25,9 +25,8 @@ def library() -> str:
 
 
 def description() -> str:
-    """`library()`, and why it isn't oneDNN where that would be faster."""
-    fewer = "" if full_team() else ", because OpenMP gives fewer threads than torch.get_num_threads()"
-    return library() + fewer
+    """`library()`, and what rules oneDNN out where that could be faster."""
+    return library() + ("" if full_team() else ", as OpenMP gives fewer threads than torch.get_num_threads()")
 
 
 @cache

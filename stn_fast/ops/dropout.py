@@ -114,7 +114,6 @@ def mask_layout(shape: Sequence[int], example_dim: int, shared_dims: Sequence[in
     An element is numbered row by row over the dimensions that are not shared; shared dimensions get stride 0.
 
     Raises:
-        TypeError: x is not a tensor.
         ValueError: a dimension is out of range or counts examples and is shared, or the shared dimensions
             alternate with others too often to fit the four groups.
     """

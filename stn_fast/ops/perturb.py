@@ -61,9 +61,9 @@ def _constrain_derivative(unconstrained: Tensor, table: Tensor) -> Tensor:
 
 def perturbation_noise(table: Tensor, step: Tensor, seed: int, batch_size: int, first_example: int) -> Tensor:
     """The standard normal draws eps (B, n) behind a perturbation, from the NumPy reference generator."""
-    n = table.shape[0]
-    draws = random.normal(seed, step_number("perturb", step), PERTURBATION_STREAM, batch_size, n, first_example)
-    shared = random.normal(seed, step_number("perturb", step), PERTURBATION_STREAM, 1, n, 0)
+    n, number = table.shape[0], step_number("perturb", step)
+    draws = random.normal(seed, number, PERTURBATION_STREAM, batch_size, n, first_example)
+    shared = random.normal(seed, number, PERTURBATION_STREAM, 1, n, 0)
     noise = torch.from_numpy(draws).to(table.device)
     return torch.where(table[:, 4] > 0, noise, torch.from_numpy(shared).to(table.device))
 

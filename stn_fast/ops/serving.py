@@ -10,10 +10,10 @@ from torch import Tensor
 
 from stn_fast.dispatch import Name, choose
 
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 # The kernels accumulate in float32, so float64 is left to plain torch.
-GATED = MappingProxyType({"cpp": (torch.float32,), "triton": (torch.float32, *SIXTEEN_BITS)})
-ELEMENTWISE = MappingProxyType({"cpp": (torch.float32, *SIXTEEN_BITS), "triton": (torch.float32, *SIXTEEN_BITS)})
+UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
+GATED = MappingProxyType({"cpp": (torch.float32,), "triton": UP_TO_FLOAT32})
+ELEMENTWISE = MappingProxyType({"cpp": UP_TO_FLOAT32, "triton": UP_TO_FLOAT32})
 
 
 def serving(

@@ -216,6 +216,9 @@ class FixedHyperparameters:
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next step but the data and the step number."""
         self.check_finite()
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         return {
             "made_by": self._made_by(),
             "hyperparameters": described(self.space),
@@ -239,7 +242,7 @@ class FixedHyperparameters:
         """
         check_made_by(state, self._made_by())
         order = saved_order(state, self.space)
-        before = copy.deepcopy(self.state_dict())
+        before = copy.deepcopy(self._state())
         try:
             self._load(state)
         except Exception:
@@ -368,8 +371,8 @@ class SelfTuning(FixedHyperparameters):
     def _hyperparameter_names(self, columns: Sequence[int]) -> str:
         return listed([f"hyperparameter {self.space.names[k]!r}" for k in columns])
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "hyper_optimizer": self.hyper_optimizer.state_dict()}
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "hyper_optimizer": self.hyper_optimizer.state_dict()}
 
     def _load(self, state: dict[str, Any]) -> None:
         super()._load(state)

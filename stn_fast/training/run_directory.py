@@ -78,8 +78,8 @@ class RunDirectory:
 
     def _remove_if_unused(self) -> None:
         """Leaves nothing behind where no run has begun: a directory made for it that holds only its lock goes."""
-        if self._made and [entry.name for entry in self.path.iterdir()] == [".lock"]:
-            with suppress(OSError):
+        with suppress(OSError):
+            if self._made and [entry.name for entry in self.path.iterdir()] == [".lock"]:
                 (self.path / ".lock").unlink()
                 self.path.rmdir()
 

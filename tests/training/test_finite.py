@@ -294,6 +294,16 @@ def test_what_a_checkpoint_holds_is_judged_first(model, batch, monkeypatch):
         method.state_dict()
 
 
+def test_a_good_state_can_be_loaded_after_a_step_that_nobody_has_judged_yet(model, batch, monkeypatch):
+    monkeypatch.setattr(finite, "_decides", lambda device: True)
+    method = warmed(tuned(model), batch)
+    state = copy.deepcopy(method.state_dict())
+    method.train_step(poisoned(batch), 2)
+    method.load_state_dict(state)
+    method.train_step(batch, 3)
+    method.check_finite()
+
+
 def test_an_unfused_optimizer_of_many_numbers_is_judged_by_the_host(model, batch, monkeypatch):
     monkeypatch.setattr(finite, "_decides", lambda device: True)
     monkeypatch.setattr(finite, "FEW", 10)
