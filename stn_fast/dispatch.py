@@ -29,6 +29,8 @@ class _Device(Protocol):
     @property
     def type(self) -> str: ...
 
+    def __hash__(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -65,10 +67,10 @@ def _interpreting() -> bool:
 
 
 @cache
-def _automatic(device_type: str) -> Name:
-    if device_type == "cpu" and _import_failure("stn_fast._C") is None:
+def _automatic(device: _Device) -> Name:
+    if device.type == "cpu" and _import_failure("stn_fast._C") is None:
         return "cpp"
-    if device_type == "cuda" and _import_failure("triton") is None:
+    if device.type == "cuda" and _import_failure("triton") is None:
         return "triton"
     return "reference"
 
@@ -119,7 +121,7 @@ def choose(
     """
     name = _requested.get()
     if name == "auto":
-        automatic = _automatic(device.type)
+        automatic = _automatic(device)
         return automatic if dtype in takes.get(automatic, (dtype,)) and automatic not in without else "reference"
     reason = _why_not(name, device.type) or without.get(name)
     if reason is None and dtype not in takes.get(name, (dtype,)):

@@ -24,7 +24,7 @@ def traced(first: Tensor, *others: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.jit.is_tracing() or first.is_meta:
         return True
-    return not {type(first), *map(type, others)} <= _PLAIN
+    return not _PLAIN.issuperset(map(type, (first, *others)))
 
 
 def register(name: str, compute: Callable[..., Any], check: Callable[..., None]) -> Any:
@@ -70,7 +70,8 @@ def eager_function(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
-            must_see = torch.is_grad_enabled() or is_in_torch_dispatch_mode() or not {*map(type, gradients)} <= _PLAIN
+            plain = _PLAIN.issuperset(map(type, gradients))
+            must_see = torch.is_grad_enabled() or is_in_torch_dispatch_mode() or not plain
             return backward(registered_backward if must_see else compute_backward, ctx, *gradients)
 
     def run(*inputs: Any) -> Any:
