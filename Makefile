@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 # Test files side by side, each on two threads that leave the processors to one another when they wait.
 WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help venv train test lint cases bench test-gpu bench-gpu clean
+.PHONY: help venv train test lint cases bench test-gpu bench-gpu gpu-report clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
@@ -57,11 +57,15 @@ gpu:
 	  { echo "$(PYTHON) has no torch with a CUDA device: run on a machine with a GPU, or name its Python: make PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 
-test-gpu: gpu  ## kernels and operations on a CUDA device; no network needed
-	$(PYTHON) -m pytest tests/kernels tests/ops tests/layers tests/training/test_batches.py $(ARGS)
+test-gpu: gpu  ## every test that computes on a CUDA device; no network needed
+	$(PYTHON) -m pytest -m cuda $(ARGS)
 
 bench-gpu: gpu  ## ratios on a CUDA device; no network needed
 	$(PYTHON) -m benchmarks.ratios --device cuda --json benchmarks/results/cuda.json $(ARGS)
+
+# Needs what the GPU's Python has and nothing installed. A dry run is for machines without a GPU.
+gpu-report: $(if $(DRY),venv)  ## prove and measure all that needs a GPU in nine minutes, into OUT=build/gpu (DRY=1: check the plan)
+	$(if $(DRY),$(RUN),$(PYTHON)) -m benchmarks.gpu_report $(if $(DRY),--dry,--out "$${OUT:-build/gpu}") $(ARGS)
 
 clean:  ## remove what was built and cached, .venv included; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info stn_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

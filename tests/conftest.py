@@ -41,8 +41,26 @@ def pytest_collection_modifyitems(config, items):
         takes = ELEMENTWISE if item.path.stem in ("test_dropout", "test_noise") else GATED
         return params["dtype"] not in takes.get(params["backend"], (params["dtype"],))
 
-    config.hook.pytest_deselected(items=[item for item in items if unserved(item)])
+    for item in items:
+        if _computes_on_cuda(item):
+            item.add_marker("cuda")
+    unserved_items = [item for item in items if unserved(item)]
     items[:] = [item for item in items if not unserved(item)]
+    config.hook.pytest_deselected(items=unserved_items)
+
+
+# Under tests/kernels: what needs no device, or is made for machines without one.
+_WITHOUT_DEVICE = ("test_autotune", "test_compile_ahead", "test_compile_ahead_cuda", "test_gated_lstm_persistent")
+
+
+def _computes_on_cuda(item):
+    """Whether a test computes on the CUDA device where there is one: what `make test-gpu` runs, and nothing else."""
+    if item.get_closest_marker("gpu"):
+        return True
+    params = getattr(item, "callspec", None) and item.callspec.params
+    if params and (params.get("device") == "cuda" or params.get("backend") == "triton"):
+        return True
+    return item.path.parent.name == "kernels" and item.path.stem not in _WITHOUT_DEVICE
 
 
 @pytest.fixture(params=sorted({"cpu", DEVICE}))

@@ -1,0 +1,300 @@
+"""Proves and measures on this machine's GPU everything that needs one, within nine minutes: `make gpu-report`.
+
+    python -m benchmarks.gpu_report --out build/gpu
+    python -m benchmarks.gpu_report --dry
+
+Nothing is installed or built, and no network is used: the Python that runs this has torch with CUDA, Triton, pytest and
+hypothesis, and the kernels need no C++. Parts run one after the other, the most telling first, each in a process of its
+own that is ended when its time is over; none stops the next. The output folder holds:
+
+    report.log     all that the parts printed
+    summary.md     aims against figures, on a page
+    machine.json   versions, bandwidth and rates
+    rows.json      rows of the benchmarks, written anew after each part
+    tuned.json     what the tuner chose, to be shipped for this device
+
+A dry run, which needs no GPU, collects the tests as on a machine with one, imports every module, lets each command
+check its arguments, and prints the plan of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from unittest import mock
+
+import torch
+
+from benchmarks.cases import all_cases
+from stn_fast.command_line import run_command
+from stn_fast.errors import UserError
+from stn_fast.files import expanded
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = 560.0
+UNINSTALLED = ROOT / "benchmarks" / "uninstalled"
+TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda")
+LARGE = "2_to_the_31"
+SHOWN_LINES = 40
+# Two threads a process: what is timed on the host is Python, and tests run side by side.
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "2"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command of the report: ``arguments`` of Python, which find {work} and {out} replaced by folders.
+
+    ``limit`` is when it is ended, in seconds after its start. Lines of its output that ``shows`` matches appear on the
+    terminal too.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    limit: float
+    shows: str
+    environment: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def module(self) -> str:
+        return self.arguments[1]
+
+
+def pytest_part(name: str, limit: float, *selection: str, processes: int = 1) -> Part:
+    """A part that runs the tests of the selection which compute on a CUDA device, the tuner off unless a test asks."""
+    aside = ("-n", str(processes), "--dist", "worksteal") if processes > 1 else ()
+    shows = r"^(FAILED|ERROR)|(passed|failed|error).* in "
+    return Part(name, (*TESTS, *aside, "--maxfail=60", *selection), limit, shows, {"STN_FAST_AUTOTUNE": "0"})
+
+
+def benchmark_part(name: str, limit: float, module: str, *options: str) -> Part:
+    """A part that measures and writes rows."""
+    shows = r"^\S+ (train|full|valid|forward|cycle)|^  (stn_fast|limit|plain|channels_last)|ratio|Error|error"
+    rows = ("--json", f"{{work}}/{name.replace(' ', '-')}.rows.json")
+    return Part(name, ("-m", f"benchmarks.{module}", "--device", "cuda", *options, *rows), limit, shows)
+
+
+def ratios_part(name: str, limit: float, *operations: str) -> Part:
+    """Rows of operations, nothing compiled by torch.compile, which would take the time of everything else."""
+    return benchmark_part(
+        name, limit, "ratios", "--no-compile", "--seconds", "0.3", "--rounds", "7", "--ops", *operations
+    )
+
+
+def parts(processes: int) -> tuple[Part, ...]:
+    """The report, in order."""
+    return (
+        Part("machine", ("-m", "benchmarks.preflight", "--json", "{out}/machine.json"), 40, "."),
+        pytest_part("steps", 60, "tests/layers", "tests/models", "tests/training", processes=min(processes, 6)),
+        pytest_part("kernels", 170, "tests/kernels", "tests/ops", "-k", f"not {LARGE}", processes=processes),
+        pytest_part("large", 40, "tests/kernels", "-k", LARGE),
+        Part("recipes", ("-m", "benchmarks.smoke", "--device", "cuda"), 45, "."),
+        ratios_part("gated_lstm", 40, "gated_lstm"),
+        ratios_part("gated_linear", 35, "gated_linear"),
+        ratios_part("gated_conv2d", 40, "gated_conv2d"),
+        ratios_part("other", 25, "augment", "perturb", "dropout"),
+    )
+
+
+def have(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def environment(work: Path, part: Part) -> dict[str, str]:
+    """The variables of a part's process, which finds the package in this clone."""
+    path = [str(UNINSTALLED), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        **ENVIRONMENT,
+        "STN_FAST_CACHE": str(work / "cache"),
+        "PYTHONPATH": os.pathsep.join(path),
+        **part.environment,
+    }
+
+
+def arguments_of(part: Part, work: Path, out: Path) -> list[str]:
+    return [argument.format(work=work, out=out) for argument in part.arguments]
+
+
+def run_part(part: Part, work: Path, out: Path, limit: float) -> str:
+    """Runs a part for ``limit`` seconds at most, adds its output to report.log and says how it ended."""
+    log = work / f"{part.name}.log"
+    start = time.monotonic()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *arguments_of(part, work, out)],
+            cwd=ROOT, env=environment(work, part), stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = process.wait(limit)
+            ending = "ended well" if status == 0 else f"exit status {status}"
+        except subprocess.TimeoutExpired:
+            ending = f"ended by force after {limit:.0f} s"
+            end(process)
+        except BaseException:
+            end(process)
+            raise
+    text = log.read_text(errors="replace")
+    with (out / "report.log").open("a") as report:
+        report.write(f"===== {part.name}: {ending}, {time.monotonic() - start:.1f} s\n{text}\n")
+    shown = [line[:180] for line in text.splitlines() if re.search(part.shows, line)]
+    for line in shown[-SHOWN_LINES:]:
+        print(f"    {line}")
+    return f"{ending}, {time.monotonic() - start:.1f} s"
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and what it has started; a grace of some seconds, in which rows and logs are written."""
+    for number, grace in ((signal.SIGTERM, 3), (signal.SIGKILL, 5)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+
+
+def collect_rows(work: Path, out: Path) -> None:
+    """rows.json: the rows of all parts so far."""
+    rows: list[object] = []
+    for file in sorted(work.glob("*.rows.json"), key=lambda path: path.stat().st_mtime):
+        with contextlib.suppress(ValueError):  # a file that its part was writing when its time was over
+            rows += json.loads(file.read_text())
+    partial = out / "rows.json.partial"
+    partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    os.replace(partial, out / "rows.json")
+
+
+def report(chosen: Sequence[Part], out: Path, budget: float) -> int:
+    """Runs the parts; returns how many didn't end well, at most 1."""
+    start = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.log").write_text("")
+    problems = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        for part in chosen:
+            left = budget - (time.monotonic() - start)
+            if left < 10:
+                ending = "left out: no time"
+            else:
+                ending = run_part(part, work, out, min(part.limit, left))
+                collect_rows(work, out)
+            print(f"[{time.monotonic() - start:4.0f} s] {part.name}: {ending}", flush=True)
+            problems += [part.name] if not ending.startswith("ended well") else []
+        tuned = work / "cache" / "autotune.json"
+        if tuned.exists():
+            shutil.copy(tuned, out / "tuned.json")
+    print(f"everything is in {out}" + (f"; look at {', '.join(problems)}" if problems else ""))
+    return min(len(problems), 1)
+
+
+class Parsed(Exception):
+    """The command has taken its arguments."""
+
+
+def parse_only(module: str, arguments: Sequence[str]) -> None:
+    """Runs a command up to where it has parsed its arguments, with a CUDA device claimed to be there."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -> None:
+        parse(parser, given)
+        raise Parsed
+
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parsed), contextlib.suppress(Parsed):
+        importlib.import_module(module).main(list(arguments))
+        raise UserError(f"{module} parsed no arguments")
+
+
+def import_everything() -> int:
+    """Imports every module of the package, its kernels and the benchmarks; returns how many there are."""
+    count = 0
+    for package in ("stn_fast", "stn_fast.kernels", "benchmarks"):
+        for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+            importlib.import_module(found.name)
+            count += 1
+    return count
+
+
+def selected(part: Part, work: Path, out: Path) -> int:
+    """How many tests a part selects on a machine with a CUDA device."""
+    arguments = [*arguments_of(part, work, out), "--collect-only", "-p", "tests.as_on_cuda"]
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment(work, part), capture_output=True, text=True
+    )
+    found = re.search(r"(\d+)(?:/\d+)? tests collected", done.stdout)
+    if done.returncode or found is None:
+        raise UserError(f"{part.name}: its tests can't be collected:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+    return int(found[1])
+
+
+def cases(part: Part) -> int:
+    """How many cases a part of `benchmarks.ratios` measures."""
+    operations = part.arguments[part.arguments.index("--ops") + 1 : part.arguments.index("--json")]
+    counts = {
+        operation: sum(case.op.startswith(operation) for case in all_cases(torch.device("cuda")))
+        for operation in operations
+    }
+    if missing := [operation for operation, count in counts.items() if not count]:
+        raise UserError(f"{part.name}: no case's name starts with {', '.join(missing)}")
+    return sum(counts.values())
+
+
+def dry_run(chosen: Sequence[Part]) -> int:
+    """Checks selections, imports and arguments, and prints the plan; an error says what is wrong.
+
+    Raises:
+        UserError: a selection is empty, or the plan takes longer than the budget.
+        SystemExit: a command doesn't take its arguments; it has said why.
+    """
+    print(f"{import_everything()} modules import")
+    with tempfile.TemporaryDirectory() as folder:
+        work = out = Path(folder)
+        for part in chosen:
+            if part.module == "pytest":
+                told = f"{selected(part, work, out)} tests"
+            else:
+                parse_only(part.module, arguments_of(part, work, out)[2:])
+                told = f"{cases(part)} cases" if part.module == "benchmarks.ratios" else "arguments are right"
+            print(f"{part.name:<16}{part.limit:5.0f} s at most   {told}", flush=True)
+    total = sum(part.limit for part in chosen)
+    print(f"{'together':<16}{total:5.0f} s at most, of {BUDGET:.0f}")
+    if total > BUDGET + 10:
+        raise UserError(f"the parts may take {total:.0f} s, and {BUDGET:.0f} are there")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reports, or checks that it could."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"), metavar="DIR", help="default: build/gpu")
+    parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds in all (default: {BUDGET:.0f})")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="only these, in the report's order")
+    parser.add_argument("--dry", action="store_true", help="check everything that needs no GPU, and run nothing")
+    options = parser.parse_args(arguments)
+    processes = min(12, os.cpu_count() or 1) if have("xdist") else 1
+    everything = parts(processes)
+    names = [part.name for part in everything]
+    if unknown := set(options.parts or ()) - set(names):
+        raise UserError(f"no part is named {', '.join(sorted(unknown))}; they are {', '.join(names)}")
+    chosen = [part for part in everything if not options.parts or part.name in options.parts]
+    if options.dry:
+        return dry_run(chosen)
+    return report(chosen, expanded(options.out, "--out"), options.budget)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
