@@ -1,12 +1,23 @@
-"""Files and folders that users name: ``~`` is expanded, and one that can't be looked at is a UserError."""
+"""Files and folders: those that users name, locks, and writing that leaves a file whole or not there.
+
+``~`` is expanded in what users name, and what can't be looked at is a UserError.
+"""
 
 from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from stn_fast.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 
 def expanded(path: str | Path, setting: str) -> Path:
@@ -92,3 +103,89 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         byte = contents[error.start]
         raise UserError(f"{path} is not UTF-8: byte 0x{byte:02x} at offset {error.start:,} cannot be decoded") from None
+
+
+def cache_root() -> Path:
+    """The folder of what can be made again: STN_FAST_CACHE, else ~/.cache/stn_fast.
+
+    Raises:
+        UserError: there is no home directory where one is needed.
+    """
+    return expanded(os.environ.get("STN_FAST_CACHE") or "~/.cache/stn_fast", "STN_FAST_CACHE")
+
+
+class Locked(Exception):
+    """Another process holds the lock."""
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Inside, no other process is inside with the same ``path``, where the system and the disk know locks.
+
+    Raises:
+        Locked: another is, and ``wait`` is False.
+        OSError: the file can't be made.
+    """
+    if fcntl is None:
+        yield
+        return
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Locked(str(path)) from None
+        except OSError:  # a disk without locks
+            pass
+        yield
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` for what is to become it, with a name that no process anywhere has; removed at the end.
+
+    Machines that share a disk share process ids too.
+    """
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def replace(path: Path, contents: bytes) -> None:
+    """Writes the file whole: a reader finds the old contents or the new ones, whenever the machine stops.
+
+    Raises:
+        OSError: it can't be written; the old contents are intact.
+    """
+    with beside(path) as partial:
+        write_through(partial, contents)
+        partial.replace(path)
+    sync(path.parent)
+
+
+def write_through(path: Path, contents: bytes) -> None:
+    """Writes the file and waits until its contents are on the disk."""
+    with path.open("wb") as file:
+        file.write(contents)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(directory: Path) -> None:
+    """Waits until the names in ``directory`` are on the disk; Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Makes ``path`` and its parents where they are missing, for good."""
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for directory in missing:
+        sync(directory.parent)

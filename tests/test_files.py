@@ -7,8 +7,9 @@ import pytest
 
 from stn_fast import files, train
 from stn_fast.data import cifar10, fashion_mnist, ptb, wikitext2
-from stn_fast.data.download import cache_root, data_root
+from stn_fast.data.download import data_root
 from stn_fast.errors import UserError
+from stn_fast.files import cache_root
 from stn_fast.kernels.autotune import cache_file
 from stn_fast.recipes import digits
 from stn_fast.recipes import text as text_recipe
@@ -129,3 +130,36 @@ def test_a_configuration_that_may_not_be_read_or_is_not_utf_8_is_an_error_of_the
     (tmp_path / "c.yaml").write_bytes(b"seed: \xff")
     with pytest.raises(UserError, match=r"c.yaml is not valid YAML \(.*0xff"):
         read_yaml(str(tmp_path / "c.yaml"))
+
+
+def test_what_is_not_whole_yet_has_a_name_that_nobody_else_writes_and_is_removed(tmp_path):
+    names = set()
+    for _ in range(10):
+        with files.beside(tmp_path / "file.bin") as partial:
+            partial.write_bytes(b"half")
+            names.add(partial)
+    assert len(names) == 10
+    assert {name.parent for name in names} == {tmp_path}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file.bin"
+    files.replace(path, b"old")
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        files.replace(path, b"new")
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"old"]
+
+
+def test_a_lock_keeps_another_process_out_until_it_is_given_back(tmp_path):
+    pytest.importorskip("fcntl")
+    lock = tmp_path / "lock"
+    with files.locked(lock), pytest.raises(files.Locked, match="lock"), files.locked(lock, wait=False):
+        pass
+    with files.locked(lock, wait=False):
+        pass

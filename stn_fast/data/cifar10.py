@@ -6,7 +6,6 @@ Its files lie in ``cifar10/cifar-10-batches-py/`` under the data root, as publis
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import tarfile
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from stn_fast import files
 from stn_fast.data.download import Published, data_root, downloaded, verified, writing
 from stn_fast.data.splits import Images, Split
 from stn_fast.errors import UserError
+from stn_fast.files import replace
 
 FOLDER, BATCHES = "cifar10", "cifar-10-batches-py"
 SHAPE = (3, 32, 32)
@@ -64,13 +64,8 @@ def unpack(archive: Path, folder: Path, files: Sequence[Published]) -> None:
         for file in files:
             member = tar.extractfile(f"{BATCHES}/{file.name}")
             assert member is not None  # a regular file in every archive with the published checksum
-            partial = folder / f".{file.name}.{os.getpid()}.partial"
-            try:
-                with writing(folder / file.name):
-                    partial.write_bytes(member.read())
-                    partial.replace(folder / file.name)
-            finally:
-                partial.unlink(missing_ok=True)
+            with writing(folder / file.name):
+                replace(folder / file.name, member.read())
 
 
 def _split(folder: Path, files: Sequence[Published]) -> Split:

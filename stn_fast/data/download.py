@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from uuid import uuid4
 
 from stn_fast import files
 from stn_fast.errors import UserError
@@ -39,15 +38,6 @@ def data_root(root: str | Path | None = None) -> Path:
     """
     path = root or os.environ.get("STN_FAST_DATA") or "~/.cache/stn_fast/data"
     return files.expanded(path, "--data-root or STN_FAST_DATA")
-
-
-def cache_root() -> Path:
-    """The folder of what can be made again: STN_FAST_CACHE, else ~/.cache/stn_fast.
-
-    Raises:
-        UserError: there is no home directory where one is needed.
-    """
-    return files.expanded(os.environ.get("STN_FAST_CACHE") or "~/.cache/stn_fast", "STN_FAST_CACHE")
 
 
 def verified(path: Path, published: Published) -> bytes:
@@ -89,19 +79,11 @@ def downloaded(path: Path, published: Published) -> Iterator[Path]:
         verified(path, published)
         yield path
         return
-    partial = partial_of(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with files.beside(path) as partial:
         _download(path, partial, published)
         yield partial
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def partial_of(path: Path) -> Path:
-    """A name beside ``path`` for what is to become it, nobody else's: machines that share a disk share process ids."""
-    return path.with_name(f".{path.name}.{uuid4().hex}.partial")
 
 
 @contextmanager

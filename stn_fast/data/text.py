@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stn_fast.data.download import cache_root, partial_of
 from stn_fast.data.splits import DataSet, Split
 from stn_fast.errors import UserError
+from stn_fast.files import cache_root, replace
 
 END, UNKNOWN = "<eos>", "<unk>"
 FORMAT = 1  # counts the layouts of cached corpora and the rules by which words become tokens
@@ -176,7 +176,6 @@ def _numbered(words: list[str], numbers: dict[str, int]) -> Tensor:
 
 def _keep(path: Path, corpus: Corpus) -> None:
     """Writes the corpus whole or not at all. Where the disk refuses, the next load is as slow as this one."""
-    partial = partial_of(path)
     buffer = io.BytesIO()
     arrays = {name: getattr(corpus, name).numpy().astype(np.int32) for name in ("train", "valid", "test")}
     words = np.frombuffer("\n".join(corpus.words).encode(), np.uint8)
@@ -184,11 +183,7 @@ def _keep(path: Path, corpus: Corpus) -> None:
     contents = buffer.getvalue()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(hashlib.sha256(contents).digest() + contents)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace(path, hashlib.sha256(contents).digest() + contents)
 
 
 def _restored(path: Path) -> Corpus | None:

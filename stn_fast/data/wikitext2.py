@@ -11,9 +11,10 @@ from math import ceil
 from pathlib import Path
 
 from stn_fast import files
-from stn_fast.data.download import Published, data_root, downloaded, partial_of, writing
+from stn_fast.data.download import Published, data_root, downloaded, writing
 from stn_fast.data.text import Corpus, corpus_of, read
 from stn_fast.errors import UserError
+from stn_fast.files import replace
 
 FOLDER = "wikitext-2"
 FILES = ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens")
@@ -65,10 +66,5 @@ def unpack(archive: Path, folder: Path, names: Sequence[str]) -> None:
     """Puts the files ``names`` of the checked archive into ``folder``, each whole or not at all."""
     with zipfile.ZipFile(archive) as source:
         for name in names:
-            partial = partial_of(folder / name)
-            try:
-                with writing(folder / name):
-                    partial.write_bytes(source.read(f"{FOLDER}/{name}"))
-                    partial.replace(folder / name)
-            finally:
-                partial.unlink(missing_ok=True)
+            with writing(folder / name):
+                replace(folder / name, source.read(f"{FOLDER}/{name}"))

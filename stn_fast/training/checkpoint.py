@@ -16,7 +16,8 @@ import torch
 
 from stn_fast import files
 from stn_fast.errors import UserError
-from stn_fast.training.disk import make_directory, sync, write_through, writing
+from stn_fast.files import make_directory, sync, write_through
+from stn_fast.training.disk import writing
 from stn_fast.values import from_json, to_json
 
 STATE, MANIFEST = "state.pt", "manifest.json"

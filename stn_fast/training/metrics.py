@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from stn_fast.errors import UserError
-from stn_fast.files import exists, read_bytes
+from stn_fast.files import exists, read_bytes, sync
 from stn_fast.hyperparameters import HyperparameterSpace
-from stn_fast.training.disk import sync, writing
+from stn_fast.training.disk import writing
 from stn_fast.values import to_json
 
 # These keys alone may differ between two runs of one seed.

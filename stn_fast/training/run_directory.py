@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from stn_fast import files
 from stn_fast.data.fingerprint import PARTS
 from stn_fast.errors import UserError
-from stn_fast.files import exists, read_bytes
+from stn_fast.files import exists, make_directory, read_bytes
 from stn_fast.training import checkpoint
 from stn_fast.training.config import Config
-from stn_fast.training.disk import make_directory, replace, writing
+from stn_fast.training.disk import writing
 from stn_fast.training.layering import build, differences, read_yaml, to_yaml
 from stn_fast.training.result import is_result
 from stn_fast.values import from_json, to_json
@@ -55,22 +56,15 @@ class RunDirectory:
         Raises:
             UserError: another run is in there.
         """
-        try:
-            import fcntl
-        except ImportError:  # not POSIX
-            yield
-            return
-        with writing(self.path / ".lock"):
-            file = (self.path / ".lock").open("a")
-        with file:
+        lock = self.path / ".lock"
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                with writing(lock):
+                    stack.enter_context(files.locked(lock, wait=False))
+            except files.Locked:
                 raise UserError(
                     f"another run is going on in {self.path}; wait for it to end, or choose another --run-dir"
                 ) from None
-            except OSError:  # a file system without locks
-                pass
             try:
                 yield
             finally:
@@ -191,12 +185,17 @@ class RunDirectory:
 
     def write_config(self, config: Config) -> None:
         """Saves the resolved configuration."""
-        replace(self.config, to_yaml(config))
+        self._write(self.config, to_yaml(config))
 
     def write_data(self, data: dict[str, str]) -> None:
         """Saves the fingerprint of the data."""
-        replace(self.data, to_json(data, indent=2) + "\n")
+        self._write(self.data, to_json(data, indent=2) + "\n")
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Saves ``result.json``."""
-        replace(self.result, to_json(result, indent=2) + "\n")
+        self._write(self.result, to_json(result, indent=2) + "\n")
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        with writing(path):
+            files.replace(path, text.encode())

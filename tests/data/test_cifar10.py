@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from stn_fast import files
 from stn_fast.data import cifar10
 from stn_fast.data.download import Published
 from stn_fast.errors import UserError
@@ -109,7 +110,7 @@ def test_a_full_disk_leaves_no_part_of_a_batch(tmp_path, small, monkeypatch):
         path.touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(files, "write_through", fail)
     with pytest.raises(UserError, match=r"data_batch_1 is missing and cannot be written \(No space left on device\)"):
         cifar10.load(tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from stn_fast.data import data_root
-from stn_fast.data.download import Published, cache_root, fetch, partial_of, verified
+from stn_fast.data.download import Published, fetch, verified
 from stn_fast.errors import UserError
+from stn_fast.files import cache_root
 
 CONTENTS = bytes(range(256)) * 5000
 
@@ -49,12 +50,6 @@ def test_where_no_address_gives_the_file_the_error_says_which_from_where_and_wha
     said = refused(tmp_path, published(url))
     for part in (str(tmp_path / "file.bin"), url, "404", "by hand", "--data-root", "STN_FAST_DATA"):
         assert part in said
-
-
-def test_what_is_not_whole_yet_has_a_name_that_nobody_else_writes(tmp_path):
-    names = {partial_of(tmp_path / "file.bin") for _ in range(10)}
-    assert len(names) == 10
-    assert {name.parent for name in names} == {tmp_path}
 
 
 def test_without_a_home_directory_the_setting_that_helps_is_named(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,7 +138,9 @@ def test_names_are_on_the_disk_before_what_relies_on_them(tmp_path, monkeypatch)
     assert synced == [str(tmp_path / "runs"), str(tmp_path)]
     synced.clear()
     directory.write_result({"a": 1})
-    assert synced == [str(directory.path / ".result.json.partial"), str(directory.path)]
+    partial, folder = synced
+    assert re.fullmatch(r"\.result\.json\.[0-9a-f]{32}\.partial", Path(partial).name)
+    assert folder == str(directory.path) == str(Path(partial).parent)
     synced.clear()
     checkpoint.write(directory.checkpoints, 1, {}, 1)
     assert synced[0] == str(directory.path)
