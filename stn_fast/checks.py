@@ -1,13 +1,10 @@
-"""Checks of arguments: whole numbers, real numbers and switches, NumPy's included, and tensors."""
+"""Checks of arguments: whole numbers, real numbers and switches, NumPy's included. Loads neither NumPy nor torch."""
 
 from __future__ import annotations
 
 import operator
 import sys
 from numbers import Integral, Real
-
-import numpy as np
-from torch import Tensor
 
 INT64 = 2**63  # one more than the largest int64
 
@@ -31,8 +28,8 @@ def whole_number(who: str, name: str, value: object, least: int, below: int = IN
 
 
 def _index(value: object) -> int | None:
-    if isinstance(value, bool | Tensor | np.ndarray):
-        return None
+    if isinstance(value, bool) or (hasattr(value, "__array__") and not isinstance(value, Integral)):
+        return None  # an array or a tensor of one number, or NumPy's bool
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -58,15 +55,8 @@ def switch(who: str, name: str, value: object) -> bool:
     Raises:
         ValueError: it is something else.
     """
-    if not isinstance(value, bool | np.bool_):
+    kind = type(value)
+    numpys = kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
+    if not isinstance(value, bool) and not numpys:
         raise ValueError(f"{who}: {name} must be True or False, got {value!r}")
     return bool(value)
-
-
-def tensor(who: str, name: str, value: object) -> None:
-    """Raises TypeError where ``value`` is not a tensor."""
-    if not isinstance(value, Tensor):
-        hint = f"; torch.from_numpy({name}) makes one of it" if isinstance(value, np.ndarray) else ""
-        kind = type(value)
-        given = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-        raise TypeError(f"{who}: {name} must be a torch.Tensor, got {given}{hint}")

@@ -1,16 +1,21 @@
-"""One hyperparameter: its range, where it starts, how widely it is explored, and what float32 makes of that."""
+"""One hyperparameter: its range, where it starts, how widely it is explored, and what float32 makes of that.
+
+Loads neither NumPy nor torch, as configurations are checked with it.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import math
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal
-
-import torch
+from typing import Literal
 
 from stn_fast.checks import real_number, switch
-from stn_fast.ops.perturb import BOTH_BOUNDS, LOWER_BOUND, NO_BOUND, RAW_SCALE_BOUNDS, UPPER_BOUND, constrain
+
+RAW_SCALE_BOUNDS = (-4.0, 3.0)
+"""Raw scales are clamped into this interval, so that sigma = softplus(raw_scale) stays in [0.0181, 3.0486]."""
+
+NO_BOUND, LOWER_BOUND, UPPER_BOUND, BOTH_BOUNDS = range(4)
 
 Response = Literal["shifted", "raw", "value"]
 
@@ -21,6 +26,17 @@ def inverse_softplus(y: float) -> float:
 
 
 SCALE_BOUNDS = tuple(math.log1p(math.exp(bound)) for bound in RAW_SCALE_BOUNDS)
+
+
+FUNCTION_ERROR = 2.0**-22  # relative, four roundings: what implementations of exp and log in float32 differ by at most
+
+
+class WrongHyperparameter(ValueError):
+    """An argument of a `Hyperparameter` that can't be right: its name, its value, and the problem with it."""
+
+    def __init__(self, name: str, argument: str, value: object, problem: str):
+        self.argument, self.value, self.problem = argument, value, problem
+        super().__init__(f"hyperparameter {name!r}: {argument}={value!r} {problem}")
 
 
 @dataclass(frozen=True)
@@ -71,58 +87,60 @@ class Hyperparameter:
         for argument in ("low", "high", "init", "scale"):
             value = getattr(self, argument)
             if value is not None or argument in ("init", "scale"):
-                object.__setattr__(self, argument, real_number(who, argument, value))
+                try:
+                    object.__setattr__(self, argument, real_number(who, argument, value))
+                except ValueError:
+                    raise self._wrong(argument, "must be a finite number") from None
         for argument in ("integer", "per_example"):
             object.__setattr__(self, argument, switch(who, argument, getattr(self, argument)))
         if self.response not in ("shifted", "raw", "value"):
-            raise ValueError(f"{who}: response={self.response!r} must be 'shifted', 'raw' or 'value'")
+            raise self._wrong("response", "must be 'shifted', 'raw' or 'value'")
         if self.integer and self.response == "value":
-            raise ValueError(
-                f"{who}: integer=True and response='value' leave it untuned, as no gradient passes through the floor: "
-                "use response='shifted', which is λ̃ − λ₀"
+            raise self._wrong(
+                "response",
+                "leaves an integer untuned, as no gradient passes through the floor: use 'shifted', which is λ̃ − λ₀",
             )
-        self._check_range(who)
+        self._check_range()
         object.__setattr__(self, "reach", self._reach())
-        self._check_float32(who)
+        self._check_float32()
 
-    def _check_range(self, who: str) -> None:
+    def _wrong(self, argument: str, problem: str) -> WrongHyperparameter:
+        return WrongHyperparameter(self.name, argument, getattr(self, argument), problem)
+
+    def _check_range(self) -> None:
         low = -math.inf if self.low is None else self.low
         high = math.inf if self.high is None else self.high
         if low >= high:
-            raise ValueError(f"{who}: low={self.low} must be below high={self.high}")
+            raise self._wrong("high", f"must be above low={self.low}")
         if not low < self.init < high:
-            raise ValueError(f"{who}: init={self.init} must be strictly inside ({low}, {high})")
+            raise self._wrong("init", f"must be strictly inside ({low}, {high})")
         if not SCALE_BOUNDS[0] <= self.scale <= SCALE_BOUNDS[1]:
-            raise ValueError(
-                f"{who}: scale={self.scale} must be in [{SCALE_BOUNDS[0]:.4f}, {SCALE_BOUNDS[1]:.4f}], "
-                "in units of the unconstrained λ"
-            )
+            bounds = f"[{SCALE_BOUNDS[0]:.4f}, {SCALE_BOUNDS[1]:.4f}]"
+            raise self._wrong("scale", f"must be in {bounds}, in units of the unconstrained λ")
 
-    def _check_float32(self, who: str) -> None:
-        """Raises ValueError where float32, which computes the values, cannot hold the range or the start."""
+    def _check_float32(self) -> None:
+        """Raises where float32, which computes the values, cannot hold the range or the start."""
         for argument in ("low", "high", "init"):
             value = getattr(self, argument)
             if value is not None and math.isinf(as_float32(value)):
-                raise ValueError(f"{who}: {argument}={value} is beyond float32, which ends at 3.4e38")
+                raise self._wrong(argument, "is beyond float32, which ends at 3.4e38")
         low, high = self.reach
         if not low < high:
-            raise ValueError(f"{who}: low={self.low} and high={self.high} are the same number in float32")
+            raise self._wrong("high", f"is the same number in float32 as low={self.low}")
         if self.low is not None and self.high is not None and math.isinf(high):
-            raise ValueError(f"{who}: high - low = {self.high - self.low} is beyond float32, which ends at 3.4e38")
+            raise self._wrong("high", f"is more above low={self.low} than float32 holds, which ends at 3.4e38")
         for argument, bound, reached, outside in (
             ("low", self.low, low, low < (self.low or 0)),
             ("high", self.high, high, high > (self.high or 0)),
         ):
             # Every bound is rounded a little; what must not be reached, such as a rate of 1, is a whole number.
             if bound is not None and outside and reached == round(reached) and abs(reached) < 2**23:
-                raise ValueError(
-                    f"{who}: values in float32 reach {reached:g}, which {argument}={bound} excludes: move it away"
-                )
-        start = _value(self.start, (self.row[0], *self.row[1:3], False, True, False))
-        if not low < start < high or not low < as_float32(self.init) < high:
-            raise ValueError(f"{who}: init={self.init} can't be told from a bound of ({low:g}, {high:g}) in float32")
-        if self.integer and math.floor(start) != math.floor(self.init):
-            raise ValueError(f"{who}: init={self.init} is {start:g} in float32, so its floor would be another")
+                raise self._wrong(argument, f"excludes {reached:g}, which values in float32 reach: move it away")
+        least, most = self._in_float32(self.start)
+        if not low < least <= most < high or not low < as_float32(self.init) < high:
+            raise self._wrong("init", f"can't be told from a bound of ({low:g}, {high:g}) in float32")
+        if self.integer and not math.floor(least) == math.floor(most) == math.floor(self.init):
+            raise self._wrong("init", f"is {least:g} in float32, so its floor would be another")
 
     @property
     def kind(self) -> int:
@@ -150,7 +168,25 @@ class Hyperparameter:
         if not self.integer:
             return location
         above = location + 4e-6 * max(1.0, abs(location))
-        return above if _value(above, self.row) == math.floor(self.init) else location
+        return above if math.floor(self._in_float32(above)[0]) == math.floor(self.init) else location
+
+    def _in_float32(self, location: float) -> tuple[float, float]:
+        """The least and the most that float32 arithmetic may make of λ = `location` before a floor."""
+        location = as_float32(location)
+        if self.kind == NO_BOUND:
+            return location, location
+        if self.kind == BOTH_BOUNDS:
+            curve, base = 1 / (1 + math.exp(-location)) if location > -700 else 0.0, self.low or 0.0
+            scale = as_float32(as_float32(self.high or 0.0) - as_float32(base))
+        elif self.kind == LOWER_BOUND:
+            curve, base, scale = _softplus(location), self.low or 0.0, 1.0
+        else:
+            curve, base, scale = _softplus(-location), self.high or 0.0, -1.0
+        ends = [
+            as_float32(as_float32(base) + as_float32(scale * as_float32(curve * (1 + sign * FUNCTION_ERROR))))
+            for sign in (-1, 1)
+        ]
+        return min(ends), max(ends)
 
     def unconstrained(self, value: float) -> float:
         """λ of a constrained value strictly inside the range; the inverse of the map above, in float64."""
@@ -168,7 +204,6 @@ def as_float32(value: float) -> float:
     return ctypes.c_float(value).value
 
 
-def _value(location: float, row: tuple[float, ...]) -> float:
-    """The value at λ = `location`, as float32 tensors have it."""
-    given: dict[str, Any] = dict(dtype=torch.float32, device="cpu")  # whatever torch's default device is
-    return constrain(torch.tensor([location], **given), torch.tensor([row], **given)).item()
+def _softplus(x: float) -> float:
+    """log(1 + eˣ), exact for tiny results too."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))

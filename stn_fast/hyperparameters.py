@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stn_fast.checks import tensor, whole_number
-from stn_fast.hyperparameter import SCALE_BOUNDS, Hyperparameter, Response, inverse_softplus
+from stn_fast.checks import whole_number
+from stn_fast.hyperparameter import RAW_SCALE_BOUNDS, SCALE_BOUNDS, Hyperparameter, Response, inverse_softplus
 from stn_fast.ops._draw import check_coordinates
-from stn_fast.ops.perturb import RAW_SCALE_BOUNDS, constrain, perturb_for
+from stn_fast.ops.arguments import check_tensor
+from stn_fast.ops.perturb import constrain, perturb_for
 
 __all__ = [
     "SCALE_BOUNDS",
@@ -247,7 +248,7 @@ class HyperparameterSpace:
         return self._on_device[device]
 
     def _check_location(self, location: Tensor) -> None:
-        tensor("HyperparameterSpace", "location", location)
+        check_tensor("HyperparameterSpace", "location", location)
         if location.shape != (len(self),) or location.dtype != torch.float32:
             raise ValueError(
                 f"location must be ({len(self)},) float32, one entry per hyperparameter, "

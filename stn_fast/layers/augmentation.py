@@ -12,6 +12,7 @@ from stn_fast import checks, functional
 from stn_fast.errors import did_you_mean
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter
 from stn_fast.layers.regularisers import _PerExampleRegulariser
+from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.augment import STRENGTHS, check_settings, domain, per_channel
 
 
@@ -89,7 +90,7 @@ class PerExampleAugmentation(_PerExampleRegulariser):
         return augmented.to(self._byte_mean.dtype)
 
     def _check_images(self, x: Tensor) -> None:
-        checks.tensor("PerExampleAugmentation", "x", x)
+        check_tensor("PerExampleAugmentation", "x", x)
         channels, side = len(self.mean), self.image_size
         fits = x.ndim == 4 and x.shape[1] == channels and (side is None or tuple(x.shape[2:]) == (side, side))
         if x.dtype != torch.uint8 or not fits:

@@ -11,6 +11,7 @@ from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import GatedLayer, check_sizes, give_parameters
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops._uncast import product
+from stn_fast.ops.arguments import check_tensor
 
 
 class HyperBatchNorm2d(GatedLayer):
@@ -79,7 +80,7 @@ class HyperBatchNorm2d(GatedLayer):
 
     def forward(self, x: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
         """(B, C, H, W) → the same; `hyper` is a HyperBatch or its response."""
-        checks.tensor("HyperBatchNorm2d", "x", x)
+        check_tensor("HyperBatchNorm2d", "x", x)
         if x.ndim != 4 or x.shape[1] != self.num_features:
             raise ValueError(
                 f"HyperBatchNorm2d has num_features={self.num_features} of (B, C, H, W); got x {tuple(x.shape)}"

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stn_fast import checks, functional
+from stn_fast import functional
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import GatedLayer, check_sizes, check_switches, give_parameters
+from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gated_conv2d import pair
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -80,7 +81,7 @@ class HyperConv2d(GatedLayer):
 
     def forward(self, x: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
         """(B, I, H, W) → (B, O, Ho, Wo); `hyper` is a HyperBatch or its response."""
-        checks.tensor("HyperConv2d", "x", x)
+        check_tensor("HyperConv2d", "x", x)
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"HyperConv2d has in_channels={self.in_channels} of (B, I, H, W); got x {tuple(x.shape)}")
         self._check_response(hyper)

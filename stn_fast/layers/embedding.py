@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stn_fast import checks, functional
+from stn_fast import functional
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter
 from stn_fast.layers.gated import GatedLayer, check_folding, check_sizes, check_switches
 from stn_fast.layers.regularisers import _PerBatchRegulariser, check_rate
+from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gated_embedding import fold
 
 
@@ -69,7 +70,7 @@ class HyperEmbedding(GatedLayer):
 
         `dropped` are the rate and the draw of `stn_fast.functional.gated_embedding`, which `EmbeddingDropout` knows.
         """
-        checks.tensor("HyperEmbedding", "tokens", tokens)
+        check_tensor("HyperEmbedding", "tokens", tokens)
         self._check_response(hyper)
         return functional.gated_embedding(
             tokens,

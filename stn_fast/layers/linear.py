@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stn_fast import checks, functional
+from stn_fast import functional
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import GatedLayer, check_sizes, check_switches, give_parameters
+from stn_fast.ops.arguments import check_tensor
 
 
 class HyperLinear(GatedLayer):
@@ -46,7 +47,7 @@ class HyperLinear(GatedLayer):
 
     def forward(self, x: Tensor, hyper: HyperBatch | Tensor, example_dim: int = 0) -> Tensor:
         """(..., I) → (..., O); `hyper` is a HyperBatch or its response, `example_dim` as in functional.gated_linear."""
-        checks.tensor("HyperLinear", "x", x)
+        check_tensor("HyperLinear", "x", x)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"HyperLinear has in_features={self.in_features}; got x {tuple(x.shape)}")
         self._check_response(hyper)

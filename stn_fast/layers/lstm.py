@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from stn_fast import checks, functional
+from stn_fast import functional
 from stn_fast.functional import Weights
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import check_folding, check_response, check_sizes, check_switches
 from stn_fast.layers.regularisers import DropConnect, PerExampleDropout
+from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gated_lstm import fold
 
 State = tuple[Tensor, Tensor]
@@ -154,7 +155,7 @@ class HyperLSTM(nn.Module):
                 "HyperLSTM takes no PackedSequence; pad the sequences (torch.nn.utils.rnn.pad_packed_sequence) and "
                 "leave the padding out of the loss"
             )
-        checks.tensor("HyperLSTM", "x", x)
+        check_tensor("HyperLSTM", "x", x)
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
             raise ValueError(
                 f"HyperLSTM has input_size={self.input_size} and wants x ({'B, T' if self.batch_first else 'T, B'}, I) "

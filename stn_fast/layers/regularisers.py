@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stn_fast import checks, functional
+from stn_fast import functional
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter
 from stn_fast.ops._draw import stream_number
 from stn_fast.ops._transforms import in_function_transform
+from stn_fast.ops.arguments import check_tensor
 
 
 class _Regulariser(nn.Module):
@@ -52,7 +53,7 @@ class _PerExampleRegulariser(_Regulariser):
 
     def _check_batch(self, x: Tensor, hyper: HyperBatch, example_dim: int) -> None:
         self._check_hyper(hyper)
-        checks.tensor(type(self).__name__, "x", x)
+        check_tensor(type(self).__name__, "x", x)
         if x.shape[example_dim] != len(hyper):
             raise ValueError(
                 f"{type(self).__name__}({self.name!r}): x {tuple(x.shape)} has {x.shape[example_dim]} examples in "
@@ -137,7 +138,7 @@ class PerExampleDropout2d(PerExampleDropout):
         super().__init__(name, stream=stream, shared_dims=(-2, -1))
 
     def forward(self, x: Tensor, hyper: HyperBatch, example_dim: int = 0) -> Tensor:
-        checks.tensor("PerExampleDropout2d", "x", x)
+        check_tensor("PerExampleDropout2d", "x", x)
         if x.ndim != 4 or example_dim != 0:
             raise ValueError(
                 f"PerExampleDropout2d({self.name!r}) wants images (B, C, H, W) and example_dim=0; "
@@ -194,7 +195,7 @@ class DropConnect(_PerBatchRegulariser):
 
     def forward(self, weight: Tensor, hyper: HyperBatch) -> Tensor:
         """Any shape → the same."""
-        checks.tensor("DropConnect", "weight", weight)
+        check_tensor("DropConnect", "weight", weight)
         if not self.training:
             return weight
         rate = self._strength(hyper)

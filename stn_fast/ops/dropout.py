@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from stn_fast import random
-from stn_fast.checks import tensor
 from stn_fast.ops._draw import check_coordinates, check_strength, step_number
 from stn_fast.ops._eager import eager_function, known_sizes, register, traced
 from stn_fast.ops._transforms import in_transform
+from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.memory import address, own_address, reads_memory
 from stn_fast.ops.serving import ELEMENTWISE, serving
 
@@ -189,7 +189,7 @@ def dropout(
         TypeError: x is not a tensor.
         ValueError: a shape, a dtype, seed, step or stream does not fit, or rate requires grad; the message names it.
     """
-    tensor("dropout", "x", x)
+    check_tensor("dropout", "x", x)
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"dropout wants a floating point x of at least one dimension; got {tuple(x.shape)} {x.dtype}")
     sizes, strides = mask_layout(x.shape, example_dim, shared_dims)

@@ -9,16 +9,13 @@ from torch import Tensor
 
 from stn_fast import random
 from stn_fast.checks import whole_number
+from stn_fast.hyperparameter import BOTH_BOUNDS, LOWER_BOUND, RAW_SCALE_BOUNDS, UPPER_BOUND
 from stn_fast.ops._draw import Coordinates, check_coordinates, check_randomness, step_number
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.memory import address, own_address, reads_memory
 from stn_fast.ops.serving import serving
 
-RAW_SCALE_BOUNDS = (-4.0, 3.0)
-"""Raw scales are clamped into this interval, so that sigma = softplus(raw_scale) stays in [0.0181, 3.0486]."""
-
-NO_BOUND, LOWER_BOUND, UPPER_BOUND, BOTH_BOUNDS = range(4)
 PERTURBATION_STREAM = 0
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from stn_fast.errors import UserError, did_you_mean
 from stn_fast.files import expanded
+from stn_fast.hyperparameter import Hyperparameter, Response, WrongHyperparameter
 
 # Keys that have a flag of their own on the command line.
 FLAGS = {
@@ -84,11 +85,23 @@ class HyperparameterConfig:
     enabled: bool = True
 
     def __post_init__(self) -> None:
-        low = -float("inf") if self.low is None else self.low
-        high = float("inf") if self.high is None else self.high
-        _require(low < high, "high", self.high, f"must be above low = {self.low}")
-        _require(low < self.init < high, "init", self.init, f"must lie strictly between {low} and {high}")
-        _require_positive(scale=self.scale)
+        try:
+            self.named("of a configuration")
+        except WrongHyperparameter as wrong:
+            raise ConfigError(wrong.argument, wrong.value, wrong.problem) from None
+
+    def named(self, name: str, response: Response = "shifted") -> Hyperparameter:
+        """The hyperparameter of a space."""
+        return Hyperparameter(
+            name,
+            init=self.init,
+            low=self.low,
+            high=self.high,
+            scale=self.scale,
+            integer=self.integer,
+            per_example=self.per_example,
+            response=response,
+        )
 
 
 MethodName = Literal["stn", "fixed"]
@@ -111,7 +124,7 @@ class MethodConfig:
     warmup_epochs: int = 3
     tune_scales: bool = True
     entropy_weight: float = 1e-3
-    response: Literal["shifted", "raw", "value"] = "shifted"
+    response: Response = "shifted"
 
     def __post_init__(self) -> None:
         _require(self.name != "delta-stn", "name", self.name, "is not available yet; use stn or fixed")

@@ -43,8 +43,19 @@ from stn_fast.training.spaces import build_space
         ("method.entropy_weight=-1", "method.entropy_weight"),
         ("method.response=shift", "did you mean 'shifted'"),
         ("method.freeze=perhaps", "must be true or false"),
-        ("hyperparameters.input_dropout.init=0.95", "hyperparameters.input_dropout.init = 0.95: must lie strictly"),
-        ("hyperparameters.input_dropout.init=.nan", "must lie strictly"),
+        (
+            "hyperparameters.input_dropout.init=0.95",
+            "hyperparameters.input_dropout.init = 0.95: must be strictly inside",
+        ),
+        (
+            "hyperparameters.input_dropout.init=.nan",
+            "hyperparameters.input_dropout.init = nan: must be a finite number",
+        ),
+        (
+            "hyperparameters.input_dropout.scale=5",
+            "hyperparameters.input_dropout.scale = 5.0: must be in",
+        ),
+        ("hyperparameters.input_dropout.high=0.99999999", "excludes 1, which values in float32 reach"),
         ("hyperparameters.input_dropout.low=2", "hyperparameters.input_dropout.high"),
         ("hyperparameters.weight_decay.scale=0", "hyperparameters.weight_decay.scale"),
         ("seed=-1", r"seed \(--seed\)"),

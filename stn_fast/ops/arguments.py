@@ -1,0 +1,15 @@
+"""Checks of arguments that are tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+
+def check_tensor(who: str, name: str, value: object) -> None:
+    """Raises TypeError where ``value`` is not a tensor."""
+    if not isinstance(value, Tensor):
+        hint = f"; torch.from_numpy({name}) makes one of it" if isinstance(value, np.ndarray) else ""
+        kind = type(value)
+        given = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        raise TypeError(f"{who}: {name} must be a torch.Tensor, got {given}{hint}")
