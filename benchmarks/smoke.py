@@ -52,17 +52,13 @@ def random_text(train: int, test: int = 2000) -> Corpus:
 def random_data() -> Iterator[None]:
     """Inside, the recipes find random data of the published shapes, fewer of them."""
     from stn_fast.data import cifar10, fashion_mnist, ptb
-    from stn_fast.recipes import cifar10 as cifar10_recipe
-    from stn_fast.recipes import fashion_mnist as fashion_recipe
-    from stn_fast.recipes import fashion_mnist_small as small_recipe
+    from stn_fast.recipes import images as recipes
 
     with (
         mock.patch.object(cifar10, "load", return_value=random_images(3, 32, 3000)),
         mock.patch.object(fashion_mnist, "load", return_value=random_images(1, 28, 3000)),
-        mock.patch.object(cifar10_recipe, "VALID_SIZE", 500),
-        mock.patch.object(fashion_recipe, "VALID_SIZE", 500),
-        mock.patch.object(small_recipe, "VALID_SIZE", 500),
-        mock.patch.object(small_recipe, "TRAIN_SIZE", 2000),
+        mock.patch.dict(recipes.VALID_SIZES, dict.fromkeys(recipes.VALID_SIZES, 500)),
+        mock.patch.object(recipes, "SMALL_TRAIN_SIZE", 2000),
         mock.patch.object(ptb, "load", return_value=random_text(20_000)),
     ):
         yield

@@ -24,7 +24,7 @@ def parser() -> Parser:
     it = Parser(PROGRAM, about)
     flag = it.add_argument
     default = f"the recipe in --config, else {DEFAULT_RECIPE}"
-    flag("recipe", nargs="?", help=f"what to train: {', '.join(RECIPES)} (default: {default})")
+    flag("recipe", nargs="?", help=f"what to train: {', '.join(RECIPES)}, or FILE.py:NAME (default: {default})")
     flag("--method", dest="method.name", metavar="NAME", help="stn or fixed (default: stn)")
     flag("--freeze", dest="method.freeze", action="store_true", default=None, help="stn, hyperparameters held still")
     flag("--seed", type=whole_number, metavar="N", help="fixes everything random (default: 0)")
@@ -73,6 +73,8 @@ def recipe_name(argument: str | None, settings: Mapping[str, Any], file: str | N
     named = settings["recipe"]
     if not isinstance(named, str):
         raise ConfigError("recipe", named, f"must be the name of a recipe in {file}: {', '.join(RECIPES)}")
+    if argument is not None and argument not in RECIPES:
+        return argument  # one's own, which names itself in its configuration
     if argument is not None and argument != named:
         raise UserError(
             f"the first argument is the recipe '{argument}', but {file} is for '{named}': leave out the argument, "

@@ -12,7 +12,7 @@ from stn_fast.errors import UserError
 from stn_fast.files import cache_root
 from stn_fast.kernels.autotune import cache_file
 from stn_fast.recipes import digits
-from stn_fast.recipes import text as text_recipe
+from stn_fast.recipes.texts import load_files
 from stn_fast.training.config import Config, HyperparameterConfig
 from stn_fast.training.layering import read_yaml, resolve
 
@@ -84,7 +84,7 @@ def test_a_recipes_name_stays_in_one_folder_below_runs(recipe):
     assert folder.name.isprintable()
 
 
-LOADERS = [fashion_mnist.load, cifar10.load, ptb.load, wikitext2.load, text_recipe.load]
+LOADERS = [fashion_mnist.load, cifar10.load, ptb.load, wikitext2.load, load_files]
 
 
 @pytest.mark.parametrize("load", LOADERS)

@@ -1,28 +1,109 @@
-"""Recipes by name: each module has ``config()``, its defaults, and ``build(config)``, its task."""
+"""Recipes: what is trained, on what, and with which settings.
 
-from importlib import import_module
+A recipe is anything with ``config()``, its defaults, which imports nothing heavy, and ``build(config)``, its task: a
+`Recipe`, or a module with two functions of these names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
 
 from stn_fast.errors import UserError, did_you_mean
+from stn_fast.files import expanded, is_file
+
+if TYPE_CHECKING:
+    from stn_fast.training.config import Config
+    from stn_fast.training.task import Task
 
 RECIPES = {
     "digits": "stn_fast.recipes.digits",
-    "fashion-mnist-small": "stn_fast.recipes.fashion_mnist_small",
-    "fashion-mnist": "stn_fast.recipes.fashion_mnist",
-    "cifar10": "stn_fast.recipes.cifar10",
-    "ptb-small": "stn_fast.recipes.ptb_small",
-    "ptb": "stn_fast.recipes.ptb",
-    "wikitext2": "stn_fast.recipes.wikitext2",
-    "text": "stn_fast.recipes.text",
+    "fashion-mnist-small": "stn_fast.recipes.images:fashion_mnist_small",
+    "fashion-mnist": "stn_fast.recipes.images:fashion_mnist",
+    "cifar10": "stn_fast.recipes.images:cifar10",
+    "ptb-small": "stn_fast.recipes.texts:ptb_small",
+    "ptb": "stn_fast.recipes.texts:ptb",
+    "wikitext2": "stn_fast.recipes.texts:wikitext2",
+    "text": "stn_fast.recipes.texts:text",
 }
 
 
-def recipe(name: str) -> ModuleType:
-    """The module of the recipe ``name``; importing it imports nothing heavy.
+class RecipeLike(Protocol):
+    """What a recipe must have."""
+
+    def config(self) -> Config: ...
+
+    def build(self, config: Config) -> Task: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe out of two functions: ``config()``, its defaults, and ``build(config)``, its task."""
+
+    config: Callable[[], Config]
+    build: Callable[[Config], Task]
+
+
+def recipe(name: str) -> RecipeLike:
+    """The recipe of a ``name`` in the table above, or one's own: ``path/to/file.py:name`` or ``package.module:name``.
+
+    Without ``:name`` it is the module itself. Finding one of the table imports nothing heavy.
 
     Raises:
-        UserError: there is no such recipe.
+        UserError: there is no such recipe, or it lacks ``config`` or ``build``. What a module of one's own raises
+            while it is imported is not caught.
     """
-    if name not in RECIPES:
-        raise UserError(f"unknown recipe '{name}': {did_you_mean(name, RECIPES)}")
-    return import_module(RECIPES[name])
+    place = RECIPES.get(name, name)
+    file, _, attribute = place.rpartition(":") if ":" in place else (place, "", "")
+    if file.endswith(".py"):
+        found: object = _module_of_file(file)
+    elif "." in file or attribute:
+        found = _module(file)
+    else:
+        near = did_you_mean(name, RECIPES)
+        raise UserError(f"unknown recipe '{name}': {near}; one of your own is named as in my_task.py:recipe")
+    if attribute:
+        if not hasattr(found, attribute):
+            raise UserError(f"recipe '{name}': {file} has no '{attribute}'")
+        found = getattr(found, attribute)
+    missing = [part for part in ("config", "build") if not callable(getattr(found, part, None))]
+    if missing:
+        lacks = " and no function ".join(missing)
+        raise UserError(f"recipe '{name}' has no function {lacks}: see stn_fast.recipes.Recipe")
+    return found  # type: ignore[return-value]
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # found, but something that it imports is missing
+        raise UserError(f"there is no module {name} to take a recipe from") from None
+
+
+def _module_of_file(file: str) -> ModuleType:
+    """The module in a file, known by its path, so that it is run once."""
+    path = expanded(file, "the recipe").resolve()
+    if not is_file(path):
+        raise UserError(f"there is no file {file} to take a recipe from")
+    name = f"stn_fast_recipe_{path}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None  # whatever ends in .py has a loader
+        assert spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str(path.parent))  # it finds its neighbours, as a script does
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        finally:
+            sys.path.remove(str(path.parent))
+    return sys.modules[name]

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from stn_fast.data import Split
 from stn_fast.data.text import predictions
 from stn_fast.models import ImageClassifier, LanguageModel, alexnet
-from stn_fast.recipes import cifar10, ptb
+from stn_fast.recipes import recipe
 from stn_fast.training.language import next_word_loss, regularised_next_word_loss
 from stn_fast.training.methods import SelfTuning
 from stn_fast.training.spaces import build_space
@@ -28,7 +28,7 @@ def kept_bytes(work) -> int:
 
 
 def test_alexnet_keeps_nothing_from_step_to_step():
-    space = build_space(cifar10.config())
+    space = build_space(recipe("cifar10").config())
     model = ImageClassifier(space, alexnet(space), mean=(0.5,) * 3, std=(0.25,) * 3, image_size=32)
     method = SelfTuning(model, space, decayed_classification_loss, classification_loss)
     batch = Split(torch.randint(256, (BATCH, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (BATCH,)))
@@ -46,7 +46,7 @@ def test_alexnet_keeps_nothing_from_step_to_step():
 
 
 def test_a_language_model_keeps_nothing_from_step_to_step():
-    space = build_space(ptb.config())
+    space = build_space(recipe("ptb").config())
     method = SelfTuning(
         LanguageModel(space, 50, 8, 8), space, regularised_next_word_loss, next_word_loss, tune_scales=False, clip=0.25
     )

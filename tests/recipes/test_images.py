@@ -12,6 +12,7 @@ import torch
 from stn_fast.data import Images, Split, cifar10, fashion_mnist
 from stn_fast.errors import UserError
 from stn_fast.recipes import RECIPES, recipe
+from stn_fast.recipes import images as recipes
 from stn_fast.training.layering import resolve, to_yaml
 from stn_fast.training.methods import build_method
 from stn_fast.training.run import checked_task, run
@@ -120,7 +121,7 @@ def short(monkeypatch, tmp_path):
         module = recipe(name)
         images = stand_in(3, 32, 96, 16) if name == "cifar10" else stand_in(1, 28, 96, 16)
         monkeypatch.setattr(cifar10 if name == "cifar10" else fashion_mnist, "load", lambda root=None: images)
-        monkeypatch.setattr(module, "VALID_SIZE", 32)
+        monkeypatch.setitem(recipes.VALID_SIZES, name, 32)
         monkeypatch.setattr(import_module("stn_fast.models.alexnet"), "HIDDEN", (64, 64))  # small checkpoints
         small = ("schedule.batch_size=8", "schedule.valid_batch_size=8", "schedule.epochs=1", "method.warmup_epochs=0")
         return replace(resolve(module.config(), None, [*small, *pairs]), run_dir=str(tmp_path / name))
@@ -149,10 +150,10 @@ def test_a_share_of_the_training_images_is_trained_on(short):
 
 
 def test_the_small_recipe_trains_on_5000_images(short, monkeypatch):
-    config, module = short("fashion-mnist-small"), recipe("fashion-mnist-small")
-    assert (module.TRAIN_SIZE, module.config().schedule.epochs) == (5000, 40)
-    monkeypatch.setattr(module, "TRAIN_SIZE", 24)
-    assert [len(split.inputs) for split in module.build(config).data] == [24, 32, 16]
+    config, small = short("fashion-mnist-small"), recipe("fashion-mnist-small")
+    assert (recipes.SMALL_TRAIN_SIZE, small.config().schedule.epochs) == (5000, 40)
+    monkeypatch.setattr(recipes, "SMALL_TRAIN_SIZE", 24)
+    assert [len(split.inputs) for split in small.build(config).data] == [24, 32, 16]
 
 
 def test_every_seed_sets_the_same_images_aside(short):

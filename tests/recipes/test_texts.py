@@ -11,7 +11,7 @@ from benchmarks import self_tuning
 from stn_fast import plot
 from stn_fast.data import ptb, text, wikitext2
 from stn_fast.errors import UserError
-from stn_fast.recipes import ptb_small, recipe
+from stn_fast.recipes import recipe, texts
 from stn_fast.training.layering import resolve
 from stn_fast.training.methods import build_method
 from stn_fast.training.progress import summary
@@ -194,7 +194,7 @@ def test_training_is_by_all_seven_and_validation_unperturbed(short):
 
 def test_the_evidence_command_compares_perplexities(short, monkeypatch, tmp_path, capsys):
     config = short("ptb-small")
-    monkeypatch.setattr(ptb_small, "config", lambda: config)
+    monkeypatch.setattr(texts, "ptb_small", replace(texts.ptb_small, config=lambda: config))
     file, runs = tmp_path / "evidence.json", tmp_path / "runs"
     arguments = ["ptb-small", "--seeds", "2", "--epochs", "2", "--guesses", ".05", ".6"]
     assert self_tuning.main([*arguments, "--json", str(file), "--run-dir", str(runs)]) == 0

@@ -1,9 +1,17 @@
-"""What the language recipes share: the paper's hyperparameters and network, and the steps from a corpus to a task."""
+"""Recipes on texts: the STN paper's LSTM language model and its seven tuned hyperparameters.
+
+ptb         on Penn Treebank, as published
+ptb_small   minutes on a CPU: two layers of 200 units on a twentieth of the text
+wikitext2   the network and the settings of ptb on twice its words and three times its vocabulary
+text        the network and the settings of ptb_small on three text files of one's own
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from stn_fast.recipes import Recipe
 from stn_fast.training.config import (
     Config,
     HyperOptimizerConfig,
@@ -19,6 +27,9 @@ if TYPE_CHECKING:
 
     from stn_fast.data.text import Corpus
     from stn_fast.training.task import Task
+
+SMALL_SHARE = 0.05  # the first 46,480 words; 3,141 distinct ones are there at least twice
+FILES = ("train.txt", "valid.txt", "test.txt")
 
 
 def hyperparameters() -> dict[str, HyperparameterConfig]:
@@ -61,6 +72,33 @@ def published(recipe: str) -> Config:
     )
 
 
+def _ptb() -> Config:
+    """Two layers of 650 units. 929,589 words in 40 streams of 70 are 331 steps, the published warm-up: one epoch."""
+    return published("ptb")
+
+
+def _ptb_small() -> Config:
+    """Two layers of 200 units and the hyperparameters of ``ptb``."""
+    return replace(
+        published("ptb-small"),
+        optimizer=OptimizerConfig(name="adam", learning_rate=4e-3, momentum=0.9, clip=0.25),
+        hyper_optimizer=HyperOptimizerConfig(learning_rate=3e-2),
+        schedule=ScheduleConfig(epochs=25, batch_size=20, valid_batch_size=20, eval_batch_size=2000),
+        text=TextConfig(window=35, valid_streams=20, test_streams=20, min_count=2, width=200, layers=2),
+        train_fraction=SMALL_SHARE,
+    )
+
+
+def _wikitext2() -> Config:
+    """As ``ptb``; an epoch, and so the warm-up, has 745 steps."""
+    return published("wikitext2")
+
+
+def _text() -> Config:
+    """The network and the settings of ``ptb-small``, on all of the training text."""
+    return replace(_ptb_small(), recipe="text", train_fraction=1.0)
+
+
 def build_task(config: Config, load: Callable[..., Corpus]) -> Task:
     """The task of naming the next word; weights are drawn from ``config.seed``.
 
@@ -98,3 +136,41 @@ def build_task(config: Config, load: Callable[..., Corpus]) -> Task:
         facts={"vocabulary": len(corpus.words), "unknown_share": corpus.unknown_share()},
         vocabulary=corpus.words,
     )
+
+
+def load_files(root: str | None = None, *, min_count: int = 1, train_fraction: float = 1.0) -> Corpus:
+    """The corpus in ``root``; see `stn_fast.data.text.load`."""
+    from stn_fast.data import text
+    from stn_fast.data.download import data_root
+    from stn_fast.errors import UserError
+    from stn_fast.files import is_file
+
+    paths = [data_root(root) / name for name in FILES]
+    for path in paths:
+        if not is_file(path):
+            raise UserError(
+                f"there is no file {path}: the recipe text wants {', '.join(FILES)} in --data-root or STN_FAST_DATA"
+            )
+    return text.load(*paths, min_count=min_count, train_fraction=train_fraction)
+
+
+def _ptb_task(config: Config) -> Task:
+    from stn_fast.data import ptb
+
+    return build_task(config, ptb.load)
+
+
+def _wikitext2_task(config: Config) -> Task:
+    from stn_fast.data import wikitext2
+
+    return build_task(config, wikitext2.load)
+
+
+def _text_task(config: Config) -> Task:
+    return build_task(config, load_files)
+
+
+ptb = Recipe(_ptb, _ptb_task)
+ptb_small = Recipe(_ptb_small, _ptb_task)
+wikitext2 = Recipe(_wikitext2, _wikitext2_task)
+text = Recipe(_text, _text_task)
