@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stn_fast.command_line import Parser, run_command
 from stn_fast.errors import UserError
+from stn_fast.extras import extra
 from stn_fast.files import expanded
 from stn_fast.terminal import printable
 from stn_fast.training.reading import Run, read_run, read_runs
@@ -54,9 +55,10 @@ def new_figure(width: float, height: float) -> Figure:
     """
     backend = os.environ.pop("MPLBACKEND", None)
     try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        with extra("matplotlib"):
+            import matplotlib
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend

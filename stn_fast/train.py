@@ -9,6 +9,7 @@ from typing import Any
 
 from stn_fast.command_line import Parser, complain, number, run_command, whole_number
 from stn_fast.errors import UserError
+from stn_fast.extras import require
 from stn_fast.recipes import RECIPES, recipe
 from stn_fast.terminal import printable
 from stn_fast.training.config import FLAGS, ConfigError
@@ -85,6 +86,7 @@ def recipe_name(argument: str | None, settings: Mapping[str, Any], file: str | N
 
 def train(config: Any, module: Any, resume: bool) -> int:
     """Runs ``config`` and tells how it went."""
+    require("matplotlib")  # told before the run, not after it
     from stn_fast.plot import save_schedule
     from stn_fast.training.progress import Progress, summary
     from stn_fast.training.run import run

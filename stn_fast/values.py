@@ -7,24 +7,15 @@ import math
 import re
 from typing import Any
 
-import yaml
+from stn_fast.extras import extra
 
-_NULL = re.compile(r"~|null|Null|NULL|")
-_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
-_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(
+# Plain scalars of YAML 1.2, whole.
+NULL = re.compile(r"~|null|Null|NULL|")
+BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
-# Tag, pattern of the whole scalar, and the characters it can start with: the core schema of YAML 1.2, and merge keys.
-_CORE_SCHEMA = (
-    ("null", _NULL, ["~", "n", "N", ""]),
-    ("bool", _BOOL, list("tTfF")),
-    ("int", _INT, list("-+0123456789")),
-    ("float", _FLOAT, list("-+.0123456789")),
-    ("merge", re.compile("<<"), ["<"]),
-)
-
-
 MOST_DIGITS = 1000  # of a whole number; Python prints no more than some thousands
 
 
@@ -36,51 +27,12 @@ class NotYaml(ValueError):
         super().__init__(problem if line is None else f"line {line}: {problem}")
 
 
-class _Loader(yaml.SafeLoader):
-    """Resolves plain scalars by the core schema of YAML 1.2; refuses a mapping that has a key twice."""
+def parsed(text: str, whole: bool) -> int | float:
+    """The number in a text that matches INT (``whole``) or FLOAT.
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Checked before merge keys are replaced by what they stand for, which may well repeat a key.
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if (name := self.construct_object(key)) in seen:
-                    raise yaml.composer.ComposerError(None, None, f"key {key.value!r} is given twice", key.start_mark)
-                seen.add(name)
-        return node
-
-    def construct_text(self, node: yaml.ScalarNode) -> str:
-        return self.construct_scalar(node)
-
-    def construct_number(self, node: yaml.ScalarNode) -> int | float | bool:
-        text = self.construct_scalar(node)
-        kind = node.tag.rpartition(":")[2]
-        pattern = {"bool": _BOOL, "int": _INT, "float": _FLOAT}[kind]
-        if pattern.fullmatch(text):
-            try:
-                return text.lower() == "true" if kind == "bool" else _number(text, whole=kind == "int")
-            except ValueError:  # Python converts no more than some thousand digits
-                pass
-        raise yaml.constructor.ConstructorError(None, None, f"{text[:40]!r} is not a YAML {kind}", node.start_mark)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that a reader of YAML 1.1 or 1.2 would take for something else."""
-
-
-_Loader.yaml_implicit_resolvers = {}  # without those of YAML 1.1, which the dumper keeps
-for _tag, _pattern, _first in _CORE_SCHEMA:
-    for _kind in (_Loader, _Dumper):
-        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern.pattern})\Z"), _first)
-for _tag in ("bool", "int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
-_Loader.add_constructor("tag:yaml.org,2002:merge", _Loader.construct_text)
-for _tag in ("timestamp", "binary", "set", "omap", "pairs"):  # of version 1.1 alone
-    _Loader.yaml_constructors.pop(f"tag:yaml.org,2002:{_tag}")
-
-
-def _number(text: str, whole: bool) -> int | float:
+    Raises:
+        ValueError: it has too many digits.
+    """
     if whole:
         if len(text) > MOST_DIGITS:
             raise ValueError(f"{text[:20]}... has more than {MOST_DIGITS} digits")
@@ -94,9 +46,9 @@ def whole_number(text: str) -> int:
     Raises:
         ValueError: it reads something else.
     """
-    if not _INT.fullmatch(text):
+    if not INT.fullmatch(text):
         raise ValueError(f"{text!r} is not a whole number")
-    return int(_number(text, whole=True))
+    return int(parsed(text, whole=True))
 
 
 def number(text: str) -> float:
@@ -105,14 +57,14 @@ def number(text: str) -> float:
     Raises:
         ValueError: it reads something else.
     """
-    if _INT.fullmatch(text):
+    if INT.fullmatch(text):
         try:
             return float(whole_number(text))
         except OverflowError:
             raise ValueError(f"{text[:20]}... is beyond the range of floating point numbers") from None
-    if not _FLOAT.fullmatch(text):
+    if not FLOAT.fullmatch(text):
         raise ValueError(f"{text!r} is not a number")
-    return _number(text, whole=False)
+    return parsed(text, whole=False)
 
 
 def from_yaml(text: str) -> Any:
@@ -124,22 +76,16 @@ def from_yaml(text: str) -> Any:
     Raises:
         NotYaml: the text is not one document, or a mapping in it has a key twice.
     """
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise NotYaml(error.problem or str(error.context), mark.line + 1 if mark else None) from None
-    except yaml.reader.ReaderError as error:
-        raise NotYaml(f"character #x{error.character:04x} at position {error.position} is not allowed") from None
-    except RecursionError:
-        raise NotYaml("it is nested too deeply") from None
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:  # of an explicit tag: !!timestamp x
-        raise NotYaml(f"a tag does not fit its value ({error})") from None
+    with extra("pyyaml"):
+        from stn_fast import yaml_1_2
+    return yaml_1_2.load(text)
 
 
 def to_yaml(value: Any) -> str:
     """``value`` as a YAML document, which ``from_yaml`` reads back as an equal one."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=math.inf)
+    with extra("pyyaml"):
+        from stn_fast import yaml_1_2
+    return yaml_1_2.dump(value)
 
 
 def finite(value: Any) -> Any:

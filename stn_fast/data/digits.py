@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from stn_fast.data.splits import DataSet, Split, checked
+from stn_fast.extras import extra
 
 SIZES = (900, 400, 497)
 PIXEL_MAX = 16.0
@@ -16,9 +17,10 @@ def load() -> DataSet:
     Inputs are (N, 64) float32, pixels scaled to [0, 1]; targets (N,) int64, the digit.
 
     Raises:
-        UserError: a pixel is not finite.
+        UserError: scikit-learn is missing, or a pixel is not finite.
     """
-    from sklearn.datasets import load_digits
+    with extra("scikit-learn"):
+        from sklearn.datasets import load_digits
 
     pixels, digits = load_digits(return_X_y=True)
     order = np.random.default_rng(SHUFFLE_SEED).permutation(len(digits))

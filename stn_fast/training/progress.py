@@ -7,8 +7,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
+from stn_fast.extras import extra
 from stn_fast.terminal import printable
 
 LINES = 12  # about so many progress lines where there is no terminal
@@ -63,6 +62,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if not self.quiet and sys.stderr is not None and sys.stderr.isatty():
+            with extra("tqdm"):
+                from tqdm import tqdm
             self._bar = tqdm(total=self.epochs, initial=self.start, bar_format=BAR, file=sys.stderr, dynamic_ncols=True)
         return self
 
