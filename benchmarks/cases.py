@@ -28,6 +28,8 @@ RANGES = (
 
 # (B, I, O): a classifier's layer, many small rows, and the PTB LSTM's gates over 40 sequences of 70 words.
 GATED_LINEAR_SHAPES = ((128, 1024, 1024), (4096, 256, 256), (2800, 650, 2600))
+# On CUDA also one whose operands are several times an L2 cache of 50 MB: x, W, R and dy of 34 MB each in bfloat16.
+LARGE_GATED_LINEAR_SHAPES = ((4096, 4096, 4096),)
 PERTURB_BATCHES = (128, 4096)
 # flat (B, F), per channel (B, C, H, W), locked over time (T, B, F)
 DROPOUT_SHAPES: dict[str, tuple[int, ...]] = {
@@ -35,6 +37,8 @@ DROPOUT_SHAPES: dict[str, tuple[int, ...]] = {
     "channel": (128, 64, 16, 16),
     "locked": (70, 40, 650),
 }
+# On CUDA also one that exceeds the L2 cache: 134 MB in bfloat16.
+LARGE_DROPOUT_SHAPE = (4096, 16384)
 DROPOUT_DIMS: dict[str, tuple[int, tuple[int, ...]]] = {
     "flat": (0, ()),
     "channel": (0, (2, 3)),
@@ -90,27 +94,30 @@ def all_cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
 
     ``quick`` is for trying the machinery: small shapes, one dtype, nothing compiled.
     """
-    dtypes = (torch.bfloat16, torch.float32) if device.type == "cuda" and not quick else (torch.float32,)
+    on_cuda = device.type == "cuda"
+    dtypes = (torch.bfloat16, torch.float32) if on_cuda and not quick else (torch.float32,)
+    linear_shapes = GATED_LINEAR_SHAPES + (LARGE_GATED_LINEAR_SHAPES if on_cuda else ())
+    dropout_shapes = [*DROPOUT_SHAPES.items()] + ([("flat", LARGE_DROPOUT_SHAPE)] if on_cuda else [])
 
     def cases(op: str, modes: Iterable[str], shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
         for mode in modes:
             yield Case(op, mode, shape, dtype, device, not quick)
 
     for dtype in dtypes:
-        for layer in ((32, 64, 48),) if quick else GATED_LINEAR_SHAPES:
+        for layer in ((32, 64, 48),) if quick else linear_shapes:
             yield from cases("gated_linear", GATED_LINEAR_MODES, layer, dtype)
         for sequence in ((3, 4, 16),) if quick else sequence_cases.gated_lstm_shapes(device):
             yield from cases("gated_lstm", sequence_cases.GATED_LSTM_MODES, sequence, dtype)
     for batch in PERTURB_BATCHES[:1] if quick else PERTURB_BATCHES:
         yield from cases("perturb", PERTURB_MODES, (batch, HYPERPARAMETERS), torch.float32)
     for dtype in dtypes:
-        for kind, sizes in DROPOUT_SHAPES.items():
+        for kind, sizes in [*DROPOUT_SHAPES.items()] if quick else dropout_shapes:
             shape = tuple(min(size, 8) for size in sizes) if quick else sizes
             yield from cases(f"dropout_{kind}", DROPOUT_MODES, shape, dtype)
         for network, layers in image_cases.GATED_CONV2D_SHAPES.items():
             for convolution in ((4, 5, 9, 9, 6, 3, 2),) if quick else layers:
                 yield from cases(f"gated_conv2d_{network}", image_cases.GATED_CONV2D_MODES, convolution, dtype)
-    for shape in ((4, 3, 24, 20),) if quick else image_cases.AUGMENT_SHAPES:
+    for shape in ((4, 3, 24, 20),) if quick else image_cases.augment_shapes(device):
         yield from cases("augment", ("forward",), shape, torch.float32)
 
 

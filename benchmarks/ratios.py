@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case, all_cases
-from benchmarks.timing import Timings, interleave, peak_bytes
+from benchmarks.timing import Clock, Timings, Turns, first_line, interleave, launches, peak_bytes
 from stn_fast.command_line import run_command
 from stn_fast.files import expanded
 from stn_fast.values import to_json
@@ -60,10 +61,10 @@ def limit_of(timings: Timings) -> str | None:
     return min(limits, key=lambda name: timings.percentile(name, 50), default=None)
 
 
-def measure(case: Case, seconds: float, min_rounds: int) -> tuple[list[Row], Timings]:
-    """One row for every provider of a case."""
+def measure(case: Case, seconds: float, min_rounds: int, clock: Clock | None = None) -> tuple[list[Row], Timings]:
+    """One row for every provider of a case that can be called; `Timings.failed` has the others."""
     providers = case.providers()
-    timings = interleave(providers, case.device, seconds, min_rounds)
+    timings = interleave(providers, case.device, seconds, min_rounds, clock=clock)
     limit = limit_of(timings)
     common = {
         "op": case.op,
@@ -73,38 +74,69 @@ def measure(case: Case, seconds: float, min_rounds: int) -> tuple[list[Row], Tim
     }
     machine = {"device": device_name(case.device), "versions": versions()}
     rows = []
-    for name, provider in providers.items():
-        measured = {f"p{q}": round(timings.percentile(name, q), 2) for q in (20, 50, 80)}
+    for name in timings.names:
+        to = {"limit": limit, "eager": "eager", "plain": "plain_lstm"}
         rows.append(
             common
             | {"provider": name}
-            | measured
+            | times(name, timings)
+            | {f"ratio_to_{key}": ratio(timings, name, other) for key, other in to.items()}
             | {
-                "ratio_to_limit": round(timings.ratio(name, limit), 4) if limit else None,
-                "ratio_to_eager": round(timings.ratio(name, "eager"), 4),
-                "peak_bytes": peak_bytes(provider, case.device),
+                "peak_bytes": peak_bytes(providers[name], case.device),
+                "launches": launches(providers[name], case.device) if name == "stn_fast" else None,
             }
             | machine
         )
     return rows, timings
 
 
+def times(name: str, timings: Timings) -> Row:
+    """Percentiles of a provider's time, and how they were measured."""
+    turns = timings.turns[name]
+    return {f"p{q}": round(timings.percentile(name, q), 2) for q in (20, 50, 80)} | {
+        "captured": turns.captured,
+        "host_us": None if turns.host_us is None else round(turns.host_us, 2),
+        "host_bound": turns.host_bound,
+    }
+
+
+def ratio(timings: Timings, name: str, to: str | None) -> float | None:
+    """`Timings.ratio` as rows have it; None where the other took no part."""
+    return round(timings.ratio(name, to), 4) if to in timings.names and to is not None else None
+
+
 def print_case(case: Case, rows: Sequence[Row], timings: Timings) -> None:
     """A table of one case, fastest first, and for a validation backward its share of the full one."""
     print(f"\n{case}   ({len(timings.microseconds)} rounds)", flush=True)
-    print(f"  {'provider':<28}{'p50 µs':>12}{'p20':>12}{'p80':>12}{'/limit':>9}{'/eager':>9}{'peak MB':>10}")
+    on_cuda = case.device.type == "cuda"
+    print(
+        f"  {'provider':<28}{'p50 µs':>12}{'p20':>12}{'p80':>12}{'/limit':>9}{'/eager':>9}{'peak MB':>10}"
+        + (f"{'host µs':>10}  how" if on_cuda else "")
+    )
     for row in sorted(rows, key=lambda row: row["p50"]):
-        to_limit = f"{row['ratio_to_limit']:.3f}" if row["ratio_to_limit"] is not None else "-"
+        to_limit, to_eager = (
+            f"{row[key]:.3f}" if row[key] is not None else "-" for key in ("ratio_to_limit", "ratio_to_eager")
+        )
         print(
             f"  {row['provider']:<28}{row['p50']:>12.1f}{row['p20']:>12.1f}{row['p80']:>12.1f}{to_limit:>9}"
-            f"{row['ratio_to_eager']:>9.3f}{row['peak_bytes'] / 1e6:>10.2f}"
+            f"{to_eager:>9}{row['peak_bytes'] / 1e6:>10.2f}"
+            + (f"{row['host_us']:>10.1f}  {how(timings.turns[row['provider']])}" if on_cuda else "")
         )
-    if case.mode == "valid_backward":
+    for name, error in timings.failed.items():
+        print(f"  {name:<28} failed: {error}")
+    if case.mode == "valid_backward" and {"stn_fast", "stn_fast_full_backward"} <= set(timings.names):
         print(f"  valid / full backward: {timings.ratio('stn_fast', 'stn_fast_full_backward'):.3f}")
-    if case.op in ("perturb", "augment"):
+    if case.op in ("perturb", "augment") and "stn_fast" in timings.names:
         others = [name for name in ("eager", "pillow") if name in timings.names]
         print("  " + ", ".join(f"{name} / stn_fast: {timings.ratio(name, 'stn_fast'):.1f}" for name in others))
     sys.stdout.flush()
+
+
+def how(turns: Turns) -> str:
+    """How a provider was timed on CUDA."""
+    if turns.captured:
+        return "graph"
+    return ("host-bound" if turns.host_bound else "eager") + f" ({turns.why_not})"
 
 
 def print_means(rows: Sequence[Row]) -> None:
@@ -129,11 +161,23 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """A JSON array with one row to a line, so that two recordings can be compared with diff."""
+    """A JSON array with one row to a line, so that two recordings can be compared with diff.
+
+    The file is replaced in one go: a process that is killed leaves the rows before or the rows after.
+    """
     path = expanded(path, "--json")
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(to_json(row) for row in rows)
-    path.write_text(f"[\n{lines}\n]\n")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(f"[\n{lines}\n]\n")
+    unfinished.replace(path)
+
+
+def without_cuda(device: str) -> str | None:
+    """Why ``--device`` can't be had, in one line."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda: torch sees no CUDA device on this machine; use --device cpu"
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,8 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="small shapes, nothing compiled: does it run, not how fast"
     )
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: torch sees no CUDA device on this machine; use --device cpu", file=sys.stderr)
+    if (wrong := without_cuda(options.device)) is not None:
+        print(wrong, file=sys.stderr)
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -169,14 +213,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"{device_name(device)}; " + ", ".join(f"{key} {value}" for key, value in versions().items()))
     rows: list[Row] = []
+    failed = 0
     for case in cases:
-        measured, timings = measure(case, *((0.05, 3) if options.quick else (options.seconds, options.rounds)))
+        try:
+            measured, timings = measure(case, *((0.05, 3) if options.quick else (options.seconds, options.rounds)))
+        except Exception as error:  # one case that fails must not cost the others their rows
+            print(f"\n{case}   failed: {first_line(error)}", flush=True)
+            failed += 1
+            continue
         print_case(case, measured, timings)
+        failed += len(timings.failed)
         rows += measured
         if options.json:
             write(options.json, rows)
     print_means(rows)
-    return 0
+    if failed:
+        print(f"\n{failed} failed", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

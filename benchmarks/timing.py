@@ -3,7 +3,7 @@
 Round after round, each provider has a turn, in an order that rotates by one every round. A turn is one call, or as
 many as fill a millisecond, back to back as in a loop, and counts as their mean. A ratio is formed within a round,
 where both sides saw the same machine, and its median over the rounds is what counts. Warm-up (compilation, autotuning,
-first touches of memory) is left out.
+first touches of memory) is left out. On CUDA a turn replays a CUDA graph of the calls: see `benchmarks.cuda_timing`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.profiler import ProfilerActivity, profile
 
-# The GPU is kept busy this long while the host queues the work to be timed: events then time the device alone.
-QUEUE_AHEAD_CYCLES = 4_000_000
 # A turn shorter than this is filled with more calls.
 TURN_MICROSECONDS = 1000.0
 MAX_CALLS = 100
@@ -28,18 +26,54 @@ MAX_CALLS = 100
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute a case. ``prepare`` runs untimed before every call and hands it a fresh state."""
+    """One way to compute a case. ``prepare`` runs untimed before every call and hands it a fresh state.
+
+    ``whole_step`` marks what a user waits for, host included: on CUDA its turns are timed by the host's clock, from an
+    idle device to an idle device, and no graph is made of it.
+    """
 
     call: Callable[[Any], object]
     prepare: Callable[[], Any] = lambda: None
+    whole_step: bool = False
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A provider, warmed up and ready to be timed.
+
+    Args:
+        run: takes a turn, and returns the microseconds of one call.
+        captured: whether the turn replays a CUDA graph; None where there is no choice (CPU, whole steps).
+        host_us: microseconds that the host needs to issue one eager call; None on the CPU.
+        host_bound: whether the device had to wait for the host, so that the turn is the host's time.
+        why_not: the error that kept the calls from being captured.
+    """
+
+    run: Callable[[], float]
+    captured: bool | None = None
+    host_us: float | None = None
+    host_bound: bool | None = None
+    why_not: str | None = None
+
+
+class Clock(Protocol):
+    """Times providers on one kind of device."""
+
+    def prepare(self, provider: Provider, warmup: int) -> Turns:
+        """Calls the provider ``warmup`` times, and says how to time it from then on."""
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Microseconds of a call: one row per round, one column per provider in the order of ``names``."""
+    """Microseconds of a call: one row per round, one column per provider in the order of ``names``.
+
+    ``turns`` says how each was timed; ``failed`` has the error of each provider that could not be called at all.
+    """
 
     names: tuple[str, ...]
     microseconds: NDArray[np.float64]
+    turns: Mapping[str, Turns] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def percentile(self, name: str, q: float) -> float:
         return float(np.percentile(self.of(name), q))
@@ -52,29 +86,34 @@ class Timings:
         return float(np.median(self.of(name) / self.of(to)))
 
 
-def time_call(provider: Provider, device: torch.device, calls: int = 1) -> float:
-    """Microseconds of a call, the mean of `calls`: wall time on the CPU, time between two events on CUDA."""
-    states = [provider.prepare() for _ in range(calls)]
-    if device.type != "cuda":
+class CpuClock:
+    """Wall time of calls back to back."""
+
+    def prepare(self, provider: Provider, warmup: int) -> Turns:
+        calls = calls_in_a_turn(min(self._time(provider, 1) for _ in range(warmup)))
+        return Turns(lambda: self._time(provider, calls))
+
+    @staticmethod
+    def _time(provider: Provider, calls: int) -> float:
+        states = [provider.prepare() for _ in range(calls)]
         start = time.perf_counter_ns()
         for state in states:
             provider.call(state)
         return (time.perf_counter_ns() - start) / 1e3 / calls
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    torch.cuda._sleep(QUEUE_AHEAD_CYCLES)
-    begin.record()
-    for state in states:
-        provider.call(state)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e3 / calls
 
 
-def calls_in_a_turn(provider: Provider, device: torch.device, warmup: int) -> int:
-    """Warms the provider up and says how many calls fill a turn."""
-    shortest = min(time_call(provider, device) for _ in range(warmup))
-    return max(1, min(MAX_CALLS, round(TURN_MICROSECONDS / max(shortest, 1e-3))))
+def calls_in_a_turn(microseconds: float) -> int:
+    """How many calls that take so long fill a turn."""
+    return max(1, min(MAX_CALLS, round(TURN_MICROSECONDS / max(microseconds, 1e-3))))
+
+
+def clock_of(device: torch.device) -> Clock:
+    """What times providers on ``device``."""
+    if device.type != "cuda":
+        return CpuClock()
+    from benchmarks.cuda_timing import Cuda, CudaClock
+
+    return CudaClock(Cuda(device))
 
 
 def interleave(
@@ -85,31 +124,45 @@ def interleave(
     warmup: int = 3,
     max_rounds: int = 2000,
     trace: Callable[[str], None] | None = None,
+    clock: Clock | None = None,
 ) -> Timings:
     """Time all providers by turns until ``seconds`` have passed, and for ``min_rounds`` rounds at least.
 
-    ``trace`` is told the name of every provider as its timed turn comes.
+    ``trace`` is told the name of every provider as its timed turn comes; ``clock`` is what times them, that of
+    ``device`` by default. A provider whose warm-up raises an error takes no part: its error is in ``Timings.failed``.
     """
-    names = tuple(providers)
-    calls = [calls_in_a_turn(provider, device, warmup) for provider in providers.values()]
+    clock = clock or clock_of(device)
+    turns: dict[str, Turns] = {}
+    failed: dict[str, str] = {}
+    for name, provider in providers.items():
+        try:
+            turns[name] = clock.prepare(provider, warmup)
+        except Exception as error:  # one provider that fails must not cost the others their rows
+            failed[name] = first_line(error)
+    names = tuple(turns)
     rows: list[list[float]] = []
     collecting = gc.isenabled()
     gc.disable()
     try:
         deadline = time.perf_counter() + seconds
-        while len(rows) < min_rounds or (time.perf_counter() < deadline and len(rows) < max_rounds):
+        while names and (len(rows) < min_rounds or (time.perf_counter() < deadline and len(rows) < max_rounds)):
             row = [0.0] * len(names)
             first = len(rows) % len(names)
             for turn in range(len(names)):
                 column = (first + turn) % len(names)
                 if trace is not None:
                     trace(names[column])
-                row[column] = time_call(providers[names[column]], device, calls[column])
+                row[column] = turns[names[column]].run()
             rows.append(row)
     finally:
         if collecting:
             gc.enable()
-    return Timings(names, np.array(rows))
+    return Timings(names, np.array(rows), turns, failed)
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
 
 
 def peak_bytes(provider: Provider, device: torch.device) -> int:
@@ -135,3 +188,15 @@ def peak_bytes(provider: Provider, device: torch.device) -> int:
     events.sort(key=lambda event: event.start_ns())
     changes = np.cumsum([event.nbytes() for event in events])
     return max(0, int(changes.max())) if len(changes) else 0
+
+
+def launches(provider: Provider, device: torch.device) -> int | None:
+    """How many kernels, copies and fills a call runs on the device; None on the CPU, or where no profiler sees them."""
+    if device.type != "cuda":
+        return None
+    state = provider.prepare()
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        provider.call(state)
+        torch.cuda.synchronize(device)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events() or ()) or None

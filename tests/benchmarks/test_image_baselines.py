@@ -1,9 +1,11 @@
 """What the package is compared with on images computes what it stands for."""
 
 import numpy as np
+import pytest
 import torch
 
-from benchmarks import baselines, published, steps
+from benchmarks import baselines, image_cases, published, steps
+from benchmarks.cases import Case
 from stn_fast.ops.augment import STRENGTHS
 from stn_fast.recipes import recipe
 from stn_fast.training.spaces import build_space
@@ -31,6 +33,28 @@ def test_eager_gated_convolution_is_one_convolution_with_each_examples_own_filte
     products = torch.conv2d(x, torch.cat([weight, response]), stride=2, padding=1)
     fused = baselines.gated_channels(products, bias, response_bias, *gates, h)
     torch.testing.assert_close(fused, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("mode", image_cases.GATED_CONV2D_MODES)
+def test_convolutions_agree_in_the_layout_of_either_device(mode, device, monkeypatch) -> None:
+    """The layouts of CUDA's cases, with the arithmetic on the CPU."""
+    layouts = image_cases.layouts(torch.device(device))
+    monkeypatch.setattr(image_cases, "layouts", lambda _: layouts)
+    shape = (4, 5, 9, 9, 6, 3, 2)
+    providers = Case(
+        "gated_conv2d_alexnet", mode, shape, torch.float32, torch.device("cpu"), compiled=False
+    ).providers()
+    got, want = (providers[name].call(None) for name in ("stn_fast", "eager"))
+    assert len(got) == len(want)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    products, (dx, _, _) = providers["limit_one_convolution"].call(None)
+    assert dx.is_contiguous(memory_format=layouts[0])
+    assert products.shape[1] == 2 * shape[4]
+    assert {"channels_last_convolution", "contiguous_convolution"} & set(providers) == {
+        "contiguous_convolution" if device == "cuda" else "channels_last_convolution"
+    }
 
 
 def test_the_published_network_is_the_packages_alexnet() -> None:

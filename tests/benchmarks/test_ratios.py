@@ -16,8 +16,8 @@ from benchmarks.timing import Provider, Timings, interleave, peak_bytes
 
 CPU = torch.device("cpu")
 KEYS = {
-    "op", "mode", "shape", "dtype", "provider", "p20", "p50", "p80", "ratio_to_limit", "ratio_to_eager",
-    "peak_bytes", "device", "versions",
+    "op", "mode", "shape", "dtype", "provider", "p20", "p50", "p80", "captured", "host_us", "host_bound",
+    "ratio_to_limit", "ratio_to_eager", "ratio_to_plain", "peak_bytes", "launches", "device", "versions",
 }  # fmt: skip
 
 
@@ -114,9 +114,33 @@ def test_quick_run_writes_complete_rows_and_prints_a_table(tmp_path: Path, capsy
         assert row["peak_bytes"] >= 0
         assert {"python", "torch", "triton", "stn_fast"} <= set(row["versions"])
         assert (row["ratio_to_limit"] is None) == (row["op"] in ("perturb", "augment"))
+        assert (row["ratio_to_plain"] is None) == (row["op"] != "gated_lstm")
+        assert row["captured"] is row["host_us"] is row["launches"] is None  # of a GPU alone
     printed = capsys.readouterr().out
     assert "p50 µs" in printed
     assert "valid / full backward" in printed
+
+
+def test_a_run_that_is_killed_leaves_whole_rows(tmp_path: Path) -> None:
+    """Killed while a long file is written again and again: what is there can be read, and has all of its rows."""
+    file = tmp_path / "rows.json"
+    code = (
+        "import pathlib, sys; from benchmarks.ratios import write\n"
+        "file = pathlib.Path(sys.argv[1])\n"
+        "rows = [{'op': 'x' * 1000, 'p50': k} for k in range(5000)]\n"
+        "while True: write(file, rows)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(file)])
+    try:
+        deadline = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for _ in range(20):
+            assert len(json.loads(file.read_text())) == 5000
+    finally:
+        process.kill()
+        process.wait()
+    assert len(json.loads(file.read_text())) == 5000
 
 
 def test_an_unknown_operation_is_refused(capsys) -> None:
