@@ -1,103 +1,138 @@
-"""Whole steps of the self-tuning LSTM language model, against the published ones in eager torch.
+"""Whole steps of the self-tuning LSTM language model, against plain training and the published steps.
 
     python -m benchmarks.language_steps --json benchmarks/results/language-steps-cpu.json
+    python -m benchmarks.language_steps --device cuda --precision bf16 --modes cycle --sizes ptb
 
-A step is perturbation, forward, backward, clipping and optimizer, with the state carried from window to window. Both
-sides take turns in one process; ratios below 1 are faster.
+A step is perturbation, forward, backward, clipping and optimizer, with the state carried from window to window; `cycle`
+is two training steps and a validation step on as many streams. All take turns in one process; ratios below 1 are
+faster.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
+from benchmarks import plain, whole_steps
 from benchmarks.baselines import Range
 from benchmarks.published_language import Trainer
-from benchmarks.ratios import Row, device_name, write
-from benchmarks.steps import rows_of
-from benchmarks.timing import Provider, interleave
+from benchmarks.timing import Clock, Provider
+from benchmarks.whole_steps import Makers, steps_of
 from stn_fast.command_line import run_command
 
-MODES = ("train", "valid")
+MODES = ("train", "valid", "cycle")
+PROVIDERS = ("stn_fast", "stn_fast_captured", "plain", "plain_captured", "published")
 LAYERS = 2
+CLIP = 0.25
 # T words of B streams, H units, and the vocabulary: the recipes ptb and ptb-small.
 SHAPES = {"ptb": (70, 40, 650, 10_000), "ptb-small": (35, 20, 200, 3_141)}
 
+sgd = partial(torch.optim.SGD, lr=0.1, fused=True)
 
-def steps(mode: str, shape: Sequence[int]) -> dict[str, Provider]:
-    """The package's step and the published one, each on a copy of the network of its own, on one random text."""
+
+def makers(
+    mode: str, shape: Sequence[int], device: torch.device, precision: str, graphs: plain.Graphs | None
+) -> Makers:
+    """The package's step, plain training and the published step, each on a copy of the network, on one random text.
+
+    With ``graphs``, the first two also captured.
+    """
+    from stn_fast.data import Split
     from stn_fast.data.text import predictions
     from stn_fast.models import LanguageModel
     from stn_fast.recipes import recipe
     from stn_fast.training import language
-    from stn_fast.training.methods import SelfTuning
     from stn_fast.training.spaces import build_space
     from stn_fast.training.streams import Streams
 
     torch.manual_seed(0)
     window, batch, width, words = shape
     space = build_space(recipe("ptb").config())
-    text = Streams(predictions(torch.randint(words, (8 * window * batch,)), 0), batch, window, seed=0, stream=0)
-    method = SelfTuning(
-        LanguageModel(space, words, width, width, LAYERS),
-        space,
-        language.regularised_next_word_loss,
-        language.next_word_loss,
-        optimizer=partial(torch.optim.SGD, lr=0.1, fused=True),
-        tune_scales=False,
-        clip=0.25,
-    )
-    theirs = Trainer(
-        space.names,
-        [Range(h.low, h.high, h.integer) for h in space],
-        [not h.per_example for h in space],
-        *space.initial_state(),
-        words=words,
-        width=width,
-        layers=LAYERS,
-        batch=batch,
-    )
-    ours, count, fixed = getattr(method, f"{mode}_step"), iter(range(10**9)), text[0]
-    other = getattr(theirs, f"{mode}_step")
+    text = predictions(torch.randint(words, (8 * window * batch,)), 0)
+    text = Split(*(part.to(device) for part in text))
 
-    def step(_: None) -> object:
-        number = next(count)
-        return ours(text[number], number)
+    def streams(number: int) -> Streams:
+        return Streams(text, batch, window, seed=0, stream=number)
 
-    return {"stn_fast": Provider(step), "published": Provider(lambda _: other(fixed.inputs, fixed.targets))}
+    fixed = streams(0)[0]
+
+    def method() -> whole_steps.Method:
+        torch.manual_seed(0)
+        model = LanguageModel(space, words, width, width, LAYERS).to(device)
+        losses = language.regularised_next_word_loss, language.next_word_loss
+        return whole_steps.self_tuning(model, space, losses, precision, optimizer=sgd, tune_scales=False, clip=CLIP)
+
+    def stn_fast(of: whole_steps.Method) -> Provider:
+        count, (to_train, to_valid) = iter(range(10**9)), ((streams(k), iter(range(10**9))) for k in range(2))
+
+        def step(take: whole_steps.TakeStep, read: Streams, windows: Iterator[int]) -> object:
+            return take(read[next(windows)], next(count))
+
+        return steps_of(mode, lambda: step(of.train_step, *to_train), lambda: step(of.valid_step, *to_valid))
+
+    def training() -> plain.Training:
+        torch.manual_seed(0)
+        model = plain.LanguageModel(words, width, LAYERS, batch).to(device)
+        return plain.Training(model, sgd, CLIP, whole_steps.casting(precision, device))
+
+    def reading(step: whole_steps.PlainStep) -> Provider:
+        read, windows = streams(0), iter(range(10**9))
+
+        def next_step() -> object:
+            it = read[next(windows)]
+            return step(it.inputs, it.targets)
+
+        return steps_of(mode, next_step, None)
+
+    def of_paper() -> Provider:
+        theirs = Trainer(
+            space.names,
+            [Range(h.low, h.high, h.integer) for h in space],
+            [not h.per_example for h in space],
+            *space.initial_state(device),
+            words=words,
+            width=width,
+            layers=LAYERS,
+            batch=batch,
+        )
+        cast = whole_steps.casting(precision, device)
+        return steps_of(
+            mode,
+            lambda: theirs.train_step(fixed.inputs, fixed.targets, cast),
+            lambda: theirs.valid_step(fixed.inputs, fixed.targets, cast),
+        )
+
+    found: Makers = {
+        "stn_fast": lambda: stn_fast(method()),
+        "published": of_paper,
+        "plain": lambda: reading(training().step),
+    }
+    if graphs is None:
+        return found
+    return {
+        **found,
+        "stn_fast_captured": lambda: stn_fast(whole_steps.captured(method())),
+        "plain_captured": lambda: reading(training().captured(graphs, fixed.inputs, fixed.targets)),
+    }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures and prints; returns 0."""
+def main(arguments: Sequence[str] | None = None, clock: Clock | None = None, graphs: plain.Graphs | None = None) -> int:
+    """Measures and prints; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.language_steps", description=__doc__.splitlines()[0])
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    whole_steps.add_options(parser, MODES, PROVIDERS)
     parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--seconds", type=float, default=30.0, help="time for each mode, warm-up not counted")
-    parser.add_argument("--rounds", type=int, default=15, help="at least so many rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     options = parser.parse_args(arguments)
-    device = torch.device("cpu")
-    print(device_name(device))
-    rows: list[Row] = []
-    for size in options.sizes:
-        shape = SHAPES[size]
-        for mode in options.modes:
-            providers = steps(mode, shape)
-            timings = interleave(providers, device, options.seconds, options.rounds)
-            rows += rows_of("language_step", mode, shape, providers, timings, device)
-            ours, theirs = (timings.percentile(name, 50) / 1e3 for name in providers)
-            ratio = timings.ratio("stn_fast", "published")
-            print(
-                f"{size:<10} {mode:<6} stn_fast {ours:8.1f} ms   published {theirs:8.1f} ms   ratio {ratio:.3f}",
-                flush=True,
-            )
-            if options.json:
-                write(options.json, rows)
-    return 0
+
+    def cases() -> Iterator[tuple[str, str, Sequence[int], Makers]]:
+        device, maker = torch.device(options.device), graphs or whole_steps.graphs_of(options.device)
+        for size in options.sizes:
+            for mode in options.modes:
+                yield size, mode, SHAPES[size], makers(mode, SHAPES[size], device, options.precision, maker)
+
+    return whole_steps.measure("language_step", cases(), options, clock)
 
 
 if __name__ == "__main__":

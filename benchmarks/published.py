@@ -7,7 +7,8 @@ computed whether the step uses it or not, and images augmented one by one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +23,8 @@ CHANNELS = (3, 64, 192, 384, 256, 256)
 STRIDES = (2, 1, 1, 1, 1)
 POOLED = (True, True, False, False, True)
 FULLY_CONNECTED = (1024, 4096, 4096, 10)
-
+# Makes the context of a forward pass, as for autocast.
+Casting = Callable[[], AbstractContextManager[object]]
 
 AUGMENTATIONS = (
     "brightness", "contrast", "saturation", "hue", "input_scale", "input_dropout", "cutout_length", "cutout_holes",
@@ -31,9 +33,10 @@ AUGMENTATIONS = (
 
 def augmented(images: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
     """uint8 images (B, 3, H, W) one by one through Pillow and NumPy, each under strengths of its own."""
-    rows = torch.stack(list(strengths.values()), dim=1).numpy()
-    arrays = images.permute(0, 2, 3, 1).numpy()
-    return augmentation.augment_image_by_image(arrays, rows, tuple(strengths), augmentation.augment_image_for_cifar10)
+    rows = torch.stack(list(strengths.values()), dim=1).cpu().numpy()
+    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+    names, one = tuple(strengths), augmentation.augment_image_for_cifar10
+    return augmentation.augment_image_by_image(arrays, rows, names, one).to(images.device)
 
 
 class Gated(nn.Module):
@@ -99,7 +102,7 @@ class Trainer:
     ):
         self.names, self.ranges, self.center = tuple(names), tuple(ranges), location.clone()
         self.location, self.raw_scale = (t.clone().requires_grad_() for t in (location, raw_scale))
-        self.model = AlexNet(len(self.names))
+        self.model = AlexNet(len(self.names)).to(location.device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         self.hyper_optimizer = torch.optim.Adam([self.location, self.raw_scale], lr=3e-3)
 
@@ -114,16 +117,19 @@ class Trainer:
         optimizer.step()
         return loss.detach()
 
-    def train_step(self, images: Tensor, targets: Tensor) -> Tensor:
+    def train_step(self, images: Tensor, targets: Tensor, casting: Casting = nullcontext) -> Tensor:
         """On floats as they are, on uint8 images augmented first."""
         values, response = self._perturbed(len(images))
         if images.dtype == torch.uint8:
             images = augmented(images, {name: values[name] for name in AUGMENTATIONS})
-        return self._descend(F.cross_entropy(self.model(images, response, values), targets), self.optimizer)
+        with casting():
+            loss = F.cross_entropy(self.model(images, response, values), targets)
+        return self._descend(loss, self.optimizer)
 
-    def valid_step(self, images: Tensor, targets: Tensor) -> Tensor:
+    def valid_step(self, images: Tensor, targets: Tensor, casting: Casting = nullcontext) -> Tensor:
         """On floats; without regularisation."""
         _, response = self._perturbed(len(images))
-        loss = F.cross_entropy(self.model(images, response, None), targets)
+        with casting():
+            loss = F.cross_entropy(self.model(images, response, None), targets)
         entropy = F.softplus(self.raw_scale).log().sum()
         return self._descend(loss - 1e-3 * entropy, self.hyper_optimizer)

@@ -7,6 +7,7 @@ the gates of each, made anew at every step. Every parameter's gradient is comput
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import baselines
 from benchmarks.baselines import Range
-from benchmarks.published import Gated
+from benchmarks.published import Casting, Gated
 
 State = tuple[Tensor, Tensor]
 
@@ -70,7 +71,7 @@ class LanguageModel(nn.Module):
         tables: tuple[Tensor, Tensor] = self.weight, self.response_weight
         if rates is not None:
             rate = rates["embedding_dropout"][0]
-            keep = (torch.rand(len(self.weight), 1) >= rate) / (1 - rate)
+            keep = (torch.rand(len(self.weight), 1, device=rate.device) >= rate) / (1 - rate)
             tables = tables[0] * keep, tables[1] * keep
         table, response = tables
         x = F.embedding(tokens, table) + F.linear(h, self.weight_gate) * F.embedding(tokens, response)
@@ -109,12 +110,13 @@ class Trainer:
         batch: int,
     ):
         self.names, self.ranges, self.center = tuple(names), tuple(ranges), location.clone()
-        self.shared = torch.tensor(list(shared))
+        device = location.device
+        self.shared = torch.tensor(list(shared), device=device)
         self.location, self.raw_scale = location.clone().requires_grad_(), raw_scale.clone()
-        self.model = LanguageModel(words, width, layers, len(self.names))
+        self.model = LanguageModel(words, width, layers, len(self.names)).to(device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.hyper_optimizer = torch.optim.Adam([self.location], lr=1e-2)
-        zeros = torch.zeros(batch, width)
+        zeros = torch.zeros(batch, width, device=device)
         self.states = {mode: [(zeros, zeros)] * layers for mode in ("train", "valid")}
 
     def _descend(self, loss: Tensor, optimizer: torch.optim.Optimizer, clip: float | None) -> Tensor:
@@ -126,7 +128,13 @@ class Trainer:
         optimizer.step()
         return loss.detach()
 
-    def _loss(self, mode: str, tokens: Tensor, targets: Tensor, h: Tensor, values: Tensor | None) -> Tensor:
+    def _loss(
+        self, mode: str, tokens: Tensor, targets: Tensor, h: Tensor, values: Tensor | None, casting: Casting
+    ) -> Tensor:
+        with casting():
+            return self._loss_of_window(mode, tokens, targets, h, values)
+
+    def _loss_of_window(self, mode: str, tokens: Tensor, targets: Tensor, h: Tensor, values: Tensor | None) -> Tensor:
         rates = None if values is None else dict(zip(self.names, values.unbind(1), strict=True))
         logits, states, raw, dropped = self.model(tokens, h, rates, self.states[mode])
         self.states[mode] = [(hidden.detach(), cell.detach()) for hidden, cell in states]
@@ -136,15 +144,17 @@ class Trainer:
             loss = loss + rates["temporal_activation_regularization"][0] * (raw[1:] - raw[:-1]).square().mean()
         return loss
 
-    def train_step(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def train_step(self, tokens: Tensor, targets: Tensor, casting: Casting = nullcontext) -> Tensor:
         """Perturbed, regularised, clipped."""
         batch = tokens.shape[1]
         values, response = baselines.perturb(self.location, self.raw_scale, self.center, self.ranges, batch)
         values = torch.where(self.shared, values[:1], values).detach()
         response = torch.where(self.shared, response[:1], response)
-        return self._descend(self._loss("train", tokens, targets, response, values), self.optimizer, 0.25)
+        loss = self._loss("train", tokens, targets, response, values, casting)
+        return self._descend(loss, self.optimizer, 0.25)
 
-    def valid_step(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def valid_step(self, tokens: Tensor, targets: Tensor, casting: Casting = nullcontext) -> Tensor:
         """Unperturbed, without regularisation."""
         response = (self.location - self.center).expand(tokens.shape[1], -1)
-        return self._descend(self._loss("valid", tokens, targets, response, None), self.hyper_optimizer, None)
+        loss = self._loss("valid", tokens, targets, response, None, casting)
+        return self._descend(loss, self.hyper_optimizer, None)

@@ -51,7 +51,8 @@ def versions() -> dict[str, str]:
             found[module] = importlib.import_module(module).__version__
         except ImportError:
             found[module] = "missing"
-    found["float32_matmul_precision"] = torch.get_float32_matmul_precision()
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # torch's older question fails once this one is set
+    found["float32_matmul_precision"] = "high" if tf32 else "highest"
     return found
 
 

@@ -1,112 +1,113 @@
-"""Whole steps of the self-tuning AlexNet on CIFAR-sized images, against the published ones in eager torch.
+"""Whole steps of the self-tuning AlexNet on CIFAR-sized images, against plain training and the published steps.
 
     python -m benchmarks.steps --json benchmarks/results/steps-cpu.json
+    python -m benchmarks.steps --device cuda --precision bf16 --modes cycle
 
-A step is perturbation, forward, backward and optimizer: `train` and `valid` on floats, `train_with_data` from uint8
-images, which the published code augments one by one. Both sides take turns in one process; ratios below 1 are faster.
+A step is perturbation, forward, backward, clipping and optimizer: `train`, `valid` and `cycle` (two training steps and
+a validation step) on floats, `train_with_data` from uint8 images, which the published code augments one by one. All
+take turns in one process; ratios below 1 are faster.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
-from benchmarks import published
+from benchmarks import plain, published, whole_steps
 from benchmarks.augmentation import MEAN, STD
 from benchmarks.baselines import Range
-from benchmarks.ratios import Row, device_name, versions, write
-from benchmarks.timing import Provider, Timings, interleave, peak_bytes
+from benchmarks.timing import Clock, Provider
+from benchmarks.whole_steps import Makers, steps_of
 from stn_fast.command_line import run_command
 
-MODES = ("train", "valid", "train_with_data")
+MODES = ("train", "valid", "cycle", "train_with_data")
+PROVIDERS = ("stn_fast", "stn_fast_captured", "plain", "plain_captured", "published")
+CLIP = 1.0
 
 
-def steps(mode: str, batch: int) -> dict[str, Provider]:
-    """The package's step and the published one, each on its own copy of the network."""
+def makers(mode: str, batch: int, device: torch.device, precision: str, graphs: plain.Graphs | None) -> Makers:
+    """The package's step, plain training and the published step, each on its own copy of the network.
+
+    With ``graphs``, the first two also captured.
+    """
     from stn_fast.models import ImageClassifier, alexnet
+    from stn_fast.models.convnet import channels_last
     from stn_fast.recipes import recipe
     from stn_fast.training import task
-    from stn_fast.training.methods import SelfTuning
+    from stn_fast.training.methods import default_optimizer
     from stn_fast.training.spaces import build_space
 
     torch.manual_seed(0)
-    config = recipe("cifar10").config()
-    space = build_space(config)
-    images, targets = torch.randint(256, (batch, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (batch,))
-    if mode != "train_with_data":
-        images = torch.randn(images.shape)
+    space = build_space(recipe("cifar10").config())
+    with_data = mode == "train_with_data"
+    images = torch.randint(256, (batch, 3, 32, 32), dtype=torch.uint8)
+    targets = torch.randint(10, (batch,)).to(device)
+    images = images.to(device) if with_data else channels_last(torch.randn(images.shape)).to(device)
+    # The published steps perturb, augment and read images as their authors' code does.
+    contiguous = images.contiguous()
 
-    network = alexnet(space)
-    model = ImageClassifier(space, network, mean=MEAN, std=STD, image_size=32) if mode == "train_with_data" else network
-    method = SelfTuning(model, space, task.classification_loss, task.classification_loss, seed=0)
-    count = iter(range(10**9))
+    def method() -> whole_steps.Method:
+        torch.manual_seed(0)
+        network = alexnet(space)
+        model = ImageClassifier(space, network, mean=MEAN, std=STD, image_size=32) if with_data else network
+        losses = task.classification_loss, task.classification_loss
+        return whole_steps.self_tuning(model.to(device), space, losses, precision, seed=0, clip=CLIP)
 
-    ranges = [Range(h.low, h.high, h.integer) for h in space]
-    theirs = published.Trainer(space.names, ranges, *space.initial_state())
-    if mode == "valid":
-        return {
-            "stn_fast": Provider(lambda _: method.valid_step((images, targets), next(count))),
-            "published": Provider(lambda _: theirs.valid_step(images, targets)),
-        }
-    return {
-        "stn_fast": Provider(lambda _: method.train_step((images, targets), next(count))),
-        "published": Provider(lambda _: theirs.train_step(images, targets)),
-    }
+    def stn_fast(of: whole_steps.Method) -> Provider:
+        count = iter(range(10**9))
+        pair: tuple[Tensor, Tensor] = images, targets
+        return steps_of(mode, lambda: of.train_step(pair, next(count)), lambda: of.valid_step(pair, next(count)))
 
+    def training() -> plain.Training:
+        torch.manual_seed(0)
+        model = plain.alexnet().to(device)
+        return plain.Training(model, default_optimizer, CLIP, whole_steps.casting(precision, device))
 
-def rows_of(
-    op: str,
-    mode: str,
-    shape: Sequence[int],
-    providers: dict[str, Provider],
-    timings: Timings,
-    device: torch.device,
-) -> list[Row]:
-    """One row for every provider, as `benchmarks.ratios` writes them; the published step is the eager one."""
-    return [
-        {
-            "op": op,
-            "mode": mode,
-            "shape": list(shape),
-            "dtype": "float32",
-            "provider": name,
-            **{f"p{q}": round(timings.percentile(name, q), 2) for q in (20, 50, 80)},
-            "ratio_to_limit": None,
-            "ratio_to_eager": round(timings.ratio(name, "published"), 4),
-            "peak_bytes": peak_bytes(provider, device),
-            "device": device_name(device),
-            "versions": versions(),
-        }
-        for name, provider in providers.items()
-    ]
+    def taking(step: whole_steps.PlainStep) -> Provider:
+        return steps_of(mode, lambda: step(images, targets), None)
+
+    def of_paper() -> Provider:
+        ranges = [Range(h.low, h.high, h.integer) for h in space]
+        theirs = published.Trainer(space.names, ranges, *space.initial_state(device))
+        cast = whole_steps.casting(precision, device)
+        return steps_of(
+            mode,
+            lambda: theirs.train_step(contiguous, targets, cast),
+            lambda: theirs.valid_step(contiguous, targets, cast),
+        )
+
+    found: Makers = {"stn_fast": lambda: stn_fast(method()), "published": of_paper}
+    if graphs is not None:
+        found = {**found, "stn_fast_captured": lambda: stn_fast(whole_steps.captured(method()))}
+    if not with_data:
+        found = {**found, "plain": lambda: taking(training().step)}
+    if graphs is not None and not with_data:
+        maker = graphs
+        found = {**found, "plain_captured": lambda: taking(training().captured(maker, images, targets))}
+    return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures and prints; returns 0."""
+def main(arguments: Sequence[str] | None = None, clock: Clock | None = None, graphs: plain.Graphs | None = None) -> int:
+    """Measures and prints; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__.splitlines()[0])
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    whole_steps.add_options(parser, MODES, PROVIDERS)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=30.0, help="time for each mode, warm-up not counted")
-    parser.add_argument("--rounds", type=int, default=15, help="at least so many rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     options = parser.parse_args(arguments)
-    device = torch.device("cpu")
-    print(device_name(device))
-    rows: list[Row] = []
-    for mode in options.modes:
-        providers = steps(mode, options.batch)
-        timings = interleave(providers, device, options.seconds, options.rounds)
-        shape = (options.batch, 3, 32, 32)
-        rows += rows_of("alexnet_step", mode, shape, providers, timings, device)
-        ours, theirs = (timings.percentile(name, 50) / 1e3 for name in providers)
-        ratio = timings.ratio("stn_fast", "published")
-        print(f"{mode:<16} stn_fast {ours:8.1f} ms   published {theirs:8.1f} ms   ratio {ratio:.3f}", flush=True)
-        if options.json:
-            write(options.json, rows)
-    return 0
+
+    def cases() -> Iterator[tuple[str, str, Sequence[int], Makers]]:
+        device, maker = torch.device(options.device), graphs or whole_steps.graphs_of(options.device)
+        for mode in options.modes:
+            yield (
+                "alexnet",
+                mode,
+                (options.batch, 3, 32, 32),
+                makers(mode, options.batch, device, options.precision, maker),
+            )
+
+    return whole_steps.measure("alexnet_step", cases(), options, clock)
 
 
 if __name__ == "__main__":

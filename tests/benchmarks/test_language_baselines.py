@@ -1,5 +1,7 @@
 """What the package's language model is compared with computes what it stands for."""
 
+import json
+
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
@@ -87,5 +89,8 @@ def test_the_command_prints_a_ratio_and_writes_rows(tmp_path, capsys, monkeypatc
     file = tmp_path / "rows.json"
     assert language_steps.main(["--sizes", "ptb", "--seconds", "0", "--rounds", "2", "--json", str(file)]) == 0
     said = capsys.readouterr().out
-    assert said.count("ratio") == 2
-    assert file.read_text().count('"op": "language_step"') == 4
+    for mode in language_steps.MODES:
+        assert sum(line.split()[1:2] == [mode] and "ratio to published" in line for line in said.splitlines()) == 2
+    rows = json.loads(file.read_text())
+    assert {row["provider"] for row in rows} == {"stn_fast", "plain", "published"}
+    assert len(rows) == 3 * len(language_steps.MODES)
