@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from benchmarks.cases import Case, all_cases
 from benchmarks.timing import Clock, Timings, Turns, first_line, interleave, launches, peak_bytes
 from stn_fast.command_line import run_command
 from stn_fast.files import expanded
+from stn_fast.files import replace as replace_file
 from stn_fast.values import to_json
 
 Row = dict[str, Any]
@@ -169,9 +169,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     path = expanded(path, "--json")
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(to_json(row) for row in rows)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(f"[\n{lines}\n]\n")
-    unfinished.replace(path)
+    replace_file(path, f"[\n{lines}\n]\n".encode())
 
 
 def without_cuda(device: str) -> str | None:
