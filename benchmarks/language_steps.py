@@ -29,6 +29,8 @@ LAYERS = 2
 CLIP = 0.25
 # T words of B streams, H units, and the vocabulary: the recipes ptb and ptb-small.
 SHAPES = {"ptb": (70, 40, 650, 10_000), "ptb-small": (35, 20, 200, 3_141)}
+# Of a pass, as many as Penn Treebank's: the first of each has no state, and is no step like the others.
+WINDOWS = 331
 
 sgd = partial(torch.optim.SGD, lr=0.1, fused=True)
 
@@ -51,7 +53,7 @@ def makers(
     torch.manual_seed(0)
     window, batch, width, words = shape
     space = build_space(recipe("ptb").config())
-    text = predictions(torch.randint(words, (8 * window * batch,)), 0)
+    text = predictions(torch.randint(words, (WINDOWS * window * batch + 1,)), 0)
     text = Split(*(part.to(device) for part in text))
 
     def streams(number: int) -> Streams:
@@ -71,21 +73,22 @@ def makers(
         def step(take: whole_steps.TakeStep, read: Streams, windows: Iterator[int]) -> object:
             return take(read[next(windows)], next(count))
 
-        return steps_of(mode, lambda: step(of.train_step, *to_train), lambda: step(of.valid_step, *to_valid))
+        train, valid = (lambda: step(of.train_step, *to_train)), (lambda: step(of.valid_step, *to_valid))
+        return steps_of(mode, train, valid, getattr(of, "reasons", None))
 
     def training() -> plain.Training:
         torch.manual_seed(0)
         model = plain.LanguageModel(words, width, LAYERS, batch).to(device)
         return plain.Training(model, sgd, CLIP, whole_steps.casting(precision, device))
 
-    def reading(step: whole_steps.PlainStep) -> Provider:
+    def reading(step: whole_steps.PlainStep, why_eager: Sequence[str] | None = None) -> Provider:
         read, windows = streams(0), iter(range(10**9))
 
         def next_step() -> object:
             it = read[next(windows)]
             return step(it.inputs, it.targets)
 
-        return steps_of(mode, next_step, None)
+        return steps_of(mode, next_step, None, why_eager)
 
     def of_paper() -> Provider:
         theirs = Trainer(
@@ -115,7 +118,7 @@ def makers(
     return {
         **found,
         "stn_fast_captured": lambda: stn_fast(whole_steps.captured(method())),
-        "plain_captured": lambda: reading(training().captured(graphs, fixed.inputs, fixed.targets)),
+        "plain_captured": lambda: reading(training().captured(graphs, fixed.inputs, fixed.targets), ()),
     }
 
 

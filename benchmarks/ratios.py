@@ -185,6 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     parser.add_argument("--ops", nargs="+", metavar="OP", help="only operations whose names start so")
     parser.add_argument("--modes", nargs="+", metavar="MODE", help="only these modes")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("bfloat16", "float32"), help="only these; on the CPU there is float32 alone"
+    )
     parser.add_argument("--seconds", type=float, default=6.0, help="time for each case, warm-up not counted")
     parser.add_argument("--rounds", type=int, default=15, help="at least so many rounds of each case")
     parser.add_argument(
@@ -206,9 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in all_cases(device, options.quick)
         if (not options.ops or case.op.startswith(tuple(options.ops)))
         and (not options.modes or case.mode in options.modes)
+        and (not options.dtypes or str(case.dtype).removeprefix("torch.") in options.dtypes)
     ]
     if not cases:
-        print(f"--ops {options.ops} --modes {options.modes}: no case is named so", file=sys.stderr)
+        asked = " ".join(f"--{key} {given}" for key in ("ops", "modes", "dtypes") if (given := getattr(options, key)))
+        print(f"{asked}: there is no such case", file=sys.stderr)
         return 2
     print(f"{device_name(device)}; " + ", ".join(f"{key} {value}" for key, value in versions().items()))
     rows: list[Row] = []

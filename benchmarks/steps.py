@@ -59,15 +59,16 @@ def makers(mode: str, batch: int, device: torch.device, precision: str, graphs: 
     def stn_fast(of: whole_steps.Method) -> Provider:
         count = iter(range(10**9))
         pair: tuple[Tensor, Tensor] = images, targets
-        return steps_of(mode, lambda: of.train_step(pair, next(count)), lambda: of.valid_step(pair, next(count)))
+        train, valid = (lambda: of.train_step(pair, next(count))), (lambda: of.valid_step(pair, next(count)))
+        return steps_of(mode, train, valid, getattr(of, "reasons", None))
 
     def training() -> plain.Training:
         torch.manual_seed(0)
         model = plain.alexnet().to(device)
         return plain.Training(model, default_optimizer, CLIP, whole_steps.casting(precision, device))
 
-    def taking(step: whole_steps.PlainStep) -> Provider:
-        return steps_of(mode, lambda: step(images, targets), None)
+    def taking(step: whole_steps.PlainStep, why_eager: Sequence[str] | None = None) -> Provider:
+        return steps_of(mode, lambda: step(images, targets), None, why_eager)
 
     def of_paper() -> Provider:
         ranges = [Range(h.low, h.high, h.integer) for h in space]
@@ -86,7 +87,7 @@ def makers(mode: str, batch: int, device: torch.device, precision: str, graphs: 
         found = {**found, "plain": lambda: taking(training().step)}
     if graphs is not None and not with_data:
         maker = graphs
-        found = {**found, "plain_captured": lambda: taking(training().captured(maker, images, targets))}
+        found = {**found, "plain_captured": lambda: taking(training().captured(maker, images, targets), ())}
     return found
 
 

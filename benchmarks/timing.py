@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,12 +29,14 @@ class Provider:
     """One way to compute a case. ``prepare`` runs untimed before every call and hands it a fresh state.
 
     ``whole_step`` marks what a user waits for, host included: on CUDA its turns are timed by the host's clock, from an
-    idle device to an idle device, and no graph is made of it.
+    idle device to an idle device, and no graph is made of it. One that replays graphs of its own says in
+    ``why_eager`` for which reasons it did not.
     """
 
     call: Callable[[Any], object]
     prepare: Callable[[], Any] = lambda: None
     whole_step: bool = False
+    why_eager: Callable[[], Sequence[str]] | None = None
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,15 @@ def self_tuning(model: nn.Module, space: Any, losses: Sequence[Any], precision: 
     return SelfTuning(model, space, training, validation, **options)
 
 
-def captured(method: Method) -> Method:
+class CapturedMethod(Method, Protocol):
+    """Steps that replay CUDA graphs; ``reasons`` says why some, or all, did not."""
+
+    reasons: list[str]
+
+
+def captured(method: Method) -> CapturedMethod:
     """The method's steps as CUDA graphs."""
-    own: Method = method.captured()  # type: ignore[attr-defined]
+    own: CapturedMethod = method.captured()  # type: ignore[attr-defined]
     return own
 
 
@@ -89,8 +95,8 @@ def graphs_of(device: str) -> plain.Graphs | None:
     return Cuda(torch.device(device)) if device == "cuda" and torch.cuda.is_available() else None
 
 
-def steps_of(mode: str, train: Step, valid: Step | None) -> Provider:
-    """A turn of a mode; without ``valid``, of plain training."""
+def steps_of(mode: str, train: Step, valid: Step | None, why_eager: Sequence[str] | None = None) -> Provider:
+    """A turn of a mode; without ``valid``, of plain training. ``why_eager`` is what a captured provider collects."""
     if valid is None:
         calls = [train] * (TRAIN_STEPS if mode == "cycle" else 1)
     elif mode == "cycle":
@@ -102,7 +108,7 @@ def steps_of(mode: str, train: Step, valid: Step | None) -> Provider:
         for step in calls:
             step()
 
-    return Provider(call, whole_step=True)
+    return Provider(call, whole_step=True, why_eager=None if why_eager is None else lambda: why_eager)
 
 
 def plain_of(name: str) -> str:
@@ -125,6 +131,7 @@ def rows_of(
         | {"provider": name}
         | times(name, timings)
         | {
+            "captured": None if (why := providers[name].why_eager) is None else not why(),
             "ratio_to_limit": None,
             "ratio_to_eager": ratio(timings, name, "published"),
             "ratio_to_plain": ratio(timings, name, plain_of(name)),
@@ -182,14 +189,16 @@ def _measure(
         found = rows_of(op, mode, shape, options.precision, providers, timings, device)
         rows += found
         failed += len(timings.failed)
-        print_steps(title, mode, found, timings)
+        print_steps(title, mode, found, providers, timings)
         if options.json and found:
             write(options.json, rows)
     return 1 if failed else 0
 
 
-def print_steps(title: str, mode: str, rows: Sequence[Row], timings: Timings) -> None:
-    """A line for every provider."""
+def print_steps(
+    title: str, mode: str, rows: Sequence[Row], providers: Mapping[str, Provider], timings: Timings
+) -> None:
+    """A line for every provider, and one for each reason why a captured one was not."""
     for row in rows:
         compared = [
             f"ratio to {of} {row[key]:.3f}"
@@ -200,6 +209,9 @@ def print_steps(title: str, mode: str, rows: Sequence[Row], timings: Timings) ->
         print(
             f"{title:<10} {mode:<16} {row['provider']:<18} {row['p50'] / 1e3:9.2f} ms{host}   " + "   ".join(compared)
         )
+    for name, provider in providers.items():
+        for reason in provider.why_eager() if provider.why_eager else ():
+            print(f"{title:<10} {mode:<16} {name:<18} not captured: {reason}")
     for name, error in timings.failed.items():
         print(f"{title:<10} {mode:<16} {name:<18} failed: {error}")
     sys.stdout.flush()

@@ -146,6 +146,8 @@ def test_a_run_that_is_killed_leaves_whole_rows(tmp_path: Path) -> None:
 def test_an_unknown_operation_is_refused(capsys) -> None:
     assert ratios.main(["--quick", "--ops", "convolution"]) == 2
     assert "convolution" in capsys.readouterr().err
+    assert ratios.main(["--quick", "--ops", "perturb", "--dtypes", "bfloat16"]) == 2
+    assert "bfloat16" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")

@@ -134,6 +134,20 @@ def test_a_turn_is_the_steps_of_its_mode(mode, ours, theirs) -> None:
     assert "".join(taken) == theirs
 
 
+def test_a_captured_method_that_takes_its_steps_one_by_one_is_not_called_captured(capsys) -> None:
+    names, reasons = ("stn_fast", "stn_fast_captured"), []
+    timings = Timings(names, np.ones((3, 2)), {name: Turns(float) for name in names})
+    providers = {"stn_fast": whole_steps.steps_of("cycle", float, float)}
+    providers["stn_fast_captured"] = whole_steps.steps_of("cycle", float, float, reasons)
+    whole = ("x", "cycle", (1,), "bf16", providers, timings, torch.device("cpu"))
+    assert [row["captured"] for row in whole_steps.rows_of(*whole)] == [None, True]
+    reasons.append("train_step is not captured: it reads a number")
+    rows = whole_steps.rows_of(*whole)
+    assert [row["captured"] for row in rows] == [None, False]
+    whole_steps.print_steps("x", "cycle", rows, providers, timings)
+    assert "not captured: train_step is not captured" in capsys.readouterr().out
+
+
 def test_captured_steps_are_compared_with_captured_plain_ones() -> None:
     names = ("stn_fast", "stn_fast_captured", "plain", "plain_captured")
     timings = Timings(names, np.array([[8.0, 3.0, 4.0, 1.0]] * 3), {name: Turns(float) for name in names})
@@ -197,6 +211,7 @@ def test_plain_captured_takes_part_where_graphs_can_be_made(tmp_path, monkeypatc
         assert command.main([*flags, *own, *SMALL], graphs=graphs) == 0
         rows = {row["provider"]: row for row in json.loads(file.read_text())}
         assert rows["plain_captured"]["ratio_to_plain"] == 1
+        assert [rows[name]["captured"] for name in ("plain", "plain_captured")] == [None, True]
         assert graphs.captures == 1
 
 
