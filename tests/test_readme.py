@@ -46,7 +46,7 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
     if "self_tuning" in command:
         command += " --epochs 1 --seeds 1"
     if "benchmarks.steps" in command:
-        command += " --batch 8 --rounds 1 --seconds 0.1"
+        command += " --batch 8 --modes cycle --rounds 1 --seconds 0.1"
     if command.startswith("pip "):
         pytest.skip("tests/test_packaging.py builds and installs the package")
     if command.startswith("python -m stn_fast.train ptb --device"):
@@ -60,7 +60,7 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
         if "contact_sheet" in command:
             command += f" -o {tmp_path / 'sheet.png'}"
     if "benchmarks.language_steps" in command:
-        command += " --sizes ptb-small --rounds 1 --seconds 0.1"
+        command += " --sizes ptb-small --modes cycle --rounds 1 --seconds 0.1"
     program, *arguments = command.split()
     assert program == "python"
     result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
