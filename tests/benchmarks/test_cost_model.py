@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flops import flops_of
@@ -21,7 +23,8 @@ from benchmarks.sequence_cases import gated_lstm_inputs, sequence_limit
 from stn_fast.ops import _products
 
 CPU = torch.device("cpu")
-RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
+RESULTS, README = BENCHMARKS / "results", (BENCHMARKS / "README.md").read_text()
 SHAPE = (5, 4, 16, 40)  # of the language model: T, B, H, words
 
 
@@ -187,6 +190,27 @@ def test_no_product_on_the_cpu_was_faster_than_its_two_cores_can_be() -> None:
         assert large > 20e9
     middle = [math.exp(sum(map(math.log, of_one)) / len(of_one)) for of_one in rates.values()]
     assert max(middle) < 4 * min(middle)
+
+
+def test_cycles_on_the_cpu_cost_what_their_arithmetic_says() -> None:
+    """And benchmarks/README.md says what was recorded."""
+    # Only products take time there: one thread, no launches.
+    cpu = Machine("a CPU", 7e10, math.inf, on_chip=math.inf, multiprocessors=1, launch=0, barrier=0)
+    ratios = {}
+    for row in json.loads((RESULTS / "cycles-cpu.json").read_text()):
+        ratios[row["op"], tuple(row["shape"]), row["provider"]] = row["ratio_to_plain"]
+    predicted = {("alexnet_step", (128, 3, 32, 32)): model.PREDICTIONS["cycle alexnet"]}
+    for shape in language_steps.SHAPES.values():
+        train, valid = model.language_step(*shape, 2), model.language_validation(*shape)
+        predicted["language_step", shape] = model.cycle(train, valid, model.language_step(*shape, 1))
+    said = README[README.index("A 2:1 cycle in units") :].partition("\n- ")[0]
+    numbers = [float(number) for number in re.findall(r"\d\.\d\d", said)]
+    measured = [ratios[(*key, "stn_fast")] for key in predicted]
+    published = [ratios[(*key, "published")] for key in predicted if (*key, "published") in ratios]
+    of_model = [predict(cpu).figure for predict in predicted.values()]
+    for ratio, prediction in zip(measured, of_model, strict=True):
+        assert 0.8 * prediction < ratio < 1.25 * prediction
+    np.testing.assert_allclose(numbers, [*measured, *published, *of_model], atol=0.0051)
 
 
 def test_the_command_prints_a_line_for_each_aim(capsys, tmp_path) -> None:
