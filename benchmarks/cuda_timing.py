@@ -8,9 +8,11 @@ pending launches), the row says that the time is the host's.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -69,34 +71,43 @@ class CudaClock:
             return self._eager(provider, host, first_line(error))
 
     def _captured(self, provider: Provider, host: float) -> Turns:
-        replay = self.device.capture(provider.prepare, provider.call, 1)
+        sleep = min(max(2 * host, SHORTEST_SLEEP), LONGEST_SLEEP)
+        once, hidden = self.device.between_events(self._calls(provider, 1)(), sleep)
+        calls = calls_in_a_turn(once) if hidden else 1
+        replay = self.device.capture(provider.prepare, provider.call, calls)
         replay()  # an error of the device shows here, and not in a later provider's turn
         self.device.synchronize()
-        once, _, sleep = self._hidden(replay, SHORTEST_SLEEP)
-        calls = calls_in_a_turn(once)
-        if calls > 1:
-            replay = self.device.capture(provider.prepare, provider.call, calls)
-            _, _, sleep = self._hidden(replay, sleep)
-        return Turns(lambda: self.device.between_events(replay, sleep)[0] / calls, True, host, False)
+        _, hidden, sleep = self._hidden(lambda: replay, SHORTEST_SLEEP)
+        return Turns(lambda: self.device.between_events(replay, sleep)[0] / calls, True, host, not hidden)
 
     def _eager(self, provider: Provider, host: float, why_not: str) -> Turns:
-        def turn(calls: int) -> Run:
-            states = [provider.prepare() for _ in range(calls)]
-            return lambda: [provider.call(state) for state in states]
-
-        once, hidden, sleep = self._hidden(turn(1), 2 * host)
+        once, hidden, sleep = self._hidden(self._calls(provider, 1), 2 * host)
         calls = calls_in_a_turn(once) if hidden else 1
+        make = self._calls(provider, calls)
         if calls > 1:
-            _, hidden, sleep = self._hidden(turn(calls), 2 * host * calls)
-        return Turns(
-            lambda: self.device.between_events(turn(calls), sleep)[0] / calls, False, host, not hidden, why_not
-        )
+            _, hidden, sleep = self._hidden(make, 2 * host * calls)
+        return Turns(lambda: self.device.between_events(make(), sleep)[0] / calls, False, host, not hidden, why_not)
 
-    def _hidden(self, run: Run, sleep: float) -> tuple[float, bool, float]:
+    @staticmethod
+    def _calls(provider: Provider, calls: int) -> Callable[[], Run]:
+        """Makes what calls the provider so often, each time on fresh states."""
+
+        def make() -> Run:
+            states = [provider.prepare() for _ in range(calls)]
+
+            def run() -> None:
+                for state in states:
+                    provider.call(state)
+
+            return run
+
+        return make
+
+    def _hidden(self, make: Callable[[], Run], sleep: float) -> tuple[float, bool, float]:
         """Time, whether a sleep hid the host from it, and the sleep: the shortest that did, by doubling."""
         sleep = min(max(sleep, SHORTEST_SLEEP), LONGEST_SLEEP)
         while True:
-            microseconds, hidden = self.device.between_events(run, sleep)
+            microseconds, hidden = self.device.between_events(make(), sleep)
             if hidden or sleep >= LONGEST_SLEEP:
                 return microseconds, hidden, sleep
             sleep = min(2 * sleep, LONGEST_SLEEP)
@@ -120,12 +131,20 @@ class CudaClock:
         return (self.device.now() - start) / calls
 
 
+@lru_cache
+def freeze_garbage_collection() -> None:
+    """Takes all that is there now from the collections that torch makes before each capture: they take a while."""
+    gc.collect()
+    gc.freeze()
+
+
 class Cuda:
     """A CUDA device, as `DeviceTimer` describes it."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device)
+        freeze_garbage_collection()
 
     def now(self) -> float:
         return time.perf_counter_ns() / 1e3

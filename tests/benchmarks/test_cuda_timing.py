@@ -138,6 +138,26 @@ def test_states_are_prepared_outside_of_the_graph_and_of_its_time() -> None:
     assert len(set(seen)) == len(seen)  # no state is used twice
 
 
+@pytest.mark.parametrize("captured", [True, False])
+def test_no_state_is_used_twice_however_long_the_sleep_has_to_be(captured) -> None:
+    """A backward pass frees its state. Here the host becomes slow after it has been timed, and the sleep grows."""
+    device, used = Device(), []
+
+    def backward(state: list) -> None:
+        if device.recording is not None and not captured:
+            raise RuntimeError("no graph of this")
+        used.append(id(state))
+        state.append("used")
+        assert len(state) == 1
+        device.launch(200 if len(used) < 9 else 4000, 50)
+
+    timings = times(device, backward=Provider(backward, prepare=list))
+    assert not timings.failed
+    assert timings.turns["backward"].captured is captured
+    assert timings.turns["backward"].host_bound is False
+    np.testing.assert_allclose(timings.of("backward"), 50)
+
+
 def test_one_provider_that_fails_costs_the_others_nothing(monkeypatch, capsys, tmp_path) -> None:
     def broken(_: object) -> None:
         raise MemoryError("no memory left")
