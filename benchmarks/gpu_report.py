@@ -39,9 +39,7 @@ from pathlib import Path
 from types import MappingProxyType
 from unittest import mock
 
-import torch
-
-from benchmarks.cases import all_cases
+from benchmarks import ratios
 from stn_fast.command_line import run_command
 from stn_fast.errors import UserError
 from stn_fast.files import expanded
@@ -51,6 +49,8 @@ BUDGET = 560.0
 UNINSTALLED = ROOT / "benchmarks" / "uninstalled"
 TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda")
 LARGE = "2_to_the_31"
+LOW = ("bfloat16",)
+CYCLE = ("--precision", "bf16", "--modes", "cycle", "--seconds", "3", "--rounds", "7")
 SHOWN_LINES = 40
 # Two threads a process: what is timed on the host is Python, and tests run side by side.
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "2"}
@@ -89,25 +89,28 @@ def benchmark_part(name: str, limit: float, module: str, *options: str) -> Part:
     return Part(name, ("-m", f"benchmarks.{module}", "--device", "cuda", *options, *rows), limit, shows)
 
 
-def ratios_part(name: str, limit: float, *operations: str) -> Part:
+def ratios_part(name: str, limit: float, *operations: str, dtypes: Sequence[str] = ()) -> Part:
     """Rows of operations, nothing compiled by torch.compile, which would take the time of everything else."""
-    return benchmark_part(
-        name, limit, "ratios", "--no-compile", "--seconds", "0.3", "--rounds", "7", "--ops", *operations
-    )
+    chosen = ("--dtypes", *dtypes) if dtypes else ()
+    options = ("--no-compile", "--seconds", "0.3", "--rounds", "7", *chosen)
+    return benchmark_part(name, limit, "ratios", *options, "--ops", *operations)
 
 
 def parts(processes: int) -> tuple[Part, ...]:
     """The report, in order."""
     return (
-        Part("machine", ("-m", "benchmarks.preflight", "--json", "{out}/machine.json"), 40, "."),
+        Part("machine", ("-m", "benchmarks.preflight", "--json", "{out}/machine.json"), 30, "."),
         pytest_part("steps", 60, "tests/layers", "tests/models", "tests/training", processes=min(processes, 6)),
-        pytest_part("kernels", 170, "tests/kernels", "tests/ops", "-k", f"not {LARGE}", processes=processes),
+        pytest_part("kernels", 165, "tests/kernels", "tests/ops", "-k", f"not {LARGE}", processes=processes),
         pytest_part("large", 40, "tests/kernels", "-k", LARGE),
         Part("recipes", ("-m", "benchmarks.smoke", "--device", "cuda"), 45, "."),
-        ratios_part("gated_lstm", 40, "gated_lstm"),
-        ratios_part("gated_linear", 35, "gated_linear"),
-        ratios_part("gated_conv2d", 40, "gated_conv2d"),
+        ratios_part("gated_lstm", 40, "gated_lstm", dtypes=LOW),
+        benchmark_part("alexnet", 30, "steps", *CYCLE),
+        benchmark_part("language-model", 30, "language_steps", "--sizes", "ptb", *CYCLE),
+        ratios_part("gated_linear", 35, "gated_linear", dtypes=LOW),
+        ratios_part("gated_conv2d", 45, "gated_conv2d", dtypes=LOW),
         ratios_part("other", 25, "augment", "perturb", "dropout"),
+        Part("summary", ("-m", "benchmarks.summary", "{out}"), 10, "."),
     )
 
 
@@ -241,16 +244,13 @@ def selected(part: Part, work: Path, out: Path) -> int:
     return int(found[1])
 
 
-def cases(part: Part) -> int:
+def cases(part: Part, work: Path, out: Path) -> int:
     """How many cases a part of `benchmarks.ratios` measures."""
-    operations = part.arguments[part.arguments.index("--ops") + 1 : part.arguments.index("--json")]
-    counts = {
-        operation: sum(case.op.startswith(operation) for case in all_cases(torch.device("cuda")))
-        for operation in operations
-    }
-    if missing := [operation for operation, count in counts.items() if not count]:
+    options = ratios.parse(arguments_of(part, work, out)[2:])
+    found = [case.op for case in ratios.chosen_cases(options)]
+    if missing := [name for name in options.ops if not any(op.startswith(name) for op in found)]:
         raise UserError(f"{part.name}: no case's name starts with {', '.join(missing)}")
-    return sum(counts.values())
+    return len(found)
 
 
 def dry_run(chosen: Sequence[Part]) -> int:
@@ -268,7 +268,9 @@ def dry_run(chosen: Sequence[Part]) -> int:
                 told = f"{selected(part, work, out)} tests"
             else:
                 parse_only(part.module, arguments_of(part, work, out)[2:])
-                told = f"{cases(part)} cases" if part.module == "benchmarks.ratios" else "arguments are right"
+                told = (
+                    f"{cases(part, work, out)} cases" if part.module == "benchmarks.ratios" else "arguments are right"
+                )
             print(f"{part.name:<16}{part.limit:5.0f} s at most   {told}", flush=True)
     total = sum(part.limit for part in chosen)
     print(f"{'together':<16}{total:5.0f} s at most, of {BUDGET:.0f}")

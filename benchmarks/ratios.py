@@ -179,7 +179,8 @@ def without_cuda(device: str) -> str | None:
     return None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ratios", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
@@ -197,20 +198,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="small shapes, nothing compiled: does it run, not how fast"
     )
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def chosen_cases(options: argparse.Namespace) -> list[Case]:
+    """The cases that the options name, in the order in which they are measured."""
+    return [
+        replace(case, compiled=case.compiled and not options.no_compile)
+        for case in all_cases(torch.device(options.device), options.quick)
+        if (not options.ops or case.op.startswith(tuple(options.ops)))
+        and (not options.modes or case.mode in options.modes)
+        and (not options.dtypes or str(case.dtype).removeprefix("torch.") in options.dtypes)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
     if (wrong := without_cuda(options.device)) is not None:
         print(wrong, file=sys.stderr)
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    cases = [
-        replace(case, compiled=case.compiled and not options.no_compile)
-        for case in all_cases(device, options.quick)
-        if (not options.ops or case.op.startswith(tuple(options.ops)))
-        and (not options.modes or case.mode in options.modes)
-        and (not options.dtypes or str(case.dtype).removeprefix("torch.") in options.dtypes)
-    ]
+    device, cases = torch.device(options.device), chosen_cases(options)
     if not cases:
         asked = " ".join(f"--{key} {given}" for key in ("ops", "modes", "dtypes") if (given := getattr(options, key)))
         print(f"{asked}: there is no such case", file=sys.stderr)
