@@ -258,3 +258,23 @@ def test_an_image_classifier_wants_bytes_and_augments_by_the_strengths_that_its_
     assert torch.allclose(model(images, hyper), expected, atol=1e-5)
     with pytest.raises(ValueError, match="uint8"):
         model(images.float(), hyper)
+
+
+class Layout(torch.nn.Module):
+    """Keeps the strides of what it is given."""
+
+    def forward(self, x, hyper):
+        self.seen = x.stride()
+        return x
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_networks_get_channels_last_images_on_every_device(device, channels, training):
+    """CUDA included, where nothing but the fused convolution shows it: the meta device stands for one without it."""
+    space = rates("conv_dropout")
+    for where in (device, "meta"):
+        model = ImageClassifier(space, Layout(), mean=[0.5] * channels, std=[0.5] * channels).to(where).train(training)
+        images = torch.zeros(2, channels, 5, 6, dtype=torch.uint8, device=where)
+        model(images, space.at(space.initial_state(where)[0], batch_size=2))
+        assert model.network.seen == (30 * channels, 1, 6 * channels, channels)
