@@ -10,6 +10,13 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+# float32 is float32 in every test but those of TF32. The older settings first: torch reads them no more where only the
+# newer ones are changed.
+torch.set_float32_matmul_precision("highest")
+torch.backends.cudnn.allow_tf32 = False
+for _of_one in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+    _of_one.fp32_precision = "ieee"
+
 
 def _poisoning(allocate):
     def poisoned(*args, **kwargs):

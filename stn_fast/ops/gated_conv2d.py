@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stn_fast.ops import _gated_conv2d_cpu as cpu
 from stn_fast.ops import _gated_conv2d_driver as driver
+from stn_fast.ops._casts import cast
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_conv2d_driver import Geometry, Kernels, Plain
 from stn_fast.ops._gated_linear_plain import Wanted
@@ -231,8 +232,10 @@ def gated_conv2d(
         ValueError: shapes, dtypes, devices or arguments do not fit together; the message names the argument.
     """
     if dtype := autocast_dtype(x):
-        x, weight, response_weight, weight_gate, h = (t.to(dtype) for t in (x, weight, response_weight, weight_gate, h))
-        bias, response_bias, bias_gate = (None if t is None else t.to(dtype) for t in (bias, response_bias, bias_gate))
+        x, weight, response_weight, weight_gate, h = (
+            cast(tensor, dtype) for tensor in (x, weight, response_weight, weight_gate, h)
+        )
+        bias, response_bias, bias_gate = (cast(tensor, dtype) for tensor in (bias, response_bias, bias_gate))
     _check(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, groups)
     stride, dilation = pair("gated_conv2d", "stride", stride, 1), pair("gated_conv2d", "dilation", dilation, 1)
     x, padding = _explicit_padding(x, weight, padding, stride, dilation)

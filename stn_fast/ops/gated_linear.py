@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stn_fast.ops._casts import cast
 from stn_fast.ops._eager import eager_function, register, traced
 from stn_fast.ops._gated_linear_cpu import backward_core, forward_core
 from stn_fast.ops._gated_linear_plain import Wanted, backward_plain, forward_plain
@@ -201,8 +202,10 @@ def gated_linear(
         ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
     """
     if dtype := autocast_dtype(x):
-        x, weight, response_weight, weight_gate, h = (t.to(dtype) for t in (x, weight, response_weight, weight_gate, h))
-        bias, response_bias, bias_gate = (None if t is None else t.to(dtype) for t in (bias, response_bias, bias_gate))
+        x, weight, response_weight, weight_gate, h = (
+            cast(tensor, dtype) for tensor in (x, weight, response_weight, weight_gate, h)
+        )
+        bias, response_bias, bias_gate = (cast(tensor, dtype) for tensor in (bias, response_bias, bias_gate))
     _check(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, example_dim)
     if h.ndim == 1:
         _backend(x, weight, h)  # raises where one was asked for that can't serve

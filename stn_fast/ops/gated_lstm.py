@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stn_fast.ops import _gated_lstm_driver as driver
 from stn_fast.ops import gated_linear
+from stn_fast.ops._casts import cast
 from stn_fast.ops._eager import eager_function, register, traced
 from stn_fast.ops._gated_lstm_driver import Saved, Weights
 from stn_fast.ops._gated_lstm_plain import Plain
@@ -235,8 +236,7 @@ def gated_lstm(
     if dtype := autocast_dtype(x):
         x, h_0, c_0, h = (tensor.to(dtype) for tensor in (x, h_0, c_0, h))
         from_input, from_hidden = (
-            Weights(*(None if tensor is None else tensor.to(dtype) for tensor in weights))  # type: ignore[arg-type]
-            for weights in (from_input, from_hidden)
+            Weights._make(cast(tensor, dtype) for tensor in weights) for weights in (from_input, from_hidden)
         )
     _check(x, h_0, c_0, from_input, from_hidden, h)
     if in_transform():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,7 +55,8 @@ def activation_penalty(raw: Tensor, dropped: Tensor, hyper: HyperBatch) -> Tenso
             low = hyper.space[name].low
             if low is None or low < 0:
                 raise ValueError(f"hyperparameter {name!r} weighs a penalty and wants a bound low >= 0; got low={low}")
-            penalty = penalty + (hyper[name] * activations.square().mean((0, 2))).mean()
+            wide = activations.to(torch.promote_types(activations.dtype, torch.float32))
+            penalty = penalty + (hyper[name] * wide.square().mean((0, 2))).mean()
     return penalty
 
 

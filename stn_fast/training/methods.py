@@ -22,7 +22,7 @@ from stn_fast.checks import real_number, switch, whole_number
 from stn_fast.data import Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.training.batches import as_split
-from stn_fast.training.config import Config, OptimizerConfig
+from stn_fast.training.config import Config, OptimizerConfig, Precision
 from stn_fast.training.finite import Attempt, Buffers, Guard, gradient_norms
 from stn_fast.training.hyper_state import check_made_by, described, reorder, saved_order
 from stn_fast.training.modes import TrainingModes, evaluating
@@ -34,6 +34,7 @@ from stn_fast.training.parameters import (
     listed,
     parameter_names,
 )
+from stn_fast.training.precision import autocasting, check_precision, float32_products
 from stn_fast.training.streams import Window, without_state
 from stn_fast.training.task import Objective, Task
 
@@ -69,6 +70,9 @@ class FixedHyperparameters:
         skip_nonfinite: how many steps in a row whose loss or gradient is not finite are left out, each with a warning.
             One more is an error; with 0, the first is.
         seed: with ``step``, fixes dropout masks and noise.
+        precision: of the products of a step: "fp32"; "tf32", on CUDA; "bf16", autocast to bfloat16 around the
+            objectives. Weights, hyperparameters, gradient norms and updates are in the dtype of the parameters with
+            any, and so are products outside of steps.
 
     A step that is not finite changes no weight, no hyperparameter, no optimizer's state and no running statistics; the
     next window of a text starts from zero. On CUDA the device leaves it out and the host, which does not wait, hears of
@@ -89,8 +93,9 @@ class FixedHyperparameters:
         clip: float | None = 1.0,
         skip_nonfinite: int = 0,
         seed: int = 0,
+        precision: Precision = "fp32",
     ) -> None:
-        self._prepare(model, space.with_response("shifted"), clip, skip_nonfinite, seed)
+        self._prepare(model, space.with_response("shifted"), clip, skip_nonfinite, seed, precision)
         self.training_objective = training_objective
         for name, parameter in model.named_parameters():
             if is_response(name):
@@ -101,13 +106,20 @@ class FixedHyperparameters:
         self.location, self.raw_scale = space.initial_state(trained[0].device)
 
     def _prepare(
-        self, model: nn.Module, space: HyperparameterSpace, clip: float | None, skip_nonfinite: int, seed: int
+        self,
+        model: nn.Module,
+        space: HyperparameterSpace,
+        clip: float | None,
+        skip_nonfinite: int,
+        seed: int,
+        precision: Precision,
     ) -> None:
         who = type(self).__name__
         if clip is not None and not real_number(who, "clip", clip) > 0:
             raise ValueError(f"{who}: clip must be above 0, or None for no limit, got {clip}")
         self.model, self.space, self.clip = model, space, clip
         self.seed = whole_number(who, "seed", seed, 0)
+        self.precision = check_precision(who, precision)
         check_streams(model)
         self._guard = Guard(whole_number(who, "skip_nonfinite", skip_nonfinite, 0))
         self._modes, self._buffers = TrainingModes(model), Buffers(model)
@@ -143,9 +155,12 @@ class FixedHyperparameters:
             TypeError: the batch is none.
             RuntimeError: no gradient can be computed.
         """
-        self._begin("train_step")
-        batch = self._batch(batch)
-        self._modes.resume()
+        batch = self._begin("train_step", batch)
+        with float32_products(self.precision):
+            return self._train(batch, step)
+
+    def _train(self, batch: Split | Window, step: int | Tensor) -> Tensor:
+        """The step itself: after the first one nothing in it waits for a CUDA device."""
         put_back = self._buffers.keep()
         hyper = self._training_hyper(batch.examples, step)
         loss = self._loss("training", self.training_objective, batch, hyper)
@@ -176,22 +191,24 @@ class FixedHyperparameters:
         self._guard.take(Attempt("training", step, loss, norms, norm, name), self.optimizer, update, undo)
         return loss.detach()
 
-    def _begin(self, call: str) -> None:
+    def _begin(self, call: str, batch: Batch) -> Split | Window:
+        """What the host does before a step: looks at earlier ones, at the batch, and at the modes of the modules."""
         self._guard.look()
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 f"{call} computes gradients, and torch.no_grad or torch.inference_mode is on around it: call it outside"
             )
-
-    def _batch(self, batch: Batch) -> Split | Window:
+        if call == "train_step":
+            self._modes.resume()
         return batch if isinstance(batch, Window) else as_split(batch, self.location.device)
 
     def _loss(self, kind: str, objective: Objective, batch: Split | Window, hyper: HyperBatch) -> Tensor:
-        loss = without_state(objective(self.model, batch, hyper), batch)
+        with autocasting(self.precision, self.location.device):
+            loss = without_state(objective(self.model, batch, hyper), batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"{kind}_objective must return a tensor of one number, the mean over examples; got {got}")
-        return loss
+        return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
     def valid_step(self, batch: Batch, step: int | Tensor) -> Tensor:
         """Has nothing to do here."""
@@ -274,7 +291,8 @@ class SelfTuning(FixedHyperparameters):
     and raw scale alone, through the response; the model is in evaluation mode and no weight gradient is computed.
 
     Args:
-        model, space, training_objective, optimizer, clip, skip_nonfinite, seed: as for ``FixedHyperparameters``.
+        model, space, training_objective, optimizer, clip, skip_nonfinite, seed, precision: as for
+            ``FixedHyperparameters``.
         validation_objective: F, without penalties.
         hyper_optimizer: makes the optimizer of location and raw scale.
         entropy_weight: τ.
@@ -297,8 +315,9 @@ class SelfTuning(FixedHyperparameters):
         clip: float | None = 1.0,
         skip_nonfinite: int = 0,
         seed: int = 0,
+        precision: Precision = "fp32",
     ) -> None:
-        self._prepare(model, space, clip, skip_nonfinite, seed)
+        self._prepare(model, space, clip, skip_nonfinite, seed, precision)
         self.training_objective, self.validation_objective = training_objective, validation_objective
         self.entropy_weight = real_number("SelfTuning", "entropy_weight", entropy_weight)
         self.tune_scales = switch("SelfTuning", "tune_scales", tune_scales)
@@ -333,10 +352,14 @@ class SelfTuning(FixedHyperparameters):
             RuntimeError: no hyperparameter has a part in the validation loss, or gradients are switched off.
             TypeError: the batch is none.
         """
-        self._begin("valid_step")
         if not self.tunes:
             raise RuntimeError("freeze=True holds the hyperparameters: call train_step alone")
-        batch = self._batch(batch)
+        batch = self._begin("valid_step", batch)
+        with float32_products(self.precision):
+            return self._validate(batch, step)
+
+    def _validate(self, batch: Split | Window, step: int | Tensor) -> Tensor:
+        """The step itself: after the first one nothing in it waits for a CUDA device."""
         size = batch.examples
         with evaluating(self.model), hold_parameters(self.model.parameters()):
             hyper = (
@@ -384,7 +407,13 @@ def build_method(config: Config, task: Task) -> FixedHyperparameters:
     optimizer, clip = weight_optimizer(config.optimizer), config.optimizer.clip
     if config.method.name == "fixed":
         return FixedHyperparameters(
-            task.model, task.space, task.training_objective, optimizer=optimizer, clip=clip, seed=config.seed
+            task.model,
+            task.space,
+            task.training_objective,
+            optimizer=optimizer,
+            clip=clip,
+            seed=config.seed,
+            precision=config.precision,
         )
     return SelfTuning(
         task.model,
@@ -401,6 +430,7 @@ def build_method(config: Config, task: Task) -> FixedHyperparameters:
         freeze=config.method.freeze,
         clip=clip,
         seed=config.seed,
+        precision=config.precision,
     )
 
 

@@ -190,6 +190,7 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
         "wall_seconds": round(trainer.wall_seconds, 3),
         "steps_per_second": round(steps / max(trainer.step_seconds, 1e-9), 2),
         "peak_bytes": peak_bytes(config.device),
+        "precision": config.precision,
         **task.facts,
         **{f"{split}_{name}": value for split, values in scores.items() for name, value in values.items()},
         "hyperparameters": space.values(location),

@@ -20,6 +20,7 @@ from stn_fast.training.methods import FixedHyperparameters
 from stn_fast.training.metrics import MeanLoss, MetricsLog, describe
 from stn_fast.training.modes import evaluating
 from stn_fast.training.plateau import Plateau
+from stn_fast.training.precision import float32_products
 from stn_fast.training.signals import Interrupted, StopRequest
 from stn_fast.training.streams import without_state
 from stn_fast.training.task import Task
@@ -232,10 +233,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> dict[str, float]:
-        """Scores of all of ``split`` at the unperturbed hyperparameters, on folded weights."""
+        """Scores of all of ``split`` at the unperturbed hyperparameters, on folded weights, in float32."""
         totals: dict[str, torch.Tensor] = {}
         size, device = self.config.schedule.eval_batch_size, self.method.location.device
-        with evaluating(self.method.model):
+        with evaluating(self.method.model), float32_products("fp32"):
             for batch in self.task.batching.whole(split, size, test=split is self.task.data.test, device=device):
                 hyper = self.method.unperturbed(batch.examples)
                 scores = without_state(self.task.scores(self.method.model, batch, hyper), batch)
