@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,10 @@ class Attempt:
     def __post_init__(self) -> None:
         self.loss = self.loss.detach().view(())
 
+    def numbers(self) -> Tensor:
+        """(2 + k,): loss, size and parts, which is what the host judges by."""
+        return torch.cat([torch.stack([self.loss.to(self.size), self.size]), self.parts])
+
     def reason(self, loss: float, parts: Sequence[float]) -> str:
         """What is not finite, given the loss and the parts as the host has them."""
         wrong = [k for k, part in enumerate(parts) if not math.isfinite(part)]
@@ -66,6 +71,13 @@ class Attempt:
             return f"the {self.kind} loss is {loss} at step {int(self.step)}"
         what = f"gradient of {self.name(wrong)} is not finite" if wrong else "norm of the gradient is beyond float32"
         return f"the {what} at {self.kind} step {int(self.step)}"
+
+
+class Recorded(NamedTuple):
+    """An attempt on which the device has decided, and the numbers that tell the host how."""
+
+    attempt: Attempt
+    numbers: Tensor
 
 
 @dataclass
@@ -98,6 +110,7 @@ class Guard:
     in_a_row: int = 0
     _warm: set[int] = field(default_factory=set, repr=False)
     _sent: deque[_Sent] = field(default_factory=deque, repr=False)
+    _recorded: list[Recorded] | None = field(default=None, repr=False)
 
     def take(
         self,
@@ -113,12 +126,14 @@ class Guard:
         Raises:
             NonFiniteError: it isn't, nor were the ``skip`` attempts before it.
         """
-        if _decides(attempt.loss.device) and self._can_decide(optimizer):
+        if self._recorded is not None or (_decides(attempt.loss.device) and self.can_decide(optimizer)):
             bad = ~(attempt.loss.isfinite() & attempt.size.isfinite())
             _apply_unless(bad, optimizer, apply)
             undo(bad)
-            if not (bad.is_cuda and torch.cuda.is_current_stream_capturing()):
-                self._send(attempt)
+            if self._recorded is not None:
+                self._recorded.append(Recorded(attempt, attempt.numbers()))
+            elif not (bad.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self.send(attempt, attempt.numbers())
             return
         loss, size = attempt.loss.item(), attempt.size.item()
         if math.isfinite(loss) and math.isfinite(size):
@@ -129,11 +144,23 @@ class Guard:
             undo(None)
             self._leave_out(attempt, loss, attempt.parts.tolist())
 
-    def _can_decide(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Not at the first step, which makes the state: that of a fused SGD stays unwritten where it is left out."""
-        if id(optimizer) not in self._warm:
-            return False
-        return _skips_by_itself(optimizer) or sum(tensor.numel() for tensor in _numbers(optimizer)) <= FEW
+    def can_decide(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the device may decide on a step of ``optimizer``."""
+        return self.is_warm(optimizer) and is_light(optimizer)
+
+    def is_warm(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Not before a first step, which makes the state: that of a fused SGD stays unwritten where it is left out."""
+        return id(optimizer) in self._warm
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Recorded]]:
+        """Inside, the device decides, and attempts and their numbers go into the list rather than to the host."""
+        recorded: list[Recorded] = []
+        self._recorded = recorded
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
 
     def look(self, *, wait: bool = False) -> None:
         """Judges the attempts whose numbers have arrived, or, with ``wait``, all.
@@ -151,12 +178,12 @@ class Guard:
             else:
                 self._leave_out(sent.attempt, loss, parts)
 
-    def _send(self, attempt: Attempt) -> None:
+    def send(self, attempt: Attempt, numbers: Tensor) -> None:
+        """Starts the way of an attempt's ``numbers`` to the host; they may be written to as soon as it returns."""
         if isinstance(attempt.step, Tensor):
-            attempt.step = attempt.step.clone()  # the next step may be counted in place
-        numbers = torch.cat([torch.stack([attempt.loss.to(attempt.size), attempt.size]), attempt.parts])
+            attempt = replace(attempt, step=attempt.step.clone())  # the next step may be counted in place
         if not numbers.is_cuda:
-            self._sent.append(_Sent(attempt, numbers, None))
+            self._sent.append(_Sent(attempt, numbers.clone(), None))
             return
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         host.copy_(numbers, non_blocking=True)
@@ -254,6 +281,11 @@ def _numbers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = [value for of_one in optimizer.state.values() for value in of_one.values() if isinstance(value, Tensor)]
     return parameters + [value for value in state if value.device == parameters[0].device]
+
+
+def is_light(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether leaving out a step on the device costs little: its kernels do it, or there is little to put back."""
+    return _skips_by_itself(optimizer) or sum(tensor.numel() for tensor in _numbers(optimizer)) <= FEW
 
 
 def _skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:

@@ -11,9 +11,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,20 @@ from stn_fast.checks import real_number, switch, whole_number
 from stn_fast.data import Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.training.batches import as_split
-from stn_fast.training.config import Config, OptimizerConfig, Precision
+from stn_fast.training.capture import CapturedSteps
+from stn_fast.training.config import Config, Precision
 from stn_fast.training.finite import Attempt, Buffers, Guard, gradient_norms
 from stn_fast.training.hyper_state import check_made_by, described, reorder, saved_order
 from stn_fast.training.modes import TrainingModes, evaluating
+from stn_fast.training.optimizers import (
+    MakeOptimizer,
+    default_hyper_optimizer,
+    default_optimizer,
+    hyper_optimizer,
+    make_capturable,
+    set_learning_rate,
+    weight_optimizer,
+)
 from stn_fast.training.parameters import (
     check_streams,
     hold_parameters,
@@ -41,16 +51,12 @@ from stn_fast.training.task import Objective, Task
 # (inputs, targets) and what else `stn_fast.training.batches.as_split` takes, or a window of a text.
 Batch = Any
 
-MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
-# fused: one pass over parameter, gradient and state.
-default_optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9, fused=True)
-default_hyper_optimizer = partial(torch.optim.Adam, lr=1e-2, fused=True)
+class Kind(NamedTuple):
+    """One kind of step: ``body`` is called with a batch and a number, and steps ``optimizer``."""
 
-HYPER_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": partial(torch.optim.Adam, fused=True),
-    "rmsprop": torch.optim.RMSprop,
-}
+    body: Callable[[Split | Window, int | Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
 
 
 class FixedHyperparameters:
@@ -64,7 +70,8 @@ class FixedHyperparameters:
         model: called as ``model(inputs, hyper)``.
         space: its hyperparameters; their initial values are the ones used.
         training_objective: descended by ``train_step``.
-        optimizer: makes the optimizer from the parameters to train.
+        optimizer: makes the optimizer from the parameters to train. On CUDA it is set to be capturable, and the
+            learning rate of a fused one becomes a tensor.
         clip: maximum Euclidean norm of a training step's gradient; a longer gradient is scaled down to it. None for no
             limit: self-tuning can then diverge.
         skip_nonfinite: how many steps in a row whose loss or gradient is not finite are left out, each with a warning.
@@ -102,8 +109,8 @@ class FixedHyperparameters:
                 parameter.requires_grad_(False)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = optimizer(trained)
-        self._optimizers = [self.optimizer]
         self.location, self.raw_scale = space.initial_state(trained[0].device)
+        self._keep_kinds(train_step=Kind(self._train, self.optimizer))
 
     def _prepare(
         self,
@@ -121,13 +128,31 @@ class FixedHyperparameters:
         self.seed = whole_number(who, "seed", seed, 0)
         self.precision = check_precision(who, precision)
         check_streams(model)
-        self._guard = Guard(whole_number(who, "skip_nonfinite", skip_nonfinite, 0))
+        self.guard = Guard(whole_number(who, "skip_nonfinite", skip_nonfinite, 0))
         self._modes, self._buffers = TrainingModes(model), Buffers(model)
+
+    def _keep_kinds(self, **kinds: Kind) -> None:
+        self.kinds = kinds
+        for kind in kinds.values():
+            make_capturable(kind.optimizer)
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those that steps use."""
+        return [kind.optimizer for kind in self.kinds.values()]
+
+    def settings(self) -> tuple[Any, ...]:
+        """What decides a step beside its batch, its number, and what steps change."""
+        return (self._modes.now(), self.training_objective, self.clip, self.seed, self.precision)
+
+    def captured(self) -> CapturedSteps:
+        """The steps as CUDA graphs, for a loop that calls ``train_step`` and ``valid_step`` of it instead."""
+        return CapturedSteps(self)
 
     @property
     def skipped_steps(self) -> int:
         """Steps left out so far because the loss or a gradient was not finite."""
-        return self._guard.skipped
+        return self.guard.skipped
 
     def check_finite(self) -> None:
         """Waits for the device and judges all steps so far.
@@ -135,7 +160,7 @@ class FixedHyperparameters:
         Raises:
             NonFiniteError: one was not finite, and more in a row than ``skip_nonfinite`` allows.
         """
-        self._guard.look(wait=True)
+        self.guard.look(wait=True)
 
     def train_step(self, batch: Batch, step: int | Tensor) -> Tensor:
         """Updates the weights on one training batch: (inputs, targets), as a DataLoader gives it, or a ``Window``.
@@ -155,7 +180,7 @@ class FixedHyperparameters:
             TypeError: the batch is none.
             RuntimeError: no gradient can be computed.
         """
-        batch = self._begin("train_step", batch)
+        batch = self.begin("train_step", batch)
         with float32_products(self.precision):
             return self._train(batch, step)
 
@@ -188,12 +213,12 @@ class FixedHyperparameters:
             self.optimizer.step()
 
         name = partial(parameter_names, self.model, trained)
-        self._guard.take(Attempt("training", step, loss, norms, norm, name), self.optimizer, update, undo)
+        self.guard.take(Attempt("training", step, loss, norms, norm, name), self.optimizer, update, undo)
         return loss.detach()
 
-    def _begin(self, call: str, batch: Batch) -> Split | Window:
+    def begin(self, call: str, batch: Batch) -> Split | Window:
         """What the host does before a step: looks at earlier ones, at the batch, and at the modes of the modules."""
-        self._guard.look()
+        self.guard.look()
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 f"{call} computes gradients, and torch.no_grad or torch.inference_mode is on around it: call it outside"
@@ -224,8 +249,7 @@ class FixedHyperparameters:
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Trains the weights at ``learning_rate`` from the next step on."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
 
     def _training_hyper(self, batch_size: int, step: int | Tensor) -> HyperBatch:
         return self.space.at(self.location, batch_size=batch_size, seed=self.seed, step=step)
@@ -243,7 +267,7 @@ class FixedHyperparameters:
             "optimizer": self.optimizer.state_dict(),
             "location": self.location.detach(),
             "raw_scale": self.raw_scale.detach(),
-            "skipped": {"steps": self._guard.skipped, "in_a_row": self._guard.in_a_row},
+            "skipped": {"steps": self.guard.skipped, "in_a_row": self.guard.in_a_row},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -268,17 +292,18 @@ class FixedHyperparameters:
         if order != sorted(order):
             named = self.model.named_parameters()
             gates = [p for name, p in named if is_gate(name) and p.shape[-1] == len(order)]
-            reorder(order, [*gates, self.location, self.raw_scale], self._optimizers)
-        self._guard = Guard(self._guard.skip, state["skipped"]["steps"], state["skipped"]["in_a_row"])
+            reorder(order, [*gates, self.location, self.raw_scale], self.optimizers)
+        self.guard = Guard(self.guard.skip, state["skipped"]["steps"], state["skipped"]["in_a_row"])
 
     def _made_by(self) -> dict[str, Any]:
-        optimizers = [type(optimizer).__name__ for optimizer in self._optimizers]
+        optimizers = [type(optimizer).__name__ for optimizer in self.optimizers]
         return {"method": type(self).__name__, "optimizers": optimizers}
 
     @torch.no_grad()
     def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        make_capturable(self.optimizer)
         self.location.copy_(state["location"])
         self.raw_scale.copy_(state["raw_scale"])
 
@@ -329,10 +354,15 @@ class SelfTuning(FixedHyperparameters):
         if tune_scales:
             self.tuned.append(self.raw_scale.requires_grad_())
         self.hyper_optimizer = hyper_optimizer(self.tuned)
-        self._optimizers = [self.optimizer, self.hyper_optimizer]
+        self._keep_kinds(
+            train_step=Kind(self._train, self.optimizer), valid_step=Kind(self._validate, self.hyper_optimizer)
+        )
 
     def scales(self) -> Tensor:
         return self.space.scales(self.raw_scale.detach())
+
+    def settings(self) -> tuple[Any, ...]:
+        return (*super().settings(), self.validation_objective, self.entropy_weight, self.tune_scales)
 
     @torch.no_grad()
     def _training_hyper(self, batch_size: int, step: int | Tensor) -> HyperBatch:
@@ -354,7 +384,7 @@ class SelfTuning(FixedHyperparameters):
         """
         if not self.tunes:
             raise RuntimeError("freeze=True holds the hyperparameters: call train_step alone")
-        batch = self._begin("valid_step", batch)
+        batch = self.begin("valid_step", batch)
         with float32_products(self.precision):
             return self._validate(batch, step)
 
@@ -387,7 +417,7 @@ class SelfTuning(FixedHyperparameters):
 
         parts = sum(gradients[1:], gradients[0])  # one number per hyperparameter, finite only where both are
         attempt = Attempt("validation", step, loss, parts, parts.sum(), self._hyperparameter_names)
-        self._guard.take(attempt, self.hyper_optimizer, update, undo)
+        self.guard.take(attempt, self.hyper_optimizer, update, undo)
         self.space.clamp_(self.raw_scale)
         return loss.detach()
 
@@ -400,6 +430,7 @@ class SelfTuning(FixedHyperparameters):
     def _load(self, state: dict[str, Any]) -> None:
         super()._load(state)
         self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
+        make_capturable(self.hyper_optimizer)
 
 
 def build_method(config: Config, task: Task) -> FixedHyperparameters:
@@ -421,10 +452,7 @@ def build_method(config: Config, task: Task) -> FixedHyperparameters:
         task.training_objective,
         task.validation_objective,
         optimizer=optimizer,
-        hyper_optimizer=partial(
-            HYPER_OPTIMIZERS[config.hyper_optimizer.name],
-            lr=config.hyper_optimizer.learning_rate,
-        ),
+        hyper_optimizer=hyper_optimizer(config.hyper_optimizer),
         entropy_weight=config.method.entropy_weight,
         tune_scales=config.method.tune_scales,
         freeze=config.method.freeze,
@@ -432,10 +460,3 @@ def build_method(config: Config, task: Task) -> FixedHyperparameters:
         seed=config.seed,
         precision=config.precision,
     )
-
-
-def weight_optimizer(config: OptimizerConfig) -> MakeOptimizer:
-    """Makes the optimizer of the weights that ``config`` describes."""
-    if config.name == "adam":
-        return partial(torch.optim.Adam, lr=config.learning_rate, betas=(config.momentum, 0.999), fused=True)
-    return partial(torch.optim.SGD, lr=config.learning_rate, momentum=config.momentum, fused=True)

@@ -20,7 +20,7 @@ from stn_fast.training.disk import writing
 from stn_fast.values import to_json
 
 # These keys alone may differ between two runs of one seed.
-TIMES = ("wall_seconds", "examples_per_second", "steps_per_second", "peak_bytes")
+TIMES = ("wall_seconds", "examples_per_second", "steps_per_second", "peak_bytes", "captured")
 
 
 class MetricsLog:

@@ -24,6 +24,10 @@ class TrainingModes:
         if self._model.training:
             self._seen = [module.training for module in self._modules]
 
+    def now(self) -> tuple[bool, ...]:
+        """The mode of each module."""
+        return tuple(module.training for module in self._modules)
+
     def resume(self) -> None:
         """Puts a model that is in evaluation mode back into those modes, and leaves one in training mode as it is."""
         if self._model.training:

@@ -69,7 +69,8 @@ def run(
 def _train(
     config: Config, task: Task, data: dict[str, str], directory: RunDirectory, resume: bool, progress: Progress
 ) -> dict[str, Any]:
-    trainer = Trainer(config, task, build_method(config, task), directory.checkpoints, progress.row, progress.step)
+    method = build_method(config, task)
+    trainer = Trainer(config, task, method, directory.checkpoints, progress.row, progress.step, progress.warn)
     progress.say(_about(config, task, trainer))
     if resume:
         _continue(trainer, directory, progress)
@@ -191,6 +192,7 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
         "steps_per_second": round(steps / max(trainer.step_seconds, 1e-9), 2),
         "peak_bytes": peak_bytes(config.device),
         "precision": config.precision,
+        "captured": captured(trainer),
         **task.facts,
         **{f"{split}_{name}": value for split, values in scores.items() for name, value in values.items()},
         "hyperparameters": space.values(location),
@@ -199,6 +201,15 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
         "moved_in_initial_scales": dict(zip(space.names, ((location - start) / scales).tolist(), strict=True)),
         "versions": versions(config.device),
     }
+
+
+def captured(trainer: Trainer) -> dict[str, Any] | None:
+    """How many steps of this process were replays of a CUDA graph, and why others were not; None where none was to be.
+
+    The first steps of each kind, which precede the capture, and the first window of a pass have no reason.
+    """
+    steps = trainer.captured
+    return None if steps is None else {"steps": steps.replayed, "reasons": steps.reasons}
 
 
 def peak_bytes(device: str) -> int | None:

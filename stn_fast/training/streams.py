@@ -86,6 +86,13 @@ class Window:
         self.carrier.carry(self.index, state)
 
 
+def with_state(inputs: Tensor, targets: Tensor, state: State) -> Window:
+    """A window by itself out of the middle of a text, ``state`` being what the window before has left."""
+    carrier = _Carrier()
+    carrier.carry(0, state)
+    return Window(inputs, targets, 1, False, carrier)
+
+
 def without_state(outcome: Any, batch: Split | Window) -> Any:
     """What an objective returned, without the state that may stand beside it: that goes to the window after ``batch``.
 

@@ -14,11 +14,13 @@ import torch
 from stn_fast.data import Split
 from stn_fast.errors import UserError
 from stn_fast.training import checkpoint
+from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.config import Config
 from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.methods import FixedHyperparameters
 from stn_fast.training.metrics import MeanLoss, MetricsLog, describe
 from stn_fast.training.modes import evaluating
+from stn_fast.training.optimizers import captures
 from stn_fast.training.plateau import Plateau
 from stn_fast.training.precision import float32_products
 from stn_fast.training.signals import Interrupted, StopRequest
@@ -43,6 +45,7 @@ class Trainer:
         checkpoints: the directory that holds ``step-XXXXXXXX/``.
         report: called with every row as it is written.
         on_step: called after every step with the passes over the training set, a part of one included.
+        warn: called with why steps are not captured as CUDA graphs, where they were to be.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Trainer:
         checkpoints: Path,
         report: Callable[[Row], None] = lambda row: None,
         on_step: Callable[[float], None] = lambda passes: None,
+        warn: Callable[[str], None] = lambda reason: None,
     ) -> None:
         schedule = config.schedule
         self.config, self.task, self.method, self.checkpoints = config, task, method, checkpoints
@@ -62,6 +66,8 @@ class Trainer:
         sequence, seed = task.batching.sequence, config.seed
         self.train_batches = sequence(train, schedule.batch_size, seed=seed, stream=0, device=device)
         self.valid_batches = sequence(valid, schedule.valid_batch_size, seed=seed, stream=1, device=device)
+        self.captured = CapturedSteps(method, warn=warn) if config.capture and captures(device) else None
+        self._steps = self.captured or method
         self.train_steps = self.valid_steps = 0
         self.train_loss, self.valid_loss = MeanLoss(device), MeanLoss(device)
         self.best: Row = {"valid_loss": math.inf, "step": 0}
@@ -153,10 +159,10 @@ class Trainer:
 
     def _take_step(self) -> None:
         if self._cycle_closed:
-            self.train_loss.add(self.method.train_step(self.train_batches[self.train_steps], self.step))
+            self.train_loss.add(self._steps.train_step(self.train_batches[self.train_steps], self.step))
             self.train_steps += 1
         else:
-            self.valid_loss.add(self.method.valid_step(self.valid_batches[self.valid_steps], self.step))
+            self.valid_loss.add(self._steps.valid_step(self.valid_batches[self.valid_steps], self.step))
             self.valid_steps += 1
 
     def _close_epoch(self, log: MetricsLog) -> None:

@@ -270,7 +270,7 @@ def test_no_number_is_read_back_while_a_step_is_on_its_way(model, batch, monkeyp
     monkeypatch.setattr(finite._Sent, "arrived", property(lambda self: False))
     method = warmed(tuned(model), batch)
     read, seen = [], []
-    item, take = torch.Tensor.item, method._guard.take
+    item, take = torch.Tensor.item, method.guard.take
 
     def counted(*given):
         read.clear()
@@ -279,7 +279,7 @@ def test_no_number_is_read_back_while_a_step_is_on_its_way(model, batch, monkeyp
 
     monkeypatch.setattr(torch.Tensor, "item", lambda self: read.append(self) or item(self))
     monkeypatch.setattr(torch.Tensor, "tolist", None)
-    monkeypatch.setattr(method._guard, "take", counted)
+    monkeypatch.setattr(method.guard, "take", counted)
     for step in range(2, 6):
         method.train_step(batch, step)
         method.valid_step(batch, step)

@@ -1,0 +1,280 @@
+"""Whole steps as CUDA graphs: one launch in place of the hundreds that Python makes one after the other.
+
+    steps = method.captured()
+    for step, batch in enumerate(batches):
+        steps.train_step(batch, step)
+
+A graph repeats what the device was asked to do when it was captured, on the memory that it had then. So every captured
+step has a batch, a step number and a state of its own, which are filled before each replay, and everything else that
+decides a step is compared with what it was: where it differs, the step is captured anew or taken one by one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from stn_fast.data import Split
+from stn_fast.dispatch import choose
+from stn_fast.training.finite import Recorded, is_light
+from stn_fast.training.optimizers import captures
+from stn_fast.training.parameters import listed
+from stn_fast.training.precision import float32_products
+from stn_fast.training.rehearsal import obstacles
+from stn_fast.training.streams import Window, with_state
+
+if TYPE_CHECKING:
+    from stn_fast.training.methods import Batch, FixedHyperparameters, Kind
+
+Result = TypeVar("Result")
+
+WARM_UP = 1  # steps that are taken one by one first: what is made, compiled or tuned at a first step is there then
+MOST = 8  # how often a kind of step is captured anew
+
+
+class Graphs(Protocol):
+    """What captures on a device."""
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Inside, work is queued where it will be captured; what follows waits for it."""
+
+    def capture(self, function: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
+        """What ``function`` returned, whose tensors hold nothing yet, and what fills them by doing its work again."""
+
+
+class CudaGraphs:
+    """Graphs on one CUDA device. They share their memory, as none of them runs beside another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+    def capture(self, function: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        # A thread that pins memory for a loader may go on meanwhile.
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            result = function()
+        return result, graph.replay
+
+
+def warn(reason: str) -> None:
+    """Says why steps are not captured."""
+    warnings.warn(reason, RuntimeWarning, stacklevel=5)
+
+
+class CapturedSteps:
+    """The steps of a method, each kind captured as a CUDA graph after its first calls. The numbers are the same.
+
+    A step is taken one by one, as the method itself would, where it can't be captured or where a graph would not do:
+
+    - the first steps of each kind, and the first window of a text or of a pass, which has no state;
+    - a batch of other shapes than those of the captured one, such as a last one that is smaller;
+    - for good, where the step reads numbers back to the host, makes tensors from numbers on the host, has sparse
+      gradients, or has an optimizer that keeps its state on the host.
+
+    Each reason but the first is passed to ``warn`` once.
+
+    What Python does at a step is done when it is captured, and not again: an objective or a layer that counts calls, or
+    decides by a number on the host that is no setting of a module's mode, must not be captured.
+
+    Args:
+        method: the method whose steps these are.
+        graphs: what captures; by default CUDA's, and nothing on another device.
+        warn: called with each reason.
+
+    Attributes:
+        replayed: steps that a graph took.
+        reasons: why others were not captured.
+    """
+
+    def __init__(
+        self, method: FixedHyperparameters, *, graphs: Graphs | None = None, warn: Callable[[str], None] = warn
+    ) -> None:
+        device = method.location.device
+        self.method, self.replayed, self.reasons, self._warn = method, 0, list[str](), warn
+        self.graphs = graphs if graphs is not None or not captures(device) else CudaGraphs(device)
+        self._training, self._validation = _Step(self, "train_step"), _Step(self, "valid_step")
+
+    def train_step(self, batch: Batch, step: int | Tensor) -> Tensor:
+        """As the method's, errors included."""
+        return self._training.take(batch, step)
+
+    def valid_step(self, batch: Batch, step: int | Tensor) -> Tensor:
+        """As the method's, errors included."""
+        return self._validation.take(batch, step)
+
+    def note(self, reason: str) -> None:
+        """Keeps a reason, and passes it on if it is new."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+            self._warn(reason)
+
+
+@dataclass
+class _Captured:
+    """A step as it was captured: what it depends on, the memory it reads, and the memory it writes."""
+
+    form: Any
+    settings: Any
+    inputs: list[Tensor | None]
+    step: Tensor
+    loss: Tensor
+    state: Any
+    recorded: Recorded
+    replay: Callable[[], None]
+
+
+class _Step:
+    """One kind of step: taken one by one, then captured, then replayed."""
+
+    def __init__(self, steps: CapturedSteps, name: str) -> None:
+        self._steps, self._method, self._name = steps, steps.method, name
+        self._parameters = list(steps.method.model.parameters())
+        self._warm, self._times = 0, 0
+        self._seen: Any = None
+        self._captured: _Captured | None = None
+        self._never = name not in steps.method.kinds
+
+    def take(self, batch: Batch, step: int | Tensor) -> Tensor:
+        method, graphs = self._method, self._steps.graphs
+        if not self._never and graphs is None:
+            self._give_up(f"CUDA graphs are made on a CUDA device, and the model is on {method.location.device}")
+        if self._never or graphs is None:
+            return self._one_by_one(batch, step)
+        batch = method.begin(self._name, batch)
+        if isinstance(batch, Window) and batch.begins:
+            return self._one_by_one(batch, step)
+        form, settings = _form(batch), self._settings()
+        if self._captured is not None and self._captured.settings != settings:
+            self._captured = None
+        if self._captured is None:
+            if self._seen != (form, settings):
+                self._warm, self._seen = 0, (form, settings)
+            if self._warm < WARM_UP or not method.guard.is_warm(self._kind.optimizer):
+                self._warm += 1
+                with graphs.aside():
+                    return self._one_by_one(batch, step)
+            captured = self._capture(graphs, batch, step, form, settings)
+            if isinstance(captured, str):
+                self._give_up(captured)
+                return self._one_by_one(batch, step)
+            self._captured = captured
+        if self._captured.form != form:
+            self._steps.note(f"{self._name}: a batch of other shapes than the captured one's is taken one by one")
+            return self._one_by_one(batch, step)
+        return self._replay(self._captured, batch, step)
+
+    @property
+    def _kind(self) -> Kind:
+        return self._method.kinds[self._name]
+
+    def _one_by_one(self, batch: Batch, step: int | Tensor) -> Tensor:
+        return getattr(self._method, self._name)(batch, step)
+
+    def _settings(self) -> Any:
+        """All on the host that decides what a step does, and where the memory is that it reads and writes."""
+        optimizer, device = self._kind.optimizer, self._method.location.device
+        return (
+            self._method.settings(),
+            [(parameter.requires_grad, parameter.data_ptr()) for parameter in self._parameters],
+            [(key, _setting(value)) for group in optimizer.param_groups for key, value in group.items()],
+            [_setting(value) for of_one in optimizer.state.values() for value in of_one.values()],
+            torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+            choose(device),
+        )
+
+    def _give_up(self, reason: str) -> None:
+        self._never = True
+        self._steps.note(f"{self._name} is not captured: {reason}")
+
+    def _capture(
+        self, graphs: Graphs, batch: Split | Window, step: int | Tensor, form: Any, settings: Any
+    ) -> _Captured | str:
+        """A captured step like this one, of which nothing is computed yet; or why there is none."""
+        method, kind = self._method, self._kind
+        if not is_light(kind.optimizer):
+            return f"{type(kind.optimizer).__name__} keeps much and is not fused (fused=True)"
+        if self._times == MOST:
+            return f"its settings have changed {MOST} times, as a learning rate does that is no tensor"
+        inputs = _inputs(batch)
+        if not all(isinstance(one, Tensor | None) for one in inputs):
+            return "its batch holds more than tensors"
+        own = [None if one is None else one.clone() for one in inputs]
+        number = torch.zeros((), dtype=torch.int64, device=method.location.device).fill_(step)
+
+        def run() -> tuple[Tensor, Any]:
+            given = _with_inputs(batch, own)
+            loss = kind.body(given, number)
+            return loss, given.carrier.state_for(given.index + 1) if isinstance(given, Window) else None
+
+        with float32_products(method.precision):
+            with graphs.aside():
+                found = obstacles(method, run)
+            if found:
+                return listed(found)
+            try:
+                with method.guard.recording() as recorded:
+                    (loss, state), replay = graphs.capture(run)
+            except RuntimeError as error:
+                first = error.__context__ or error  # ending a capture that has failed is an error too
+                return f"CUDA refused it: {str(first).splitlines()[0]}"
+        self._times += 1
+        return _Captured(form, settings, own, number, loss, state, recorded[0], replay)
+
+    def _replay(self, captured: _Captured, batch: Split | Window, step: int | Tensor) -> Tensor:
+        for own, given in zip(captured.inputs, _inputs(batch), strict=True):
+            if own is not None:
+                own.copy_(given, non_blocking=True)
+        captured.step.fill_(step)
+        captured.replay()
+        self._steps.replayed += 1
+        attempt, numbers = captured.recorded
+        self._method.guard.send(replace(attempt, step=step), numbers)
+        if isinstance(batch, Window):  # the next replay writes over what this one left
+            batch.carry(pytree.tree_map_only(Tensor, Tensor.clone, captured.state))
+        return captured.loss.clone()
+
+
+def _parts(batch: Split | Window) -> tuple[Any, Any, Any]:
+    return batch.inputs, batch.targets, batch.state if isinstance(batch, Window) else None  # None is a leaf
+
+
+def _inputs(batch: Split | Window) -> list[Any]:
+    """All that a step reads of its batch, the state before a window included."""
+    return pytree.tree_leaves(_parts(batch))
+
+
+def _with_inputs(batch: Split | Window, tensors: list[Tensor | None]) -> Split | Window:
+    """A batch like this one, of these tensors."""
+    inputs, targets, state = pytree.tree_unflatten(tensors, pytree.tree_structure(_parts(batch)))
+    return with_state(inputs, targets, state) if isinstance(batch, Window) else Split(inputs, targets)
+
+
+def _form(batch: Split | Window) -> Any:
+    """What a batch has to have in common with the captured one."""
+    inputs, structure = pytree.tree_flatten(_parts(batch))
+    return structure, [
+        (one.shape, one.stride(), one.dtype, one.device) if isinstance(one, Tensor) else None for one in inputs
+    ]
+
+
+def _setting(value: Any) -> Any:
+    """What tells one setting of an optimizer from another: of a tensor, where it is."""
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return [one.data_ptr() for one in value] if isinstance(value, list) else value

@@ -1,0 +1,68 @@
+"""The optimizers that methods use by default, those that a configuration names, and what CUDA graphs ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from stn_fast.training.config import HyperOptimizerConfig, OptimizerConfig
+
+MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+# fused: one pass over parameter, gradient and state.
+default_optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9, fused=True)
+default_hyper_optimizer = partial(torch.optim.Adam, lr=1e-2, fused=True)
+
+_HYPER_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": partial(torch.optim.Adam, fused=True),
+    "rmsprop": torch.optim.RMSprop,
+}
+
+
+def weight_optimizer(config: OptimizerConfig) -> MakeOptimizer:
+    """Makes the optimizer of the weights that ``config`` describes."""
+    if config.name == "adam":
+        return partial(torch.optim.Adam, lr=config.learning_rate, betas=(config.momentum, 0.999), fused=True)
+    return partial(torch.optim.SGD, lr=config.learning_rate, momentum=config.momentum, fused=True)
+
+
+def hyper_optimizer(config: HyperOptimizerConfig) -> MakeOptimizer:
+    """Makes the optimizer of locations and scales that ``config`` describes."""
+    return partial(_HYPER_OPTIMIZERS[config.name], lr=config.learning_rate)
+
+
+def captures(device: torch.device) -> bool:
+    """Whether steps on ``device`` can be captured, so that optimizers have to keep everything on it."""
+    return device.type == "cuda"
+
+
+def make_capturable(optimizer: torch.optim.Optimizer) -> None:
+    """Has ``optimizer`` keep its counts of steps, and a learning rate that may change, in tensors on a CUDA device.
+
+    A CUDA graph repeats what the host did when it was captured: it would not see another number on the host. Optimizers
+    that can't be captured, and those on another device, stay as they are. Call it again after ``load_state_dict``.
+    """
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        if not captures(device):
+            continue
+        if "capturable" in group:
+            group["capturable"] = True
+        if group.get("fused"):  # others read a tensor back, and a graph of theirs is captured anew for another number
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(device)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Sets it for all parameters; a tensor is written to, as a captured step reads that one."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate

@@ -1,0 +1,147 @@
+"""A step taken for trial, to see whether a CUDA graph could repeat it: everything is put back afterwards.
+
+A capture that fails may leave torch's random number generator unusable, so what would fail is looked for before.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stn_fast.training.parameters import listed
+
+if TYPE_CHECKING:
+    from stn_fast.training.methods import FixedHyperparameters
+
+_ATEN = torch.ops.aten
+_TORCH, _HERE = Path(torch.__file__).parent, Path(__file__)
+
+
+def obstacles(method: FixedHyperparameters, run: Callable[[], Any]) -> list[str]:
+    """Why a graph could not repeat ``run``, a step of ``method`` on the device alone; nothing where it could.
+
+    ``run`` is called once, after a step of the same kind. What it has written to weights, buffers, hyperparameters and
+    optimizers is taken back.
+    """
+    gradients = {name: parameter.grad for name, parameter in method.model.named_parameters()}
+    sparse = [name for name, gradient in gradients.items() if gradient is not None and gradient.is_sparse]
+    if sparse:
+        return [f"gradients are sparse ({listed(sparse)})"]
+    trial = HostWork(method.location.device)
+    memory = _Memory(method)
+    try:
+        with method.guard.recording(), trial:
+            run()
+    except Exception as error:  # what a trial alone raises, such as compiled code that refuses to be watched
+        trial.found.append(f"its trial has failed: {type(error).__name__}: {error}")
+    finally:
+        fresh = memory.put_back()
+    anew = [f"it makes {listed(fresh)} anew at each step"] if fresh else []
+    return list(dict.fromkeys([*trial.found, *anew]))
+
+
+class HostWork(TorchDispatchMode):
+    """Notes what the host does inside that no CUDA graph repeats.
+
+    That is reading a number or a shape of the device, making a tensor from numbers of its own, and everything with
+    tensors that are not on the device.
+
+    Attributes:
+        found: each kind of it, where it was called from.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outcome = func(*args, **(kwargs or {}))
+        what = self._trouble(func, (args, kwargs, outcome))
+        if what is not None:
+            self.found.append(f"{what} ({func}{_caller()})")
+        return outcome
+
+    def _trouble(self, func: Any, values: tuple[Any, Any, Any]) -> str | None:
+        tensors = [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
+        elsewhere = {str(tensor.device) for tensor in tensors if tensor.device != self._device}
+        if elsewhere:
+            return f"it uses tensors on {' and '.join(sorted(elsewhere))}, and the step is on {self._device}"
+        if torch.Tag.data_dependent_output in func.tags:
+            return "it reads a number back to the host"
+        if func in _INDEXING:
+            by_mask = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in values[0][1])
+            return "the shape of a result depends on numbers" if by_mask and not _is_fill(func, values[0]) else None
+        if torch.Tag.dynamic_output_shape in func.tags:
+            return "the shape of a result depends on numbers"
+        if func is _ATEN.lift_fresh.default:
+            return "it makes a tensor from numbers on the host"
+        return None
+
+
+_INDEXING = (_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default)
+
+
+def _is_fill(func: Any, arguments: Any) -> bool:
+    """Whether this is x[mask] = number, which torch fills in without looking for the places."""
+    return func is not _ATEN.index.Tensor and arguments[2].numel() == 1
+
+
+def _caller() -> str:
+    """The innermost line that is not torch's, nor this file's."""
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if path != _HERE and _TORCH not in path.parents and not frame.filename.startswith("<"):
+            return f", at {path.name}:{frame.lineno}"
+    return ""
+
+
+class _Memory:
+    """All tensors that a step of a method may write to, and their numbers."""
+
+    def __init__(self, method: FixedHyperparameters) -> None:
+        self._states = [optimizer.state for optimizer in method.optimizers]
+        self._kept = [(place, owner, dict(owner)) for place, owner in self._owners(method)]
+        learnt = [method.location, method.raw_scale]
+        held = [tensor for _, _, tensors in self._kept for tensor in tensors.values() if isinstance(tensor, Tensor)]
+        self._numbers = [(tensor, tensor.detach().clone()) for tensor in [*learnt, *held]]
+        self._known = [set(state) for state in self._states]
+
+    @staticmethod
+    def _owners(method: FixedHyperparameters) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Where tensors are kept by name."""
+        for name, module in method.model.named_modules():
+            for tensors in (module._parameters, module._buffers):
+                yield f"{name}." if name else "", tensors
+        for optimizer in method.optimizers:
+            for of_one in optimizer.state.values():
+                yield f"{type(optimizer).__name__}'s ", of_one
+
+    @torch.no_grad()
+    def put_back(self) -> list[str]:
+        """Names what is not in the memory any more that it was in."""
+        fresh = []
+        for place, owner, before in self._kept:
+            fresh += [f"{place}{name}" for name, value in owner.items() if _moved(value, before.get(name))]
+            owner.clear()
+            owner.update(before)
+        for state, known in zip(self._states, self._known, strict=True):
+            for parameter in [one for one in state if one not in known]:
+                fresh += [f"the optimizer's {name}" for name in state.pop(parameter)]
+        for tensor, numbers in self._numbers:
+            tensor.copy_(numbers)
+        return sorted(set(fresh))
+
+
+def _moved(value: Any, before: Any) -> bool:
+    """Whether a tensor has been put in place of another, or anything else has changed."""
+    if isinstance(value, Tensor) and isinstance(before, Tensor):
+        return value.data_ptr() != before.data_ptr()
+    return value is not before and value != before

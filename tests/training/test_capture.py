@@ -1,0 +1,526 @@
+"""Captured steps give the numbers that steps give, and what can't be captured is taken one by one.
+
+There is no CUDA here: graphs are recorded operations (`recorded_graphs`), and the device decides as it would on CUDA.
+"""
+
+import copy
+import importlib
+import warnings
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from recorded_graphs import RecordedGraphs
+from run_files import result
+from step_tasks import OPTIMIZERS, TASKS, cycle, digits_steps, language_steps
+from torch import nn
+
+import stn_fast as stn
+from stn_fast.data import Split
+from stn_fast.training import capture, finite, optimizers, trainer
+from stn_fast.training.capture import CapturedSteps
+from stn_fast.training.finite import NonFiniteError
+from stn_fast.training.methods import FixedHyperparameters, SelfTuning
+from stn_fast.training.rehearsal import HostWork, obstacles
+from stn_fast.training.task import classification_loss
+
+
+@pytest.fixture(autouse=True)
+def as_on_cuda(monkeypatch):
+    """The device decides on steps, and optimizers keep all that they have on it."""
+    monkeypatch.setattr(finite, "_decides", lambda device: True)
+    monkeypatch.setattr(optimizers, "captures", lambda device: True)
+    for name in ("adam", "rmsprop"):
+        module = importlib.import_module(f"torch.optim.{name}")
+        monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_: ["cpu"])
+
+
+def everything(method):
+    state = copy.deepcopy(method.state_dict())
+    found = {f"model.{name}": value for name, value in state["model"].items()}
+    found |= {name: state[name] for name in ("location", "raw_scale")}
+    for name in ("optimizer", "hyper_optimizer"):
+        for index, of_one in state.get(name, {}).get("state", {}).items():
+            found |= {f"{name}.{index}.{key}": value for key, value in of_one.items() if value is not None}
+    return {name: torch.as_tensor(value) for name, value in found.items()}
+
+
+def different(one, other):
+    one, other = everything(one), everything(other)
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def captured(method):
+    reasons = []
+    return CapturedSteps(method, graphs=RecordedGraphs(), warn=reasons.append)
+
+
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "sgd, adam"), ("bf16", "adam, rmsprop")])
+@pytest.mark.parametrize("task", TASKS)
+def test_captured_steps_give_the_same_bits(task, precision, optimizer):
+    one, other = (TASKS[task](precision=precision, **OPTIMIZERS[optimizer]) for _ in range(2))
+    steps = captured(other.method)
+    losses = cycle(one, 20), cycle(other, 20, steps)
+    assert torch.equal(*map(torch.stack, losses))
+    assert different(one.method, other.method) == []
+    assert steps.reasons == []
+    # But the first two of each kind, and of a text the first window of each pass: of the second, after 12 of them.
+    assert steps.replayed == (15 if task == "language model" else 16)
+    assert steps.graphs.captured == 2
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_hyperparameters_that_are_not_spread_are_captured_too(task):
+    one, other = (TASKS[task](tune_scales=False) for _ in range(2))
+    steps = captured(other.method)
+    assert torch.equal(*map(torch.stack, (cycle(one, 12), cycle(other, 12, steps))))
+    assert different(one.method, other.method) == []
+    assert steps.reasons == []
+
+
+def test_fixed_hyperparameters_are_captured_too():
+    one, other = (digits_steps() for _ in range(2))
+    methods = [
+        FixedHyperparameters(one.method.model, one.method.space, one.method.training_objective) for one in (one, other)
+    ]
+    steps = captured(methods[1])
+    for step in range(8):
+        assert torch.equal(methods[0].train_step(one.train[step], step), steps.train_step(other.train[step], step))
+    assert steps.replayed == 6
+    with pytest.raises(RuntimeError, match="does not tune"):
+        steps.valid_step(one.valid[0], 8)
+
+
+def stale_inputs(kept):
+    kept.inputs = [tensor if tensor is None else tensor.clone() for tensor in kept.inputs]
+
+
+def stale_step(kept):
+    kept.step = kept.step.clone()
+
+
+@pytest.mark.parametrize("plant", [stale_inputs, stale_step])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_step_on_stale_memory_would_show(task, plant):
+    one, other = (TASKS[task]() for _ in range(2))
+    steps = captured(other.method)
+    cycle(one, 12)
+    replay = capture._Step._replay
+
+    def on_stale_memory(self, kept, batch, step):
+        plant(kept)
+        return replay(self, kept, batch, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture._Step, "_replay", on_stale_memory)
+        cycle(other, 12, steps)
+    assert different(one.method, other.method) != []
+
+
+def test_a_state_that_is_not_carried_on_would_show():
+    one, other = (language_steps() for _ in range(2))
+    steps = captured(other.method)
+    losses = cycle(one, 12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture.pytree, "tree_map_only", lambda kind, function, state: (torch.zeros(2, 8, 32),) * 2)
+        assert not torch.equal(torch.stack(losses), torch.stack(cycle(other, 12, steps)))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_another_learning_rate_is_taken_on(fused, monkeypatch):
+    monkeypatch.setattr(finite, "FEW", 1 << 20)
+    options = dict(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9, fused=fused))
+    one, other = (digits_steps(**options) for _ in range(2))
+    steps = captured(other.method)
+    for take in (one.method, steps):
+        for step in range(12):
+            if step in (6, 9):
+                take_of = one.method if take is one.method else other.method
+                take_of.set_learning_rate(0.3 / step)
+            take.train_step(one.train[step], step)
+    assert different(one.method, other.method) == []
+    assert steps.graphs.captured == (1 if fused else 3)
+
+
+def test_a_learning_rate_kept_from_the_capture_would_show(monkeypatch):
+    monkeypatch.setattr(finite, "FEW", 1 << 20)
+    monkeypatch.setattr(capture._Step, "_settings", lambda self: None)
+    options = dict(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
+    one, other = (digits_steps(**options) for _ in range(2))
+    steps = captured(other.method)
+    for step in range(8):
+        if step == 5:
+            one.method.set_learning_rate(0.3)
+            other.method.set_learning_rate(0.3)
+        one.method.train_step(one.train[step], step)
+        steps.train_step(one.train[step], step)
+    assert different(one.method, other.method) != []
+
+
+def test_modes_and_state_that_change_are_taken_on():
+    one, other = (digits_steps() for _ in range(2))
+    steps = captured(other.method)
+    state = None
+    for take, method in ((one.method, one.method), (steps, other.method)):
+        for step in range(18):
+            if step == 6:
+                state = copy.deepcopy(method.state_dict())
+            if step == 11:
+                method.model.dropouts[1].eval()
+            if step == 15:
+                method.load_state_dict(state)
+                method.clip = 0.1
+            take.train_step(one.train[step], step)
+    assert different(one.method, other.method) == []
+    assert steps.replayed == 18 - 2 - 1 - 1  # the first two, one in other modes, one after another state is loaded
+    assert steps.graphs.captured == 3
+
+
+def test_settings_that_never_rest_are_given_up():
+    one, other = (digits_steps() for _ in range(2))
+    steps = captured(other.method)
+    for step in range(40):
+        for method, take in ((one.method, one.method), (other.method, steps)):
+            method.clip = 1 + step // 4
+            take.train_step(one.train[step], step)
+    assert different(one.method, other.method) == []
+    assert steps.reasons == [
+        "train_step is not captured: its settings have changed 8 times, as a learning rate does that is no tensor"
+    ]
+
+
+def test_a_batch_of_another_size_is_taken_one_by_one():
+    one, other = (digits_steps() for _ in range(2))
+    steps = captured(other.method)
+    for step in range(9):
+        batch = one.train[step]
+        if step in (5, 7):
+            batch = Split(batch.inputs[:20], batch.targets[:20])
+        assert torch.equal(one.method.train_step(batch, step), steps.train_step(batch, step))
+    assert different(one.method, other.method) == []
+    assert steps.reasons == ["train_step: a batch of other shapes than the captured one's is taken one by one"]
+    assert steps.graphs.captured == 1
+
+
+def test_losses_and_states_are_the_caller_s_own():
+    one = language_steps()
+    steps = captured(one.method)
+    losses, states = [], []
+    for index in range(8):
+        losses.append(steps.train_step(one.train[index], index))
+        states.append(one.train.state_dict()["state"][0])
+    assert steps.replayed == 6
+    assert len({loss.item() for loss in losses}) == 8
+    assert len({state.sum().item() for state in states}) == 8
+
+
+def test_a_step_is_counted_by_a_tensor_too():
+    one, other = (digits_steps() for _ in range(2))
+    steps, count = captured(other.method), torch.zeros((), dtype=torch.int64)
+    for step in range(6):
+        one.method.train_step(one.train[step], step)
+        steps.train_step(one.train[step], count)
+        count += 1
+    assert different(one.method, other.method) == []
+
+
+def poisoned(batch):
+    return Split(batch.inputs.clone().index_fill_(0, torch.tensor([3]), float("nan")), batch.targets)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_captured_step_that_is_not_finite_changes_nothing_and_is_counted(optimizer):
+    one, other = (digits_steps(skip_nonfinite=2, **OPTIMIZERS[optimizer]) for _ in range(2))
+    steps = captured(other.method)
+    cycle(one, 12)
+    cycle(other, 12, steps)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for take in (one.method, steps):
+            take.train_step(poisoned(one.train[20]), 20)
+            take.valid_step(poisoned(one.valid[20]), 21)
+            take.train_step(one.train[21], 22)
+            take.train_step(one.train[23], 23)
+        one.method.check_finite()
+        other.method.check_finite()
+    assert different(one.method, other.method) == []
+    assert one.method.skipped_steps == other.method.skipped_steps == 2
+    told = [str(warning.message) for warning in seen]
+    assert sorted(told[:2] * 2) == sorted(told)
+    assert "the training loss is nan at step 20" in told[0]
+    assert steps.replayed == 12 + 4 - 2 * 2
+
+
+def test_more_captured_steps_in_a_row_than_allowed_are_an_error():
+    one = digits_steps(skip_nonfinite=1)
+    steps = captured(one.method)
+    cycle(one, 9, steps)
+    replayed = steps.replayed
+    steps.train_step(poisoned(one.train[20]), 9)
+    with pytest.warns(RuntimeWarning, match="the training loss is nan at step 9; left out, 1 of 1"):
+        steps.train_step(poisoned(one.train[20]), 10)
+    assert steps.replayed == replayed + 2
+    with pytest.raises(NonFiniteError, match="the training loss is nan at step 10"):
+        one.method.check_finite()
+
+
+@pytest.mark.parametrize("kind", ["train_step", "valid_step"])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_of_a_step_keeps_it_from_being_captured(task, kind, precision, monkeypatch):
+    """Every operation of a step after the first ones, as it is queued on the device."""
+    monkeypatch.setattr("stn_fast.ops.augment._check_values", lambda *given: None)  # on the CPU alone
+    one = TASKS[task](precision=precision)
+    cycle(one, 9)
+    before = everything(one.method)
+    batch = one.train[6] if kind == "train_step" else one.valid[3]
+    inputs, step = capture._inputs(batch), torch.tensor(9)
+
+    def refuse(*given):
+        raise AssertionError("a tensor is read on the host")
+
+    def run():
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("item", "tolist", "numpy", "cpu"):
+                patch.setattr(torch.Tensor, name, refuse)
+            one.method.kinds[kind].body(capture._with_inputs(batch, inputs), step)
+
+    assert obstacles(one.method, run) == []
+    after = everything(one.method)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+class Counting(nn.Module):
+    """A buffer that each call replaces, which a graph would read where it was."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, hyper):
+        if self.training:
+            self.calls = self.calls + 1
+        return self.model(x, hyper)
+
+
+def reading(objective):
+    return lambda *given: (loss := objective(*given)) * (2.0 if loss.item() > 1 else 1.0)
+
+
+def deciding(objective):
+    return lambda *given: (loss := objective(*given)) * (2.0 if loss > 1 else 1.0)
+
+
+def making(objective):
+    return lambda *given: objective(*given) * torch.tensor(0.5)
+
+
+def choosing(objective):
+    return lambda model, batch, hyper: F.cross_entropy(
+        model(batch.inputs, hyper)[batch.targets > 3], batch.targets[batch.targets > 3]
+    )
+
+
+def finding(objective):
+    return lambda *given: objective(*given) + 0 * given[1].targets.nonzero().sum()
+
+
+def crossing(objective):
+    """The meta device stands for the host: a tensor elsewhere than the step's."""
+
+    def crossed(*given):
+        given[1].inputs.to("meta")
+        return objective(*given)
+
+    return crossed
+
+
+PLANTED = {
+    "item": (reading, "it reads a number back to the host"),
+    "a comparison": (deciding, "it reads a number back to the host"),
+    "torch.tensor": (making, "it makes a tensor from numbers on the host"),
+    "a mask": (choosing, "the shape of a result depends on numbers"),
+    "nonzero": (finding, "the shape of a result depends on numbers"),
+    "another device": (crossing, "it uses tensors on meta, and the step is on cpu"),
+}
+
+
+@pytest.mark.parametrize("kind", ["train_step", "valid_step"])
+@pytest.mark.parametrize("planted", PLANTED)
+def test_what_no_graph_repeats_is_named_and_taken_one_by_one(planted, kind):
+    change, reason = PLANTED[planted]
+    one, other = (digits_steps() for _ in range(2))
+    for method in (one.method, other.method):
+        if kind == "train_step":
+            method.training_objective = change(method.training_objective)
+        else:
+            method.validation_objective = change(method.validation_objective)
+    steps = captured(other.method)
+    assert torch.equal(*map(torch.stack, (cycle(one, 18), cycle(other, 18, steps))))
+    assert different(one.method, other.method) == []
+    assert len(steps.reasons) == 1
+    assert steps.reasons[0].startswith(f"{kind} is not captured: {reason}")
+    assert "test_capture.py:" in steps.reasons[0]
+    assert steps.graphs.captured == 1  # the other kind
+
+
+@pytest.mark.parametrize(
+    ("index", "shape"),
+    [(torch.tensor([0, 2]), False), (torch.tensor([True, False, True]), True), ((None, torch.tensor([1])), False)],
+    ids=["places", "mask", "places of columns"],
+)
+def test_places_are_no_mask(index, shape):
+    x = torch.zeros(3, 2)
+    with HostWork(x.device) as noted:
+        x[index]
+        x[index] = x[index] + 1
+    assert any("shape" in found for found in noted.found) == shape
+
+
+def test_a_buffer_that_is_replaced_at_each_step_is_named():
+    one, other = (digits_steps() for _ in range(2))
+    methods = [
+        SelfTuning(Counting(each.method.model), each.method.space, classification_loss, classification_loss)
+        for each in (one, other)
+    ]
+    steps = captured(methods[1])
+    for step in range(6):
+        methods[0].train_step(one.train[step], step)
+        steps.train_step(one.train[step], step)
+    assert methods[0].model.calls == methods[1].model.calls == 6
+    assert different(*methods) == []
+    assert steps.reasons == ["train_step is not captured: it makes calls anew at each step"]
+
+
+class Late(torch.optim.SGD):
+    """Makes some of its state later than at its first step."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            taken = self.state[parameter]
+            taken["seen"] = taken.get("seen", 0) + 1
+
+
+def test_an_optimizer_that_keeps_state_on_the_host_is_named():
+    options = dict(optimizer=partial(Late, lr=0.05, momentum=0.9, fused=True))
+    one, other = (digits_steps(**options) for _ in range(2))
+    steps = captured(other.method)
+    for step in range(6):
+        one.method.train_step(one.train[step], step)
+        steps.train_step(one.train[step], step)
+    assert different(one.method, other.method) == []
+    assert steps.replayed == 0
+
+
+def test_an_optimizer_that_can_not_be_captured_is_named(monkeypatch):
+    monkeypatch.setattr(finite, "FEW", 1 << 20)
+    options = dict(optimizer=partial(torch.optim.Adagrad, lr=0.05))
+    one, other = (digits_steps(**options) for _ in range(2))
+    steps = captured(other.method)
+    for step in range(6):
+        one.method.train_step(one.train[step], step)
+        steps.train_step(one.train[step], step)
+    assert different(one.method, other.method) == []
+    assert "train_step is not captured: it reads a number back to the host" in steps.reasons[0]
+
+
+def test_an_unfused_optimizer_of_many_numbers_is_named(monkeypatch):
+    monkeypatch.setattr(finite, "FEW", 10)
+    one = digits_steps(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
+    steps = captured(one.method)
+    for step in range(4):
+        steps.train_step(one.train[step], step)
+    assert steps.reasons == ["train_step is not captured: SGD keeps much and is not fused (fused=True)"]
+
+
+def test_sparse_gradients_are_named():
+    space = stn.HyperparameterSpace([stn.Hyperparameter("unused", low=0.0, high=0.9, init=0.2)])
+
+    def make():
+        torch.manual_seed(0)
+        model = stn.HyperEmbedding(12, 4, num_hyperparameters=1, sparse=True)
+        return FixedHyperparameters(
+            model, space, lambda model, batch, hyper: model(batch.inputs, hyper).square().mean(),
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+        )  # fmt: skip
+
+    one, other = make(), make()
+    steps = captured(other)
+    for step in range(5):
+        batch = Split(torch.arange(8) + step % 3, torch.zeros(8))
+        one.train_step(batch, step)
+        steps.train_step(batch, step)
+    assert different(one, other) == []
+    assert steps.reasons == ["train_step is not captured: gradients are sparse (weight)"]
+
+
+def test_a_batch_that_holds_more_than_tensors_is_named():
+    one = digits_steps()
+    one.method.training_objective = lambda model, batch, hyper: F.cross_entropy(
+        model(batch.inputs["x"], hyper), batch.targets
+    )
+    steps = captured(one.method)
+    for step in range(4):
+        inputs, targets = one.train[step]
+        steps.train_step({"inputs": {"x": inputs, "names": "digits"}, "targets": targets}, step)
+    assert steps.reasons == ["train_step is not captured: its batch holds more than tensors"]
+
+
+def test_a_capture_that_cuda_refuses_is_given_up():
+    class Refusing(RecordedGraphs):
+        def capture(self, function):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    one, other = (digits_steps() for _ in range(2))
+    steps = CapturedSteps(other.method, graphs=Refusing(), warn=lambda reason: None)
+    assert torch.equal(*map(torch.stack, (cycle(one, 12), cycle(other, 12, steps))))
+    assert different(one.method, other.method) == []
+    assert steps.reasons[0] == (
+        "train_step is not captured: CUDA refused it: operation not permitted when stream is capturing"
+    )
+
+
+def test_on_another_device_steps_are_taken_one_by_one_and_that_is_said_once(monkeypatch):
+    monkeypatch.undo()
+    one = digits_steps()
+    steps = one.method.captured()
+    with pytest.warns(RuntimeWarning, match="CUDA graphs are made on a CUDA device, and the model is on cpu") as seen:
+        cycle(one, 6, steps)
+    assert len(seen) == 2  # one for each kind
+    assert steps.replayed == 0
+
+
+def test_a_run_captures_its_steps_and_says_how_many(train, same_run, monkeypatch, capsys):
+    one = train("capture=false", name="one")
+    assert result(one, timeless=False)["captured"] is None
+    monkeypatch.setattr(capture, "captures", lambda device: True)
+    monkeypatch.setattr(trainer, "captures", lambda device: True)
+    monkeypatch.setattr(capture, "CudaGraphs", lambda device: RecordedGraphs())
+    other = train(name="other")
+    same_run(one, other)
+    # 54 training steps and 18 of validation; two of each kind come first.
+    assert result(other, timeless=False)["captured"] == {"steps": 72 - 4, "reasons": []}
+    assert "not captured" not in capsys.readouterr().err
+
+
+def test_a_run_whose_steps_can_not_be_captured_says_why(train, same_run, monkeypatch, capsys):
+    monkeypatch.setattr(finite, "FEW", 10)
+    monkeypatch.setattr(capture, "captures", lambda device: True)
+    monkeypatch.setattr(trainer, "captures", lambda device: True)
+    monkeypatch.setattr(capture, "CudaGraphs", lambda device: RecordedGraphs())
+    other = train("hyper_optimizer.name=rmsprop")
+    reason = "valid_step is not captured: RMSprop keeps much and is not fused (fused=True)"
+    assert result(other, timeless=False)["captured"] == {"steps": 52, "reasons": [reason]}
+    assert capsys.readouterr().err.count(reason) == 1
+
+
+def test_gradients_that_are_switched_off_are_an_error_as_ever():
+    one = digits_steps()
+    steps = captured(one.method)
+    cycle(one, 9, steps)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="train_step computes gradients"):
+        steps.train_step(one.train[9], 9)
