@@ -85,7 +85,8 @@ class FixedHyperparameters:
     next window of a text starts from zero. On CUDA the device leaves it out and the host, which does not wait, hears of
     it a step or so later: there the error comes at a later call, or at ``check_finite``, which waits for what is
     outstanding. Only at the first step does the host wait, and at each where an optimizer of many numbers is not fused
-    (``fused=True``). Steps that a CUDA graph replays are left out too, but not counted.
+    (``fused=True``). Those that ``captured`` takes are
+    counted too; those of a CUDA graph of your own are left out and not counted.
     """
 
     tunes = False

@@ -4,13 +4,13 @@ There is no CUDA here: graphs are recorded operations (`recorded_graphs`), and t
 """
 
 import copy
-import importlib
 import warnings
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from capturing import as_on_cuda
 from recorded_graphs import RecordedGraphs
 from run_files import result
 from step_tasks import OPTIMIZERS, TASKS, cycle, digits_steps, language_steps
@@ -18,7 +18,7 @@ from torch import nn
 
 import stn_fast as stn
 from stn_fast.data import Split
-from stn_fast.training import capture, finite, optimizers, trainer
+from stn_fast.training import capture, finite
 from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.methods import FixedHyperparameters, SelfTuning
@@ -27,13 +27,8 @@ from stn_fast.training.task import classification_loss
 
 
 @pytest.fixture(autouse=True)
-def as_on_cuda(monkeypatch):
-    """The device decides on steps, and optimizers keep all that they have on it."""
-    monkeypatch.setattr(finite, "_decides", lambda device: True)
-    monkeypatch.setattr(optimizers, "captures", lambda device: True)
-    for name in ("adam", "rmsprop"):
-        module = importlib.import_module(f"torch.optim.{name}")
-        monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_: ["cpu"])
+def on_cuda(monkeypatch):
+    as_on_cuda(monkeypatch)
 
 
 def everything(method):
@@ -53,8 +48,7 @@ def different(one, other):
 
 
 def captured(method):
-    reasons = []
-    return CapturedSteps(method, graphs=RecordedGraphs(), warn=reasons.append)
+    return CapturedSteps(method, warn=lambda reason: None)
 
 
 @pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "sgd, adam"), ("bf16", "adam, rmsprop")])
@@ -251,6 +245,20 @@ def test_a_captured_step_that_is_not_finite_changes_nothing_and_is_counted(optim
     assert sorted(told[:2] * 2) == sorted(told)
     assert "the training loss is nan at step 20" in told[0]
     assert steps.replayed == 12 + 4 - 2 * 2
+
+
+def test_steps_are_not_captured_before_one_has_been_taken():
+    one, other = (digits_steps(skip_nonfinite=4) for _ in range(2))
+    steps = captured(other.method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(8):
+            batch = poisoned(one.train[step]) if step < 4 else one.train[step]
+            one.method.train_step(batch, step)
+            steps.train_step(batch, step)
+    assert different(one.method, other.method) == []
+    assert steps.reasons == []
+    assert steps.replayed == 2
 
 
 def test_more_captured_steps_in_a_row_than_allowed_are_an_error():
@@ -494,12 +502,9 @@ def test_on_another_device_steps_are_taken_one_by_one_and_that_is_said_once(monk
     assert steps.replayed == 0
 
 
-def test_a_run_captures_its_steps_and_says_how_many(train, same_run, monkeypatch, capsys):
+def test_a_run_captures_its_steps_and_says_how_many(train, same_run, capsys):
     one = train("capture=false", name="one")
     assert result(one, timeless=False)["captured"] is None
-    monkeypatch.setattr(capture, "captures", lambda device: True)
-    monkeypatch.setattr(trainer, "captures", lambda device: True)
-    monkeypatch.setattr(capture, "CudaGraphs", lambda device: RecordedGraphs())
     other = train(name="other")
     same_run(one, other)
     # 54 training steps and 18 of validation; two of each kind come first.
@@ -507,11 +512,8 @@ def test_a_run_captures_its_steps_and_says_how_many(train, same_run, monkeypatch
     assert "not captured" not in capsys.readouterr().err
 
 
-def test_a_run_whose_steps_can_not_be_captured_says_why(train, same_run, monkeypatch, capsys):
+def test_a_run_whose_steps_can_not_be_captured_says_why(train, monkeypatch, capsys):
     monkeypatch.setattr(finite, "FEW", 10)
-    monkeypatch.setattr(capture, "captures", lambda device: True)
-    monkeypatch.setattr(trainer, "captures", lambda device: True)
-    monkeypatch.setattr(capture, "CudaGraphs", lambda device: RecordedGraphs())
     other = train("hyper_optimizer.name=rmsprop")
     reason = "valid_step is not captured: RMSprop keeps much and is not fused (fused=True)"
     assert result(other, timeless=False)["captured"] == {"steps": 52, "reasons": [reason]}
