@@ -22,6 +22,8 @@ def is_result(value: Any, config: Config) -> bool:
     run = (value.get("recipe"), value.get("method"), value.get("seed"))
     return (
         run == (config.recipe, config.method.label, config.seed)
+        and value.get("precision") == config.precision
+        and _is_capture(value.get("captured"))
         and all(isinstance(value.get(key), int) and _is_number(value[key]) for key in COUNTS)
         and all(_is_number(value.get(key)) for key in TIMES)
         and all(key in value for key in NULLABLE)
@@ -40,6 +42,13 @@ def _is_number(value: Any) -> bool:
 def _are_nullable(values: Iterable[Any]) -> bool:
     """Whether each is a number; None stands for one that is not finite or not known."""
     return all(value is None or _is_number(value) for value in values)
+
+
+def _is_capture(value: Any) -> bool:
+    """Whether this is what `stn_fast.training.run.captured` says, or None: no steps were to be captured."""
+    if value is None:
+        return True
+    return isinstance(value, dict) and _is_number(value.get("steps")) and isinstance(value.get("reasons"), list)
 
 
 def _is_nullable_by_name(value: Any) -> bool:

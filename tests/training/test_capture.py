@@ -204,7 +204,7 @@ def test_losses_and_states_are_the_caller_s_own():
     losses, states = [], []
     for index in range(8):
         losses.append(steps.train_step(one.train[index], index))
-        states.append(one.train.state_dict()["state"][0])
+        states.append(one.train.state_for(index + 1)[0])
     assert steps.replayed == 6
     assert len({loss.item() for loss in losses}) == 8
     assert len({state.sum().item() for state in states}) == 8

@@ -23,7 +23,7 @@ def damaged(whole):
     """Results that are JSON, each wrong in one way."""
     yield from ([], {}, None, 3, "text", [whole], {"result": whole})
     for key in whole:
-        if key in ("peak_bytes", "valid_loss", "test_loss", "valid_accuracy", "test_accuracy"):
+        if key in ("peak_bytes", "valid_loss", "test_loss", "valid_accuracy", "test_accuracy", "captured"):
             continue
         yield {**whole, key: None}
     for key in ("recipe", "steps", "test_loss", "hyperparameters", "versions", "moved_in_initial_scales"):
@@ -32,6 +32,7 @@ def damaged(whole):
     for key in ("valid_loss", "test_accuracy", "peak_bytes", "wall_seconds"):
         yield {**whole, key: "0.5"}
         yield {**whole, key: 10**400}
+    yield from ({**whole, "captured": value} for value in (3, {}, {"steps": "3", "reasons": []}))
     wrong = copy.deepcopy(whole)
     wrong["hyperparameters_end"].pop("weight_decay")
     yield wrong
