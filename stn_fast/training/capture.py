@@ -149,6 +149,7 @@ class _Step:
         self._seen: Any = None
         self._captured: _Captured | None = None
         self._never = name not in steps.method.kinds
+        self._other_shapes = f"{name}: batches differ in shape, and those unlike the captured one are taken one by one"
 
     def take(self, batch: Batch, step: int | Tensor) -> Tensor:
         method, graphs = self._method, self._steps.graphs
@@ -163,6 +164,8 @@ class _Step:
         if self._captured is not None and self._captured.settings != settings:
             self._captured = None
         if self._captured is None:
+            if self._seen is not None and self._seen[0] != form:
+                self._steps.note(self._other_shapes)
             if self._seen != (form, settings):
                 self._warm, self._seen = 0, (form, settings)
             if self._warm < WARM_UP or not method.guard.is_warm(self._kind.optimizer):
@@ -175,7 +178,7 @@ class _Step:
                 return self._one_by_one(batch, step)
             self._captured = captured
         if self._captured.form != form:
-            self._steps.note(f"{self._name}: a batch of other shapes than the captured one's is taken one by one")
+            self._steps.note(self._other_shapes)
             return self._one_by_one(batch, step)
         return self._replay(self._captured, batch, step)
 

@@ -43,14 +43,15 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> None:
     """Has ``optimizer`` keep its counts of steps, and a learning rate that may change, in tensors on a CUDA device.
 
     A CUDA graph repeats what the host did when it was captured: it would not see another number on the host. Optimizers
-    that can't be captured, and those on another device, stay as they are. Call it again after ``load_state_dict``.
+    that can't be captured, and those on another device, stay as they are. Call it again after ``load_state_dict``: a
+    state that was saved on CUDA says of itself that it is capturable, which it isn't on the CPU.
     """
     for group in optimizer.param_groups:
         device = group["params"][0].device
+        if "capturable" in group and (captures(device) or device.type == "cpu"):
+            group["capturable"] = captures(device)
         if not captures(device):
             continue
-        if "capturable" in group:
-            group["capturable"] = True
         if group.get("fused"):  # others read a tensor back, and a graph of theirs is captured anew for another number
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
         for parameter in group["params"]:

@@ -28,16 +28,16 @@ def obstacles(method: FixedHyperparameters, run: Callable[[], Any]) -> list[str]
     """Why a graph could not repeat ``run``, a step of ``method`` on the device alone; nothing where it could.
 
     ``run`` is called once, after a step of the same kind. What it has written to weights, buffers, hyperparameters and
-    optimizers is taken back.
+    optimizers is taken back, and so is what it has drawn from torch's own generator.
     """
     gradients = {name: parameter.grad for name, parameter in method.model.named_parameters()}
     sparse = [name for name, gradient in gradients.items() if gradient is not None and gradient.is_sparse]
     if sparse:
         return [f"gradients are sparse ({listed(sparse)})"]
-    trial = HostWork(method.location.device)
-    memory = _Memory(method)
+    device = method.location.device
+    trial, memory = HostWork(device), _Memory(method)
     try:
-        with method.guard.recording(), trial:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), method.guard.recording(), trial:
             run()
     except Exception as error:  # what a trial alone raises, such as compiled code that refuses to be watched
         trial.found.append(f"its trial has failed: {type(error).__name__}: {error}")

@@ -194,8 +194,47 @@ def test_a_batch_of_another_size_is_taken_one_by_one():
             batch = Split(batch.inputs[:20], batch.targets[:20])
         assert torch.equal(one.method.train_step(batch, step), steps.train_step(batch, step))
     assert different(one.method, other.method) == []
-    assert steps.reasons == ["train_step: a batch of other shapes than the captured one's is taken one by one"]
+    assert steps.reasons == [
+        "train_step: batches differ in shape, and those unlike the captured one are taken one by one"
+    ]
     assert steps.graphs.captured == 1
+
+
+def test_batches_of_two_sizes_in_turns_are_never_captured_and_that_is_said():
+    one = digits_steps()
+    steps = captured(one.method)
+    for step in range(6):
+        batch = one.train[step]
+        steps.train_step(Split(batch.inputs[: 20 + step % 2], batch.targets[: 20 + step % 2]), step)
+    assert steps.replayed == 0
+    assert len(steps.reasons) == 1
+
+
+class Plain(nn.Module):
+    """torch's own dropout and batch norm in front of a network."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.norm, self.drop, self.model = nn.BatchNorm1d(64), nn.Dropout(0.3), model
+
+    def forward(self, x, hyper):
+        return self.model(self.drop(self.norm(x)), hyper)
+
+
+def test_torch_s_own_generator_and_running_statistics_go_on_as_without_graphs():
+    methods, losses, one = [], [], digits_steps()
+    for _ in range(2):
+        steps = digits_steps()
+        model = Plain(steps.method.model)
+        method = SelfTuning(model, steps.method.space, classification_loss, classification_loss)
+        methods.append(method)
+        take = captured(method) if len(methods) == 2 else method
+        torch.manual_seed(5)
+        losses.append(torch.stack([take.train_step(one.train[step], step) for step in range(8)]))
+    assert take.reasons == []
+    assert take.replayed == 6
+    assert torch.equal(*losses)
+    assert different(*methods) == []
 
 
 def test_losses_and_states_are_the_caller_s_own():

@@ -67,3 +67,17 @@ def test_a_loaded_state_is_made_capturable_again(monkeypatch):
     for optimizer in method.optimizers:
         assert optimizer.param_groups[0]["capturable"]
     assert isinstance(method.optimizer.param_groups[0]["lr"], Tensor)
+
+
+def test_a_state_of_cuda_is_trained_on_with_on_the_cpu(monkeypatch):
+    options = dict(optimizer=partial(torch.optim.Adam, lr=0.1), hyper_optimizer=partial(torch.optim.RMSprop, lr=0.1))
+    with monkeypatch.context() as patch:
+        as_on_cuda(patch)
+        saved = digits_steps(**options)
+        saved.method.train_step(saved.train[0], 0)
+        saved.method.valid_step(saved.valid[0], 1)
+        state = saved.method.state_dict()
+    steps = digits_steps(**options)
+    steps.method.load_state_dict(state)
+    steps.method.train_step(steps.train[1], 2)
+    steps.method.valid_step(steps.valid[1], 3)
