@@ -160,7 +160,8 @@ class _Step:
         batch = method.begin(self._name, batch)
         if isinstance(batch, Window) and batch.begins:
             return self._one_by_one(batch, step)
-        form, settings = _form(batch), self._settings()
+        inputs, structure = pytree.tree_flatten(_parts(batch))
+        form, settings = (structure, list(map(_form, inputs))), self._settings()
         if self._captured is not None and self._captured.settings != settings:
             self._captured = None
         if self._captured is None:
@@ -172,7 +173,7 @@ class _Step:
                 self._warm += 1
                 with graphs.aside():
                     return self._one_by_one(batch, step)
-            captured = self._capture(graphs, batch, step, form, settings)
+            captured = self._capture(graphs, batch, inputs, step, form, settings)
             if isinstance(captured, str):
                 self._give_up(captured)
                 return self._one_by_one(batch, step)
@@ -180,7 +181,7 @@ class _Step:
         if self._captured.form != form:
             self._steps.note(self._other_shapes)
             return self._one_by_one(batch, step)
-        return self._replay(self._captured, batch, step)
+        return self._replay(self._captured, batch, inputs, step)
 
     @property
     def _kind(self) -> Kind:
@@ -206,7 +207,7 @@ class _Step:
         self._steps.note(f"{self._name} is not captured: {reason}")
 
     def _capture(
-        self, graphs: Graphs, batch: Split | Window, step: int | Tensor, form: Any, settings: Any
+        self, graphs: Graphs, batch: Split | Window, inputs: list[Any], step: int | Tensor, form: Any, settings: Any
     ) -> _Captured | str:
         """A captured step like this one, of which nothing is computed yet; or why there is none."""
         method, kind = self._method, self._kind
@@ -214,7 +215,6 @@ class _Step:
             return f"{type(kind.optimizer).__name__} keeps much and is not fused (fused=True)"
         if self._times == MOST:
             return f"its settings have changed {MOST} times, as a learning rate does that is no tensor"
-        inputs = _inputs(batch)
         if not all(isinstance(one, Tensor | None) for one in inputs):
             return "its batch holds more than tensors"
         own = [None if one is None else one.clone() for one in inputs]
@@ -239,8 +239,8 @@ class _Step:
         self._times += 1
         return _Captured(form, settings, own, number, loss, state, recorded[0], replay)
 
-    def _replay(self, captured: _Captured, batch: Split | Window, step: int | Tensor) -> Tensor:
-        for own, given in zip(captured.inputs, _inputs(batch), strict=True):
+    def _replay(self, captured: _Captured, batch: Split | Window, inputs: list[Any], step: int | Tensor) -> Tensor:
+        for own, given in zip(captured.inputs, inputs, strict=True):
             if own is not None:
                 own.copy_(given, non_blocking=True)
         captured.step.fill_(step)
@@ -254,12 +254,8 @@ class _Step:
 
 
 def _parts(batch: Split | Window) -> tuple[Any, Any, Any]:
-    return batch.inputs, batch.targets, batch.state if isinstance(batch, Window) else None  # None is a leaf
-
-
-def _inputs(batch: Split | Window) -> list[Any]:
     """All that a step reads of its batch, the state before a window included."""
-    return pytree.tree_leaves(_parts(batch))
+    return batch.inputs, batch.targets, batch.state if isinstance(batch, Window) else None
 
 
 def _with_inputs(batch: Split | Window, tensors: list[Tensor | None]) -> Split | Window:
@@ -268,12 +264,9 @@ def _with_inputs(batch: Split | Window, tensors: list[Tensor | None]) -> Split |
     return with_state(inputs, targets, state) if isinstance(batch, Window) else Split(inputs, targets)
 
 
-def _form(batch: Split | Window) -> Any:
-    """What a batch has to have in common with the captured one."""
-    inputs, structure = pytree.tree_flatten(_parts(batch))
-    return structure, [
-        (one.shape, one.stride(), one.dtype, one.device) if isinstance(one, Tensor) else None for one in inputs
-    ]
+def _form(part: Any) -> Any:
+    """What a part of a batch has to have in common with that of the captured one."""
+    return (part.shape, part.stride(), part.dtype, part.device) if isinstance(part, Tensor) else None
 
 
 def _setting(value: Any) -> Any:

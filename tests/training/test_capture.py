@@ -103,9 +103,9 @@ def test_a_step_on_stale_memory_would_show(task, plant):
     cycle(one, 12)
     replay = capture._Step._replay
 
-    def on_stale_memory(self, kept, batch, step):
+    def on_stale_memory(self, kept, *given):
         plant(kept)
-        return replay(self, kept, batch, step)
+        return replay(self, kept, *given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(capture._Step, "_replay", on_stale_memory)
@@ -323,7 +323,7 @@ def test_nothing_of_a_step_keeps_it_from_being_captured(task, kind, precision, m
     cycle(one, 9)
     before = everything(one.method)
     batch = one.train[6] if kind == "train_step" else one.valid[3]
-    inputs, step = capture._inputs(batch), torch.tensor(9)
+    inputs, step = capture.pytree.tree_leaves(capture._parts(batch)), torch.tensor(9)
 
     def refuse(*given):
         raise AssertionError("a tensor is read on the host")
