@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from benchmarks import plain
 from benchmarks.cuda_timing import Cuda
 from benchmarks.ratios import Row, device_name, ratio, times, versions, without_cuda, write
 from benchmarks.timing import Clock, Provider, Timings, interleave, peak_bytes
+from stn_fast.training.precision import float32_products
 
 PRECISIONS = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}
 TRAIN_STEPS, VALID_STEPS = 2, 1
@@ -40,20 +41,6 @@ class Method(Protocol):
     def valid_step(self, batch: Any, step: int) -> Tensor: ...
 
 
-@contextmanager
-def float32_precision(precision: str) -> Iterator[None]:
-    """How products of float32 are computed on CUDA, of matrices, convolutions and recurrent layers alike."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-        yield
-    finally:
-        for backend, own in zip(backends, before, strict=True):
-            backend.fp32_precision = own
-
-
 def casting(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
     """Makes the context of a forward pass: autocast to bfloat16, or none."""
     if precision != "bf16":
@@ -61,21 +48,11 @@ def casting(precision: str, device: torch.device) -> Callable[[], AbstractContex
     return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
-def self_tuning(model: nn.Module, space: Any, losses: Sequence[Any], precision: str, **options: Any) -> Method:
+def self_tuning(model: nn.Module, space: Any, losses: Sequence[Any], precision: Any, **options: Any) -> Method:
     """The package's method; ``losses`` are the training and the validation objective."""
     from stn_fast.training.methods import SelfTuning
 
-    cast = casting(precision, next(model.parameters()).device)
-
-    def within(objective: Callable[..., Any]) -> Callable[..., Any]:
-        def objective_in_precision(*given: Any) -> Any:
-            with cast():
-                return objective(*given)
-
-        return objective_in_precision
-
-    training, validation = map(within, losses)
-    return SelfTuning(model, space, training, validation, **options)
+    return SelfTuning(model, space, *losses, precision=precision, **options)
 
 
 class CapturedMethod(Method, Protocol):
@@ -164,7 +141,7 @@ def measure(
     if (wrong := without_cuda(options.device)) is not None:
         print(wrong, file=sys.stderr)
         return 2
-    with float32_precision(options.precision):
+    with float32_products(options.precision):
         return _measure(op, cases, options, clock)
 
 
