@@ -89,6 +89,11 @@ def own_address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def place(tensor: Tensor) -> int:
+    """Where a tensor's memory is, to be compared with where it was; nobody reads there."""
+    return tensor.data_ptr()
+
+
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for this device; a device that has no autocast, such as meta, never casts."""
     if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from stn_fast.data import Split
 from stn_fast.dispatch import choose
+from stn_fast.ops.memory import place
 from stn_fast.training.finite import Recorded, is_light
 from stn_fast.training.optimizers import captures
 from stn_fast.training.parameters import listed
@@ -195,7 +196,7 @@ class _Step:
         optimizer, device = self._kind.optimizer, self._method.location.device
         return (
             self._method.settings(),
-            [(parameter.requires_grad, parameter.data_ptr()) for parameter in self._parameters],
+            [(parameter.requires_grad, place(parameter)) for parameter in self._parameters],
             [(key, _setting(value)) for group in optimizer.param_groups for key, value in group.items()],
             [_setting(value) for of_one in optimizer.state.values() for value in of_one.values()],
             torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
@@ -272,5 +273,5 @@ def _form(part: Any) -> Any:
 def _setting(value: Any) -> Any:
     """What tells one setting of an optimizer from another: of a tensor, where it is."""
     if isinstance(value, Tensor):
-        return value.data_ptr()
-    return [one.data_ptr() for one in value] if isinstance(value, list) else value
+        return place(value)
+    return list(map(place, value)) if isinstance(value, list) else value

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stn_fast.ops.memory import place
 from stn_fast.training.parameters import listed
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class _Memory:
 
     def __init__(self, method: FixedHyperparameters) -> None:
         self._states = [optimizer.state for optimizer in method.optimizers]
-        self._kept = [(place, owner, dict(owner)) for place, owner in self._owners(method)]
+        self._kept = [(prefix, owner, dict(owner)) for prefix, owner in self._owners(method)]
         learnt = [method.location, method.raw_scale]
         held = [tensor for _, _, tensors in self._kept for tensor in tensors.values() if isinstance(tensor, Tensor)]
         self._numbers = [(tensor, tensor.detach().clone()) for tensor in [*learnt, *held]]
@@ -116,7 +117,7 @@ class _Memory:
 
     @staticmethod
     def _owners(method: FixedHyperparameters) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Where tensors are kept by name."""
+        """Where tensors are kept by name, each with what goes before the name."""
         for name, module in method.model.named_modules():
             for tensors in (module._parameters, module._buffers):
                 yield f"{name}." if name else "", tensors
@@ -128,8 +129,8 @@ class _Memory:
     def put_back(self) -> list[str]:
         """Names what is not in the memory any more that it was in."""
         fresh = []
-        for place, owner, before in self._kept:
-            fresh += [f"{place}{name}" for name, value in owner.items() if _moved(value, before.get(name))]
+        for prefix, owner, before in self._kept:
+            fresh += [f"{prefix}{name}" for name, value in owner.items() if _moved(value, before.get(name))]
             owner.clear()
             owner.update(before)
         for state, known in zip(self._states, self._known, strict=True):
@@ -143,5 +144,5 @@ class _Memory:
 def _moved(value: Any, before: Any) -> bool:
     """Whether a tensor has been put in place of another, or anything else has changed."""
     if isinstance(value, Tensor) and isinstance(before, Tensor):
-        return value.data_ptr() != before.data_ptr()
+        return place(value) != place(before)
     return value is not before and value != before
