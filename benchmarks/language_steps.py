@@ -22,6 +22,9 @@ from benchmarks.published_language import Trainer
 from benchmarks.timing import Clock, Provider
 from benchmarks.whole_steps import Makers, steps_of
 from stn_fast.command_line import run_command
+from stn_fast.training.capture import CapturedSteps
+from stn_fast.training.config import Precision
+from stn_fast.training.methods import SelfTuning
 
 MODES = ("train", "valid", "cycle")
 PROVIDERS = ("stn_fast", "stn_fast_captured", "plain", "plain_captured", "published")
@@ -36,7 +39,7 @@ sgd = partial(torch.optim.SGD, lr=0.1, fused=True)
 
 
 def makers(
-    mode: str, shape: Sequence[int], device: torch.device, precision: str, graphs: plain.Graphs | None
+    mode: str, shape: Sequence[int], device: torch.device, precision: Precision, graphs: plain.Graphs | None
 ) -> Makers:
     """The package's step, plain training and the published step, each on a copy of the network, on one random text.
 
@@ -61,13 +64,13 @@ def makers(
 
     fixed = streams(0)[0]
 
-    def method() -> whole_steps.Method:
+    def method() -> SelfTuning:
         torch.manual_seed(0)
         model = LanguageModel(space, words, width, width, LAYERS).to(device)
         losses = language.regularised_next_word_loss, language.next_word_loss
         return whole_steps.self_tuning(model, space, losses, precision, optimizer=sgd, tune_scales=False, clip=CLIP)
 
-    def stn_fast(of: whole_steps.Method) -> Provider:
+    def stn_fast(of: SelfTuning | CapturedSteps) -> Provider:
         count, (to_train, to_valid) = iter(range(10**9)), ((streams(k), iter(range(10**9))) for k in range(2))
 
         def step(take: whole_steps.TakeStep, read: Streams, windows: Iterator[int]) -> object:
@@ -117,7 +120,7 @@ def makers(
         return found
     return {
         **found,
-        "stn_fast_captured": lambda: stn_fast(whole_steps.captured(method())),
+        "stn_fast_captured": lambda: stn_fast(method().captured()),
         "plain_captured": lambda: reading(training().captured(graphs, fixed.inputs, fixed.targets), ()),
     }
 

@@ -22,13 +22,16 @@ from benchmarks.baselines import Range
 from benchmarks.timing import Clock, Provider
 from benchmarks.whole_steps import Makers, steps_of
 from stn_fast.command_line import run_command
+from stn_fast.training.capture import CapturedSteps
+from stn_fast.training.config import Precision
+from stn_fast.training.methods import SelfTuning
 
 MODES = ("train", "valid", "cycle", "train_with_data")
 PROVIDERS = ("stn_fast", "stn_fast_captured", "plain", "plain_captured", "published")
 CLIP = 1.0
 
 
-def makers(mode: str, batch: int, device: torch.device, precision: str, graphs: plain.Graphs | None) -> Makers:
+def makers(mode: str, batch: int, device: torch.device, precision: Precision, graphs: plain.Graphs | None) -> Makers:
     """The package's step, plain training and the published step, each on its own copy of the network.
 
     With ``graphs``, the first two also captured.
@@ -49,14 +52,14 @@ def makers(mode: str, batch: int, device: torch.device, precision: str, graphs: 
     # The published steps perturb, augment and read images as their authors' code does.
     contiguous = images.contiguous()
 
-    def method() -> whole_steps.Method:
+    def method() -> SelfTuning:
         torch.manual_seed(0)
         network = alexnet(space)
         model = ImageClassifier(space, network, mean=MEAN, std=STD, image_size=32) if with_data else network
         losses = task.classification_loss, task.classification_loss
         return whole_steps.self_tuning(model.to(device), space, losses, precision, seed=0, clip=CLIP)
 
-    def stn_fast(of: whole_steps.Method) -> Provider:
+    def stn_fast(of: SelfTuning | CapturedSteps) -> Provider:
         count = iter(range(10**9))
         pair: tuple[Tensor, Tensor] = images, targets
         train, valid = (lambda: of.train_step(pair, next(count))), (lambda: of.valid_step(pair, next(count)))
@@ -82,7 +85,7 @@ def makers(mode: str, batch: int, device: torch.device, precision: str, graphs: 
 
     found: Makers = {"stn_fast": lambda: stn_fast(method()), "published": of_paper}
     if graphs is not None:
-        found = {**found, "stn_fast_captured": lambda: stn_fast(whole_steps.captured(method()))}
+        found = {**found, "stn_fast_captured": lambda: stn_fast(method().captured())}
     if not with_data:
         found = {**found, "plain": lambda: taking(training().step)}
     if graphs is not None and not with_data:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from benchmarks import plain
 from benchmarks.cuda_timing import Cuda
 from benchmarks.ratios import Row, device_name, ratio, times, versions, without_cuda, write
 from benchmarks.timing import Clock, Provider, Timings, interleave, peak_bytes
+from stn_fast.training.config import Precision
+from stn_fast.training.methods import SelfTuning
 from stn_fast.training.precision import float32_products
 
-PRECISIONS = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}
+PRECISIONS: dict[Precision, str] = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}
 TRAIN_STEPS, VALID_STEPS = 2, 1
 
 Step = Callable[[], object]
@@ -33,38 +35,19 @@ PlainStep = Callable[[Tensor, Tensor], object]
 Makers = Mapping[str, Callable[[], Provider]]
 
 
-class Method(Protocol):
-    """A pair of steps, as `stn_fast.training.methods.SelfTuning` has it."""
-
-    def train_step(self, batch: Any, step: int) -> Tensor: ...
-
-    def valid_step(self, batch: Any, step: int) -> Tensor: ...
-
-
-def casting(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+def casting(precision: Precision, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
     """Makes the context of a forward pass: autocast to bfloat16, or none."""
     if precision != "bf16":
         return nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
-def self_tuning(model: nn.Module, space: Any, losses: Sequence[Any], precision: Any, **options: Any) -> Method:
+def self_tuning(
+    model: nn.Module, space: Any, losses: Sequence[Any], precision: Precision, **options: Any
+) -> SelfTuning:
     """The package's method; ``losses`` are the training and the validation objective."""
-    from stn_fast.training.methods import SelfTuning
-
-    return SelfTuning(model, space, *losses, precision=precision, **options)
-
-
-class CapturedMethod(Method, Protocol):
-    """Steps that replay CUDA graphs; ``reasons`` says why some, or all, did not."""
-
-    reasons: list[str]
-
-
-def captured(method: Method) -> CapturedMethod:
-    """The method's steps as CUDA graphs."""
-    own: CapturedMethod = method.captured()  # type: ignore[attr-defined]
-    return own
+    training, validation = losses
+    return SelfTuning(model, space, training, validation, precision=precision, **options)
 
 
 def graphs_of(device: str) -> plain.Graphs | None:
@@ -97,7 +80,7 @@ def rows_of(
     op: str,
     mode: str,
     shape: Sequence[int],
-    precision: str,
+    precision: Precision,
     providers: Mapping[str, Provider],
     timings: Timings,
     device: torch.device,

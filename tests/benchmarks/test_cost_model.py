@@ -21,6 +21,7 @@ from benchmarks.cases import Case, all_cases, gated_linear_inputs
 from benchmarks.cost_model import H100, H200, Machine, Work, operations
 from benchmarks.sequence_cases import gated_lstm_inputs, sequence_limit
 from stn_fast.ops import _products
+from stn_fast.training.methods import SelfTuning
 
 CPU = torch.device("cpu")
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
@@ -115,7 +116,7 @@ def test_self_tuning_language_steps_add_the_products_with_gates_alone(counted) -
     space = build_space(recipe("ptb").config())
     text = Streams(predictions(torch.randint(words, (8 * window * batch,)), 0), batch, window, seed=0, stream=0)
 
-    def method(dtype: torch.dtype) -> whole_steps.Method:
+    def method(dtype: torch.dtype) -> SelfTuning:
         network = LanguageModel(space, words, width, width, language_steps.LAYERS).to(dtype)
         losses = language.regularised_next_word_loss, language.next_word_loss
         return whole_steps.self_tuning(network, space, losses, "fp32", optimizer=language_steps.sgd, tune_scales=False)

@@ -1,16 +1,19 @@
 """Plain training is that of the package's networks, and a cycle is compared with what it is said to be."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from recorded_graphs import RecordedGraphs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import language_steps, plain, steps, whole_steps
 from benchmarks.timing import Timings, Turns
 from stn_fast.models import LanguageModel, alexnet
 from stn_fast.recipes import recipe
+from stn_fast.training import capture
 from stn_fast.training.methods import default_optimizer
 from stn_fast.training.spaces import build_space
 
@@ -213,6 +216,21 @@ def test_plain_captured_takes_part_where_graphs_can_be_made(tmp_path, monkeypatc
         assert rows["plain_captured"]["ratio_to_plain"] == 1
         assert [rows[name]["captured"] for name in ("plain", "plain_captured")] == [None, True]
         assert graphs.captures == 1
+
+
+@pytest.mark.parametrize("can_capture", [True, False])
+def test_captured_self_tuning_takes_part_and_says_whether_it_was(can_capture, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(language_steps.SHAPES, "ptb", (5, 2, 6, 13))
+    if can_capture:
+        monkeypatch.setattr(capture, "captures", lambda device: True)
+        monkeypatch.setattr(capture, "CudaGraphs", lambda device: RecordedGraphs())
+    file, names = tmp_path / "rows.json", ["stn_fast_captured", "plain_captured"]
+    flags = ["--sizes", "ptb", "--modes", "cycle", "--providers", *names, "--json", str(file), *SMALL]
+    with nullcontext() if can_capture else pytest.warns(RuntimeWarning, match="not captured"):
+        assert language_steps.main(flags, graphs=Graphs()) == 0
+    rows = {row["provider"]: row for row in json.loads(file.read_text())}
+    assert rows["stn_fast_captured"]["captured"] is can_capture
+    assert rows["stn_fast_captured"]["ratio_to_plain"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
