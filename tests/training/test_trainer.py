@@ -299,7 +299,7 @@ def test_a_device_that_is_not_there_is_refused(make_config):
     [
         ("schedule.valid_batch_size=401", "schedule.valid_batch_size = 401: must be at most 400"),
         ("hyperparameters.input_dropout.high=1", "'input_dropout' is a dropout rate"),
-        ("hyperparameters.input_noise.scale=9", "scale=9"),
+        ("hyperparameters.input_noise.scale=9", "scale = 9"),
     ],
 )
 def test_what_the_model_or_the_data_cannot_take_is_a_users_error(train, pair, says):
