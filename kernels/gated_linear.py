@@ -6,7 +6,8 @@ them ("library"), or one Triton kernel with the gates inside. One product alone 
 Kernels hold rows of up to MAX_N hyperparameters in registers, and refuse more.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from copy import copy
 from functools import partial
 from typing import TypeAlias
 
@@ -14,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .autotune import size_bucket, tuner
+from .autotune import Problem, tuner
 from .gated_linear_epilogue import (
     BWD_GATES_CONFIG,
     BWD_ROWS_CONFIG,
@@ -66,8 +67,11 @@ class _Problem:
         }
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
         self.configs = {config_name(config): config for config in configs(x.dtype, self.aligned, capability)}
-        sizes = " ".join(size_bucket(size) for size in (self.M, self.I, self.O))
-        self.key = f"{x.dtype} {self.options['PRECISION']} {sizes} n{self.options['N_PAD']}"
+        self._kind = (x.dtype, self.options["PRECISION"], f"n{self.options['N_PAD']}")
+
+    def tuned(self, operation: str, *flags: str) -> Problem:
+        """The autotuner's problem of an operation on these sizes."""
+        return Problem((f"gated_linear {operation}", *self._kind, *flags), (self.M, self.I, self.O))
 
     def named(self, choice: Choice) -> str:
         """The name of a choice; a configuration of the caller's own is added to the list."""
@@ -124,10 +128,10 @@ def forward(
         )  # fmt: skip
         return y, q
 
-    def fused(chosen: triton.Config) -> tuple[Tensor, Tensor | None]:
+    def fused(name: str) -> tuple[Tensor, Tensor | None]:
         y = x.new_empty(problem.M, problem.O)
         q = torch.empty_like(y) if save_response else None
-        grid, options = _matrix_options(problem, chosen, problem.M, problem.O, problem.I)
+        grid, options = _matrix_options(problem, problem.configs[name], problem.M, problem.O, problem.I)
         gated_linear_fwd_kernel[grid](
             x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, y, q,
             problem.M, problem.I, problem.O, problem.n, problem.batch, inner,
@@ -135,14 +139,14 @@ def forward(
         )  # fmt: skip
         return y, q
 
+    def run(name: str) -> tuple[Tensor, Tensor | None]:
+        return library() if name == LIBRARY else fused(name)
+
     with device_guard(x):
         if config is None:
-            candidates: dict[str, Callable[[], object]] = {LIBRARY: library}
-            candidates |= {name: partial(fused, choice) for name, choice in problem.configs.items()}
-            key = f"gated_linear forward {problem.key} bias={bias is not None} save={save_response}"
-            config = tuner.choose(key, candidates, LIBRARY, x.device)
-        name = problem.named(config)
-        y, q = library() if name == LIBRARY else fused(problem.configs[name])
+            tuned = problem.tuned("forward", f"bias={bias is not None}", f"save={save_response}")
+            config = tuner.choose(tuned, (LIBRARY, *problem.configs), run, LIBRARY, x.device)
+        y, q = run(problem.named(config))
     return y, q if save_response else None
 
 
@@ -249,28 +253,31 @@ class _Backward:
 
 def _choose(run: _Backward, pair_x: bool, pair_w: bool, pass_is_needed: bool) -> tuple[str, str]:
     """How to compute dx, and dW with dR. First the best Triton kernel of each, then the ways to combine them."""
-    problem = run.problem
+    problem, device = run.problem, run.dy.device
 
-    def best(op: str, compute: Callable[[str], object]) -> str:
-        candidates = {name: partial(compute, name) for name in problem.configs}
-        smallest = list(candidates)[-1]  # fits wherever another does
-        return tuner.choose(f"gated_linear {op} {problem.key}", candidates, smallest, run.dy.device)
+    def best(operation: str) -> str:
+        def compute(name: str) -> object:
+            return getattr(copy(run), operation)(name)
 
-    names_x = [LIBRARY, best("dx", run.dx)] if pair_x else [LIBRARY]
-    names_w = [LIBRARY, best("dw", run.dw)] if pair_w else [LIBRARY]
+        smallest = list(problem.configs)[-1]  # fits wherever another does
+        return tuner.choose(problem.tuned(operation), list(problem.configs), compute, smallest, device)
 
-    def both(name_x: str, name_w: str) -> None:
+    names_x = [LIBRARY, best("dx")] if pair_x else [LIBRARY]
+    names_w = [LIBRARY, best("dw")] if pair_w else [LIBRARY]
+
+    def both(names: str) -> None:
+        # A copy: what a trial leaves in it, or left when it failed, is nobody's result.
+        trial, (name_x, name_w) = copy(run), names.split("+")
         # g costs little where a pass over dy is made anyway; then it isn't held against the library.
-        run.g = torch.empty_like(run.dy) if pass_is_needed else None
+        trial.g = torch.empty_like(run.dy) if pass_is_needed else None
         if pair_x:
-            run.dx(name_x)
+            trial.dx(name_x)
         if pair_w:
-            run.dw(name_w)
-        run.g = None
+            trial.dw(name_w)
 
-    candidates = {f"{a}+{b}": partial(both, a, b) for a in names_x for b in names_w}
-    key = f"gated_linear backward x={pair_x} w={pair_w} pass={pass_is_needed} {problem.key}"
-    name_x, name_w = tuner.choose(key, candidates, f"{LIBRARY}+{LIBRARY}", run.dy.device).split("+")
+    ways = [f"{name_x}+{name_w}" for name_x in names_x for name_w in names_w]
+    tuned = problem.tuned("backward", f"x={pair_x}", f"w={pair_w}", f"pass={pass_is_needed}")
+    name_x, name_w = tuner.choose(tuned, ways, both, f"{LIBRARY}+{LIBRARY}", device).split("+")
     return name_x, name_w
 
 

@@ -1,5 +1,6 @@
 """Gated convolution kernels, every way to compute them, against plain torch in float64."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -261,7 +262,7 @@ class Clock:
         self.fastest, self.shown = fastest, []
 
     def __call__(self, candidate):
-        name = implicit.config_name(candidate.args[-1]) if hasattr(candidate, "args") else kernels.LIBRARY
+        name = candidate.args[-1]
         self.shown.append(name)
         return 1.0 if name == self.fastest else 2.0
 
@@ -290,6 +291,27 @@ def test_the_fastest_way_forward_is_taken_and_remembered(monkeypatch, tmp_path):
     assert_twice_as_good(y, plain, exact)
     _, by_library = chosen(monkeypatch, tmp_path, tensors, moves, Clock(kernels.LIBRARY))
     assert not by_library  # remembered in the file
+
+
+def test_candidates_are_timed_and_run_on_the_device_of_the_images(monkeypatch, tmp_path):
+    inside = []
+
+    @contextlib.contextmanager
+    def guard(tensor):
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    def timer(candidate):
+        timed.append(inside[0].shape)
+        return 1.0
+
+    tensors, moves = operands(CONVOLUTIONS[0], torch.float32), CONVOLUTIONS[0][6:]
+    monkeypatch.setattr(kernels, "device_guard", guard)
+    timed = []
+    chosen(monkeypatch, tmp_path, tensors, moves, timer)
+    assert set(timed) == {tensors[0].shape}
+    assert not inside
 
 
 def test_the_library_takes_what_is_fastest_there(monkeypatch, tmp_path):
