@@ -322,6 +322,7 @@ def dry_device(capability: tuple[int, int] = (9, 0), candidates: bool = False) -
         "device": guard,
         "get_device_capability": lambda _=None: capability,
         "get_device_name": lambda _=None: "dry device",
+        "is_bf16_supported": lambda *_: True,
         "is_current_stream_capturing": lambda: False,
         "mem_get_info": lambda _=None: (2**40, 2**40),
         "current_stream": lambda _=None: SimpleNamespace(cuda_stream=0),

@@ -174,6 +174,12 @@ def variants(
     return list(found)
 
 
+def as_json(variant: Variant) -> dict[str, Any]:
+    """The fields of a variant as JSON has them."""
+    types, constants = dict(variant.types), dict(variant.constants)
+    return variant.__dict__ | {"types": types, "constants": constants, "divisible": sorted(variant.divisible)}
+
+
 def plain(model: nn.Module) -> nn.Module:
     """A copy whose gated layers compute as torch's own of their weights, and whose dropouts are torch's.
 
@@ -303,20 +309,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="of host time measured for each; 0 measures none")
     parser.add_argument("--operators", action="store_true", help="list launches by kernel and operator")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser.add_argument(
+        "--variants",
+        type=int,
+        nargs="+",
+        metavar="CAPABILITY",
+        help="write nothing but the variants of kernels that steps launch on devices of 80, 90, ..., as JSON",
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.recipes) - set(RECIPES):
         parser.error(f"unknown recipe {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
     torch.set_num_threads(1)
+    names = options.recipes or RECIPES
+    if options.variants:
+        found = {number: variants(names, divmod(number, 10)) for number in options.variants}
+        listed = [{"capability": number, **as_json(one)} for number, of_one in found.items() for one in of_one]
+        print(json.dumps(listed))
+        return 0
     rows = []
     print(f"{'recipe':<22}{'step':<7}{'Triton':>7}{'other':>7}{'reads':>7}{'host us':>10}{'plain us':>10}{'ratio':>7}")
-    for name in options.recipes or RECIPES:
+    for name in names:
         host = host_microseconds(name, options.seconds) if options.seconds else {}
         for mode, recording in record(name).items():
             row: dict[str, Any] = {"recipe": name, "step": mode, "triton": recording.triton.total()}
             row |= {"other": recording.operators.total(), "reads": recording.reads.total()}
             if host:
                 row |= {"host_us": round(host[mode], 1), "plain_us": round(host["plain"], 1)}
-            rows.append(row)
+            rows.append(row | {"kernels": recording.kernels, "operators": recording.operators})
             times = f"{host[mode]:>10.0f}{host['plain']:>10.0f}{host[mode] / host['plain']:>7.2f}" if host else ""
             print(f"{name:<22}{mode:<7}{row['triton']:>7}{row['other']:>7}{row['reads']:>7}{times}", flush=True)
             if options.operators:
