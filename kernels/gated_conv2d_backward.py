@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, narrow, refuse_float64, split
+from .launch import ceil_div, device_guard, narrow, refuse_float64, split
 
 # 1024 numbers at a time, at most 8 a thread: more spill where rows don't begin at 16 bytes. Pixels lie side by side in
 # contiguous images, channels in channels_last ones.
@@ -38,7 +38,7 @@ def tile_for(channels_last: bool, outputs: int, pixels: int) -> triton.Config:
     )
 
     def covered(tile: triton.Config) -> int:
-        return triton.cdiv(size, tile.kwargs[axis]) * tile.kwargs[axis]
+        return ceil_div(size, tile.kwargs[axis]) * tile.kwargs[axis]
 
     return next((tile for tile in reversed(tiles) if 2 * covered(tile) <= 3 * size), tiles[0])
 
@@ -165,8 +165,8 @@ def epilogue_backward(
     y = y.contiguous(memory_format=layout) if relu and y is not None else None
 
     tile = tile_for(channels_last, outputs, pixels)
-    programs = batch * triton.cdiv(outputs, tile.kwargs["BLOCK_O"])
-    splits, tiles_each = split(programs, triton.cdiv(pixels, tile.kwargs["BLOCK_P"]), PROGRAMS)
+    programs = batch * ceil_div(outputs, tile.kwargs["BLOCK_O"])
+    splits, tiles_each = split(programs, ceil_div(pixels, tile.kwargs["BLOCK_P"]), PROGRAMS)
     d_both = d_scale = d_shift = None
     if wants_both:
         shape = (batch, 2 * outputs, height, width)

@@ -27,7 +27,7 @@ from .gated_linear_epilogue import (
     gated_linear_gates_finish_kernel,
 )
 from .gated_linear_matmul import gated_linear_bwd_dw_kernel, gated_linear_bwd_dx_kernel, gated_linear_fwd_kernel
-from .launch import device_guard, refuse_float64, split
+from .launch import ceil_div, device_guard, refuse_float64, split
 from .matmul import config_name, configs
 
 LIBRARY = "library"
@@ -88,7 +88,7 @@ def _matrix_options(
 ) -> tuple[tuple[int], dict[str, object]]:
     """Grid and keyword arguments of a matrix kernel."""
     meta = config.kwargs
-    grid = (triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]),)
+    grid = (ceil_div(rows, meta["BLOCK_M"]) * ceil_div(columns, meta["BLOCK_N"]),)
     options = problem.options | meta | {"EVEN_K": summed % meta["BLOCK_K"] == 0}
     return grid, options | {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
@@ -120,7 +120,7 @@ def forward(
     def library() -> tuple[Tensor, Tensor]:
         y, q = torch.mm(x, weight.T), torch.mm(x, response_weight.T)
         tile = EPILOGUE_CONFIG.kwargs
-        grid = (triton.cdiv(problem.M, tile["BLOCK_M"]) * triton.cdiv(problem.O, tile["BLOCK_N"]),)
+        grid = (ceil_div(problem.M, tile["BLOCK_M"]) * ceil_div(problem.O, tile["BLOCK_N"]),)
         gated_linear_epilogue_fwd_kernel[grid](
             y, q, h, weight_gate, bias, response_bias, bias_gate,
             problem.M, problem.O, problem.n, problem.batch, inner,
@@ -204,8 +204,8 @@ class _Backward:
     def rows(self, want_g: bool, want_h: bool) -> Tensor | None:
         """One pass that leaves g behind, returns dh, or both."""
         problem, tile = self.problem, BWD_ROWS_CONFIG.kwargs
-        row_tiles = triton.cdiv(problem.M, tile["BLOCK_M"])
-        splits, each = split(row_tiles, triton.cdiv(problem.O, tile["BLOCK_N"]), REDUCTION_PROGRAMS)
+        row_tiles = ceil_div(problem.M, tile["BLOCK_M"])
+        splits, each = split(row_tiles, ceil_div(problem.O, tile["BLOCK_N"]), REDUCTION_PROGRAMS)
         if want_g:
             self.g = torch.empty_like(self.dy)
         partial_dh = None
@@ -224,8 +224,8 @@ class _Backward:
     def gates(self, want_g: bool, want_s: bool, want_c: bool) -> Gradients:
         """(db, dr, dGw, dGb) as far as wanted: `want_s` dGw, `want_c` the other three. Leaves g behind if wanted."""
         problem, tile = self.problem, BWD_GATES_CONFIG.kwargs
-        output_tiles = triton.cdiv(problem.O, tile["BLOCK_N"])
-        splits, each = split(output_tiles, triton.cdiv(problem.M, tile["BLOCK_M"]), REDUCTION_PROGRAMS)
+        output_tiles = ceil_div(problem.O, tile["BLOCK_N"])
+        splits, each = split(output_tiles, ceil_div(problem.M, tile["BLOCK_M"]), REDUCTION_PROGRAMS)
         if want_g:
             self.g = torch.empty_like(self.dy)
         new = partial(self.dy.new_empty, dtype=torch.float32)
@@ -242,7 +242,7 @@ class _Backward:
         d_response_bias = torch.empty_like(d_bias) if d_bias is not None else None
         d_bias_gate = torch.empty_like(self.weight_gate) if want_c else None
         finish = FINISH_CONFIG
-        gated_linear_gates_finish_kernel[(triton.cdiv(problem.O, finish.kwargs["BLOCK_N"]),)](
+        gated_linear_gates_finish_kernel[(ceil_div(problem.O, finish.kwargs["BLOCK_N"]),)](
             s_partial, c_partial, bias_partial, self.response_bias, self.bias_gate,
             d_weight_gate, d_bias, d_response_bias, d_bias_gate, problem.O, problem.n, splits,
             WANT_S=want_s, WANT_C=want_c, N_PAD=problem.options["N_PAD"],

@@ -62,7 +62,10 @@ def join(weight: Tensor, response_weight: Tensor, groups: int) -> Tensor:
 
 
 def split(filters: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """(W, R) of `join`, each in memory of its own, as results of an operation must be."""
+    """(W, R) of `join`: views of one group's filters, else in memory of their own."""
+    if groups == 1:
+        weight, response_weight = filters.chunk(2)
+        return weight, response_weight
     weight, response_weight = filters.unflatten(0, (groups, 2, -1)).unbind(1)
     return weight.clone().flatten(0, 1), response_weight.clone().flatten(0, 1)
 

@@ -273,14 +273,14 @@ def augment_jobs():
 
 
 def embedding_jobs():
-    tables = {"p_tokens": "*i64", "p_s": "*fp32", "p_scale": "*fp32"}
+    tables = {"p_tokens": "*i64", "p_s": "*fp32", "p_scale": "*fp32", "p_known": "*i32"}
     for capability, floats, tile in itertools.product(CAPABILITIES, FLOATS, gated_embedding.TILES):
         for aligned in BOOLS:
             yield Job(
                 "stn_fast.kernels.gated_embedding:gated_embedding_fwd_kernel",
                 f"embedding-sm{capability}-{floats}-{tile.kwargs['COLS']} columns{'-aligned' if aligned else ''}",
                 capability,
-                typed(floats, "rows", "batch", "inner", "D", "column_tiles", **tables, p_e=f"*{floats}"),
+                typed(floats, "rows", "words", "batch", "inner", "D", "column_tiles", **tables, p_e=f"*{floats}"),
                 {"HAS_SCALE": True, **tile.kwargs},
                 tile.num_warps,
                 divisible=frozenset("D") if aligned else frozenset(),
