@@ -23,20 +23,21 @@ from importlib import import_module
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import smoke
 from benchmarks.dry_device import Recording, Variant, dry_device, recorded_launches
 from stn_fast import layers
 from stn_fast.command_line import run_command
-from stn_fast.data import Images, Split, cifar10, fashion_mnist, ptb
-from stn_fast.data.text import END, Corpus
+from stn_fast.data import Split, cifar10
 from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.recipes import recipe
+from stn_fast.recipes.images import build_task
 from stn_fast.training import finite
 from stn_fast.training.config import Config
 from stn_fast.training.methods import SelfTuning, build_method
@@ -44,7 +45,6 @@ from stn_fast.training.task import Task
 
 RESNET = "cifar10-resnet18"  # no recipe, but the data and hyperparameters of one
 RECIPES = ("digits", "fashion-mnist-small", "fashion-mnist", "cifar10", RESNET, "ptb-small", "ptb")
-WORDS = {"ptb": 10_000, "ptb-small": 3_141}
 # Channels and hidden units in the place of the networks' own, where they are constants of a module.
 NARROW: dict[str, dict[str, tuple[int, ...]]] = {
     "alexnet": {"CHANNELS": (8,) * 5, "HIDDEN": (16, 16)},
@@ -53,49 +53,22 @@ NARROW: dict[str, dict[str, tuple[int, ...]]] = {
 WARM_UP = 2  # steps before the one that is recorded: the first makes the optimizers' state
 
 
-def _images(channels: int, side: int, examples: int) -> Images:
-    split = Split(torch.zeros(examples, channels, side, side, dtype=torch.uint8), torch.arange(examples) % 10)
-    return Images(split, Split(*(part[:256] for part in split)), (0.5,) * channels, (0.25,) * channels)
-
-
-def _corpus(words: int, *_: Any, **__: Any) -> Corpus:
-    text = torch.arange(70 * 40 * 8) % words
-    return Corpus(text, text, text, (END, *map(str, range(1, words))))
-
-
-@contextlib.contextmanager
-def _without_files(words: int) -> Iterator[None]:
-    """Data sets of the right shapes, and of as many examples as the recipes set aside and some more."""
-    with (
-        mock.patch.object(cifar10, "load", return_value=_images(3, 32, 10_512)),
-        mock.patch.object(fashion_mnist, "load", return_value=_images(1, 28, 10_512)),
-        mock.patch.object(ptb, "load", partial(_corpus, words)),
-    ):
-        yield
-
-
-def build(name: str, device: str, narrow: bool = False) -> tuple[Config, Task]:
-    """The recipe's configuration and its task, on zeros for data; `narrow`: the same layers with few numbers each."""
-    base = "cifar10" if name == RESNET else name
-    module = recipe(base)
-    config = replace(module.config(), device=device)
-    words = WORDS.get(base, 1)
+def build(name: str, device: Literal["cpu", "cuda"], narrow: bool = False) -> tuple[Config, Task]:
+    """The recipe's configuration and its task, on random data; `narrow`: the same layers with few numbers each."""
+    config = replace(recipe("cifar10" if name == RESNET else name).config(), device=device)
     with contextlib.ExitStack() as stack:
         if narrow:
-            words = min(words, 50)
             config = replace(config, schedule=replace(config.schedule, batch_size=2, valid_batch_size=2))
             config = config if config.text is None else replace(config, text=replace(config.text, width=16))
+            stack.enter_context(mock.patch.object(smoke, "VOCABULARY", 50))
             for network, constants in NARROW.items():
                 found = import_module(f"stn_fast.models.{network}")
                 for constant, sizes in constants.items():
                     stack.enter_context(mock.patch.object(found, constant, sizes))
-        stack.enter_context(_without_files(words))
+        stack.enter_context(smoke.random_data())
         if name != RESNET:
-            return config, module.build(config)
-        from stn_fast.recipes._images import build_task
-
-        task = build_task(config, cifar10.load(), partial(_resnet18, narrow), valid_size=module.VALID_SIZE)
-        return config, task
+            return config, recipe(name).build(config)
+        return config, build_task(config, cifar10.load(), partial(_resnet18, narrow), valid_size=500)
 
 
 def _resnet18(narrow: bool, space: HyperparameterSpace) -> nn.Module:

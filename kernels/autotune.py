@@ -19,15 +19,13 @@ writes the table of this machine's device from what it has found out.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
 import os
 import re
-import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,12 +35,7 @@ import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from stn_fast.files import expanded
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
+from stn_fast.files import cache_root, locked, replace
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -90,7 +83,7 @@ def milliseconds(candidate: Callable[[], object]) -> float:
 
 
 def cache_file() -> Path:
-    return expanded(os.environ.get("STN_FAST_CACHE") or "~/.cache/stn_fast", "STN_FAST_CACHE") / "autotune.json"
+    return cache_root() / "autotune.json"
 
 
 def size_bucket(size: int) -> str:
@@ -124,18 +117,6 @@ def environment(device_name: str) -> str:
 
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keeps other processes from changing the file meanwhile, where files can be locked."""
-    if fcntl is None:
-        yield
-        return
-    with path.with_suffix(".lock").open("a") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks; then the last to write wins
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def table_file(device_name: str) -> Path:
@@ -258,20 +239,17 @@ class Autotuner:
         path = self._file()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path):
+            with locked(path.with_suffix(".lock")):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # reading it the first time has said so
                     choices = self._read() | {key: name}
-                _replace(path, choices)
+                replace(path, _as_file(choices))
         except OSError as error:
             warnings.warn(f"the choice of kernel is not kept in {path}: {error}", stacklevel=4)
 
 
-def _replace(path: Path, content: dict[str, Any]) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.write("\n")
-    os.replace(file.name, path)
+def _as_file(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
 tuner = Autotuner()
@@ -294,7 +272,8 @@ def export(path: Path, device_name: str | None = None, tuned: Autotuner = tuner)
     if not choices:
         raise ValueError(f"{tuned._file()} has no choice for {name!r} with {versions()}: run something on it first")
     path = path / table_file(name).name if path.is_dir() else path
-    _replace(path, {"format": TABLE_FORMAT, "device": name, "versions": versions(), "choices": choices})
+    table = {"format": TABLE_FORMAT, "device": name, "versions": versions(), "choices": choices}
+    replace(path, _as_file(table))
     return path
 
 
