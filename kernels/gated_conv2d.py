@@ -11,12 +11,22 @@ import torch
 from torch import Tensor
 
 from .autotune import Problem, tuner
-from .gated_conv2d_backward import epilogue_backward
+from .gated_conv2d_backward import epilogue_backward, epilogue_partials
 from .gated_conv2d_epilogue import epilogue_forward
+from .gated_conv2d_gates import MAX_N, gates, gates_backward
 from .gated_conv2d_implicit import implicit_gemm, output_size, precision, shipped
 from .launch import device_guard
 
-__all__ = ["choose_forward", "epilogue_backward", "epilogue_forward", "implicit_gemm"]
+__all__ = [
+    "MAX_N",
+    "choose_forward",
+    "epilogue_backward",
+    "epilogue_forward",
+    "epilogue_partials",
+    "gates",
+    "gates_backward",
+    "implicit_gemm",
+]
 
 LIBRARY = "library"
 # Fewer channels leave most of the implicit product's steps empty; the library has kernels of their own for these.

@@ -8,6 +8,8 @@ device, pixels are split among programs; their partial sums are added in a fixed
 """
 # ruff: noqa: E741 (O outputs)
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -134,7 +136,7 @@ def _pixel_stride(q: Tensor) -> int:
     return pixel
 
 
-def epilogue_backward(
+def epilogue_partials(
     dy: Tensor,
     y: Tensor | None,
     q: Tensor,
@@ -145,7 +147,8 @@ def epilogue_backward(
     wants_scale: bool,
     wants_shift: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(d_both (B, 2·O, H, W), d_scale (B, O), d_shift (B, O)), None where not wanted; the tables are float32.
+    """(d_both (B, 2·O, H, W), d_scale, d_shift), None where not wanted; the tables are parts to be added up,
+    (splits, B, O) float32.
 
     dy, y: (B, O, H, W), best in the memory format of q; y is None unless `relu`.
     q: (B, groups, O/groups, H, W), the second half of every group of `both`, with whatever strides that leaves. It is
@@ -200,4 +203,10 @@ def epilogue_backward(
             num_warps=tile.num_warps,
             **tile.kwargs,
         )
+    return d_both, d_scale, d_shift
+
+
+def epilogue_backward(*arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`epilogue_partials`, added up: tables (B, O)."""
+    d_both, d_scale, d_shift = epilogue_partials(*arguments)
     return d_both, None if d_scale is None else d_scale.sum(0), None if d_shift is None else d_shift.sum(0)
