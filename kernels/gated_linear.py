@@ -68,10 +68,19 @@ class _Problem:
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
         self.configs = {config_name(config): config for config in configs(x.dtype, self.aligned, capability)}
         self._kind = (x.dtype, self.options["PRECISION"], f"n{self.options['N_PAD']}")
+        self._passes: dict[int, dict[str, object]] = {}
 
     def tuned(self, operation: str, *flags: str) -> Problem:
         """The autotuner's problem of an operation on these sizes."""
         return Problem((f"gated_linear {operation}", *self._kind, *flags), (self.M, self.I, self.O))
+
+    def pass_options(self, config: triton.Config) -> dict[str, object]:
+        """Keyword arguments of a pass over dy, P or Q."""
+        found = self._passes.get(id(config))  # of a constant of a module; its hash takes longer than a launch
+        if found is None:
+            launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            found = self._passes[id(config)] = self.options | config.kwargs | launch
+        return found
 
     def named(self, choice: Choice) -> str:
         """The name of a choice; a configuration of the caller's own is added to the list."""
@@ -93,8 +102,21 @@ def _matrix_options(
     return grid, options | {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
-def _pass_options(problem: _Problem, config: triton.Config) -> dict[str, object]:
-    return problem.options | config.kwargs | {"num_warps": config.num_warps, "num_stages": config.num_stages}
+_problems: dict[tuple[object, ...], _Problem] = {}
+MOST_PROBLEMS = 4096  # that are kept: texts of all lengths have as many
+
+
+def _problem(x: Tensor, weight: Tensor, h: Tensor, inner: int, own: bool) -> _Problem:
+    """The problem of these sizes, made once; anew for a configuration of the caller's `own`, which it will hold."""
+    if own:
+        return _Problem(x, weight, h, inner)
+    key = (x.shape, len(weight), h.shape, inner, x.dtype, _precision(x.dtype), x.device)
+    found = _problems.get(key)
+    if found is None:
+        if len(_problems) >= MOST_PROBLEMS:
+            _problems.clear()
+        found = _problems[key] = _Problem(x, weight, h, inner)
+    return found
 
 
 def forward(
@@ -115,7 +137,7 @@ def forward(
 
     config fixes "library", a configuration's name or a configuration; by default the autotuner chooses.
     """
-    problem = _Problem(x, weight, h, inner)
+    problem = _problem(x, weight, h, inner, isinstance(config, triton.Config))
 
     def library() -> tuple[Tensor, Tensor]:
         y, q = torch.mm(x, weight.T), torch.mm(x, response_weight.T)
@@ -124,7 +146,7 @@ def forward(
         gated_linear_epilogue_fwd_kernel[grid](
             y, q, h, weight_gate, bias, response_bias, bias_gate,
             problem.M, problem.O, problem.n, problem.batch, inner,
-            HAS_BIAS=bias is not None, **_pass_options(problem, EPILOGUE_CONFIG),
+            HAS_BIAS=bias is not None, **problem.pass_options(EPILOGUE_CONFIG),
         )  # fmt: skip
         return y, q
 
@@ -215,7 +237,7 @@ class _Backward:
             self.dy, self.q, self.h, self.weight_gate, self.response_bias, self.bias_gate, self.g, partial_dh,
             problem.M, problem.O, problem.n, problem.batch, problem.inner, each,
             HAS_BIAS=self.response_bias is not None, STORE_G=want_g, WANT_H=want_h,
-            **_pass_options(problem, BWD_ROWS_CONFIG),
+            **problem.pass_options(BWD_ROWS_CONFIG),
         )  # fmt: skip
         if partial_dh is None:
             return None
@@ -235,7 +257,7 @@ class _Backward:
         gated_linear_epilogue_bwd_gates_kernel[(output_tiles, splits)](
             self.dy, self.q, self.h, self.weight_gate, self.g, s_partial, c_partial, bias_partial,
             problem.M, problem.O, problem.n, problem.batch, problem.inner, each,
-            STORE_G=want_g, WANT_S=want_s, WANT_C=want_c, **_pass_options(problem, BWD_GATES_CONFIG),
+            STORE_G=want_g, WANT_S=want_s, WANT_C=want_c, **problem.pass_options(BWD_GATES_CONFIG),
         )  # fmt: skip
         d_weight_gate = torch.empty_like(self.weight_gate) if want_s else None
         d_bias = self.dy.new_empty(problem.O) if want_c else None
@@ -301,8 +323,8 @@ def backward(
     config fixes how dx, and how dW with dR, are computed, as in `forward`; a pair fixes each.
     """
     want_x, want_w, want_b, want_r, want_rb, want_gw, want_gb, want_h = wanted
-    problem = _Problem(x, weight, h, inner)
     pair = config if isinstance(config, tuple) else (config or LIBRARY, config or LIBRARY)
+    problem = _problem(x, weight, h, inner, any(isinstance(choice, triton.Config) for choice in pair))
     name_x, name_w = (problem.named(choice) for choice in pair)
     run = _Backward(dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q, problem)
     pair_w = want_w and want_r
