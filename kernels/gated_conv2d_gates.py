@@ -16,9 +16,13 @@ from torch import Tensor
 from .launch import ceil_div, device_guard, narrow
 
 MAX_N = 32  # hyperparameters that kernels have registers for
-TABLES_CONFIG = triton.Config({"BLOCK_B": 32, "BLOCK_O": 64}, num_warps=4)
-GATES_CONFIG = triton.Config({"BLOCK_B": 32, "BLOCK_O": 16}, num_warps=4)
-RESPONSE_CONFIG = triton.Config({"BLOCK_B": 16, "BLOCK_O": 64}, num_warps=4)
+TABLES_CONFIG = triton.Config({"BLOCK_B": 32, "BLOCK_O": 32}, num_warps=4)
+# By N_PAD, the length of a row of gates: with another number of warps each spills somewhere.
+GATES_CONFIGS = {
+    16: triton.Config({"BLOCK_B": 32, "BLOCK_O": 16}, num_warps=8),
+    32: triton.Config({"BLOCK_B": 32, "BLOCK_O": 16}, num_warps=4),
+}
+RESPONSE_CONFIG = triton.Config({"BLOCK_B": 16, "BLOCK_O": 64}, num_warps=8)
 
 
 @triton.jit
@@ -166,9 +170,12 @@ def gated_conv2d_bwd_response_kernel(
     tl.store(p_dh + i_b.to(tl.int64)[:, None] * n + i_n[None, :], narrow(b_dh, p_dh.dtype.element_ty), mask=inside)
 
 
+def _padded(n: int) -> int:
+    return 16 if n <= 16 else 32  # a product is at least 16 long
+
+
 def _options(config: triton.Config, n: int) -> dict[str, int]:
-    n_pad = 16 if n <= 16 else 32  # a product is at least 16 long
-    return {"N_PAD": n_pad, "num_warps": config.num_warps, **config.kwargs}
+    return {"N_PAD": _padded(n), "num_warps": config.num_warps, **config.kwargs}
 
 
 def gates(
@@ -216,10 +223,11 @@ def gates_backward(
             if d_shift is not None:
                 d_bias, d_response_bias = h.new_empty(outputs), h.new_empty(outputs)
                 d_bias_gate = torch.empty_like(weight_gate)
-            gated_conv2d_bwd_gates_kernel[(ceil_div(outputs, GATES_CONFIG.kwargs["BLOCK_O"]),)](
+            config = GATES_CONFIGS[_padded(n)]
+            gated_conv2d_bwd_gates_kernel[(ceil_div(outputs, config.kwargs["BLOCK_O"]),)](
                 d_scale, d_shift, h, response_bias, bias_gate, d_weight_gate, d_bias, d_response_bias, d_bias_gate,
                 parts, batch, outputs, n,
-                WANT_SCALE=d_scale is not None, WANT_SHIFT=d_shift is not None, **_options(GATES_CONFIG, n),
+                WANT_SCALE=d_scale is not None, WANT_SHIFT=d_shift is not None, **_options(config, n),
             )  # fmt: skip
         if wanted.h:
             dh = torch.empty_like(h)
