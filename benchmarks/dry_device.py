@@ -287,9 +287,11 @@ def dry_device(capability: tuple[int, int] = (9, 0), candidates: bool = False) -
     """A device "cuda" within the block, whose launches the `Recording` holds.
 
     The autotuner takes defaults; with `candidates` it launches all others too, as it does where it measures them.
+    Kernels in CUDA C++ are left out, and are no candidates.
     A launch or a choice outside of `torch.cuda.device` raises RuntimeError: it would be on whatever device is current.
     """
     from stn_fast import dispatch
+    from stn_fast.kernels import gated_lstm_persistent
     from stn_fast.kernels.autotune import Autotuner
     from stn_fast.ops import _eager
 
@@ -341,6 +343,7 @@ def dry_device(capability: tuple[int, int] = (9, 0), candidates: bool = False) -
         )
         stack.enter_context(mock.patch.object(_eager, "is_in_torch_dispatch_mode", return_value=False))
         stack.enter_context(mock.patch.object(Autotuner, "choose", choose))
+        stack.enter_context(mock.patch.object(gated_lstm_persistent, "why_not", return_value="it isn't recorded"))
         for cache in caches:
             stack.callback(cache.cache_clear)
         stack.enter_context(recorded_launches(launched, capability))
