@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 # Test files side by side, each on two threads that leave the processors to one another when they wait.
 WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help venv train test lint cases bench test-gpu bench-gpu gpu-report clean
+.PHONY: help venv train test lint launched-kernels cases bench test-gpu bench-gpu gpu-report clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
@@ -43,6 +43,9 @@ lint: venv  ## style and types
 
 test: lint  ## lint, then every test that needs no GPU
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -m "not gpu" $(WORKERS) $(ARGS)
+
+launched-kernels: venv  ## compile every variant of a kernel that a step of a recipe launches (ARGS="digits" names one)
+	$(RUN) tests/launched_kernels.py $(ARGS)
 
 cases: venv  ## every script in a folder (CASES=DIR): its exit status and seconds, then how many failed
 	$(RUN) tests/run_cases.py "$$CASES"

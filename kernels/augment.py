@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .augment_colour import blend, grey_of, jitter, turn_hue, unit_interval
 from .augment_geometry import affine_source, bilinear, crop_shift, near, pixel_at, uniform_log_zoom
-from .launch import device_guard, words_in_range
+from .launch import ceil_div, device_guard, words_in_range
 from .random import draw_words, in_element_order, normal_of, normals_in_order, uniform_of
 
 # Rows of the table of strengths; bit k of the mask ON says that row k is on.
@@ -301,7 +301,7 @@ def augment(
     if not out.numel():
         return out
     tile = tile_of(pixels)
-    tiles = triton.cdiv(pixels, tile.kwargs["PIXELS"])
+    tiles = ceil_div(pixels, tile.kwargs["PIXELS"])
     first_example, stream = words_in_range(first_example, stream)
     draw = (float(flip), crop_padding, first_example, seed, stream)
     options = dict(ON=mask, CHANNELS=channels, num_warps=tile.num_warps, **tile.kwargs)

@@ -6,17 +6,27 @@ of both branches that one fused pass leaves.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from .autotune import size_bucket, tuner
-from .gated_conv2d_backward import epilogue_backward
+from .autotune import Problem, tuner
+from .gated_conv2d_backward import epilogue_backward, epilogue_partials
 from .gated_conv2d_epilogue import epilogue_forward
+from .gated_conv2d_gates import MAX_N, gates, gates_backward
 from .gated_conv2d_implicit import implicit_gemm, output_size, precision, shipped
+from .launch import device_guard
 
-__all__ = ["choose_forward", "epilogue_backward", "epilogue_forward", "implicit_gemm"]
+__all__ = [
+    "MAX_N",
+    "choose_forward",
+    "epilogue_backward",
+    "epilogue_forward",
+    "epilogue_partials",
+    "gates",
+    "gates_backward",
+    "implicit_gemm",
+]
 
 LIBRARY = "library"
 # Fewer channels leave most of the implicit product's steps empty; the library has kernels of their own for these.
@@ -44,16 +54,19 @@ def choose_forward(
     `library` computes the same from one convolution and `epilogue_forward`. Arguments are those of `implicit_gemm`,
     which takes part for channels_last images, one group and at least LEAST_CHANNELS channels.
     """
-    candidates: dict[str, Callable[[], Result]] = {LIBRARY: library}
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    if channels_last and groups == 1 and x.shape[1] >= LEAST_CHANNELS:
-        operands = (x, weight, response_weight, scale, shift, stride, padding, dilation, relu, save_response)
-        candidates |= {name: partial(implicit_gemm, *operands, config) for name, config in shipped(x, weight).items()}
+    if not channels_last or groups != 1 or x.shape[1] < LEAST_CHANNELS:
+        return library()
+    configs = shipped(x, weight)
+    operands = (x, weight, response_weight, scale, shift, stride, padding, dilation, relu, save_response)
+
+    def run(name: str) -> Result:
+        return library() if name == LIBRARY else implicit_gemm(*operands, configs[name])
+
     height, width = output_size(x, weight, stride, padding, dilation)
-    sizes = " ".join(size_bucket(size) for size in (x.shape[0] * height * width, x.shape[1], weight.shape[0]))
-    kernel = "x".join(map(str, weight.shape[2:]))
-    key = (
-        f"gated_conv2d forward {x.dtype} {precision(x.dtype)} {sizes} {kernel} stride={tuple(stride)} "
-        f"dilation={tuple(dilation)} save={save_response}"
-    )
-    return candidates[tuner.choose(key, candidates, LIBRARY, x.device)]()
+    operation = ("gated_conv2d forward", x.dtype, precision(x.dtype), "x".join(map(str, weight.shape[2:])))
+    moves = (f"stride={'x'.join(map(str, stride))}", f"dilation={'x'.join(map(str, dilation))}")
+    sizes = (x.shape[0] * height * width, x.shape[1], weight.shape[0])
+    problem = Problem((*operation, *moves, f"save={save_response}"), sizes)
+    with device_guard(x):
+        return run(tuner.choose(problem, (LIBRARY, *configs), run, LIBRARY, x.device))

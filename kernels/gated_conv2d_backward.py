@@ -8,12 +8,14 @@ device, pixels are split among programs; their partial sums are added in a fixed
 """
 # ruff: noqa: E741 (O outputs)
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, narrow, refuse_float64, split
+from .launch import ceil_div, device_guard, narrow, refuse_float64, split
 
 # 1024 numbers at a time, at most 8 a thread: more spill where rows don't begin at 16 bytes. Pixels lie side by side in
 # contiguous images, channels in channels_last ones.
@@ -38,7 +40,7 @@ def tile_for(channels_last: bool, outputs: int, pixels: int) -> triton.Config:
     )
 
     def covered(tile: triton.Config) -> int:
-        return triton.cdiv(size, tile.kwargs[axis]) * tile.kwargs[axis]
+        return ceil_div(size, tile.kwargs[axis]) * tile.kwargs[axis]
 
     return next((tile for tile in reversed(tiles) if 2 * covered(tile) <= 3 * size), tiles[0])
 
@@ -134,7 +136,7 @@ def _pixel_stride(q: Tensor) -> int:
     return pixel
 
 
-def epilogue_backward(
+def epilogue_partials(
     dy: Tensor,
     y: Tensor | None,
     q: Tensor,
@@ -145,7 +147,8 @@ def epilogue_backward(
     wants_scale: bool,
     wants_shift: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(d_both (B, 2·O, H, W), d_scale (B, O), d_shift (B, O)), None where not wanted; the tables are float32.
+    """(d_both (B, 2·O, H, W), d_scale, d_shift), None where not wanted; the tables are parts to be added up,
+    (splits, B, O) float32.
 
     dy, y: (B, O, H, W), best in the memory format of q; y is None unless `relu`.
     q: (B, groups, O/groups, H, W), the second half of every group of `both`, with whatever strides that leaves. It is
@@ -165,8 +168,8 @@ def epilogue_backward(
     y = y.contiguous(memory_format=layout) if relu and y is not None else None
 
     tile = tile_for(channels_last, outputs, pixels)
-    programs = batch * triton.cdiv(outputs, tile.kwargs["BLOCK_O"])
-    splits, tiles_each = split(programs, triton.cdiv(pixels, tile.kwargs["BLOCK_P"]), PROGRAMS)
+    programs = batch * ceil_div(outputs, tile.kwargs["BLOCK_O"])
+    splits, tiles_each = split(programs, ceil_div(pixels, tile.kwargs["BLOCK_P"]), PROGRAMS)
     d_both = d_scale = d_shift = None
     if wants_both:
         shape = (batch, 2 * outputs, height, width)
@@ -200,4 +203,10 @@ def epilogue_backward(
             num_warps=tile.num_warps,
             **tile.kwargs,
         )
+    return d_both, d_scale, d_shift
+
+
+def epilogue_backward(*arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`epilogue_partials`, added up: tables (B, O)."""
+    d_both, d_scale, d_shift = epilogue_partials(*arguments)
     return d_both, None if d_scale is None else d_scale.sum(0), None if d_shift is None else d_shift.sum(0)

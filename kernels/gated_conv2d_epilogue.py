@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, narrow, refuse_float64
+from .launch import ceil_div, device_guard, narrow, refuse_float64
 
 # 2048 numbers a program, 8 a thread.
 TILES = [
@@ -29,7 +29,7 @@ def tile_for(columns: int) -> triton.Config:
     """The longest rows that leave at most an eighth of a tile's work empty."""
 
     def covered(tile: triton.Config) -> int:
-        return triton.cdiv(columns, tile.kwargs["COLS"]) * tile.kwargs["COLS"]
+        return ceil_div(columns, tile.kwargs["COLS"]) * tile.kwargs["COLS"]
 
     return next((tile for tile in reversed(TILES) if covered(tile) <= columns + columns // 8), TILES[0])
 
@@ -98,9 +98,9 @@ def epilogue_forward(both: Tensor, scale: Tensor, shift: Tensor | None, groups: 
         raise ValueError(f"gated_conv2d: at most {MAX_COLUMNS} numbers in a group of an example; got {columns}")
     y = torch.empty((batch, outputs, height, width), dtype=both.dtype, device=both.device, memory_format=layout)
     tile = tile_for(columns)
-    column_tiles = triton.cdiv(columns, tile.kwargs["COLS"])
+    column_tiles = ceil_div(columns, tile.kwargs["COLS"])
     with device_guard(both):
-        gated_conv2d_epilogue_fwd_kernel[(triton.cdiv(rows, tile.kwargs["ROWS"]) * column_tiles,)](
+        gated_conv2d_epilogue_fwd_kernel[(ceil_div(rows, tile.kwargs["ROWS"]) * column_tiles,)](
             both,
             scale.contiguous(),
             None if shift is None else shift.contiguous(),

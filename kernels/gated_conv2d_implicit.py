@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, narrow, refuse_float64
+from .launch import ceil_div, device_guard, narrow, refuse_float64
 from .matmul import FLOAT32_CONFIGS, config_name, configs, dot, halves, matrix_config, tile_order
 
 # float32 images in TF32, which is what the library's convolutions use unless told otherwise: on tensor cores a tile
@@ -192,7 +192,7 @@ def implicit_gemm(
         q = both.unflatten(1, (1, 2, outputs))[:, :, 1]
     meta = chosen.kwargs
     with device_guard(x):
-        gated_conv2d_fwd_kernel[(triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(outputs, meta["BLOCK_N"]),)](
+        gated_conv2d_fwd_kernel[(ceil_div(rows, meta["BLOCK_M"]) * ceil_div(outputs, meta["BLOCK_N"]),)](
             x,
             weight,
             response_weight,

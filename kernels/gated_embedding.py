@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, narrow, refuse_float64
+from .launch import ceil_div, device_guard, narrow, refuse_float64
 
 # 2048 numbers a program, 8 a thread.
 TILES = [
@@ -22,7 +22,7 @@ def tile_for(columns: int) -> triton.Config:
     """The longest rows that leave at most a fifth of a tile's work empty: 650 columns are six times 128."""
 
     def covered(tile: triton.Config) -> int:
-        return triton.cdiv(columns, tile.kwargs["COLS"]) * tile.kwargs["COLS"]
+        return ceil_div(columns, tile.kwargs["COLS"]) * tile.kwargs["COLS"]
 
     return next((tile for tile in reversed(TILES) if covered(tile) <= columns + columns // 4), TILES[0])
 
@@ -35,7 +35,9 @@ def gated_embedding_fwd_kernel(
     p_s,
     p_scale,
     p_e,
+    p_known,
     rows,
+    words,
     batch,
     inner,
     D,
@@ -47,8 +49,11 @@ def gated_embedding_fwd_kernel(
     i_row = (tl.program_id(0) // column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     i_column = (tl.program_id(0) % column_tiles) * COLS + tl.arange(0, COLS)
     in_row = i_row < rows
-    inside = in_row[:, None] & (i_column < D)[None, :]
     i_word = tl.load(p_tokens + i_row, mask=in_row, other=0)
+    unknown = (i_word < 0) | (i_word >= words)
+    tl.store(p_known + tl.zeros_like(i_word), 0, mask=unknown)
+    in_row &= ~unknown
+    inside = in_row[:, None] & (i_column < D)[None, :]
     i_table = i_word[:, None] * D + i_column[None, :]
     i_gate = (i_row // inner % batch)[:, None] * D + i_column[None, :]
     b_e = tl.load(p_weight + i_table, mask=inside, other=0.0).to(tl.float32)
@@ -72,23 +77,29 @@ def forward(
 ) -> Tensor:
     """e (outer·B·inner, D) in the dtype of weight; the gates and the arithmetic are in float32.
 
-    tokens (outer·B·inner,) int64, all of them rows of the tables; scale (V,) float32. Raises TypeError for float64.
+    tokens (outer·B·inner,) int64; scale (V,) float32. Raises TypeError for float64.
+
+    Where a token is no row of the tables, the device stops later, as it does for torch.nn.Embedding; on the CPU that is
+    a RuntimeError here.
     """
     refuse_float64("gated_embedding", weight=weight)
     rows, columns = len(tokens), weight.shape[1]
     s = h.float() @ weight_gate.float().T
     e = torch.empty((rows, columns), dtype=weight.dtype, device=weight.device)
+    known = torch.ones((), dtype=torch.int32, device=weight.device)
     tile = tile_for(columns)
-    column_tiles = triton.cdiv(columns, tile.kwargs["COLS"])
+    column_tiles = ceil_div(columns, tile.kwargs["COLS"])
     with device_guard(weight):
-        gated_embedding_fwd_kernel[(triton.cdiv(rows, tile.kwargs["ROWS"]) * column_tiles,)](
+        gated_embedding_fwd_kernel[(ceil_div(rows, tile.kwargs["ROWS"]) * column_tiles,)](
             tokens,
             weight,
             response_weight,
             s,
             scale,
             e,
+            known,
             rows,
+            len(weight),
             len(h),
             inner,
             columns,
@@ -97,4 +108,5 @@ def forward(
             num_warps=tile.num_warps,
             **tile.kwargs,
         )
+    torch._assert_async(known, "gated_embedding: a token is outside of the table")
     return e

@@ -6,7 +6,8 @@ them ("library"), or one Triton kernel with the gates inside. One product alone 
 Kernels hold rows of up to MAX_N hyperparameters in registers, and refuse more.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from copy import copy
 from functools import partial
 from typing import TypeAlias
 
@@ -14,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .autotune import size_bucket, tuner
+from .autotune import Problem, tuner
 from .gated_linear_epilogue import (
     BWD_GATES_CONFIG,
     BWD_ROWS_CONFIG,
@@ -26,7 +27,7 @@ from .gated_linear_epilogue import (
     gated_linear_gates_finish_kernel,
 )
 from .gated_linear_matmul import gated_linear_bwd_dw_kernel, gated_linear_bwd_dx_kernel, gated_linear_fwd_kernel
-from .launch import device_guard, refuse_float64, split
+from .launch import ceil_div, device_guard, refuse_float64, split
 from .matmul import config_name, configs
 
 LIBRARY = "library"
@@ -66,8 +67,20 @@ class _Problem:
         }
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
         self.configs = {config_name(config): config for config in configs(x.dtype, self.aligned, capability)}
-        sizes = " ".join(size_bucket(size) for size in (self.M, self.I, self.O))
-        self.key = f"{x.dtype} {self.options['PRECISION']} {sizes} n{self.options['N_PAD']}"
+        self._kind = (x.dtype, self.options["PRECISION"], f"n{self.options['N_PAD']}")
+        self._passes: dict[int, dict[str, object]] = {}
+
+    def tuned(self, operation: str, *flags: str) -> Problem:
+        """The autotuner's problem of an operation on these sizes."""
+        return Problem((f"gated_linear {operation}", *self._kind, *flags), (self.M, self.I, self.O))
+
+    def pass_options(self, config: triton.Config) -> dict[str, object]:
+        """Keyword arguments of a pass over dy, P or Q."""
+        found = self._passes.get(id(config))  # of a constant of a module; its hash takes longer than a launch
+        if found is None:
+            launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            found = self._passes[id(config)] = self.options | config.kwargs | launch
+        return found
 
     def named(self, choice: Choice) -> str:
         """The name of a choice; a configuration of the caller's own is added to the list."""
@@ -84,13 +97,26 @@ def _matrix_options(
 ) -> tuple[tuple[int], dict[str, object]]:
     """Grid and keyword arguments of a matrix kernel."""
     meta = config.kwargs
-    grid = (triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]),)
+    grid = (ceil_div(rows, meta["BLOCK_M"]) * ceil_div(columns, meta["BLOCK_N"]),)
     options = problem.options | meta | {"EVEN_K": summed % meta["BLOCK_K"] == 0}
     return grid, options | {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
-def _pass_options(problem: _Problem, config: triton.Config) -> dict[str, object]:
-    return problem.options | config.kwargs | {"num_warps": config.num_warps, "num_stages": config.num_stages}
+_problems: dict[tuple[object, ...], _Problem] = {}
+MOST_PROBLEMS = 4096  # that are kept: texts of all lengths have as many
+
+
+def _problem(x: Tensor, weight: Tensor, h: Tensor, inner: int, own: bool) -> _Problem:
+    """The problem of these sizes, made once; anew for a configuration of the caller's `own`, which it will hold."""
+    if own:
+        return _Problem(x, weight, h, inner)
+    key = (x.shape, len(weight), h.shape, inner, x.dtype, _precision(x.dtype), x.device)
+    found = _problems.get(key)
+    if found is None:
+        if len(_problems) >= MOST_PROBLEMS:
+            _problems.clear()
+        found = _problems[key] = _Problem(x, weight, h, inner)
+    return found
 
 
 def forward(
@@ -111,23 +137,23 @@ def forward(
 
     config fixes "library", a configuration's name or a configuration; by default the autotuner chooses.
     """
-    problem = _Problem(x, weight, h, inner)
+    problem = _problem(x, weight, h, inner, isinstance(config, triton.Config))
 
     def library() -> tuple[Tensor, Tensor]:
         y, q = torch.mm(x, weight.T), torch.mm(x, response_weight.T)
         tile = EPILOGUE_CONFIG.kwargs
-        grid = (triton.cdiv(problem.M, tile["BLOCK_M"]) * triton.cdiv(problem.O, tile["BLOCK_N"]),)
+        grid = (ceil_div(problem.M, tile["BLOCK_M"]) * ceil_div(problem.O, tile["BLOCK_N"]),)
         gated_linear_epilogue_fwd_kernel[grid](
             y, q, h, weight_gate, bias, response_bias, bias_gate,
             problem.M, problem.O, problem.n, problem.batch, inner,
-            HAS_BIAS=bias is not None, **_pass_options(problem, EPILOGUE_CONFIG),
+            HAS_BIAS=bias is not None, **problem.pass_options(EPILOGUE_CONFIG),
         )  # fmt: skip
         return y, q
 
-    def fused(chosen: triton.Config) -> tuple[Tensor, Tensor | None]:
+    def fused(name: str) -> tuple[Tensor, Tensor | None]:
         y = x.new_empty(problem.M, problem.O)
         q = torch.empty_like(y) if save_response else None
-        grid, options = _matrix_options(problem, chosen, problem.M, problem.O, problem.I)
+        grid, options = _matrix_options(problem, problem.configs[name], problem.M, problem.O, problem.I)
         gated_linear_fwd_kernel[grid](
             x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, y, q,
             problem.M, problem.I, problem.O, problem.n, problem.batch, inner,
@@ -135,14 +161,14 @@ def forward(
         )  # fmt: skip
         return y, q
 
+    def run(name: str) -> tuple[Tensor, Tensor | None]:
+        return library() if name == LIBRARY else fused(name)
+
     with device_guard(x):
         if config is None:
-            candidates: dict[str, Callable[[], object]] = {LIBRARY: library}
-            candidates |= {name: partial(fused, choice) for name, choice in problem.configs.items()}
-            key = f"gated_linear forward {problem.key} bias={bias is not None} save={save_response}"
-            config = tuner.choose(key, candidates, LIBRARY, x.device)
-        name = problem.named(config)
-        y, q = library() if name == LIBRARY else fused(problem.configs[name])
+            tuned = problem.tuned("forward", f"bias={bias is not None}", f"save={save_response}")
+            config = tuner.choose(tuned, (LIBRARY, *problem.configs), run, LIBRARY, x.device)
+        y, q = run(problem.named(config))
     return y, q if save_response else None
 
 
@@ -200,8 +226,8 @@ class _Backward:
     def rows(self, want_g: bool, want_h: bool) -> Tensor | None:
         """One pass that leaves g behind, returns dh, or both."""
         problem, tile = self.problem, BWD_ROWS_CONFIG.kwargs
-        row_tiles = triton.cdiv(problem.M, tile["BLOCK_M"])
-        splits, each = split(row_tiles, triton.cdiv(problem.O, tile["BLOCK_N"]), REDUCTION_PROGRAMS)
+        row_tiles = ceil_div(problem.M, tile["BLOCK_M"])
+        splits, each = split(row_tiles, ceil_div(problem.O, tile["BLOCK_N"]), REDUCTION_PROGRAMS)
         if want_g:
             self.g = torch.empty_like(self.dy)
         partial_dh = None
@@ -211,7 +237,7 @@ class _Backward:
             self.dy, self.q, self.h, self.weight_gate, self.response_bias, self.bias_gate, self.g, partial_dh,
             problem.M, problem.O, problem.n, problem.batch, problem.inner, each,
             HAS_BIAS=self.response_bias is not None, STORE_G=want_g, WANT_H=want_h,
-            **_pass_options(problem, BWD_ROWS_CONFIG),
+            **problem.pass_options(BWD_ROWS_CONFIG),
         )  # fmt: skip
         if partial_dh is None:
             return None
@@ -220,8 +246,8 @@ class _Backward:
     def gates(self, want_g: bool, want_s: bool, want_c: bool) -> Gradients:
         """(db, dr, dGw, dGb) as far as wanted: `want_s` dGw, `want_c` the other three. Leaves g behind if wanted."""
         problem, tile = self.problem, BWD_GATES_CONFIG.kwargs
-        output_tiles = triton.cdiv(problem.O, tile["BLOCK_N"])
-        splits, each = split(output_tiles, triton.cdiv(problem.M, tile["BLOCK_M"]), REDUCTION_PROGRAMS)
+        output_tiles = ceil_div(problem.O, tile["BLOCK_N"])
+        splits, each = split(output_tiles, ceil_div(problem.M, tile["BLOCK_M"]), REDUCTION_PROGRAMS)
         if want_g:
             self.g = torch.empty_like(self.dy)
         new = partial(self.dy.new_empty, dtype=torch.float32)
@@ -231,14 +257,14 @@ class _Backward:
         gated_linear_epilogue_bwd_gates_kernel[(output_tiles, splits)](
             self.dy, self.q, self.h, self.weight_gate, self.g, s_partial, c_partial, bias_partial,
             problem.M, problem.O, problem.n, problem.batch, problem.inner, each,
-            STORE_G=want_g, WANT_S=want_s, WANT_C=want_c, **_pass_options(problem, BWD_GATES_CONFIG),
+            STORE_G=want_g, WANT_S=want_s, WANT_C=want_c, **problem.pass_options(BWD_GATES_CONFIG),
         )  # fmt: skip
         d_weight_gate = torch.empty_like(self.weight_gate) if want_s else None
         d_bias = self.dy.new_empty(problem.O) if want_c else None
         d_response_bias = torch.empty_like(d_bias) if d_bias is not None else None
         d_bias_gate = torch.empty_like(self.weight_gate) if want_c else None
         finish = FINISH_CONFIG
-        gated_linear_gates_finish_kernel[(triton.cdiv(problem.O, finish.kwargs["BLOCK_N"]),)](
+        gated_linear_gates_finish_kernel[(ceil_div(problem.O, finish.kwargs["BLOCK_N"]),)](
             s_partial, c_partial, bias_partial, self.response_bias, self.bias_gate,
             d_weight_gate, d_bias, d_response_bias, d_bias_gate, problem.O, problem.n, splits,
             WANT_S=want_s, WANT_C=want_c, N_PAD=problem.options["N_PAD"],
@@ -249,28 +275,31 @@ class _Backward:
 
 def _choose(run: _Backward, pair_x: bool, pair_w: bool, pass_is_needed: bool) -> tuple[str, str]:
     """How to compute dx, and dW with dR. First the best Triton kernel of each, then the ways to combine them."""
-    problem = run.problem
+    problem, device = run.problem, run.dy.device
 
-    def best(op: str, compute: Callable[[str], object]) -> str:
-        candidates = {name: partial(compute, name) for name in problem.configs}
-        smallest = list(candidates)[-1]  # fits wherever another does
-        return tuner.choose(f"gated_linear {op} {problem.key}", candidates, smallest, run.dy.device)
+    def best(operation: str) -> str:
+        def compute(name: str) -> object:
+            return getattr(copy(run), operation)(name)
 
-    names_x = [LIBRARY, best("dx", run.dx)] if pair_x else [LIBRARY]
-    names_w = [LIBRARY, best("dw", run.dw)] if pair_w else [LIBRARY]
+        smallest = list(problem.configs)[-1]  # fits wherever another does
+        return tuner.choose(problem.tuned(operation), list(problem.configs), compute, smallest, device)
 
-    def both(name_x: str, name_w: str) -> None:
+    names_x = [LIBRARY, best("dx")] if pair_x else [LIBRARY]
+    names_w = [LIBRARY, best("dw")] if pair_w else [LIBRARY]
+
+    def both(names: str) -> None:
+        # A copy: what a trial leaves in it, or left when it failed, is nobody's result.
+        trial, (name_x, name_w) = copy(run), names.split("+")
         # g costs little where a pass over dy is made anyway; then it isn't held against the library.
-        run.g = torch.empty_like(run.dy) if pass_is_needed else None
+        trial.g = torch.empty_like(run.dy) if pass_is_needed else None
         if pair_x:
-            run.dx(name_x)
+            trial.dx(name_x)
         if pair_w:
-            run.dw(name_w)
-        run.g = None
+            trial.dw(name_w)
 
-    candidates = {f"{a}+{b}": partial(both, a, b) for a in names_x for b in names_w}
-    key = f"gated_linear backward x={pair_x} w={pair_w} pass={pass_is_needed} {problem.key}"
-    name_x, name_w = tuner.choose(key, candidates, f"{LIBRARY}+{LIBRARY}", run.dy.device).split("+")
+    ways = [f"{name_x}+{name_w}" for name_x in names_x for name_w in names_w]
+    tuned = problem.tuned("backward", f"x={pair_x}", f"w={pair_w}", f"pass={pass_is_needed}")
+    name_x, name_w = tuner.choose(tuned, ways, both, f"{LIBRARY}+{LIBRARY}", device).split("+")
     return name_x, name_w
 
 
@@ -294,8 +323,8 @@ def backward(
     config fixes how dx, and how dW with dR, are computed, as in `forward`; a pair fixes each.
     """
     want_x, want_w, want_b, want_r, want_rb, want_gw, want_gb, want_h = wanted
-    problem = _Problem(x, weight, h, inner)
     pair = config if isinstance(config, tuple) else (config or LIBRARY, config or LIBRARY)
+    problem = _problem(x, weight, h, inner, any(isinstance(choice, triton.Config) for choice in pair))
     name_x, name_w = (problem.named(choice) for choice in pair)
     run = _Backward(dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q, problem)
     pair_w = want_w and want_r

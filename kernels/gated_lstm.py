@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from . import gated_lstm_sequence as sequence
-from .autotune import size_bucket, tuner
+from .autotune import Problem, tuner
 from .gated_lstm_steps import Backward, BackwardInputs, Forward, ForwardInputs, Pass, replay, run
 from .launch import device_guard, refuse_float64
 
@@ -72,9 +72,8 @@ def _name(
     if config is None:
         steps, batch, wide = gates.shape
         precision = torch.backends.cuda.matmul.fp32_precision
-        sizes = " ".join(size_bucket(size) for size in (steps, batch, wide // 4))
-        problem = f"gated_lstm {' '.join(map(str, key))} {gates.dtype} {precision} {sizes}"
-        return tuner.choose(problem, {name: partial(timed, name) for name in ways}, STEPS, gates.device)
+        problem = Problem(("gated_lstm", *key, gates.dtype, precision), (steps, batch, wide // 4))
+        return tuner.choose(problem, ways, timed, STEPS, gates.device)
     if config not in ways:
         raise ValueError(f"config={config!r} is none of {list(ways)}")
     return config

@@ -27,6 +27,11 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up, of sizes; triton.cdiv, which kernels can call too, takes ten times as long."""
+    return -(-a // b)
+
+
 def words_in_range(*values: int) -> tuple[int, ...]:
     """Counter words are 32 bits wide; Python's integers are brought there before a kernel sees them."""
     return tuple(value & 0xFFFFFFFF for value in values)
@@ -41,6 +46,6 @@ def refuse_float64(operation: str, **tensors: Tensor) -> None:
 
 def split(programs: int, tiles: int, at_least: int) -> tuple[int, int]:
     """(splits, tiles in each): a sum over tiles cut so that `programs` times the splits are `at_least` so many."""
-    splits = min(tiles, triton.cdiv(at_least, programs))
-    each = triton.cdiv(tiles, splits)
-    return triton.cdiv(tiles, each), each
+    splits = min(tiles, ceil_div(at_least, programs))
+    each = ceil_div(tiles, splits)
+    return ceil_div(tiles, each), each

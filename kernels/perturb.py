@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, words_in_range
+from .launch import ceil_div, device_guard, words_in_range
 from .random import draw_words, normals_in_order
 
 PROGRAM_ELEMENTS = 512
@@ -208,7 +208,7 @@ def perturb_forward(
     n_pad, rows = _tile(n)
     (first_example,) = words_in_range(first_example)
     with device_guard(location):
-        perturb_fwd_kernel[(triton.cdiv(batch_size, rows),)](
+        perturb_fwd_kernel[(ceil_div(batch_size, rows),)](
             location,
             raw_scale,
             center,
@@ -245,7 +245,7 @@ def perturb_backward(
     if not noise.numel():
         return torch.zeros_like(location), torch.zeros_like(raw_scale)
     n_pad, rows = _tile(n)
-    programs = triton.cdiv(batch_size, rows)
+    programs = ceil_div(batch_size, rows)
     # One row of sums per program, added in a fixed order: the same bits at every run.
     partial = torch.empty(programs, 2, n, dtype=torch.float32, device=location.device)
     with device_guard(location):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import triton
 
+from .launch import ceil_div
+
 # Few columns, many rows, or the reverse: 2048 numbers a program, 16 a thread. The first to hold a whole row is taken.
 TILES = [
     triton.Config({"ROWS": 128, "COLS": 16}, num_warps=4),
@@ -51,10 +53,10 @@ class Rows:
     def column_tiles(self, tile: triton.Config) -> int:
         # A shifted row begins up to three columns before its first.
         extent = self.columns + (3 if self.mode == SHIFTED else 0)
-        return triton.cdiv(extent, tile.kwargs["COLS"])
+        return ceil_div(extent, tile.kwargs["COLS"])
 
     def row_tiles(self, tile: triton.Config) -> int:
-        return triton.cdiv(self.rows, tile.kwargs["ROWS"])
+        return ceil_div(self.rows, tile.kwargs["ROWS"])
 
 
 def rows_of(sizes: tuple[int, int, int, int], strides: tuple[int, int, int]) -> Rows:

@@ -72,6 +72,7 @@ def test_help_lists_every_target_that_a_user_calls():
         "train",
         "lint",
         "test",
+        "launched-kernels",
         "cases",
         "bench",
         "test-gpu",

@@ -57,6 +57,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
         shutil.copy(ROOT / name, source)
     for name in ("stn_fast", "kernels", "csrc"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (source / "kernels" / "tuned").mkdir(exist_ok=True)
+    (source / "kernels" / "tuned" / "no_device.json").write_text("{}")
     dist = folder / "dist"
     dist.mkdir()
     hook = f"from setuptools import build_meta; build_meta.build_sdist({str(dist)!r})"
@@ -100,7 +102,7 @@ def test_the_wheel_holds_the_core_the_kernels_and_the_types(built: Built) -> Non
     assert any(re.fullmatch(r"stn_fast/_C\..*(so|pyd)", name) for name in names)
     kernels = {path.relative_to(ROOT) for pattern in ("*.py", "cuda/*") for path in (ROOT / "kernels").glob(pattern)}
     assert {f"stn_fast/{path}" for path in kernels} <= names
-    assert {"stn_fast/py.typed", "stn_fast/_C.pyi"} <= names
+    assert {"stn_fast/py.typed", "stn_fast/_C.pyi", "stn_fast/kernels/tuned/no_device.json"} <= names
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "stn_fast").rglob("*.py")} <= names
     strangers = {name.split("/")[0] for name in names if not re.match(r"stn_fast(/|-)", name)}
     assert not strangers, "the wheel would install other top-level names"

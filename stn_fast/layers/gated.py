@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +10,6 @@ from torch import Tensor, nn
 from stn_fast import checks, functional
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.ops.gated_linear import fold
-
-
-@runtime_checkable
-class Decayed(Protocol):
-    """A layer with weights that weight decay is for."""
-
-    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
-        """½ · mean over examples of decay[b] · ‖W_eff[b]‖², a scalar."""
 
 
 class GatedLayer(nn.Module):

@@ -5,6 +5,7 @@ Both branches are one convolution with the filters [W; R], so that x is read onc
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -29,6 +30,19 @@ class Geometry(NamedTuple):
 class Kernels(Protocol):
     """What surrounds the convolution, with P and Q the channels of conv(x, W) and conv(x, R)."""
 
+    @property
+    def MAX_N(self) -> int:
+        """Most hyperparameters that `gates` and `gates_backward` take."""
+
+    @property
+    def gates(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """As `gates` of this module."""
+
+    @property
+    def gates_backward(self) -> Callable[..., tuple[Tensor | None, ...]]:
+        """(db, dr, dGw, dGb, dh), those at least that are wanted, of d_scale, d_shift, r, Gw, Gb, h and `Wanted`; the
+        first two as `epilogue_partials` has them."""
+
     def choose_forward(self, *problem: Any, library: Callable[[], Result]) -> Result:
         """(y, q) of `library`, one library convolution and `epilogue_forward`, or of something faster.
 
@@ -38,7 +52,7 @@ class Kernels(Protocol):
     def epilogue_forward(self, both: Tensor, scale: Tensor, shift: Tensor | None, groups: int, relu: bool) -> Tensor:
         """y = P + scale ⊙ Q + shift, then ReLU where asked; `both` (B, 2·O, Ho, Wo), scale and shift (B, O)."""
 
-    def epilogue_backward(
+    def epilogue_partials(
         self,
         dy: Tensor,
         y: Tensor | None,
@@ -50,7 +64,10 @@ class Kernels(Protocol):
         wants_scale: bool,
         wants_shift: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(d_both, d_scale, d_shift); q is the view of `both` that `response_half` gives."""
+        """(d_both, d_scale, d_shift), the last two in parts to be added up, (parts, B, O).
+
+        q is the view of `both` that `response_half` gives.
+        """
 
 
 def join(weight: Tensor, response_weight: Tensor, groups: int) -> Tensor:
@@ -62,7 +79,10 @@ def join(weight: Tensor, response_weight: Tensor, groups: int) -> Tensor:
 
 
 def split(filters: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """(W, R) of `join`, each in memory of its own, as results of an operation must be."""
+    """(W, R) of `join`: views of one group's filters, else in memory of their own."""
+    if groups == 1:
+        weight, response_weight = filters.chunk(2)
+        return weight, response_weight
     weight, response_weight = filters.unflatten(0, (groups, 2, -1)).unbind(1)
     return weight.clone().flatten(0, 1), response_weight.clone().flatten(0, 1)
 
@@ -95,6 +115,18 @@ def output_pixels(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, i
 class Plain:
     """In plain torch; 16-bit numbers are computed in float32 and rounded once."""
 
+    MAX_N = sys.maxsize
+
+    @staticmethod
+    def gates(*operands: Any) -> tuple[Tensor, Tensor | None]:
+        return gates(*operands)
+
+    @staticmethod
+    def gates_backward(d_scale: Tensor | None, d_shift: Tensor | None, *operands: Any) -> tuple[Tensor | None, ...]:
+        d_scale, d_shift = (None if parts is None else parts.sum(0) for parts in (d_scale, d_shift))
+        found = with_gates(None, (None, None), d_scale, d_shift, *operands)
+        return found.bias, found.response_bias, found.weight_gate, found.bias_gate, found.h
+
     @staticmethod
     def choose_forward(*problem: Any, library: Callable[[], Result]) -> Result:
         return library()
@@ -110,7 +142,7 @@ class Plain:
         return y.flatten(1, 2).to(both.dtype).contiguous(memory_format=memory_format(both, both))
 
     @staticmethod
-    def epilogue_backward(
+    def epilogue_partials(
         dy: Tensor,
         y: Tensor | None,
         q: Tensor,
@@ -129,8 +161,8 @@ class Plain:
             g = (wide * scale[:, :, None, None]).to(dy.dtype)
             halves = [half.unflatten(1, (groups, -1)) for half in (dy, g)]
             d_both = torch.stack(halves, dim=2).flatten(1, 3).contiguous(memory_format=memory_format(dy, dy))
-        d_scale = (wide.unflatten(1, (groups, -1)) * q).sum((-2, -1)).flatten(1) if wants_scale else None
-        return d_both, d_scale, wide.sum((-2, -1)) if wants_shift else None
+        d_scale = (wide.unflatten(1, (groups, -1)) * q).sum((-2, -1)).flatten(1)[None] if wants_scale else None
+        return d_both, d_scale, wide.sum((-2, -1))[None] if wants_shift else None
 
 
 def _channels(per_channel: Tensor, groups: int) -> Tensor:
@@ -172,7 +204,7 @@ def forward(
     """(y, q), q None where nobody will ask; unless the kernels may `choose`, q is as `response_half` gives it."""
     stride, padding, dilation, groups, relu = geometry
     layout = memory_format(x, weight)
-    scale, shift = gates(bias, response_bias, weight_gate, bias_gate, h)
+    scale, shift = _of_gates(kernels, h).gates(bias, response_bias, weight_gate, bias_gate, h)
 
     def library() -> Result:
         both = torch.conv2d(x, join(weight, response_weight, groups), None, stride, padding, dilation, groups)
@@ -205,8 +237,9 @@ def backward(
     groups, relu = geometry.groups, geometry.relu
     wants_both = wanted.x or wanted.weight or wanted.response_weight
     wants_scale, wants_shift = wanted_sums(response_bias, wanted)
-    scale, _ = gates(None, None, weight_gate, None, h)
-    d_both, d_scale, d_shift = kernels.epilogue_backward(
+    of_gates = _of_gates(kernels, h)
+    scale, _ = of_gates.gates(None, None, weight_gate, None, h)
+    d_both, d_scale, d_shift = kernels.epilogue_partials(
         dy, y, q, scale, groups, relu, wants_both, wants_scale, wants_shift
     )
     dx: Tensor | None = None
@@ -214,7 +247,24 @@ def backward(
     if d_both is not None:
         filters = join(weight, response_weight, groups)
         dx, d_filters = joined_gradients(d_both, x, filters, geometry, wanted)
-    return with_gates(dx, d_filters, d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted)
+    d_bias, d_response_bias, d_weight_gate, d_bias_gate, dh = of_gates.gates_backward(
+        d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted
+    )
+    return Gradients(
+        x=dx,
+        weight=d_filters[0],
+        bias=d_bias if wanted.bias else None,
+        response_weight=d_filters[1],
+        response_bias=d_response_bias if wanted.response_bias else None,
+        weight_gate=d_weight_gate if wanted.weight_gate else None,
+        bias_gate=d_bias_gate if wanted.bias_gate else None,
+        h=dh,
+    )
+
+
+def _of_gates(kernels: Kernels, h: Tensor) -> Kernels:
+    """What computes gates: the kernels, or plain torch where they have no registers for so many hyperparameters."""
+    return kernels if h.shape[1] <= kernels.MAX_N else Plain()
 
 
 def wanted_sums(response_bias: Tensor | None, wanted: Wanted) -> tuple[bool, bool]:

@@ -159,7 +159,19 @@ def _compute_backward(
     return [gradient for gradient in gradients if gradient is not None]
 
 
-_gated_conv2d_backward = torch.library.custom_op("stn_fast::gated_conv2d_backward", _compute_backward, mutates_args=())
+def _compute_backward_apart(*inputs: Any) -> list[Tensor]:
+    """The same, each gradient in memory of its own, as results of a registered operation must be."""
+    gradients = _compute_backward(*inputs)
+    own = [gradient.untyped_storage().nbytes() == gradient.nbytes for gradient in gradients]
+    return [gradient if alone else gradient.clone() for gradient, alone in zip(gradients, own, strict=True)]
+
+
+_gated_conv2d_backward = torch.library.custom_op(
+    "stn_fast::gated_conv2d_backward",
+    _compute_backward_apart,
+    mutates_args=(),
+    schema=torch.library.infer_schema(_compute_backward, mutates_args=()),
+)
 
 
 @_gated_conv2d_backward.register_fake

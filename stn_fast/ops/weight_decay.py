@@ -1,9 +1,18 @@
 """Weight decay of a layer whose weights differ from example to example, in closed form."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from stn_fast.dispatch import triton_may_serve
+from stn_fast.ops._eager import traced
+from stn_fast.ops._transforms import in_transform
 from stn_fast.ops._uncast import product
+from stn_fast.ops.memory import reads_memory
+from stn_fast.ops.serving import ELEMENTWISE, UP_TO_FLOAT32, serving
+
+MAX_N = 32  # hyperparameters that kernels have registers for
 
 
 def weight_decay_penalty(
@@ -35,9 +44,16 @@ def weight_decay_penalty(
             f"decay (B,); got {tuple(weight.shape)}, {tuple(response_weight.shape)}, {tuple(weight_gate.shape)}, "
             f"{tuple(h.shape)}, {tuple(decay.shape)}"
         )
-    batch = decay.shape[0]
-    if batch == 0:
+    if len(decay) == 0:
         raise ValueError("weight_decay_penalty wants at least one example; got an empty batch")
+    if _kernels_serve(weight, response_weight, weight_gate, h, decay):
+        rows = weight.flatten(1).contiguous(), response_weight.flatten(1).contiguous()
+        return _Penalty.apply(*rows, *(t.contiguous() for t in (weight_gate, h, decay)))
+    return _plain(weight, response_weight, weight_gate, h, decay)
+
+
+def _plain(weight: Tensor, response_weight: Tensor, weight_gate: Tensor, h: Tensor, decay: Tensor) -> Tensor:
+    batch = len(decay)
     # Sums of many squares and of few examples: 16-bit tensors are widened.
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weight, response_weight = weight.flatten(1).to(dtype), response_weight.flatten(1).to(dtype)
@@ -51,3 +67,47 @@ def weight_decay_penalty(
         + mean_square_gate * response_weight.square().sum(1)
     )
     return 0.5 * torch.sum(per_output)
+
+
+def _kernels_serve(*tensors: Tensor) -> bool:
+    """Whether kernels compute it, which differentiate to W, R and Gw: where h and decay want no gradient."""
+    if traced(*tensors) or not triton_may_serve() or in_transform():
+        return False
+    weight, _, _, h, decay = tensors
+    small = all(t.dtype in UP_TO_FLOAT32 for t in tensors)
+    constant = not (torch.is_grad_enabled() and (h.requires_grad or decay.requires_grad))
+    return small and constant and 0 < h.shape[1] <= MAX_N and serving(weight, takes=ELEMENTWISE) == "triton"
+
+
+class _Penalty(torch.autograd.Function):
+    """By kernels; second derivatives are those of plain torch."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        penalty, rows, moments = _forward(*tensors)
+        ctx.save_for_backward(*tensors, rows, moments)
+        return penalty.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, rows, moments = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        if not torch.is_grad_enabled():
+            return *_backward(gradients[0], *tensors[:3], rows, moments, wanted), None, None
+        asked = [tensor for tensor, wants in zip(tensors[:3], wanted, strict=True) if wants]
+        found = iter(torch.autograd.grad(_plain(*tensors), asked, gradients[0], create_graph=True))
+        return *(next(found) if wants else None for wants in wanted), None, None
+
+
+@reads_memory
+def _forward(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from stn_fast.kernels import weight_decay as kernels
+
+    return kernels.forward(*tensors)
+
+
+@reads_memory
+def _backward(*arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    from stn_fast.kernels import weight_decay as kernels
+
+    return kernels.backward(*arguments)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from stn_fast.data import DataSet, Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
-from stn_fast.layers.gated import Decayed
 from stn_fast.training.batches import Batching, IndependentExamples
 
 # (model, batch, hyper) -> scalar, a mean over the examples of the batch. Where batches are windows of a text, that or
@@ -58,15 +57,17 @@ def classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Te
 def decayed_classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:
     """Cross entropy + ½·weight_decay·‖W_eff‖² averaged over examples, where there is a hyperparameter `weight_decay`.
 
-    The matrices and filters of gated layers are decayed; biases and norms are not.
+    The matrices and filters of gated layers are decayed; biases and norms are not. A layer of your own is decayed that
+    has a method ``weight_decay_penalty(hyper, decay)``, ½ · mean over examples of decay[b] · ‖W_eff[b]‖².
     """
     loss = classification_loss(model, batch, hyper)
     if "weight_decay" not in hyper:
         return loss
     decay = hyper["weight_decay"]
     for layer in model.modules():
-        if isinstance(layer, Decayed):
-            loss = loss + layer.weight_decay_penalty(hyper, decay)
+        penalty = getattr(type(layer), "weight_decay_penalty", None)
+        if penalty is not None:
+            loss = loss + penalty(layer, hyper, decay)
     return loss
 
 

@@ -10,11 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 from compile_ahead import SHARED_MEMORY, Job, Usage, compile_all
 
-from stn_fast.kernels import augment, gated_embedding, matmul
+from stn_fast.kernels import augment, gated_embedding, matmul, weight_decay
 from stn_fast.kernels import gated_conv2d_backward as conv_backward
 from stn_fast.kernels import gated_conv2d_epilogue as conv_epilogue
+from stn_fast.kernels import gated_conv2d_gates as conv_gates
 from stn_fast.kernels import gated_conv2d_implicit as conv
 from stn_fast.kernels import gated_linear_epilogue as epilogue
 from stn_fast.kernels import gated_lstm_sequence as sequence
@@ -273,21 +275,62 @@ def augment_jobs():
 
 
 def embedding_jobs():
-    tables = {"p_tokens": "*i64", "p_s": "*fp32", "p_scale": "*fp32"}
+    tables = {"p_tokens": "*i64", "p_s": "*fp32", "p_scale": "*fp32", "p_known": "*i32"}
     for capability, floats, tile in itertools.product(CAPABILITIES, FLOATS, gated_embedding.TILES):
         for aligned in BOOLS:
             yield Job(
                 "stn_fast.kernels.gated_embedding:gated_embedding_fwd_kernel",
                 f"embedding-sm{capability}-{floats}-{tile.kwargs['COLS']} columns{'-aligned' if aligned else ''}",
                 capability,
-                typed(floats, "rows", "batch", "inner", "D", "column_tiles", **tables, p_e=f"*{floats}"),
+                typed(floats, "rows", "words", "batch", "inner", "D", "column_tiles", **tables, p_e=f"*{floats}"),
                 {"HAS_SCALE": True, **tile.kwargs},
                 tile.num_warps,
                 divisible=frozenset("D") if aligned else frozenset(),
             )
 
 
-GROUPS = (matrix_jobs, epilogue_jobs, random_jobs, augment_jobs, conv_jobs, conv_epilogue_jobs, embedding_jobs)
+def small_jobs():
+    """Kernels of the gates of convolutions and of weight decay, which compute in float32 whatever they read."""
+    sizes = dict.fromkeys(["parts", "batch", "O", "n", "I"], "i32")
+    tables = dict.fromkeys(["p_scale", "p_shift", "p_d_scale", "p_d_shift", "p_decay", "p_moments", "p_rows"], "*fp32")
+    tables |= dict.fromkeys(["p_penalty", "p_d_penalty"], "*fp32")
+    wants = {f"WANT_{what}": True for what in ("SCALE", "SHIFT", "WEIGHT", "RESPONSE", "GATE")}
+    decay = triton.Config({"BLOCK_B": weight_decay.BLOCK_B, "BLOCK": 1024}, num_warps=weight_decay.NUM_WARPS)
+    kernels = {
+        "gated_conv2d_gates:gated_conv2d_tables": conv_gates.TABLES_CONFIG,
+        "gated_conv2d_gates:gated_conv2d_bwd_gates": conv_gates.GATES_CONFIGS,
+        "gated_conv2d_gates:gated_conv2d_bwd_response": conv_gates.RESPONSE_CONFIG,
+        **{f"weight_decay:{kernel}": decay for kernel in ("decay_moments", "weight_decay_fwd", "weight_decay_bwd")},
+    }
+    variants = [(16, False), (16, True), (32, False)]
+    for capability, floats, (n_pad, aligned) in itertools.product(CAPABILITIES, ("bf16", "fp32"), variants):
+        pointers = dict.fromkeys([*POINTERS, "p_gate", "p_d_gate", "p_dh"], f"*{floats}")
+        for kernel, shipped in kernels.items():
+            config = shipped[n_pad] if isinstance(shipped, dict) else shipped
+            length = {"gated_conv2d_gates": "O", "weight_decay": "n" if "moments" in kernel else "I"}[
+                kernel.split(":")[0]
+            ]
+            yield Job(
+                f"stn_fast.kernels.{kernel}_kernel",
+                f"{kernel.split(':')[1]}-sm{capability}-{floats}-n{n_pad}{'-aligned' if aligned else ''}",
+                capability,
+                {**pointers, **tables, **sizes},
+                {"HAS_SHIFT": True, "N_PAD": n_pad, **wants, **config.kwargs},
+                config.num_warps,
+                divisible=frozenset(length) if aligned else frozenset(),
+            )
+
+
+GROUPS = (
+    matrix_jobs,
+    epilogue_jobs,
+    random_jobs,
+    augment_jobs,
+    conv_jobs,
+    conv_epilogue_jobs,
+    embedding_jobs,
+    small_jobs,
+)
 GROUPS += (lstm_step_jobs, lstm_sequence_jobs)
 
 

@@ -1,6 +1,8 @@
 """Gated convolution kernels, every way to compute them, against plain torch in float64."""
 
+import contextlib
 import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -254,6 +256,54 @@ def test_the_response_lies_as_half_of_a_joined_convolution_whichever_way_it_was_
         assert_twice_as_good(*three)
 
 
+class Wanted(NamedTuple):
+    bias: bool = True
+    response_bias: bool = True
+    weight_gate: bool = True
+    bias_gate: bool = True
+    h: bool = True
+
+
+def plain_gates(bias, response_bias, weight_gate, bias_gate, h):
+    return h @ weight_gate.T, bias + (h @ bias_gate.T) * response_bias
+
+
+def plain_gates_backward(leaves, d_scale, d_shift, dtype):
+    """Gradients of b, r, Gw, Gb, h by autograd, from tables in parts."""
+    leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+    return torch.autograd.grad(plain_gates(*leaves), leaves, [d.to(dtype).sum(0) for d in (d_scale, d_shift)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "outputs", "n", "parts"), [(3, 5, 3, 1), (70, 40, 17, 3), (1, 1, 1, 2), (33, 70, 32, 1)]
+)
+def test_gates_and_their_gradients_obey_the_2x_rule(batch, outputs, n, parts, dtype):
+    leaves = drawn((outputs,), (outputs,), (outputs, n), (outputs, n), (batch, n), dtype=dtype)
+    _, response_bias, weight_gate, bias_gate, h = leaves
+    got = kernels.gates(*on_device(*leaves))
+    wide, exact = (plain_gates(*(leaf.to(d) for leaf in leaves)) for d in (torch.float32, torch.float64))
+    for name, *three in zip(("scale", "shift"), got, wide, exact, strict=True):
+        assert three[0].dtype == torch.float32
+        assert_twice_as_good(*three, name)
+    tables = drawn((parts, batch, outputs), (parts, batch, outputs), dtype=torch.float32, seed=1)
+    operands = on_device(*tables, response_bias, weight_gate, bias_gate, h)
+    got = kernels.gates_backward(*operands, Wanted())
+    plain = [g.to(dtype) for g in plain_gates_backward(leaves, *tables, torch.float32)]
+    for name, *three in zip(
+        Wanted._fields, got, plain, plain_gates_backward(leaves, *tables, torch.float64), strict=True
+    ):
+        assert three[0].dtype == dtype
+        assert_twice_as_good(*three, name)
+    only_h = kernels.gates_backward(*operands, Wanted(False, False, False, False, True))
+    assert only_h[:4] == (None,) * 4
+    assert torch.equal(only_h[4], got[4])
+    without_h = kernels.gates_backward(None, *operands[1:], Wanted(True, False, False, True, False))
+    assert without_h[2] is without_h[4] is None
+    assert torch.equal(without_h[0], got[0])
+    assert torch.equal(without_h[3], got[3])
+
+
 class Clock:
     """Takes one way for the fastest, and keeps the names of all that it was shown."""
 
@@ -261,7 +311,7 @@ class Clock:
         self.fastest, self.shown = fastest, []
 
     def __call__(self, candidate):
-        name = implicit.config_name(candidate.args[-1]) if hasattr(candidate, "args") else kernels.LIBRARY
+        name = candidate.args[-1]
         self.shown.append(name)
         return 1.0 if name == self.fastest else 2.0
 
@@ -290,6 +340,27 @@ def test_the_fastest_way_forward_is_taken_and_remembered(monkeypatch, tmp_path):
     assert_twice_as_good(y, plain, exact)
     _, by_library = chosen(monkeypatch, tmp_path, tensors, moves, Clock(kernels.LIBRARY))
     assert not by_library  # remembered in the file
+
+
+def test_candidates_are_timed_and_run_on_the_device_of_the_images(monkeypatch, tmp_path):
+    inside = []
+
+    @contextlib.contextmanager
+    def guard(tensor):
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    def timer(candidate):
+        timed.append(inside[0].shape)
+        return 1.0
+
+    tensors, moves = operands(CONVOLUTIONS[0], torch.float32), CONVOLUTIONS[0][6:]
+    monkeypatch.setattr(kernels, "device_guard", guard)
+    timed = []
+    chosen(monkeypatch, tmp_path, tensors, moves, timer)
+    assert set(timed) == {tensors[0].shape}
+    assert not inside
 
 
 def test_the_library_takes_what_is_fastest_there(monkeypatch, tmp_path):

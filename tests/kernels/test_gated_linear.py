@@ -159,11 +159,11 @@ def test_float64_is_refused():
 
 def test_large_tiles_that_do_not_fit_a_device_leave_the_smallest(monkeypatch, tmp_path):
     """The autotuner falls back to its default where that is infinite, so the default has to fit."""
-    times = []
+    times, tiles = [], [matmul.config_name(config) for config in matmul.FLOAT32_CONFIGS]
 
     def timer(candidate):
-        name = candidate.args[-1]
-        times.append(math.inf if candidate.func.__name__ in ("dx", "dw") and name != matmul.config_name(SMALL) else 1.0)
+        is_tile = candidate.args[-1] in tiles
+        times.append(math.inf if is_tile and candidate.args[-1] != matmul.config_name(SMALL) else 1.0)
         return times[-1]
 
     monkeypatch.delenv("STN_FAST_AUTOTUNE", raising=False)
@@ -174,6 +174,32 @@ def test_large_tiles_that_do_not_fit_a_device_leave_the_smallest(monkeypatch, tm
     assert math.inf in times
     assert_gradients(tensors, dy, 1, 1, None)
     assert len(times) == timed
+
+
+def test_a_trial_that_runs_out_of_memory_leaves_nothing_in_the_result(monkeypatch, tmp_path):
+    """Of all trials of a validation step's backward, the last one that was to use a buffer of its own for g fails."""
+    failed = []
+    compute = kernels._Backward.dx
+
+    def dx(run, name):
+        if run.g is not None and name != "library":
+            failed.append(name)
+            raise torch.OutOfMemoryError("simulated")
+        return compute(run, name)
+
+    def timer(candidate):
+        try:
+            candidate()
+        except torch.OutOfMemoryError:
+            return math.inf
+        return 1.0
+
+    monkeypatch.delenv("STN_FAST_AUTOTUNE", raising=False)
+    monkeypatch.setattr(kernels._Backward, "dx", dx)
+    monkeypatch.setattr(kernels, "tuner", Autotuner(timer, tmp_path / "autotune.json"))
+    tensors, dy = operands(5, 7, 6, 3, 1, 1, torch.float32)
+    assert_gradients(tensors, dy, 1, 1, None, (True, *[False] * 6, True))
+    assert failed
 
 
 SUBSETS = [

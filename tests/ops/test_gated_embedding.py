@@ -292,6 +292,17 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 @pytest.mark.parametrize("token", [9, -1, 2**31])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device stops, and every later test with it")
+def test_the_kernel_reads_nothing_outside_of_the_table_and_says_so(token):
+    from stn_fast.kernels import gated_embedding as kernels
+
+    tokens, *rest = operands(9, 7, 3)
+    tokens[0, 1] = token
+    with pytest.raises(RuntimeError, match="a token is outside of the table"):
+        kernels.forward(tokens.flatten(), *rest, None, 1, 1)
+
+
+@pytest.mark.parametrize("token", [9, -1, 2**31])
 def test_a_token_outside_of_the_table_is_named(token):
     tokens, *rest = operands(9, 7, 3)
     tokens[0, 1] = token

@@ -1,0 +1,323 @@
+"""What a step of each recipe launches on CUDA, and what it costs the host; no GPU is needed.
+
+    python -m benchmarks.launches digits cifar10 ptb --json FILE
+
+Launches are those of a third training and a third validation step of the recipe's own sizes, on `dry_device`, with the
+autotuner's defaults. The host's time is that of the same steps on CPU tensors, with all of Triton's launching but the
+driver's part, where networks are so narrow and batches so small that arithmetic hardly counts. In turns with them runs
+a training step of the plain network: torch's layers and dropouts in the place of the gated ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import smoke
+from benchmarks.dry_device import Recording, Variant, dry_device, recorded_launches
+from stn_fast import layers
+from stn_fast.command_line import run_command
+from stn_fast.data import Split, cifar10
+from stn_fast.hyperparameters import HyperparameterSpace
+from stn_fast.recipes import recipe
+from stn_fast.recipes.images import build_task
+from stn_fast.training import finite
+from stn_fast.training.config import Config
+from stn_fast.training.methods import SelfTuning, build_method
+from stn_fast.training.task import Task
+
+RESNET = "cifar10-resnet18"  # no recipe, but the data and hyperparameters of one
+RECIPES = ("digits", "fashion-mnist-small", "fashion-mnist", "cifar10", RESNET, "ptb-small", "ptb")
+# Channels and hidden units in the place of the networks' own, where they are constants of a module.
+NARROW: dict[str, dict[str, tuple[int, ...]]] = {
+    "alexnet": {"CHANNELS": (8,) * 5, "HIDDEN": (16, 16)},
+    "fashion_cnn": {"CHANNELS": (4, 4)},
+}
+WARM_UP = 2  # steps before the one that is recorded: the first makes the optimizers' state
+
+
+def build(name: str, device: Literal["cpu", "cuda"], narrow: bool = False) -> tuple[Config, Task]:
+    """The recipe's configuration and its task, on random data; `narrow`: the same layers with few numbers each."""
+    config = replace(recipe("cifar10" if name == RESNET else name).config(), device=device)
+    with contextlib.ExitStack() as stack:
+        if narrow:
+            config = replace(config, schedule=replace(config.schedule, batch_size=2, valid_batch_size=2))
+            config = config if config.text is None else replace(config, text=replace(config.text, width=16))
+            stack.enter_context(mock.patch.object(smoke, "VOCABULARY", 50))
+            for network, constants in NARROW.items():
+                found = import_module(f"stn_fast.models.{network}")
+                for constant, sizes in constants.items():
+                    stack.enter_context(mock.patch.object(found, constant, sizes))
+        stack.enter_context(smoke.random_data())
+        if name != RESNET:
+            return config, recipe(name).build(config)
+        return config, build_task(config, cifar10.load(), partial(_resnet18, narrow), valid_size=500)
+
+
+def _resnet18(narrow: bool, space: HyperparameterSpace) -> nn.Module:
+    from stn_fast.models import resnet
+
+    stages = (8,) * 4 if narrow else (64, 128, 256, 512)
+    return resnet._resnet(space, resnet.BasicBlock, stages[0], stages, 2, 3, 10)
+
+
+def steps(config: Config, task: Task) -> dict[str, Callable[[], object]]:
+    """One call a step, each on the next batch of its split, as the trainer takes it."""
+    method = build_method(config, task)
+    assert isinstance(method, SelfTuning)
+    device, schedule = method.location.device, config.schedule
+    sizes = (schedule.batch_size, schedule.valid_batch_size)
+
+    def endless(split: Split, size: int, stream: int) -> Iterator[Any]:
+        batches = task.batching.sequence(split, size, seed=0, stream=stream, device=device)
+        return map(batches.__getitem__, count())
+
+    train, valid = (endless(s, size, k) for k, (s, size) in enumerate(zip(task.data[:2], sizes, strict=True)))
+    numbers = count()
+    return {
+        "train": lambda: method.train_step(next(train), next(numbers)),
+        "valid": lambda: method.valid_step(next(valid), next(numbers)),
+    }
+
+
+def record(
+    name: str,
+    capability: tuple[int, int] = (9, 0),
+    candidates: bool = False,
+    autocast: torch.dtype | None = None,
+) -> dict[str, Recording]:
+    """What the third training and the third validation step of a recipe launch, by mode.
+
+    Args:
+        candidates: launch all that the autotuner would measure; else its default.
+        autocast: the dtype of autocast around both objectives, None for none.
+    """
+    found = {}
+    with dry_device(capability, candidates) as recording:
+        config, task = build(name, "cuda")
+        if autocast is not None:
+            task = replace(
+                task,
+                training_objective=_under_autocast(task.training_objective, autocast),
+                validation_objective=_under_autocast(task.validation_objective, autocast),
+            )
+        for mode, step in steps(config, task).items():
+            for _ in range(WARM_UP):
+                step()
+            recording.clear()
+            step()
+            found[mode] = copy.deepcopy(recording)
+    return found
+
+
+def _under_autocast(objective: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        with torch.autocast("cuda", dtype):
+            return objective(*arguments)
+
+    return run
+
+
+def variants(
+    names: Iterable[str] = RECIPES, capability: tuple[int, int] = (9, 0), candidates: bool = True
+) -> list[Variant]:
+    """Every distinct specialisation of a kernel that steps of these recipes launch, in float32 and in bfloat16."""
+    found: dict[Variant, None] = {}
+    for name in names:
+        for autocast in (None, torch.bfloat16):
+            for recording in record(name, capability, candidates, autocast).values():
+                found |= dict.fromkeys(recording.triton)
+    return list(found)
+
+
+def as_json(variant: Variant) -> dict[str, Any]:
+    """The fields of a variant as JSON has them."""
+    types, constants = dict(variant.types), dict(variant.constants)
+    return variant.__dict__ | {"types": types, "constants": constants, "divisible": sorted(variant.divisible)}
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy whose gated layers compute as torch's own of their weights, and whose dropouts are torch's.
+
+    Its parameters include those of the response, which have no gradient. An LSTM is run on one time step only: cuDNN
+    takes a single call for all of them.
+    """
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for kind, computation in _PLAIN.items():
+            if isinstance(module, kind):
+                module.forward = computation(module)
+                break
+    return model
+
+
+def _plain_lstm(layer: Any) -> Callable[..., Any]:
+    inner = nn.LSTM(layer.input_size, layer.hidden_size, layer.num_layers)
+    layer.inner = inner  # for its parameters to be found
+    return lambda x, hyper, state=None: inner(x[:1], state)
+
+
+def _plain_convolution(layer: Any) -> Callable[..., Any]:
+    geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def run(x: Tensor, *_: Any) -> Tensor:
+        y = F.conv2d(x, layer.weight, layer.bias, *geometry)
+        return y.relu() if layer.relu else y
+
+    return run
+
+
+def _plain_norm(layer: Any) -> Callable[..., Any]:
+    statistics_of = (layer.running_mean, layer.running_var)
+    return lambda x, *_: F.batch_norm(x, *statistics_of, layer.weight, layer.bias, True, layer.momentum, layer.eps)
+
+
+_PLAIN: dict[type[nn.Module], Callable[[Any], Callable[..., Any]]] = {
+    layers.HyperLinear: lambda layer: lambda x, *_: F.linear(x, layer.weight, layer.bias),
+    layers.HyperConv2d: _plain_convolution,
+    layers.HyperBatchNorm2d: _plain_norm,
+    layers.HyperEmbedding: lambda layer: lambda tokens, *_, **__: F.embedding(tokens, layer.weight),
+    layers.HyperLSTM: _plain_lstm,
+    layers.EmbeddingDropout: lambda _: lambda embedding, tokens, *_, **__: embedding(tokens[:1]),
+    layers.PerExampleDropout2d: lambda _: lambda x, *_, **__: F.dropout2d(x, 0.1),
+    layers.PerExampleDropout: lambda _: lambda x, *_, **__: F.dropout(x, 0.1),
+    layers.PerExampleNoise: lambda _: lambda x, *_, **__: x + 0.1 * torch.randn_like(x),
+    layers.PerExampleAugmentation: lambda layer: lambda x, _: (x - layer._byte_mean) / layer._byte_std,
+}
+
+
+def plain_step(config: Config, task: Task) -> Callable[[], object]:
+    """A training step of the plain network: forward, backward, clipping and a fused SGD."""
+    model = plain(task.model)
+    size = config.schedule.batch_size
+    batch: Any = Split(*(part[:size] for part in task.data.train))
+    if config.text is not None:
+        batch = SimpleNamespace(inputs=batch.inputs.view(1, size), targets=batch.targets.view(1, size))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        outputs = model(batch.inputs, None)
+        logits = outputs.logits.flatten(0, 1) if config.text is not None else outputs
+        F.cross_entropy(logits, batch.targets.flatten()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def _always(answer: Any) -> Callable[..., Any]:
+    """A function, which a mock is too slow for."""
+    return lambda *_: answer
+
+
+@contextlib.contextmanager
+def _host_of_cuda() -> Iterator[None]:
+    """Steps on CPU tensors that take the host's path of CUDA; what kernels would have written is left to chance."""
+    from stn_fast import dispatch
+    from stn_fast.kernels.autotune import tuner
+    from stn_fast.ops import augment
+
+    known: dict[Any, str] = {}
+
+    def choose(problem: Any, names: Any, run: Any, default: str, device: Any) -> str:
+        return known.setdefault((problem, device), default)
+
+    with (
+        recorded_launches(lambda _: None),
+        mock.patch.object(tuner, "choose", choose),
+        mock.patch.object(dispatch, "_automatic", _always("triton")),
+        mock.patch.object(dispatch, "_cuda_is_available", _always(True)),
+        mock.patch.object(augment, "_check_values", _always(None)),
+        mock.patch.object(finite, "_decides", _always(True)),
+        mock.patch.object(finite.Guard, "_leave_out", _always(None)),
+        mock.patch.object(finite, "math", SimpleNamespace(isfinite=_always(True))),
+    ):
+        yield
+
+
+def host_microseconds(name: str, seconds: float) -> dict[str, float]:
+    """Microseconds of this thread's processor time for a training, a validation and a plain training step, in turns.
+
+    The first quintile of each: other work on the machine takes caches and half of a core away.
+    """
+    with _host_of_cuda():
+        config, task = build(name, "cpu", narrow=True)
+        timed = steps(config, task)
+        timed["plain"] = plain_step(config, task)
+        taken: dict[str, list[float]] = {mode: [] for mode in timed}
+        for _ in range(5):
+            for step in timed.values():
+                step()
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(taken["plain"]) < 5:
+            for mode, step in timed.items():
+                began = time.thread_time_ns()
+                step()
+                taken[mode].append((time.thread_time_ns() - began) / 1e3)
+    return {mode: statistics.quantiles(times, n=5)[0] for mode, times in taken.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Records and prints; returns 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"out of {', '.join(RECIPES)}; default: all")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of host time measured for each; 0 measures none")
+    parser.add_argument("--operators", action="store_true", help="list launches by kernel and operator")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser.add_argument(
+        "--variants",
+        type=int,
+        nargs="+",
+        metavar="CAPABILITY",
+        help="write nothing but the variants of kernels that steps launch on devices of 80, 90, ..., as JSON",
+    )
+    options = parser.parse_args(arguments)
+    if unknown := set(options.recipes) - set(RECIPES):
+        parser.error(f"unknown recipe {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
+    torch.set_num_threads(1)
+    names = options.recipes or RECIPES
+    if options.variants:
+        found = {number: variants(names, divmod(number, 10)) for number in options.variants}
+        listed = [{"capability": number, **as_json(one)} for number, of_one in found.items() for one in of_one]
+        print(json.dumps(listed))
+        return 0
+    rows = []
+    print(f"{'recipe':<22}{'step':<7}{'Triton':>7}{'other':>7}{'reads':>7}{'host us':>10}{'plain us':>10}{'ratio':>7}")
+    for name in names:
+        host = host_microseconds(name, options.seconds) if options.seconds else {}
+        for mode, recording in record(name).items():
+            row: dict[str, Any] = {"recipe": name, "step": mode, "triton": recording.triton.total()}
+            row |= {"other": recording.operators.total(), "reads": recording.reads.total()}
+            if host:
+                row |= {"host_us": round(host[mode], 1), "plain_us": round(host["plain"], 1)}
+            rows.append(row | {"kernels": recording.kernels, "operators": recording.operators})
+            times = f"{host[mode]:>10.0f}{host['plain']:>10.0f}{host[mode] / host['plain']:>7.2f}" if host else ""
+            print(f"{name:<22}{mode:<7}{row['triton']:>7}{row['other']:>7}{row['reads']:>7}{times}", flush=True)
+            if options.operators:
+                for launches in (recording.kernels, recording.operators):
+                    print("   ", ", ".join(f"{count} {what}" for what, count in launches.most_common()))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
