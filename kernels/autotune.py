@@ -32,8 +32,13 @@ except ImportError:  # not a POSIX system
 Candidate = Callable[[], object]
 Timer = Callable[[Candidate], float]
 
+
+class Refused(RuntimeError):
+    """Raised by a candidate that must not be chosen here, whatever its speed."""
+
+
 # A kernel that doesn't fit this device or doesn't compile for it, or one whose results don't fit its free memory.
-DOES_NOT_RUN = (OutOfResources, CompilationError, PTXASError, torch.OutOfMemoryError)
+DOES_NOT_RUN = (OutOfResources, CompilationError, PTXASError, torch.OutOfMemoryError, Refused)
 
 
 def milliseconds(candidate: Candidate) -> float:

@@ -122,6 +122,7 @@ def test_sizes_that_share_a_bucket_share_a_choice():
         CompilationError("def f(): pass", ast.parse("0").body[0], "no"),
         PTXASError("no"),
         torch.OutOfMemoryError("no"),
+        autotune.Refused("wrong results"),
     ],
     ids=lambda error: type(error).__name__,
 )
