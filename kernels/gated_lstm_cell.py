@@ -2,8 +2,8 @@
 
 Gates are in torch's order, i, f, g, o; pre = x's share + P + s ⊙ Q + shift with [P, Q] = h_{t−1} [W; R]ᵀ.
 
-Tensors of the sequence are contiguous. In private buffers, h, dh, the products and d_both, H hidden units take a row of
-`eighths` times eight numbers. A program is BLOCK units of (B, row), those of the padding among them.
+Tensors of the sequence are contiguous. In private buffers, h, dh, the products and d_both, H hidden units take `row`
+numbers. A program is BLOCK units of (B, row), those of the padding among them.
 """
 
 import triton
@@ -11,8 +11,9 @@ import triton.language as tl
 
 from .launch import narrow
 
-# The sizes of a step, (B, H), are small: small blocks, so that every multiprocessor has some.
-STEP_CONFIG = triton.Config({"BLOCK": 256}, num_warps=4)
+# The sizes of a step, (B, H), are small, so every multiprocessor needs blocks. A number a thread: with more, rows that
+# begin at 16 bytes and others are laid out differently over threads, and exchanged through shared memory.
+STEP_CONFIG = triton.Config({"BLOCK": 128}, num_warps=4)
 
 
 @triton.jit
@@ -100,7 +101,7 @@ def gated_lstm_fwd_step_kernel(
     t,
     batch,
     H,
-    eighths,
+    row,
     HAS_SHIFT: tl.constexpr,
     SAVE: tl.constexpr,
     SAVE_RESPONSE: tl.constexpr,
@@ -112,7 +113,6 @@ def gated_lstm_fwd_step_kernel(
     `p_cell` in float32 and `p_h`, which the next product reads, is replaced.
     """
     dtype: tl.constexpr = p_h.dtype.element_ty
-    row = eighths * 8
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     i_example, i_unit = i // row, i % row
     inside = (i_example < batch) & (i_unit < H)
@@ -158,7 +158,7 @@ def gated_lstm_bwd_step_kernel(
     t_before,
     batch,
     H,
-    eighths,
+    row,
     BLOCK: tl.constexpr,
 ):
     """Step t, which came after step t_before, or -1; dy, cells (T, B, H), gates, d_gates (T, B, 4H), c_0, dc (B, H).
@@ -166,7 +166,6 @@ def gated_lstm_bwd_step_kernel(
     d_gates come from dh (B, row), what the later step's product gave, and from dc in float32, which becomes the step
     before's. The next product reads d_both (B, 8·row), whose padding stays as it is.
     """
-    row = eighths * 8
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     i_example, i_unit = i // row, i % row
     inside = (i_example < batch) & (i_unit < H)

@@ -61,7 +61,7 @@ def forward(
     for t in _in_time(steps, reverse):
         torch.mm(h, weights.T, out=products)
         gated_lstm_fwd_step_kernel[grid](
-            gates, products, scale, shift, cell, h, y, cells, response, t, batch, hidden, row // ROW,
+            gates, products, scale, shift, cell, h, y, cells, response, t, batch, hidden, row,
             HAS_SHIFT=shift is not None, SAVE=save, SAVE_RESPONSE=save_response, **options,
         )  # fmt: skip
     return y, cell.to(y.dtype), cells, response
@@ -93,7 +93,7 @@ def backward(
     for position in range(steps - 1, -1, -1):
         before = order[position - 1] if position else -1
         gated_lstm_bwd_step_kernel[grid](
-            dy, gates, cells, c_0, dh, dc, scale, d_gates, d_both, order[position], before, batch, hidden, row // ROW,
+            dy, gates, cells, c_0, dh, dc, scale, d_gates, d_both, order[position], before, batch, hidden, row,
             **options,
         )  # fmt: skip
         if position or want_h_0:

@@ -241,15 +241,23 @@ def test_a_capture_takes_it_where_it_was_tried_before_and_waits_for_no_trial(cho
     ran(kernels, given)
     choosing.start_process()
     monkeypatch.setattr(kernels, "_capturing", lambda: True)
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *args, read=read: reads.append(read) or read(*args))
     got = ran(kernels, given)
     assert choosing.device.launched == [], "tried inside of a capture"
+    assert not reads
     assert all(map(torch.equal, got.values(), ran(steps, given).values()))
     monkeypatch.setattr(kernels, "_capturing", lambda: False)
     ran(kernels, given)
     monkeypatch.setattr(kernels, "_capturing", lambda: True)
     choosing.device.launched.clear()
+    assert reads, "the trial reads its errors"
+    reads.clear()
     ran(kernels, given)
     assert len(choosing.device.launched) == 2
+    assert not reads
 
 
 def test_short_memory_is_no_verdict(choosing, monkeypatch):
