@@ -148,11 +148,11 @@ def _what_is_wrong(direction: str, operands: tuple[Any, ...]) -> str | None:
             return "there is no memory to try it at the moment"
         except Exception as error:  # whatever keeps it from running, "steps" needs none of it
             wrong = f"{type(error).__name__}: {error}"
+        _tried[kind] = wrong
         if wrong is not None:
             warnings.warn(
                 f"gated_lstm computes step by step, as the persistent recurrence fails: {wrong}", stacklevel=2
             )
-        _tried[kind] = wrong
     return _tried[kind]
 
 

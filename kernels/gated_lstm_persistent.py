@@ -10,7 +10,7 @@ The code is compiled at first use, for the sizes at hand.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,12 +80,14 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@lru_cache
 def plan_forward(batch: int, hidden: int, limits: Limits) -> Plan | str:
     """A block owns some hidden units, a tile of columns each: as few as there are multiprocessors for."""
     units = _ceil_div(hidden, limits.multiprocessors)
     return _fit(batch, hidden, units, _ceil_div(hidden, units), KEPT_BYTES, limits)
 
 
+@lru_cache
 def plan_backward(batch: int, hidden: int, limits: Limits) -> Plan | str:
     """PARTS blocks, a gate of one branch each, share a slice of the columns."""
     most = limits.multiprocessors // PARTS

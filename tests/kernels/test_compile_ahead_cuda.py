@@ -57,6 +57,7 @@ def usages(capability: int, folder: Path) -> dict[str, Usage]:
     for expression, shared in wanted.items():
         name = compiled.symbols[expression].decode()
         numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", used[name])}
+        assert "BPT.TRAP" in bodies[name], f"{expression} would wait for a lost block for ever"
         tensor_cores = "mma.sync" if "HMMA.16816.F32.BF16" in bodies[name] else ""
         found[expression] = Usage(
             numbers["REG"], numbers["STACK"], numbers["LOCAL"], numbers["SHARED"] + shared, tensor_cores
