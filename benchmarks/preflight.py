@@ -8,7 +8,6 @@ The measured ceilings are what the aims of `benchmarks.summary` are read against
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
 import platform
 import statistics
@@ -20,9 +19,10 @@ from typing import Any
 import torch
 
 from stn_fast.command_line import run_command
+from stn_fast.kernels.cooperative import unavailable
 from stn_fast.values import to_json
 
-PACKAGES = ("torch", "triton", "numpy", "cuda-core", "cuda-bindings", "pytest", "pytest-xdist", "hypothesis")
+PACKAGES = ("torch", "triton", "numpy", "cuda-bindings", "pytest", "pytest-xdist", "hypothesis")
 COPIED_BYTES = 2**31
 PRODUCT_SIZE = 8192
 PRECISIONS = {"bf16": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "fp32": (torch.float32, "ieee")}
@@ -37,17 +37,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "missing"
     return found
-
-
-def cooperative_spelling() -> str:
-    """The name that this cuda.core gives to cooperative launches, or why there is none."""
-    try:
-        core: Any = importlib.import_module("cuda.core")
-        config = core.LaunchConfig(grid=1, block=1)
-    except Exception as error:  # a broken installation raises anything
-        return f"{type(error).__name__}: {error}"
-    names = [name for name in ("is_cooperative", "cooperative_launch") if hasattr(config, name)]
-    return names[0] if names else "neither is_cooperative nor cooperative_launch"
 
 
 def device() -> dict[str, Any]:
@@ -103,10 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.preflight", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args(arguments)
-    found: dict[str, Any] = {"versions": versions(), "cooperative_launch": cooperative_spelling()}
+    found: dict[str, Any] = {"versions": versions(), "cuda_cpp": unavailable() or "compiles"}
     for name, version in found["versions"].items():
         print(f"{name:<16}{version}")
-    print(f"cuda.core spells cooperative launches: {found['cooperative_launch']}")
+    print(f"CUDA C++ kernels: {found['cuda_cpp']}")
     if not torch.cuda.is_available():
         print("torch sees no CUDA device", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import sequences
 from benchmarks.baselines import Limit
 from benchmarks.gradients import compiled, differentiate
-from benchmarks.persistent import persistent
+from benchmarks.recurrences import ways
 from benchmarks.sequences import SequenceLimit
 from benchmarks.timing import Provider
 
@@ -71,7 +71,7 @@ def gated_lstm(case: Case) -> dict[str, Provider]:
 
     providers = {"stn_fast": provider(_fused), "eager": provider(sequences.gated_lstm)}
     _, batch, hidden = case.shape
-    providers |= persistent(providers["stn_fast"], batch, hidden, case.dtype, case.device)
+    providers |= ways(providers["stn_fast"], batch, hidden, case.dtype, case.device)
     if case.compiled:
         epilogue, cell = compiled(sequences.gated_epilogue), compiled(sequences.gated_cell)
         providers["compiled_step"] = provider(partial(sequences.gated_lstm, step=compiled(sequences.gated_step)))

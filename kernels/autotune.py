@@ -39,8 +39,13 @@ from stn_fast.files import cache_root, locked, replace
 
 Timer = Callable[[Callable[[], object]], float]
 
+
+class Refused(RuntimeError):
+    """Raised by a candidate that must not be chosen here, whatever its speed."""
+
+
 # A kernel that doesn't fit this device or doesn't compile for it, or one whose results don't fit its free memory.
-DOES_NOT_RUN = (OutOfResources, CompilationError, PTXASError, torch.OutOfMemoryError)
+DOES_NOT_RUN = (OutOfResources, CompilationError, PTXASError, torch.OutOfMemoryError, Refused)
 # The same, where nothing but the message of a bare RuntimeError says so: Triton's passes, the driver when it loads or
 # launches a kernel, and libraries that find no memory for their workspace. All else, such as an illegal memory access,
 # is an error of ours that must be seen.

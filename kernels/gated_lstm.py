@@ -1,82 +1,62 @@
 """The recurrence of a gated LSTM on a GPU: all steps of a layer, forward and backward, given x's share of the gates.
 
-Three ways to compute it, and the autotuner chooses: launch by launch, a library product and a kernel at each step
-("steps"); the same launches replayed as one CUDA graph ("graph"), which spares the host; and for small layers the whole
-sequence in one launch. Weights' gradients are no part of it: they are single products after the loop, and the caller's.
+Two ways to compute it: "steps", a library product and a kernel at each step, serves every size and dtype; "persistent",
+the whole sequence in one launch, serves bfloat16 and sizes that fit the device. Where both can, the autotuner chooses.
+Weights' gradients are no part of it: they are single products after the loop, and the caller's.
+
+Before the persistent way is used, it is tried once in a process for a device, sizes and options: on drawn numbers of a
+few time steps, every result must obey the 2x rule, an error of at most twice that of "steps" against "steps" in
+float32. Where one doesn't, a warning names it and "steps" is taken. The trial waits for the device once; inside a CUDA
+graph's capture, where it can't be made, "steps" is taken unless it has been made before.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from . import gated_lstm_sequence as sequence
-from .autotune import Problem, tuner
-from .gated_lstm_steps import Backward, BackwardInputs, Forward, ForwardInputs, Pass, replay, run
+from . import gated_lstm_persistent as persistent
+from . import gated_lstm_steps as steps
+from .autotune import Problem, Refused, _capturing, tuner
 from .launch import device_guard, refuse_float64
 
-STEPS, GRAPH = "steps", "graph"
+STEPS, PERSISTENT = "steps", "persistent"
+TRIAL_STEPS = 16
+# Of fewer numbers in a state, either way's may have by far the smaller error by chance.
+TRIAL_NUMBERS = 64
 
 
-class Result(NamedTuple):
-    """y (T, B, H), c_n (B, H), and where kept: cell states (T, B, H), Q = h_{t−1} Rᵀ (T, B, 4H)."""
+class Way(NamedTuple):
+    """The two functions of one way to compute the recurrence."""
 
-    y: Tensor
-    c_n: Tensor
-    cells: Tensor | None
-    response: Tensor | None
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
+    backward: Callable[..., tuple[Tensor, Tensor | None, Tensor]]
 
 
-Choice: TypeAlias = str | triton.Config
-Way: TypeAlias = Callable[[], tuple[Tensor | None, ...]]
+WAYS = {STEPS: Way(steps.forward, steps.backward), PERSISTENT: Way(persistent.forward, persistent.backward)}
+
+_asked_for: str | None = None
+# What was wrong in the trial of a call's kind, None where nothing was.
+_tried: dict[tuple[object, ...], str | None] = {}
 
 
-def _check(gates: Tensor) -> None:
-    refuse_float64("gated_lstm", gates=gates)
-    if 2 * gates.shape[1] * gates.shape[2] > 2**31 - 1024:
-        raise ValueError(f"gated_lstm: the numbers of a step are counted in 32 bits; got gates {tuple(gates.shape)}")
+@contextmanager
+def use(way: str) -> Iterator[None]:
+    """Within the `with` block, gated_lstm on CUDA computes the recurrence this way, or raises RuntimeError.
 
-
-def _can_replay(gates: Tensor) -> bool:
-    return gates.is_cuda and not torch.cuda.is_current_stream_capturing()
-
-
-def _ways(
-    gates: Tensor,
-    key: tuple[object, ...],
-    prepare: Callable[[], Pass],
-    inputs: Any,
-    at_once: Callable[[triton.Config], tuple[Tensor | None, ...]],
-    own: Choice | None,
-) -> dict[str, Way]:
-    """All that may run here, by name. A configuration of the caller's own is one of them."""
-    found: dict[str, Way] = {STEPS: partial(run, prepare, inputs)}
-    if _can_replay(gates):
-        found[GRAPH] = partial(replay, (*key, gates.dtype, *gates.shape), gates.device, prepare, inputs)
-    capability = torch.cuda.get_device_capability(gates.device) if gates.is_cuda else (9, 0)
-    shipped = sequence.configs(capability) if sequence.applies(gates.dtype, gates.shape[2] // 4) else []
-    for config in [*shipped, own] if isinstance(own, triton.Config) else shipped:
-        found[sequence.config_name(config)] = partial(at_once, config)
-    return found
-
-
-def _name(
-    key: tuple[object, ...], gates: Tensor, ways: dict[str, Way], timed: Callable[[str], object], config: Choice | None
-) -> str:
-    """The way to take: what `config` says, or the one that is fastest when `timed` runs it."""
-    if isinstance(config, triton.Config):
-        return sequence.config_name(config)
-    if config is None:
-        steps, batch, wide = gates.shape
-        precision = torch.backends.cuda.matmul.fp32_precision
-        problem = Problem(("gated_lstm", *key, gates.dtype, precision), (steps, batch, wide // 4))
-        return tuner.choose(problem, ways, timed, STEPS, gates.device)
-    if config not in ways:
-        raise ValueError(f"config={config!r} is none of {list(ways)}")
-    return config
+    Holds for the whole process, as autograd runs the backward of CUDA tensors in threads of its own.
+    """
+    global _asked_for
+    if way not in WAYS:
+        raise ValueError(f"gated_lstm: way must be one of {list(WAYS)}, got {way!r}")
+    before, _asked_for = _asked_for, way
+    try:
+        yield
+    finally:
+        _asked_for = before
 
 
 def forward(
@@ -90,35 +70,16 @@ def forward(
     reverse: bool,
     save: bool,
     save_response: bool,
-    config: Choice | None = None,
-) -> Result:
-    """The layer's states from gates (T, B, 4H): x's share on entry and, where `save`, activated on return.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(y (T, B, H), c_n (B, H), cell states (T, B, H) with `save`, Q = h_{t−1} Rᵀ (T, B, 4H) with `save_response`).
 
-    h_0, c_0 (B, H); W, R (4H, H); scale, shift (B, 4H), the gates of hyperparameters h Gwᵀ and b + (h Gbᵀ) ⊙ r. All are
-    contiguous and of one dtype. The cell state is float32 from step to step. `config` fixes the way; by default the
-    autotuner chooses.
+    gates (T, B, 4H) hold x's share on entry and, where `save`, are activated in place. h_0, c_0 (B, H); W, R (4H, H);
+    scale, shift (B, 4H), the gates of hyperparameters h Gwᵀ and b + (h Gbᵀ) ⊙ r. All are contiguous and of one dtype.
+    The cell state is float32 from step to step.
     """
-    _check(gates)
-    y = gates.new_empty(*gates.shape[:2], gates.shape[2] // 4)
-    kept = torch.empty_like(y) if save else None
-    inputs = ForwardInputs(
-        gates, h_0, c_0, weight, response_weight, scale, shift, y, kept,
-        torch.empty_like(gates) if save_response else None,
-    )  # fmt: skip
-    key = ("forward", reverse, save, save_response, shift is not None)
-
-    def ways(inputs: ForwardInputs) -> dict[str, Way]:
-        at_once = partial(sequence.forward, inputs, reverse)
-        return _ways(gates, key, partial(Forward, inputs, reverse), inputs, at_once, config)
-
-    def timed(name: str) -> object:
-        return ways(inputs._replace(gates=gates.clone()))[name]()  # x's share is needed afterwards
-
+    operands = (gates, h_0, c_0, weight, response_weight, scale, shift, reverse, save, save_response)
     with device_guard(gates):
-        found = ways(inputs)
-        (c_n,) = found[_name(key, gates, found, timed, config)]()
-    assert c_n is not None
-    return Result(y, c_n, kept, inputs.response)
+        return WAYS[_way("forward", gates, operands)].forward(*operands)
 
 
 def backward(
@@ -132,19 +93,99 @@ def backward(
     scale: Tensor,
     reverse: bool,
     want_h_0: bool,
-    config: Choice | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(d_gates (T, B, 4H), before the activations, dh_0 (B, H) where wanted, dc_0 (B, H) in float32).
 
-    From what `forward` kept and the gradients of y and c_n; `config` as there.
+    From what `forward` kept and the gradients of y and c_n.
     """
-    _check(gates)
-    d_gates = torch.empty_like(gates)
-    inputs = BackwardInputs(dy, gates, cells, c_0, weight, response_weight, scale, d_last_cell, d_gates)
-    key = ("backward", reverse, want_h_0)
-    at_once = partial(sequence.backward, inputs, reverse)
+    operands = (dy, d_last_cell, gates, cells, c_0, weight, response_weight, scale, reverse, want_h_0)
     with device_guard(gates):
-        ways = _ways(gates, key, partial(Backward, inputs, reverse, want_h_0), inputs, at_once, config)
-        dh_0, dc_0 = ways[_name(key, gates, ways, lambda name: ways[name](), config)]()
-    assert dc_0 is not None
-    return d_gates, dh_0 if want_h_0 else None, dc_0
+        return WAYS[_way("backward", gates, operands)].backward(*operands)
+
+
+def _way(direction: str, gates: Tensor, operands: tuple[Any, ...]) -> str:
+    """The way to take: what was asked for, or the one that is fastest and known to be right."""
+    (length, batch, wide), dtype, device = gates.shape, gates.dtype, gates.device
+    hidden = wide // 4
+    refuse_float64("gated_lstm", gates=gates)
+    if 8 * batch * (hidden + steps.ROW) > 2**31 - 1024:
+        raise ValueError(f"gated_lstm: the numbers of a step are counted in 32 bits; got gates {tuple(gates.shape)}")
+    if _asked_for == STEPS:
+        return STEPS
+    reason = persistent.why_not(batch, hidden, dtype, device)
+    if batch * hidden < TRIAL_NUMBERS:
+        reason = reason or f"{batch} examples of {hidden} hidden units are too few numbers to try it on"
+    if _asked_for == PERSISTENT:
+        if reason := reason or _what_is_wrong(direction, operands):
+            raise RuntimeError(f"the persistent recurrence of gated_lstm was asked for and can't be used: {reason}")
+        return PERSISTENT
+    if reason is not None:
+        return STEPS
+
+    def timed(way: str) -> object:
+        if way == PERSISTENT and (wrong := _what_is_wrong(direction, operands)):
+            raise Refused(wrong)
+        copies = (operand.clone() if operand is gates else operand for operand in operands)  # forward replaces them
+        return getattr(WAYS[way], direction)(*copies)
+
+    flags = (operand for operand in operands if not isinstance(operand, Tensor))
+    problem = Problem((f"gated_lstm {direction}", *flags, dtype), (length, batch, hidden))
+    fastest = tuner.choose(problem, WAYS, timed, STEPS, device)
+    return STEPS if fastest == PERSISTENT and _what_is_wrong(direction, operands) else fastest
+
+
+def _what_is_wrong(direction: str, operands: tuple[Any, ...]) -> str | None:
+    """What speaks against the persistent way for calls like this one, from a trial; None where nothing does."""
+    device = next(operand.device for operand in operands if isinstance(operand, Tensor))
+    kind = (direction, device, *(tuple(o.shape[-2:]) if isinstance(o, Tensor) else o for o in operands))
+    if kind not in _tried:
+        if _capturing():
+            return "it must be called once before a CUDA graph's capture"
+        try:
+            wrong = _try(direction, _drawn_like(operands, device))
+        except torch.OutOfMemoryError:
+            return "there is no memory to try it at the moment"
+        except Exception as error:  # whatever keeps it from running, "steps" needs none of it
+            wrong = f"{type(error).__name__}: {error}"
+        _tried[kind] = wrong
+        if wrong is not None:
+            warnings.warn(
+                f"gated_lstm computes step by step, as the persistent recurrence fails: {wrong}", stacklevel=2
+            )
+    return _tried[kind]
+
+
+def _drawn_like(operands: tuple[Any, ...], device: torch.device) -> list[Any]:
+    """Numbers in (−1, 1), those of W and R in ±1/√H, in place of the operands; sequences of TRIAL_STEPS time steps."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(tensor: Tensor) -> Tensor:
+        shape = (TRIAL_STEPS, *tensor.shape[1:]) if tensor.ndim == 3 else tensor.shape
+        numbers = torch.rand(shape, generator=generator, device=device).mul_(2).sub_(1)
+        is_weight = tensor.ndim == 2 and tensor.shape[0] == 4 * tensor.shape[1]
+        return (numbers * tensor.shape[1] ** -0.5 if is_weight else numbers).to(tensor.dtype)
+
+    return [drawn(operand) if isinstance(operand, Tensor) else operand for operand in operands]
+
+
+def _try(direction: str, operands: list[Any]) -> str | None:
+    """Which results of the persistent way break the 2x rule, with their errors; None where all obey it."""
+
+    def results(way: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        copies = [o.to(dtype, copy=True) if isinstance(o, Tensor) else o for o in operands]
+        found = getattr(WAYS[way], direction)(*copies)
+        names = ("d_gates", "dh_0", "dc_0") if direction == "backward" else ("y", "c_n", "cells", "response")
+        by_name = dict(zip(names, found, strict=True)) | ({} if direction == "backward" else {"gates": copies[0]})
+        return {name: result.float() for name, result in by_name.items() if result is not None}
+
+    exact, rounded = (results(STEPS, dtype) for dtype in (torch.float32, torch.bfloat16))
+    got = results(PERSISTENT, torch.bfloat16)
+    errors = [
+        (of[name] - exact[name]).norm() / exact[name].norm().clamp_min(1e-30) for name in exact for of in (got, rounded)
+    ]
+    broken = [
+        f"{name} (error {error:.1e}, at most {2 * of_steps + 1e-6:.1e} is right)"
+        for name, (error, of_steps) in zip(exact, torch.stack(errors).view(-1, 2).tolist(), strict=True)
+        if not error <= 2 * of_steps + 1e-6
+    ]
+    return f"wrong results: {', '.join(broken)}" if broken else None

@@ -2,8 +2,8 @@
 
 Gates are in torch's order, i, f, g, o; pre = x's share + P + s ⊙ Q + shift with [P, Q] = h_{t−1} [W; R]ᵀ.
 
-A step's kernel finds the tensors of the whole sequence through a table of their addresses in device memory, so that a
-captured CUDA graph of all steps, whose arguments are fixed, serves any sequence of its size.
+Tensors of the sequence are contiguous. In private buffers, h, dh, the products and d_both, H hidden units take `row`
+numbers. A program is BLOCK units of (B, row), those of the padding among them.
 """
 
 import triton
@@ -11,8 +11,9 @@ import triton.language as tl
 
 from .launch import narrow
 
-# Numbers a program: the sizes of a step, (B, H), are small and a multiprocessor each is what there is to win.
-STEP_CONFIG = triton.Config({"BLOCK": 256}, num_warps=4)
+# The sizes of a step, (B, H), are small, so every multiprocessor needs blocks. A number a thread: with more, rows that
+# begin at 16 bytes and others are laid out differently over threads, and exchanged through shared memory.
+STEP_CONFIG = triton.Config({"BLOCK": 128}, num_warps=4)
 
 
 @triton.jit
@@ -54,22 +55,6 @@ def cell_backward(b_dh, b_dc, b_i, b_f, b_g, b_o, b_c, b_c_before):
 
 
 @triton.jit
-def tensor_at(p_addresses, i_row: tl.constexpr, dtype: tl.constexpr):
-    """The tensor whose address is in this row of the table."""
-    return tl.load(p_addresses + i_row).to(tl.pointer_type(dtype))
-
-
-@triton.jit
-def gated_lstm_addresses_kernel(p_addresses, p_0, p_1, p_2, p_3, p_4):
-    """Fills the table; a kernel rather than a copy, which would make the host wait."""
-    tl.store(p_addresses, p_0.to(tl.int64))
-    tl.store(p_addresses + 1, p_1.to(tl.int64))
-    tl.store(p_addresses + 2, p_2.to(tl.int64))
-    tl.store(p_addresses + 3, p_3.to(tl.int64))
-    tl.store(p_addresses + 4, p_4.to(tl.int64))
-
-
-@triton.jit
 def gate(b_p, b_q, p_gates, p_scale, p_shift, p_response, i_gate, inside,
          HAS_SHIFT: tl.constexpr, SAVE_RESPONSE: tl.constexpr):  # fmt: skip
     """One gate before its activation, at `i_gate` of (B, 4H); `p_gates` is x's share. Keeps Q where SAVE_RESPONSE."""
@@ -83,116 +68,125 @@ def gate(b_p, b_q, p_gates, p_scale, p_shift, p_response, i_gate, inside,
 
 
 @triton.jit
-def load_gates(p_gates, i_gate, inside, H):
-    """i, f, g, o in float32, of which i lies at `i_gate` of (B, 4H)."""
+def load_gates(p_gates, i_gate, inside, row):
+    """i, f, g, o in float32, of which i is stored at `i_gate` and each other `row` numbers after the one before."""
     b_i = tl.load(p_gates + i_gate, mask=inside, other=0.0).to(tl.float32)
-    b_f = tl.load(p_gates + i_gate + H, mask=inside, other=0.0).to(tl.float32)
-    b_g = tl.load(p_gates + i_gate + 2 * H, mask=inside, other=0.0).to(tl.float32)
-    b_o = tl.load(p_gates + i_gate + 3 * H, mask=inside, other=0.0).to(tl.float32)
+    b_f = tl.load(p_gates + i_gate + row, mask=inside, other=0.0).to(tl.float32)
+    b_g = tl.load(p_gates + i_gate + 2 * row, mask=inside, other=0.0).to(tl.float32)
+    b_o = tl.load(p_gates + i_gate + 3 * row, mask=inside, other=0.0).to(tl.float32)
     return b_i, b_f, b_g, b_o
 
 
 @triton.jit
-def store_gates(p_gates, b_i, b_f, b_g, b_o, i_gate, inside, H):
+def store_gates(p_gates, b_i, b_f, b_g, b_o, i_gate, inside, row):
     """i, f, g, o, rounded, where `load_gates` finds them."""
     dtype: tl.constexpr = p_gates.dtype.element_ty
     tl.store(p_gates + i_gate, narrow(b_i, dtype), mask=inside)
-    tl.store(p_gates + i_gate + H, narrow(b_f, dtype), mask=inside)
-    tl.store(p_gates + i_gate + 2 * H, narrow(b_g, dtype), mask=inside)
-    tl.store(p_gates + i_gate + 3 * H, narrow(b_o, dtype), mask=inside)
+    tl.store(p_gates + i_gate + row, narrow(b_f, dtype), mask=inside)
+    tl.store(p_gates + i_gate + 2 * row, narrow(b_g, dtype), mask=inside)
+    tl.store(p_gates + i_gate + 3 * row, narrow(b_o, dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["t"])
 def gated_lstm_fwd_step_kernel(
-    p_addresses,
+    p_gates,
     p_products,
     p_scale,
     p_shift,
     p_cell,
     p_h,
+    p_y,
+    p_cells,
+    p_response,
     t,
     batch,
     H,
+    row,
     HAS_SHIFT: tl.constexpr,
     SAVE: tl.constexpr,
     SAVE_RESPONSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Step t, for `BLOCK` of the (B, H) units. The table: gates (T, B, 4H), y (T, B, H), cells like y, Q like gates.
+    """Step t of gates (T, B, 4H), y and cells (T, B, H), Q like gates; products (B, 8·row), cell (B, H), h (B, row).
 
     gates hold x's share on entry and the activated gates after it where SAVE; Q is kept where SAVE_RESPONSE. The state,
     `p_cell` in float32 and `p_h`, which the next product reads, is replaced.
     """
     dtype: tl.constexpr = p_h.dtype.element_ty
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < batch * H
-    i_example = (i // H).to(tl.int64)
-    i_gate = i_example * 4 * H + i % H
-    i_p = i_example * 8 * H + i % H
+    i_example, i_unit = i // row, i % row
+    inside = (i_example < batch) & (i_unit < H)
+    i_state = i_example * H + i_unit
+    i_gate = i_example * (4 * H) + i_unit
     i_step = tl.cast(t, tl.int64) * batch * H
-    p_gates = tensor_at(p_addresses, 0, dtype) + 4 * i_step
-    p_response = tensor_at(p_addresses, 3, dtype) + 4 * i_step
+    p_gates += 4 * i_step
+    if SAVE_RESPONSE:
+        p_response += 4 * i_step
 
-    b_pi, b_pf, b_pg, b_po = load_gates(p_products, i_p, inside, H)
-    b_qi, b_qf, b_qg, b_qo = load_gates(p_products + 4 * H, i_p, inside, H)
+    i_p = i_example * (8 * row) + i_unit
+    b_pi, b_pf, b_pg, b_po = load_gates(p_products, i_p, inside, row)
+    b_qi, b_qf, b_qg, b_qo = load_gates(p_products, i_p + 4 * row, inside, row)
     i_f, i_g, i_o = i_gate + H, i_gate + 2 * H, i_gate + 3 * H
     b_i = gate(b_pi, b_qi, p_gates, p_scale, p_shift, p_response, i_gate, inside, HAS_SHIFT, SAVE_RESPONSE)
     b_f = gate(b_pf, b_qf, p_gates, p_scale, p_shift, p_response, i_f, inside, HAS_SHIFT, SAVE_RESPONSE)
     b_g = gate(b_pg, b_qg, p_gates, p_scale, p_shift, p_response, i_g, inside, HAS_SHIFT, SAVE_RESPONSE)
     b_o = gate(b_po, b_qo, p_gates, p_scale, p_shift, p_response, i_o, inside, HAS_SHIFT, SAVE_RESPONSE)
-    b_c = tl.load(p_cell + i, mask=inside, other=0.0)
+    b_c = tl.load(p_cell + i_state, mask=inside, other=0.0)
     b_i, b_f, b_g, b_o, b_c, b_h = cell_forward(b_i, b_f, b_g, b_o, b_c)
 
     b_h = narrow(b_h, dtype)
-    tl.store(p_cell + i, b_c, mask=inside)
+    tl.store(p_cell + i_state, b_c, mask=inside)
     tl.store(p_h + i, b_h, mask=inside)
-    tl.store(tensor_at(p_addresses, 1, dtype) + i_step + i, b_h, mask=inside)
+    tl.store(p_y + i_step + i_state, b_h, mask=inside)
     if SAVE:
         store_gates(p_gates, b_i, b_f, b_g, b_o, i_gate, inside, H)
-        tl.store(tensor_at(p_addresses, 2, dtype) + i_step + i, narrow(b_c, dtype), mask=inside)
+        tl.store(p_cells + i_step + i_state, narrow(b_c, dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["t", "t_before"])
 def gated_lstm_bwd_step_kernel(
-    p_addresses,
+    p_dy,
+    p_gates,
+    p_cells,
+    p_c_0,
     p_dh,
     p_dc,
     p_scale,
+    p_d_gates,
     p_d_both,
     t,
     t_before,
     batch,
     H,
+    row,
     BLOCK: tl.constexpr,
 ):
-    """Step t, which came after step t_before, or -1. The table: dy, activated gates, cells, c_0, d_gates.
+    """Step t, which came after step t_before, or -1; dy, cells (T, B, H), gates, d_gates (T, B, 4H), c_0, dc (B, H).
 
-    d_gates come from dh, what the later step's product gave, and from dc in float32, which becomes the step before's.
+    d_gates come from dh (B, row), what the later step's product gave, and from dc in float32, which becomes the step
+    before's. The next product reads d_both (B, 8·row), whose padding stays as it is.
     """
-    dtype: tl.constexpr = p_d_both.dtype.element_ty
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < batch * H
-    i_example = (i // H).to(tl.int64)
-    i_gate = i_example * 4 * H + i % H
-    i_p = i_example * 8 * H + i % H
+    i_example, i_unit = i // row, i % row
+    inside = (i_example < batch) & (i_unit < H)
+    i_state = i_example * H + i_unit
+    i_gate = i_example * (4 * H) + i_unit
     i_step = tl.cast(t, tl.int64) * batch * H
-    p_gates = tensor_at(p_addresses, 1, dtype) + 4 * i_step
-    p_cells = tensor_at(p_addresses, 2, dtype)
     p_c_before = p_cells + tl.cast(t_before, tl.int64) * batch * H
     if t_before < 0:
-        p_c_before = tensor_at(p_addresses, 3, dtype)
+        p_c_before = p_c_0
 
-    b_dh = tl.load(tensor_at(p_addresses, 0, dtype) + i_step + i, mask=inside, other=0.0).to(tl.float32)
+    b_dh = tl.load(p_dy + i_step + i_state, mask=inside, other=0.0).to(tl.float32)
     b_dh += tl.load(p_dh + i, mask=inside, other=0.0).to(tl.float32)
-    b_dc = tl.load(p_dc + i, mask=inside, other=0.0)
-    b_i, b_f, b_g, b_o = load_gates(p_gates, i_gate, inside, H)
-    b_c = tl.load(p_cells + i_step + i, mask=inside, other=0.0).to(tl.float32)
-    b_c_before = tl.load(p_c_before + i, mask=inside, other=0.0).to(tl.float32)
+    b_dc = tl.load(p_dc + i_state, mask=inside, other=0.0)
+    b_i, b_f, b_g, b_o = load_gates(p_gates + 4 * i_step, i_gate, inside, H)
+    b_c = tl.load(p_cells + i_step + i_state, mask=inside, other=0.0).to(tl.float32)
+    b_c_before = tl.load(p_c_before + i_state, mask=inside, other=0.0).to(tl.float32)
     b_di, b_df, b_dg, b_do, b_dc = cell_backward(b_dh, b_dc, b_i, b_f, b_g, b_o, b_c, b_c_before)
 
-    tl.store(p_dc + i, b_dc, mask=inside)
-    p_d_gates = tensor_at(p_addresses, 4, dtype) + 4 * i_step
-    store_gates(p_d_gates, b_di, b_df, b_dg, b_do, i_gate, inside, H)
-    store_gates(p_d_both, b_di, b_df, b_dg, b_do, i_p, inside, H)
+    tl.store(p_dc + i_state, b_dc, mask=inside)
+    store_gates(p_d_gates + 4 * i_step, b_di, b_df, b_dg, b_do, i_gate, inside, H)
+    i_p = i_example * (8 * row) + i_unit
+    store_gates(p_d_both, b_di, b_df, b_dg, b_do, i_p, inside, row)
     b_si, b_sf, b_sg, b_so = load_gates(p_scale, i_gate, inside, H)
-    store_gates(p_d_both + 4 * H, b_di * b_si, b_df * b_sf, b_dg * b_sg, b_do * b_so, i_p, inside, H)
+    store_gates(p_d_both, b_di * b_si, b_df * b_sf, b_dg * b_sg, b_do * b_so, i_p + 4 * row, inside, row)

@@ -4,26 +4,23 @@ Blocks keep their shares of W_hh and R_hh in shared memory from the first step t
 between steps. So all of them must be resident at once, which bounds H by what the device's shared memory holds;
 `why_not` says where a size doesn't fit.
 
-The code is compiled at first use, by NVRTC through cuda.core (the extra `cuda` of this package), for the sizes at
-hand. It serves the sizes in PROVEN, and whatever it is asked for: see `use_persistent`.
+The code is compiled at first use, for the sizes at hand.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .cooperative import launch, unavailable
 from .launch import device_guard
 
-SOURCES = Path(__file__).with_name("cuda")
+SOURCE = Path(__file__).with_name("cuda") / "gated_lstm_persistent.cu"
 # As kernels/cuda/tiles.h has them.
 WARPS = 8
 THREADS = 32 * WARPS
@@ -45,17 +42,6 @@ class Limits(NamedTuple):
 
     multiprocessors: int
     shared_bytes: int
-
-
-class Proven(NamedTuple):
-    """Sizes for which a row in benchmarks/results shows that this is faster, on devices of this capability."""
-
-    capability: tuple[int, int]
-    hidden: int
-    examples: range
-
-
-PROVEN: tuple[Proven, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,12 +80,14 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@lru_cache
 def plan_forward(batch: int, hidden: int, limits: Limits) -> Plan | str:
     """A block owns some hidden units, a tile of columns each: as few as there are multiprocessors for."""
     units = _ceil_div(hidden, limits.multiprocessors)
     return _fit(batch, hidden, units, _ceil_div(hidden, units), KEPT_BYTES, limits)
 
 
+@lru_cache
 def plan_backward(batch: int, hidden: int, limits: Limits) -> Plan | str:
     """PARTS blocks, a gate of one branch each, share a slice of the columns."""
     most = limits.multiprocessors // PARTS
@@ -132,16 +120,6 @@ def _fit(batch: int, hidden: int, column_tiles: int, blocks: int, kept_bytes: in
 
 
 @cache
-def _import_failure() -> str | None:
-    """None when cuda.core imports, else the reason why it doesn't."""
-    try:
-        importlib.import_module("cuda.core")
-    except (ImportError, OSError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-@cache
 def _limits(device: torch.device) -> Limits:
     properties: Any = torch.cuda.get_device_properties(device)
     return Limits(properties.multi_processor_count, properties.shared_memory_per_block_optin)
@@ -155,80 +133,16 @@ def why_not(batch: int, hidden: int, dtype: torch.dtype, device: torch.device) -
         return f"it takes 1 to {MAX_EXAMPLES} examples, and there are {batch}"
     if device.type != "cuda":
         return f"it runs on CUDA devices, and the tensors are on {device.type!r}"
-    if failure := _import_failure():
-        return f"cuda.core does not import ({failure}): pip install 'stn-fast[cuda]'"
+    if reason := unavailable():
+        return f"cuda.bindings and NVRTC compile it, and can't be used ({reason}): pip install 'stn-fast[cuda]'"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "its tensor core instructions need compute capability 8.0 or newer"
     plans = (plan(batch, hidden, _limits(device)) for plan in (plan_forward, plan_backward))
     return next((plan for plan in plans if isinstance(plan, str)), None)
 
 
-_asked_for = False
-
-
-@contextmanager
-def use_persistent() -> Iterator[None]:
-    """Within the `with` block, gated_lstm on CUDA takes this recurrence, for any size that fits, or raises.
-
-    Holds for the whole process, as autograd runs the backward of CUDA tensors in threads of its own.
-    """
-    global _asked_for
-    before, _asked_for = _asked_for, True
-    try:
-        yield
-    finally:
-        _asked_for = before
-
-
-def chosen(batch: int, hidden: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this recurrence is the one to take: it was asked for, or is proven for the sizes.
-
-    Raises RuntimeError, saying why, when it was asked for and can't run.
-    """
-    if _asked_for:
-        if reason := why_not(batch, hidden, dtype, device):
-            raise RuntimeError(f"the persistent recurrence of gated_lstm was asked for and can't be used: {reason}")
-        return True
-    if device.type != "cuda":
-        return False
-    capability = torch.cuda.get_device_capability(device)
-    rows = (row for row in PROVEN if row.capability == capability and row.hidden == hidden and batch in row.examples)
-    return any(rows) and why_not(batch, hidden, dtype, device) is None
-
-
-def compile_kernels(expressions: tuple[str, ...], capability: tuple[int, int]) -> Any:
-    """The machine code, a cuda.core.ObjectCode, of kernels named as C++ has them; needs no device."""
-    core = importlib.import_module("cuda.core")
-    options = core.ProgramOptions(
-        name="gated_lstm_persistent",
-        std="c++17",
-        arch=f"sm_{capability[0]}{capability[1]}",
-        include_path=str(SOURCES),
-    )
-    source = (SOURCES / "gated_lstm_persistent.cu").read_text()
-    return core.Program(source, "c++", options).compile("cubin", name_expressions=expressions)
-
-
-@cache
-def _kernel(expression: str, shared_bytes: int, device: torch.device) -> Any:
-    """A kernel ready to launch on the device, which must be the current one."""
-    driver = importlib.import_module("cuda.bindings.driver")
-    kernel = compile_kernels((expression,), torch.cuda.get_device_capability(device)).get_kernel(expression)
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, int(kernel.handle), device.index)
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"{expression} was refused {shared_bytes} bytes of shared memory: {status}")
-    return kernel
-
-
 def _launch(expression: str, plan: Plan, arguments: tuple[int, ...], device: torch.device) -> None:
-    """Launches cooperatively on torch's current stream: the driver refuses a grid that isn't resident all at once."""
-    core = importlib.import_module("cuda.core")
-    core.Device(device.index).set_current()  # autograd's threads may not have used the device before
-    kernel = _kernel(expression, plan.shared_bytes, device)
-    config = core.LaunchConfig(grid=plan.blocks, block=THREADS, shmem_size=plan.shared_bytes, is_cooperative=True)
-    stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
-    core.launch(stream, config, kernel, *arguments)
+    launch(SOURCE, expression, plan.blocks, THREADS, plan.shared_bytes, arguments, device)
 
 
 def _workspace(like: Tensor, left_factors: int, plan: Plan) -> tuple[Tensor, int, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from stn_fast.kernels import gated_lstm_persistent as persistent
-from stn_fast.kernels.gated_lstm_persistent import SOURCES, Limits, Plan
+from stn_fast.kernels.gated_lstm_persistent import SOURCE, Limits, Plan
 
 HERE = Path(__file__).parent / "emulation"
 
@@ -30,7 +30,7 @@ def built(expression: str, sources: Path) -> ctypes.CDLL:
 class EmulatedDevice:
     """A device of so many multiprocessors. `order` is that in which blocks and warps run: 0 is the natural one."""
 
-    def __init__(self, multiprocessors: int, shared_bytes: int, sources: Path = SOURCES) -> None:
+    def __init__(self, multiprocessors: int, shared_bytes: int, sources: Path = SOURCE.parent) -> None:
         self.limits = Limits(multiprocessors, shared_bytes)
         self.sources = sources
         self.order = 0

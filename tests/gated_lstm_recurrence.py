@@ -1,7 +1,7 @@
 """The recurrence of a gated LSTM in plain torch, for any dtype, and operands for it and for a layer."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from numerics import assert_twice_as_good
@@ -29,12 +29,20 @@ class Operands(NamedTuple):
         return Operands(*(None if tensor is None else tensor.to(target) for tensor in self))
 
 
-def operands(steps: int, batch: int, hidden: int, bias: bool = True, last_cell: bool = True) -> Operands:
-    """Numbers of a trained layer's size, in bfloat16."""
-    generator = torch.Generator().manual_seed(steps + batch + hidden)
+def operands(
+    steps: int,
+    batch: int,
+    hidden: int,
+    dtype: torch.dtype = torch.bfloat16,
+    bias: bool = True,
+    last_cell: bool = True,
+    seed: int = 0,
+) -> Operands:
+    """Numbers of a trained layer's size."""
+    generator = torch.Generator().manual_seed(steps + batch + hidden + seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(torch.bfloat16)
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
     wide, width = 4 * hidden, hidden**-0.5
     state, both = (batch, hidden), (wide, hidden)
@@ -64,9 +72,19 @@ def plain(given: Operands, dtype: torch.dtype, reverse: bool) -> dict[str, Tenso
     return {"y": y, "c_n": c, "gates": gates, "cells": cells, "response": response} | gradients
 
 
-def assert_right(got: dict[str, Tensor], given: Operands, reverse: bool) -> None:
+def ran(way: Any, given: Operands, reverse: bool = False) -> dict[str, Tensor]:
+    """Everything that a module's or a way's `forward` keeps, and its `backward` computes from that."""
+    share, h_0, c_0, weight, response_weight, scale, shift, dy, d_last_cell = given
+    gates = share.clone()
+    y, c_n, cells, response = way.forward(gates, h_0, c_0, weight, response_weight, scale, shift, reverse, True, True)
+    gradients = way.backward(dy, d_last_cell, gates, cells, c_0, weight, response_weight, scale, reverse, True)
+    kept = {"y": y, "c_n": c_n, "gates": gates, "cells": cells, "response": response}
+    return kept | dict(zip(DIFFERENTIATED, gradients, strict=True))
+
+
+def assert_right(got: dict[str, Tensor], given: Operands, reverse: bool = False) -> None:
     """The 2x rule for everything in `got`."""
-    rounded, exact = (plain(given, dtype, reverse) for dtype in (torch.bfloat16, torch.float64))
+    rounded, exact = (plain(given, dtype, reverse) for dtype in (given.share.dtype, torch.float64))
     for name, tensor in got.items():
         assert_twice_as_good(tensor, rounded[name], exact[name], name)
 

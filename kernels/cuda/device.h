@@ -48,7 +48,8 @@ STN_FAST_DEVICE void multiply_accumulate(float (&sums)[4], const uint4& left, co
 
 // A barrier of all blocks, which must be resident together (a cooperative launch), in two halves: what the block wrote before
 // `arrive` is seen by every block after its `wait`. The counter starts at zero and only grows: nothing has to be reset, and
-// that it wraps around does no harm, as differences are compared.
+// that it wraps around does no harm, as differences are compared. A block that waits in vain for some tens of seconds, at half
+// a microsecond or more a poll, ends the launch with an error instead of hanging the process.
 class GridBarrier {
 public:
     STN_FAST_DEVICE explicit GridBarrier(unsigned* counter) : counter_(counter), target_(0) {}
@@ -61,15 +62,17 @@ public:
 
     STN_FAST_DEVICE void wait() {
         if (threadIdx.x == 0) {
-            unsigned arrived;
+            unsigned arrived, polls = 0;
             do {
                 asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter_) : "memory");
+                if (++polls == kMostPolls) __trap();
             } while (static_cast<int>(arrived - target_) < 0);
         }
         __syncthreads();
     }
 
 private:
+    static constexpr unsigned kMostPolls = 1u << 26;
     unsigned* counter_;
     unsigned target_;
 };

@@ -11,8 +11,7 @@ constexpr int kGates = 4, kBranches = 2, kParts = kGates * kBranches;  // branch
 constexpr int kCellGate = 2;                                          // g: tanh; the others: sigmoid
 
 STN_FAST_DEVICE float read(const Bfloat16* from, int64 at) { return widen(from[at]); }
-STN_FAST_DEVICE float lower(unsigned word) { return widen(Bfloat16{static_cast<unsigned short>(word)}); }
-STN_FAST_DEVICE float upper(unsigned word) { return widen(Bfloat16{static_cast<unsigned short>(word >> 16)}); }
+STN_FAST_DEVICE Bfloat16 half_of(unsigned word, int half) { return {static_cast<unsigned short>(word >> 16 * half)}; }
 
 // Forward. A tile of columns is a hidden unit: column 2 q + branch is gate q of that branch. So the four lanes that share a row
 // of the product hold P and Q of one gate each, and a quarter of the cell is computed in each of them.
@@ -73,6 +72,27 @@ __global__ void __launch_bounds__(kThreads, 1)
         return Place{example, unit, example < batch && unit < kHidden};
     };
 
+    // Results of a pass wait in shared memory until they are stored: activated gate, q and h of both rows, packed, in place of
+    // the lane's part of the first share, which has been added up.
+    const auto results = [&](int n) { return reinterpret_cast<uint4*>(shares + (warp + n * kWarps) * 32 + lane); };
+    const auto store = [&](int pass, int64 t) {
+        for (int n = 0; n < S::kTilesOfWarp; ++n) {
+            const int tile = tile_of(pass, n);
+            if (tile < 0) continue;
+            const uint4 result = *results(n);
+            for (int half = 0; half < 2; ++half) {
+                const Place at = place(tile, half);
+                if (!at.inside) continue;
+                const int64 position = t * batch + at.example, state = position * kHidden + at.unit;
+                const int64 wide = position * kWide + gate * kHidden + at.unit;
+                if (kSave) gates[wide] = half_of(result.x, half);
+                if (kSaveResponse) response[wide] = half_of(result.y, half);
+                if (gate == 0) y[state] = half_of(result.z, half);
+                if (gate == 2 && kSave) cells[state] = narrow(kept[tile].c[half][lane]);
+            }
+        }
+    };
+
     keep_units<S>(weight, response_weight, reinterpret_cast<unsigned*>(right));
     for (int pass = 0; pass < S::kPasses; ++pass) {
         for (int n = 0; n < S::kTilesOfWarp; ++n) {
@@ -91,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     for (int64 step = 0; step < steps; ++step) {
         const int64 t = reverse ? steps - 1 - step : step;
-        barrier.arrive();
+        barrier.arrive();  // other blocks need h of the last step; all else is stored afterwards
         // What the input contributes is on its way while other blocks are waited for.
         unsigned fetched[S::kPasses][S::kTilesOfWarp];
 #pragma unroll
@@ -108,6 +128,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 fetched[pass][n] = pack(both[0], both[1]);
             }
         }
+        if (step > 0) store(S::kPasses - 1, reverse ? t + 1 : t - 1);
         barrier.wait();
 #pragma unroll
         for (int pass = 0; pass < S::kPasses; ++pass) {
@@ -128,31 +149,31 @@ __global__ void __launch_bounds__(kThreads, 1)
                 const int tile = tile_of(pass, n);
                 if (tile < 0) continue;
                 const float4 product = total<S>(shares, warp + n * kWarps);
+                Bfloat16 activated[2], q[2], h[2];
                 for (int half = 0; half < 2; ++half) {
                     const Place at = place(tile, half);
-                    const float p = half ? product.z : product.x, q = half ? product.w : product.y;
+                    const float of_weight = half ? product.z : product.x, of_response = half ? product.w : product.y;
                     const unsigned term = kept[tile].terms[half][lane], from_input = kept[tile].from_input[lane];
-                    const float sum = (half ? upper(from_input) : lower(from_input)) + p + lower(term) * q + upper(term);
-                    const float activated = gate == kCellGate ? hyperbolic_tangent(sum) : sigmoid(sum);
+                    const float sum = widen(half_of(from_input, half)) + of_weight +
+                                      widen(half_of(term, 0)) * of_response + widen(half_of(term, 1));
+                    const float own = gate == kCellGate ? hyperbolic_tangent(sum) : sigmoid(sum);
                     const int first = lane - gate;
-                    const float i = from_lane(activated, first), f = from_lane(activated, first + 1);
-                    const float g = from_lane(activated, first + 2), o = from_lane(activated, first + 3);
+                    const float i = from_lane(own, first), f = from_lane(own, first + 1);
+                    const float g = from_lane(own, first + 2), o = from_lane(own, first + 3);
                     const float cell = f * kept[tile].c[half][lane] + i * g;
-                    const Bfloat16 hidden = narrow(o * hyperbolic_tangent(cell));
                     kept[tile].c[half][lane] = cell;
+                    activated[half] = narrow(own), q[half] = narrow(of_response);
+                    h[half] = narrow(o * hyperbolic_tangent(cell));
                     if (!at.inside) continue;
-                    const int64 position = t * batch + at.example, state = position * kHidden + at.unit;
-                    const int64 wide = position * kWide + gate * kHidden + at.unit;
-                    if (kSave) gates[wide] = narrow(activated);
-                    if (kSaveResponse) response[wide] = narrow(q);
-                    if (gate == 0) y[state] = hidden;
-                    if (gate == 1) after[left_position<S>(at.example, at.unit)] = hidden;
-                    if (gate == 2 && kSave) cells[state] = narrow(cell);
+                    if (gate == 1) after[left_position<S>(at.example, at.unit)] = h[half];
                     if (gate == 3 && step == steps - 1) c_n[at.example * kHidden + at.unit] = narrow(cell);
                 }
+                *results(n) = uint4{pack(activated[0], activated[1]), pack(q[0], q[1]), pack(h[0], h[1]), 0};
             }
+            if (pass < S::kPasses - 1) store(pass, t);
         }
     }
+    store(S::kPasses - 1, reverse ? 0 : steps - 1);
 }
 
 // Backward. The sum over 4H gates of both branches is cut into kParts, gate by gate and branch by branch, and a block multiplies
@@ -230,6 +251,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             dh[n] = read(dy, t * all_cells + cell);
         }
         if (!last) barrier.wait();
+        unsigned gradients[kCells][kGates / 2];
 #pragma unroll
         for (int n = 0; n < kCells; ++n) {
             const int64 cell = first_cell + static_cast<int64>(n) * kAllThreads;
@@ -242,18 +264,25 @@ __global__ void __launch_bounds__(kThreads, 1)
             const float before[kGates] = {d_c * g * i * (1.0f - i), d_c * c_before[n] * f * (1.0f - f),
                                           d_c * i * (1.0f - g * g), dh[n] * tanh_c * o * (1.0f - o)};
             dc[n] = d_c * f;
-            const int64 wide = (t * batch + example) * kWide + unit;
             Bfloat16* left_factor = reinterpret_cast<Bfloat16*>(exchange) + left_position<S>(example, unit);
 #pragma unroll
             for (int q = 0; q < kGates; ++q) {
-                const Bfloat16 number = narrow(before[q]);
-                d_gates[wide + q * kHidden] = number;
-                left_factor[int64{kBranches} * q * S::kLeftVectors * 8] = number;
+                left_factor[int64{kBranches} * q * S::kLeftVectors * 8] = narrow(before[q]);
                 left_factor[(int64{kBranches} * q + 1) * S::kLeftVectors * 8] = narrow(before[q] * scales[n][q]);
             }
+            gradients[n][0] = pack(narrow(before[0]), narrow(before[1]));
+            gradients[n][1] = pack(narrow(before[2]), narrow(before[3]));
+        }
+        barrier.arrive();  // other blocks need the left factors; d_gates are stored afterwards
+#pragma unroll
+        for (int n = 0; n < kCells; ++n) {
+            const int64 cell = first_cell + static_cast<int64>(n) * kAllThreads;
+            if (cell >= all_cells) continue;
+            const int64 wide = t * batch * kWide + cell / kHidden * kWide + cell % kHidden;
+#pragma unroll
+            for (int q = 0; q < kGates; ++q) d_gates[wide + q * kHidden] = half_of(gradients[n][q / 2], q % 2);
         }
         if (left == 0 && !d_h_0) break;
-        barrier.arrive();
         barrier.wait();
 #pragma unroll 1
         for (int pass = 0; pass < S::kPasses; ++pass) {

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stn_fast.kernels import gated_linear, gated_lstm, gated_lstm_persistent
+from stn_fast.kernels import gated_linear, gated_lstm
 from stn_fast.ops._gated_linear_plain import Gradients, backward_plain, forward_plain
 from stn_fast.ops._gated_lstm_driver import Recurrence, RecurrenceGradients
 
@@ -31,17 +31,8 @@ class Triton:
 
     @staticmethod
     def recurrence_forward(*operands: Any) -> Recurrence:
-        gates, *_ = operands
-        return Recurrence(*_recurrence(gates).forward(*operands))
+        return Recurrence(*gated_lstm.forward(*operands))
 
     @staticmethod
     def recurrence_backward(*operands: Any) -> RecurrenceGradients:
-        _, _, gates, *_ = operands
-        return RecurrenceGradients(*_recurrence(gates).backward(*operands))
-
-
-def _recurrence(gates: Tensor) -> Any:
-    """The module that computes it: CUDA C++ in one launch where that is proven or asked for, else Triton."""
-    _, batch, wide = gates.shape
-    chosen = gated_lstm_persistent.chosen(batch, wide // 4, gates.dtype, gates.device)
-    return gated_lstm_persistent if chosen else gated_lstm
+        return RecurrenceGradients(*gated_lstm.backward(*operands))

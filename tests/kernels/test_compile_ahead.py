@@ -19,7 +19,6 @@ from stn_fast.kernels import gated_conv2d_epilogue as conv_epilogue
 from stn_fast.kernels import gated_conv2d_gates as conv_gates
 from stn_fast.kernels import gated_conv2d_implicit as conv
 from stn_fast.kernels import gated_linear_epilogue as epilogue
-from stn_fast.kernels import gated_lstm_sequence as sequence
 from stn_fast.kernels.gated_lstm_cell import STEP_CONFIG
 from stn_fast.kernels.matmul import config_name
 from stn_fast.kernels.perturb import NUM_WARPS, PROGRAM_ELEMENTS
@@ -164,41 +163,17 @@ LSTM_KEPT = {"HAS_SHIFT": True, "SAVE": True, "SAVE_RESPONSE": True}
 def lstm_step_jobs():
     step = STEP_CONFIG.kwargs
     for capability, floats, aligned in itertools.product(CAPABILITIES, FLOATS, BOOLS):
-        own = {"p_addresses": "*i64", "p_cell": "*fp32", "p_dc": "*fp32"}
-        own |= dict.fromkeys(["p_scale", "p_shift", "p_dh"], f"*{floats}")
+        own = {"p_cell": "*fp32", "p_dc": "*fp32", **dict.fromkeys(["p_scale", "p_shift", "p_dh"], f"*{floats}")}
         for name, constants in (("fwd_step", LSTM_KEPT | step), ("bwd_step", step)):
             yield Job(
                 f"stn_fast.kernels.gated_lstm_cell:gated_lstm_{name}_kernel",
                 f"lstm_{name}-sm{capability}-{floats}{'-aligned' if aligned else ''}",
                 capability,
-                typed(floats, "t", "t_before", "batch", "H", **own),
+                typed(floats, "t", "t_before", "batch", "H", "row", **own),
                 constants,
                 STEP_CONFIG.num_warps,
-                divisible=frozenset("H") if aligned else frozenset(),
+                divisible=frozenset({"H", "row"}) if aligned else frozenset(),
             )
-    for capability in CAPABILITIES:
-        addresses = {"p_addresses": "*i64", **dict.fromkeys(["p_0", "p_1", "p_2", "p_3", "p_4"], "*bf16")}
-        kernel = "stn_fast.kernels.gated_lstm_cell:gated_lstm_addresses_kernel"
-        yield Job(kernel, f"lstm_addresses-sm{capability}", capability, addresses, {}, num_warps=4)
-
-
-def lstm_sequence_jobs():
-    # Every length that a row of weights is filled up to, and float16 once.
-    hidden_sizes = [(256, "bf16"), (200, "bf16"), (200, "fp16"), (104, "bf16"), (64, "bf16")]
-    for capability, (hidden, floats) in itertools.product(CAPABILITIES, hidden_sizes):
-        own = dict.fromkeys(["p_cell", "p_dc", "p_dh"], "*fp32") | dict.fromkeys(["p_scale", "p_shift"], f"*{floats}")
-        for config in sequence.configs(divmod(capability, 10)):
-            sizes = {"HIDDEN": hidden, "BLOCK_K": sequence.padded(hidden), "REVERSE": True, **config.kwargs}
-            for name, constants in (("fwd", LSTM_KEPT | sizes), ("bwd", sizes)):
-                yield Job(
-                    f"stn_fast.kernels.gated_lstm_sequence:gated_lstm_{name}_sequence_kernel",
-                    f"lstm_{name}_sequence-sm{capability}-{floats}-{hidden}-{sequence.config_name(config)}",
-                    capability,
-                    typed(floats, "steps", "batch", **own),
-                    constants,
-                    config.num_warps,
-                    config.num_stages,
-                )
 
 
 def random_jobs():
@@ -331,7 +306,7 @@ GROUPS = (
     embedding_jobs,
     small_jobs,
 )
-GROUPS += (lstm_step_jobs, lstm_sequence_jobs)
+GROUPS += (lstm_step_jobs,)
 
 
 def corner_jobs():
@@ -351,7 +326,8 @@ def corner_jobs():
         "WANT_BOTH": ["p_d_both"],
         "WANT_SCALE": ["p_q", "p_scale_partial"],
         "WANT_SHIFT": ["p_shift_partial"],
-        **{flag: [] for flag in ("SAVE", "SAVE_RESPONSE", "REVERSE")},
+        "SAVE": ["p_cells"],
+        "SAVE_RESPONSE": ["p_response"],
     }
     never_specialised = {"first_example", "seed", "stream", "images", "crop_padding", "t", "t_before"}
     of_kernel = {}
@@ -395,7 +371,7 @@ def test_configuration_compiles_without_spilling(label, usages):
 # Products in float32 proper run on the ordinary units; wgmma has no tile for TF32 of fewer than 64 rows.
 ON_TENSOR_CORES = [
     job.label
-    for job in itertools.chain(matrix_jobs(), conv_jobs(), lstm_sequence_jobs())
+    for job in itertools.chain(matrix_jobs(), conv_jobs())
     if job.types.get("p_x") != "*fp32" or (job.constants["PRECISION"] == "tf32" and job.constants["BLOCK_M"] >= 64)
 ]
 

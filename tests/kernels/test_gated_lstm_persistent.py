@@ -1,34 +1,21 @@
 """The persistent recurrence of gated LSTMs: its CUDA C++ run on the host, how it is cut up, and when it is refused."""
 
 import shutil
-import sys
 
 import pytest
 import torch
 from emulated_device import EmulatedDevice
-from gated_lstm_recurrence import Operands, assert_right, differentiated, layer, operands
+from gated_lstm_recurrence import assert_right, differentiated, layer, operands, ran
 from numerics import assert_twice_as_good
 
 from stn_fast.dispatch import use_backend
+from stn_fast.kernels import gated_lstm as gated_lstm_kernels
 from stn_fast.kernels import gated_lstm_persistent as persistent
 from stn_fast.kernels.gated_lstm_persistent import Limits, Plan, plan_backward, plan_forward
 from stn_fast.ops.gated_lstm import gated_lstm, reference
 
 H100, A100 = Limits(132, 232_448), Limits(108, 166_912)
 CPU = torch.device("cpu")
-
-
-def ran(given: Operands, reverse: bool = False) -> dict[str, torch.Tensor]:
-    """Everything that forward keeps and backward computes from it."""
-    share, *rest, dy, d_last_cell = given
-    gates = share.clone()
-    y, c_n, cells, response = persistent.forward(gates, *rest, reverse, True, True)
-    _, c_0, weight, response_weight, scale, _ = rest
-    gradients = persistent.backward(
-        dy, d_last_cell, gates, cells, c_0, weight, response_weight, scale, reverse, want_h_0=True
-    )
-    names = ("y", "c_n", "gates", "cells", "response", "d_gates", "dh_0", "dc_0")
-    return dict(zip(names, (y, c_n, gates, cells, response, *gradients), strict=True))
 
 
 # Multiprocessors and shared memory decide how the work is cut up: here one unit a block, several, blocks whose last
@@ -50,7 +37,7 @@ def ran(given: Operands, reverse: bool = False) -> dict[str, torch.Tensor]:
 def test_emulated_blocks_obey_the_2x_rule(shape, limits, reverse, monkeypatch):
     EmulatedDevice(*limits).take_the_place_of_cuda(monkeypatch)
     given = operands(*shape, bias=not reverse, last_cell=not reverse)
-    assert_right(ran(given, reverse), given, reverse)
+    assert_right(ran(persistent, given, reverse), given, reverse)
 
 
 def test_the_shapes_above_take_all_paths():
@@ -69,16 +56,16 @@ def test_the_shapes_above_take_all_paths():
 def test_layers_of_the_benchmarks_are_right_in_the_blocks_that_a_gpu_runs(shape, limits, monkeypatch):
     EmulatedDevice(*limits).take_the_place_of_cuda(monkeypatch)
     given = operands(*shape)
-    assert_right(ran(given), given, reverse=False)
+    assert_right(ran(persistent, given), given)
 
 
 def test_the_order_in_which_blocks_and_warps_run_changes_no_bit(monkeypatch):
     device = EmulatedDevice(9, 50_000)
     device.take_the_place_of_cuda(monkeypatch)
     given = operands(3, 33, 40)
-    first = ran(given)
+    first = ran(persistent, given)
     for device.order in (1, 2, 3):
-        assert all(torch.equal(one, first[name]) for name, one in ran(given).items()), device.order
+        assert all(torch.equal(one, first[name]) for name, one in ran(persistent, given).items()), device.order
 
 
 @pytest.mark.parametrize(
@@ -94,7 +81,7 @@ def test_the_order_in_which_blocks_and_warps_run_changes_no_bit(monkeypatch):
 )
 def test_a_barrier_less_shows_under_emulation(file, line, tmp_path, monkeypatch):
     """So that the test above means something."""
-    sources = shutil.copytree(persistent.SOURCES, tmp_path / "cuda")
+    sources = shutil.copytree(persistent.SOURCE.parent, tmp_path / "cuda")
     code = (sources / file).read_text()
     assert line in code
     kept = line.split(";", 1)[1]
@@ -102,11 +89,11 @@ def test_a_barrier_less_shows_under_emulation(file, line, tmp_path, monkeypatch)
     given = operands(3, 33, 40)
     right, broken = EmulatedDevice(9, 50_000), EmulatedDevice(9, 50_000, sources)
     right.take_the_place_of_cuda(monkeypatch)
-    expected = ran(given)
+    expected = ran(persistent, given)
     broken.take_the_place_of_cuda(monkeypatch)
     for broken.order in range(4):
         try:
-            got = ran(given)
+            got = ran(persistent, given)
         except AssertionError:
             return
         if not all(torch.equal(one, expected[name]) for name, one in got.items()):
@@ -118,7 +105,7 @@ def test_what_nobody_wants_is_not_computed_and_changes_nothing_else(monkeypatch)
     device = EmulatedDevice(8, 166_912)
     device.take_the_place_of_cuda(monkeypatch)
     given = operands(3, 17, 13)
-    everything = ran(given)
+    everything = ran(persistent, given)
     share, *rest, dy, d_last_cell = given
     gates = share.clone()
     y, c_n, cells, response = persistent.forward(gates, *rest, False, False, False)
@@ -175,57 +162,29 @@ def test_why_not_says_what_is_missing(monkeypatch):
     assert "bfloat16" in persistent.why_not(40, 650, torch.float32, cuda)
     assert "1 to 128 examples, and there are 129" in persistent.why_not(129, 650, torch.bfloat16, cuda)
     assert "'cpu'" in persistent.why_not(40, 650, torch.bfloat16, CPU)
-    monkeypatch.setitem(sys.modules, "cuda.core", None)
-    persistent._import_failure.cache_clear()
-    assert "pip install" in persistent.why_not(40, 650, torch.bfloat16, cuda)
-    persistent._import_failure.cache_clear()
-
-
-class Device:
-    """torch.cuda as far as the choice asks it."""
-
-    def __init__(self, monkeypatch, capability=(9, 0), limits=H100):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-        monkeypatch.setattr(persistent, "_limits", lambda _: limits)
-        monkeypatch.setattr(persistent, "_import_failure", lambda: None)
-
-
-def test_it_is_chosen_where_it_is_proven_and_where_it_is_asked_for(monkeypatch):
-    Device(monkeypatch)
-    sizes = (40, 650, torch.bfloat16, torch.device("cuda", 0))
-    assert persistent.why_not(*sizes) is None
-    assert not persistent.chosen(*sizes), "no row shows that it is faster"
-    with persistent.use_persistent():
-        assert persistent.chosen(*sizes)
-    assert not persistent.chosen(*sizes)
-    monkeypatch.setattr(persistent, "PROVEN", (persistent.Proven((9, 0), 650, range(33, 49)),))
-    assert persistent.chosen(*sizes)
-    assert not persistent.chosen(20, *sizes[1:])
-    assert not persistent.chosen(40, 650, torch.float32, sizes[-1])
-    assert not persistent.chosen(40, 650, torch.bfloat16, CPU)
+    monkeypatch.setattr(persistent, "unavailable", lambda: "ImportError: no cuda.bindings")
+    assert "no cuda.bindings): pip install" in persistent.why_not(40, 650, torch.bfloat16, cuda)
+    monkeypatch.setattr(persistent, "unavailable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert "capability 8.0" in persistent.why_not(40, 650, torch.bfloat16, cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(persistent, "_limits", lambda _: H100)
+    assert persistent.why_not(40, 650, torch.bfloat16, cuda) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton's interpreter is off")
 @pytest.mark.parametrize("expanded", [False, True])
-def test_the_operation_takes_it_where_it_is_chosen(expanded, monkeypatch):
+def test_the_operation_takes_it_where_it_is_asked_for(expanded, monkeypatch):
     """Every gradient of gated_lstm, from emulated recurrences between the interpreter's products."""
     device = EmulatedDevice(8, 166_912)
     device.take_the_place_of_cuda(monkeypatch)
-    monkeypatch.setattr(persistent, "chosen", lambda *sizes: sizes == (3, 13, torch.bfloat16, CPU))
-    leaves, incoming = layer(2, 3, 5, 13, 2)
+    monkeypatch.setattr(persistent, "why_not", lambda *_: None)
+    monkeypatch.setattr(gated_lstm_kernels, "_what_is_wrong", lambda *_: None)
+    leaves, incoming = layer(2, 5, 5, 13, 2)
     given = None if expanded else incoming
-    with use_backend("triton"):
+    with use_backend("triton"), gated_lstm_kernels.use("persistent"):
         got = differentiated(gated_lstm, leaves, given, torch.bfloat16)
     assert [expression.split("<")[0][-8:] for expression, _ in device.launched] == ["_forward", "backward"]
     plain, exact = (differentiated(reference, leaves, given, d) for d in (torch.bfloat16, torch.float64))
     for three in zip(got, plain, exact, strict=True):
         assert_twice_as_good(*three)
-
-
-def test_asked_for_where_it_cannot_run_it_raises(monkeypatch):
-    Device(monkeypatch, (7, 5))
-    with persistent.use_persistent():
-        with pytest.raises(RuntimeError, match=r"capability 8\.0"):
-            persistent.chosen(40, 650, torch.bfloat16, torch.device("cuda", 0))
-        with pytest.raises(RuntimeError, match="'cpu'"):
-            persistent.chosen(40, 650, torch.bfloat16, CPU)
