@@ -1,18 +1,12 @@
-"""Every kernel in every shipped configuration is compiled for real GPUs here, on a machine without one, and must fit.
-
-No stack means no spilled register; the matrix kernels must use tensor cores. With -s the registers and the shared
-memory of each are shown.
-"""
+"""Every kernel in every shipped configuration, as jobs to compile ahead of time: JOBS by label."""
 
 import itertools
-import os
 from dataclasses import replace
 
-import pytest
 import torch
-from compile_ahead import SHARED_MEMORY, Job, Usage, compile_all
+from compile_ahead import Job
 
-from stn_fast.kernels import augment, gated_embedding, matmul
+from stn_fast.kernels import augment, gated_embedding, gates, matmul
 from stn_fast.kernels import gated_conv2d_backward as conv_backward
 from stn_fast.kernels import gated_conv2d_epilogue as conv_epilogue
 from stn_fast.kernels import gated_conv2d_implicit as conv
@@ -48,20 +42,20 @@ SIZES = ("M", "I", "O", "n", "batch", "inner")
 def matrix_jobs():
     for capability, floats, aligned in itertools.product(CAPABILITIES, FLOATS, BOOLS):
         shipped = matmul.configs(FLOATS[floats], aligned, divmod(capability, 10))
-        # Up to 16 hyperparameters, with masks along the sum or none; up to 32; TF32. float16 compiles like bfloat16.
-        variants = [("ieee", 16, False)]
+        # With masks along the sum or none; TF32. float16 compiles like bfloat16.
+        variants = [("ieee", False)]
         if floats != "fp16":
-            variants += [("ieee", 16, True)] if aligned else []
-            variants += [("tf32", 16, False) if floats == "fp32" else ("ieee", 32, False)]
-        for config, (precision, n_pad, even) in itertools.product(shipped, variants):
-            common = {"PRECISION": precision, "N_PAD": n_pad, "EVEN_K": even, **config.kwargs}
-            for name, extra in (("fwd", {"HAS_BIAS": True, "STORE_Q": True}), ("bwd_dx", {}), ("bwd_dw", {})):
+            variants += [("ieee", True)] if aligned else []
+            variants += [("tf32", False)] if floats == "fp32" else []
+        for config, (precision, even) in itertools.product(shipped, variants):
+            common = {"PRECISION": precision, "EVEN_K": even, **config.kwargs}
+            for name, extra in (("fwd", {"HAS_SHIFT": True, "STORE_Q": True}), ("bwd_dx", {}), ("bwd_dw", {})):
                 yield Job(
                     f"stn_fast.kernels.gated_linear_matmul:gated_linear_{name}_kernel",
-                    f"{name}-sm{capability}-{floats}-{precision}-n{n_pad}-{config_name(config)}"
+                    f"{name}-sm{capability}-{floats}-{precision}-{config_name(config)}"
                     f"{'-aligned' if aligned else ''}{'-even' if even else ''}",
                     capability,
-                    typed(floats, *SIZES),
+                    typed(floats, *SIZES, p_scale=f"*{floats}", p_shift=f"*{floats}"),
                     common | extra,
                     config.num_warps,
                     config.num_stages,
@@ -70,34 +64,52 @@ def matrix_jobs():
 
 
 def epilogue_jobs():
+    of_rows = {"HAS_BIAS": True, "STORE_G": True, "WANT_H": True}
+    of_gates = of_rows | {"WANT_S": True, "WANT_C": True}
     kernels = [
-        ("fwd", epilogue.EPILOGUE_CONFIG, {"HAS_BIAS": True}),
-        ("bwd_rows", epilogue.BWD_ROWS_CONFIG, {"HAS_BIAS": True, "STORE_G": True, "WANT_H": True}),
-        ("bwd_gates", epilogue.BWD_GATES_CONFIG, {"STORE_G": True, "WANT_S": True, "WANT_C": True}),
+        ("fwd", "", {"HAS_BIAS": True}),
+        ("bwd_rows", "", of_rows),
+        ("bwd_gates", "", of_gates),
+        ("bwd_gates", "-training", of_gates | {"WANT_H": False, "p_dh_partial": None}),
     ]
-    variants = [(16, False), (16, True), (32, False)]
-    for capability, floats, (n_pad, aligned) in itertools.product(CAPABILITIES, FLOATS, variants):
-        for name, config, extra in kernels:
+    variants = [("ieee", 16, False), ("ieee", 16, True), ("ieee", 32, False), ("tf32", 16, False), ("tf32", 16, True)]
+    for capability, floats, (precision, n_pad, aligned) in itertools.product(CAPABILITIES, FLOATS, variants):
+        if precision == "tf32" and floats != "fp32":
+            continue
+        for name, wanted, extra in kernels:
+            config = epilogue.EPILOGUE_CONFIG if name == "fwd" else epilogue.backward_config(FLOATS[floats], n_pad)
             yield Job(
                 f"stn_fast.kernels.gated_linear_epilogue:gated_linear_epilogue_{name}_kernel",
-                f"epilogue_{name}-sm{capability}-{floats}-n{n_pad}{'-aligned' if aligned else ''}",
+                f"epilogue_{name}-sm{capability}-{floats}-{precision}-n{n_pad}{'-aligned' if aligned else ''}{wanted}",
                 capability,
                 typed(floats, *SIZES, tiles_each="i32", **PARTIAL),
-                {"PRECISION": "ieee", "N_PAD": n_pad, **config.kwargs, **extra},
+                {"PRECISION": precision, "N_PAD": n_pad, **config.kwargs, **extra},
                 config.num_warps,
                 config.num_stages,
                 frozenset("O") if aligned else frozenset(),
             )
-    for capability, floats in itertools.product(CAPABILITIES, FLOATS):
-        config = epilogue.FINISH_CONFIG
+    for capability, floats, n_pad in itertools.product(CAPABILITIES, FLOATS, (16, 32)):
+        finish, tables = epilogue.FINISH_CONFIG, gates.TABLES_CONFIG
         yield Job(
             "stn_fast.kernels.gated_linear_epilogue:gated_linear_gates_finish_kernel",
-            f"gates_finish-sm{capability}-{floats}",
+            f"gates_finish-sm{capability}-{floats}-n{n_pad}",
             capability,
             typed(floats, "O", "n", "splits", **PARTIAL),
-            {"WANT_S": True, "WANT_C": True, "N_PAD": 16, **config.kwargs},
-            config.num_warps,
+            {"WANT_S": True, "WANT_C": True, "N_PAD": n_pad, **finish.kwargs},
+            finish.num_warps,
+            finish.num_stages,
         )
+        for aligned in BOOLS:
+            yield Job(
+                "stn_fast.kernels.gates:gate_tables_kernel",
+                f"gate_tables-sm{capability}-{floats}-n{n_pad}{'-aligned' if aligned else ''}",
+                capability,
+                typed(floats, "batch", "O", "n", p_scale=f"*{floats}", p_shift=f"*{floats}"),
+                {"HAS_SHIFT": True, "PRECISION": "ieee", "N_PAD": n_pad, **tables.kwargs},
+                tables.num_warps,
+                tables.num_stages,
+                frozenset("O") if aligned else frozenset(),
+            )
 
 
 def conv_jobs():
@@ -302,7 +314,7 @@ def corner_jobs():
         "SAVE_NOISE": ["p_noise"],
         "HAS_D_VALUES": ["p_d_values"],
         "HAS_D_RESPONSE": ["p_d_response"],
-        "HAS_SHIFT": ["p_shift"],
+        "HAS_SHIFT": ["p_shift", "p_bias", "p_response_bias", "p_bias_gate"],
         "HAS_SCALE": ["p_scale"],
         "RELU": [],
         "WANT_BOTH": ["p_d_both"],
@@ -331,32 +343,3 @@ def corner_jobs():
 
 
 JOBS = {job.label: job for jobs in (*GROUPS, corner_jobs) for job in jobs()}
-
-
-@pytest.fixture(scope="session")
-def usages():
-    labels = list(JOBS)
-    compiled = compile_all([JOBS[label] for label in labels], processes=max(2, (os.cpu_count() or 2) // 2))
-    return dict(zip(labels, compiled, strict=True))
-
-
-@pytest.mark.parametrize("label", JOBS)
-def test_configuration_compiles_without_spilling(label, usages):
-    usage, job = usages[label], JOBS[label]
-    assert isinstance(usage, Usage), usage
-    print(f"{label}: {usage.registers} registers, {usage.shared} B shared, {usage.tensor_cores or 'no tensor cores'}")
-    assert (usage.stack, usage.local) == (0, 0)
-    assert usage.shared <= SHARED_MEMORY[job.capability]
-
-
-# Products in float32 proper run on the ordinary units; wgmma has no tile for TF32 of fewer than 64 rows.
-ON_TENSOR_CORES = [
-    job.label
-    for job in itertools.chain(matrix_jobs(), conv_jobs(), lstm_sequence_jobs())
-    if job.types.get("p_x") != "*fp32" or (job.constants["PRECISION"] == "tf32" and job.constants["BLOCK_M"] >= 64)
-]
-
-
-@pytest.mark.parametrize("label", ON_TENSOR_CORES)
-def test_matrix_kernel_runs_on_tensor_cores(label, usages):
-    assert usages[label].tensor_cores == ("wgmma" if JOBS[label].capability == 90 else "mma.sync")
