@@ -60,10 +60,9 @@ class _Problem:
             )
         refuse_float64("gated_linear", x=x)
         self.aligned = self.I % 16 == 0 and self.O % 16 == 0
-        self.options = {
-            "PRECISION": _precision(x.dtype),
-            "N_PAD": padded(self.n),
-        }
+        self.precision, n_pad = _precision(x.dtype), padded(self.n)
+        self.options: dict[str, object] = {"PRECISION": self.precision, "N_PAD": n_pad}
+        self.pass_config = backward_config(x.dtype, n_pad)
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
         self.configs = {config_name(config): config for config in configs(x.dtype, self.aligned, capability)}
         sizes = " ".join(size_bucket(size) for size in (self.M, self.I, self.O))
@@ -85,7 +84,7 @@ def _matrix_options(
     """Grid and keyword arguments of a matrix kernel."""
     meta = config.kwargs
     grid = (triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]),)
-    options = meta | {"PRECISION": problem.options["PRECISION"], "EVEN_K": summed % meta["BLOCK_K"] == 0}
+    options = meta | {"PRECISION": problem.precision, "EVEN_K": summed % meta["BLOCK_K"] == 0}
     return grid, options | {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
@@ -128,7 +127,7 @@ def forward(
         y = x.new_empty(problem.M, problem.O)
         q = torch.empty_like(y) if save_response else None
         grid, options = _matrix_options(problem, chosen, problem.M, problem.O, problem.I)
-        scale, shift = gate_tables(h, weight_gate, bias, response_bias, bias_gate, problem.options["PRECISION"])
+        scale, shift = gate_tables(h, weight_gate, bias, response_bias, bias_gate, problem.precision)
         gated_linear_fwd_kernel[grid](
             x, weight, response_weight, scale, shift, y, q, problem.M, problem.I, problem.O, problem.batch, inner,
             HAS_SHIFT=shift is not None, STORE_Q=save_response, **options,
@@ -165,7 +164,6 @@ class _Backward:
         self.dy, self.x, self.weight, self.response_weight = dy, x, weight, response_weight
         self.response_bias, self.weight_gate, self.bias_gate = response_bias, weight_gate, bias_gate
         self.h, self.q, self.problem = h, q, problem
-        self.pass_config = backward_config(dy.dtype, problem.options["N_PAD"])
         self.s: Tensor | None = None
         self.g: Tensor | None = None
 
@@ -195,7 +193,7 @@ class _Backward:
 
     def scale(self) -> Tensor:
         if self.s is None:
-            self.s, _ = gate_tables(self.h, self.weight_gate, None, None, None, self.problem.options["PRECISION"])
+            self.s, _ = gate_tables(self.h, self.weight_gate, None, None, None, self.problem.precision)
         return self.s
 
     def gated_dy(self) -> Tensor:
@@ -206,7 +204,7 @@ class _Backward:
 
     def rows(self, want_g: bool, want_h: bool) -> Tensor | None:
         """One pass that leaves g behind, returns dh, or both."""
-        problem, config = self.problem, self.pass_config
+        problem, config = self.problem, self.problem.pass_config
         tile = config.kwargs
         row_tiles = triton.cdiv(problem.M, tile["BLOCK_M"])
         splits, each = split(row_tiles, triton.cdiv(problem.O, tile["BLOCK_N"]), REDUCTION_PROGRAMS)
@@ -232,7 +230,7 @@ class _Backward:
 
     def gates(self, want_g: bool, want_s: bool, want_c: bool, want_h: bool) -> Gradients:
         """(db, dr, dGw, dGb, dh) as far as wanted: `want_s` dGw, `want_c` db, dr, dGb. Leaves g behind if wanted."""
-        problem, config = self.problem, self.pass_config
+        problem, config = self.problem, self.problem.pass_config
         tile = config.kwargs
         output_tiles = triton.cdiv(problem.O, tile["BLOCK_N"])
         splits, each = split(output_tiles, triton.cdiv(problem.M, tile["BLOCK_M"]), REDUCTION_PROGRAMS)

@@ -160,7 +160,7 @@ def gated_linear_epilogue_bwd_gates_kernel(
 ):
     """Over `tiles_each` tiles of rows (dy ⊙ q)ᵀ h, dyᵀ h (splits, O, n) and Σ dy (splits, O); g and dh as `bwd_rows`.
 
-    Each tile of outputs leaves a partial dh, (tiles, M, n): more bytes than `bwd_rows` writes, fewer than it would read.
+    Each tile of outputs leaves a partial dh, (tiles, M, n): fewer bytes than a second pass over dy and q would read.
     """
     dtype: tl.constexpr = p_dy.dtype.element_ty
     i_split = tl.program_id(1)

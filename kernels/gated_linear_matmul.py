@@ -183,8 +183,8 @@ def gated_linear_bwd_dw_kernel(
             in_k = i_k < M - k
             b_dy = tl.load(p_dy_tile, mask=in_o[:, None] & in_k[None, :], other=0.0)
             b_x = tl.load(p_x_tile, mask=in_k[:, None] & in_i[None, :], other=0.0)
-        p_scale_tile = p_scale + ((k + i_k) // inner % batch * tl.cast(O, tl.int64))[None, :] + i_o[:, None]
-        b_s = tl.load(p_scale_tile, mask=in_o[:, None], other=0.0)
+        p_scale_tile = p_scale + ((k + i_k) // inner % batch * tl.cast(O, tl.int64))[None, :]
+        b_s = tl.load(p_scale_tile + i_o[:, None], mask=in_o[:, None], other=0.0)
         b_g = narrow(b_dy.to(tl.float32) * b_s.to(tl.float32), p_dy.dtype.element_ty)
         b_d_weight = dot(b_dy, b_x, b_d_weight, PRECISION)
         b_d_response = dot(b_g, b_x, b_d_response, PRECISION)

@@ -64,20 +64,20 @@ def compile_job(job: Job) -> Usage | str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module, name = job.kernel.split(":")
-    function = getattr(importlib.import_module(module), name)
-    names = function.arg_names
-    signature = {n: "constexpr" if n in job.constants else job.types[n] for n in names}
-    multiples = {n for n in names if signature[n].startswith("*")} | (job.divisible & job.types.keys())
-    source = ASTSource(
-        fn=function,
-        signature=signature,
-        constexprs={(names.index(n),): value for n, value in job.constants.items() if n in names},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in multiples if signature[n] != "constexpr"},
-    )
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
     log = io.StringIO()
     try:
+        module, name = job.kernel.split(":")
+        function = getattr(importlib.import_module(module), name)
+        names = function.arg_names
+        signature = {n: "constexpr" if n in job.constants else job.types[n] for n in names}
+        multiples = {n for n in names if signature[n].startswith("*")} | (job.divisible & job.types.keys())
+        source = ASTSource(
+            fn=function,
+            signature=signature,
+            constexprs={(names.index(n),): value for n, value in job.constants.items() if n in names},
+            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in multiples if signature[n] != "constexpr"},
+        )
+        options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
         with contextlib.redirect_stdout(log):
             compiled = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=options)
     except Exception as error:  # the test that asks for this job shows it
@@ -121,3 +121,10 @@ def compile_all(jobs: Iterable[Job], processes: int = 2, triton_folder: Path | N
     folder = None if triton_folder is None else str(triton_folder.resolve())
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare, initargs=(folder,)) as pool:
         return list(pool.map(compile_job, jobs))
+
+
+def failures(jobs: Iterable[Job], processes: int = 2, triton_folder: Path | None = None) -> dict[str, list[str]]:
+    """The `problems` of every job that may not ship, by label."""
+    jobs = list(jobs)
+    compiled = zip(jobs, compile_all(jobs, processes, triton_folder), strict=True)
+    return {job.label: found for job, usage in compiled if (found := problems(job, usage))}

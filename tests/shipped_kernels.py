@@ -342,4 +342,28 @@ def corner_jobs():
             yield replace(job, label=f"{label}-without {flag}", constants=job.constants | missing)
 
 
-JOBS = {job.label: job for jobs in (*GROUPS, corner_jobs) for job in jobs()}
+def on_tensor_cores(job):
+    """Products in float32 proper run on the ordinary units; wgmma has no tile for TF32 of fewer than 64 rows."""
+    tf32 = job.constants.get("PRECISION") == "tf32" and job.constants["BLOCK_M"] >= 64
+    return job.types.get("p_x") != "*fp32" or tf32
+
+
+def all_jobs():
+    for jobs in (*GROUPS, corner_jobs):
+        for job in jobs():
+            matrix = jobs in (matrix_jobs, conv_jobs, lstm_sequence_jobs)
+            yield replace(job, tensor_cores=matrix and on_tensor_cores(job))
+
+
+def fewer_jobs():
+    """One configuration of each kernel for each GPU, and all that use wgmma in bfloat16 or TF32."""
+    seen = set()
+    for job in JOBS.values():
+        wgmma = job.tensor_cores and job.capability == 90 and job.types.get("p_x") != "*fp16"
+        if wgmma or (job.kernel, job.capability) not in seen:
+            seen.add((job.kernel, job.capability))
+            yield job
+
+
+JOBS = {job.label: job for job in all_jobs()}
+FEWER_JOBS = {job.label: job for job in fewer_jobs()}

@@ -48,10 +48,34 @@ def test_the_environment_finds_a_clone_in_any_folder(tmp_path, name):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_no_recipe_contains_the_path_of_the_clone(tmp_path, name):
     folder = clone(tmp_path / name / "clone")
-    targets = ("help", "venv", "train", "lint", "test", "cases", "bench", "test-gpu", "bench-gpu", "clean")
+    targets = (
+        "help",
+        "venv",
+        "train",
+        "lint",
+        "test",
+        "compile-ahead",
+        "cases",
+        "bench",
+        "test-gpu",
+        "bench-gpu",
+        "clean",
+    )
     assert not [target for target in targets if str(tmp_path) in make(folder, "-n", target)]
 
 
 def test_help_lists_every_target_that_a_user_calls():
     listed = {line.split()[0] for line in make(ROOT, "help").splitlines()}
-    assert listed == {"help", "venv", "train", "lint", "test", "cases", "bench", "test-gpu", "bench-gpu", "clean"}
+    assert listed == {
+        "help",
+        "venv",
+        "train",
+        "lint",
+        "test",
+        "compile-ahead",
+        "cases",
+        "bench",
+        "test-gpu",
+        "bench-gpu",
+        "clean",
+    }
