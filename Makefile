@@ -42,10 +42,22 @@ lint: venv  ## style and types
 	$(RUN) -m mypy
 
 test: lint  ## lint, then every test that needs no GPU
+	@$(MAKE) --no-print-directory triton-oldest || echo "tests that compile with the oldest Triton are skipped" >&2
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -m "not gpu" $(WORKERS) $(ARGS)
 
 launched-kernels: venv  ## compile every variant of a kernel that a step of a recipe launches (ARGS="digits" names one)
 	$(RUN) tests/launched_kernels.py $(ARGS)
+
+.PHONY: triton-oldest
+triton-oldest: $(OLDEST)/.installed
+
+$(OLDEST)/.installed: | venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OLDEST) 'triton==3.6.*'
+	@touch $@
+
+compile-ahead: triton-oldest  ## compile every kernel for sm_80 and sm_90 with both ends of Triton's range; prints a table
+	$(RUN) tests/compile_table.py --triton $(OLDEST) $(ARGS)
+	$(RUN) tests/compile_table.py $(ARGS)
 
 cases: venv  ## every script in a folder (CASES=DIR): its exit status and seconds, then how many failed
 	$(RUN) tests/run_cases.py "$$CASES"

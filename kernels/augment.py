@@ -47,7 +47,7 @@ MAX_VALUES = 2**31 - 4096
 
 @triton.jit
 def four_uniforms(quad, example, p_step, seed, stream):
-    w0, w1, w2, w3 = draw_words(tl.to_tensor(quad), example, p_step, seed, stream)
+    w0, w1, w2, w3 = draw_words(tl.cast(quad, tl.uint32), example, p_step, seed, stream)
     return uniform_of(w0), uniform_of(w1), uniform_of(w2), uniform_of(w3)
 
 

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from .autotune import Problem, tuner
 from .gated_linear_epilogue import (
-    BWD_GATES_CONFIG,
-    BWD_ROWS_CONFIG,
     EPILOGUE_CONFIG,
     FINISH_CONFIG,
+    backward_config,
     gated_linear_epilogue_bwd_gates_kernel,
     gated_linear_epilogue_bwd_rows_kernel,
     gated_linear_epilogue_fwd_kernel,
     gated_linear_gates_finish_kernel,
 )
 from .gated_linear_matmul import gated_linear_bwd_dw_kernel, gated_linear_bwd_dx_kernel, gated_linear_fwd_kernel
+from .gates import gate_tables, padded
 from .launch import ceil_div, device_guard, refuse_float64, split
 from .matmul import config_name, configs
 
@@ -36,9 +36,9 @@ MAX_N = 32
 Choice: TypeAlias = str | triton.Config
 Gradients: TypeAlias = tuple[Tensor | None, ...]
 
-# Programs that a reduction is split into, at least, where there is that much to do: twice the multiprocessors of large
-# devices. A constant, so that results don't depend on the device.
-REDUCTION_PROGRAMS = 264
+# Programs that a reduction is split into, at least, where there is that much to do: four for each multiprocessor of
+# large devices. A constant, so that results don't depend on the device.
+REDUCTION_PROGRAMS = 528
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -61,10 +61,9 @@ class _Problem:
             )
         refuse_float64("gated_linear", x=x)
         self.aligned = self.I % 16 == 0 and self.O % 16 == 0
-        self.options = {
-            "PRECISION": _precision(x.dtype),
-            "N_PAD": max(16, triton.next_power_of_2(self.n)),
-        }
+        self.precision, n_pad = _precision(x.dtype), padded(self.n)
+        self.options: dict[str, object] = {"PRECISION": self.precision, "N_PAD": n_pad}
+        self.pass_config = backward_config(x.dtype, n_pad)
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
         self.configs = {config_name(config): config for config in configs(x.dtype, self.aligned, capability)}
         self._kind = (x.dtype, self.options["PRECISION"], f"n{self.options['N_PAD']}")
@@ -98,7 +97,7 @@ def _matrix_options(
     """Grid and keyword arguments of a matrix kernel."""
     meta = config.kwargs
     grid = (ceil_div(rows, meta["BLOCK_M"]) * ceil_div(columns, meta["BLOCK_N"]),)
-    options = problem.options | meta | {"EVEN_K": summed % meta["BLOCK_K"] == 0}
+    options = meta | {"PRECISION": problem.precision, "EVEN_K": summed % meta["BLOCK_K"] == 0}
     return grid, options | {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
@@ -154,10 +153,10 @@ def forward(
         y = x.new_empty(problem.M, problem.O)
         q = torch.empty_like(y) if save_response else None
         grid, options = _matrix_options(problem, problem.configs[name], problem.M, problem.O, problem.I)
+        scale, shift = gate_tables(h, weight_gate, bias, response_bias, bias_gate, problem.precision)
         gated_linear_fwd_kernel[grid](
-            x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, y, q,
-            problem.M, problem.I, problem.O, problem.n, problem.batch, inner,
-            HAS_BIAS=bias is not None, STORE_Q=save_response, **options,
+            x, weight, response_weight, scale, shift, y, q, problem.M, problem.I, problem.O, problem.batch, inner,
+            HAS_SHIFT=shift is not None, STORE_Q=save_response, **options,
         )  # fmt: skip
         return y, q
 
@@ -173,7 +172,7 @@ def forward(
 
 
 class _Backward:
-    """One backward pass: its inputs, and g = dy ⊙ s once somebody has needed it."""
+    """One backward pass: its inputs, and the gates s and g = dy ⊙ s once somebody has needed them."""
 
     def __init__(
         self,
@@ -191,31 +190,37 @@ class _Backward:
         self.dy, self.x, self.weight, self.response_weight = dy, x, weight, response_weight
         self.response_bias, self.weight_gate, self.bias_gate = response_bias, weight_gate, bias_gate
         self.h, self.q, self.problem = h, q, problem
+        self.s: Tensor | None = None
         self.g: Tensor | None = None
 
     def dx(self, name: str) -> Tensor:
         problem = self.problem
-        if name == LIBRARY:
+        if name == LIBRARY or not problem.O:  # kernels assume that there is something to sum
             return torch.mm(self.dy, self.weight).addmm_(self.gated_dy(), self.response_weight)
         dx = torch.empty_like(self.x)
         grid, options = _matrix_options(problem, problem.configs[name], problem.M, problem.I, problem.O)
         gated_linear_bwd_dx_kernel[grid](
-            self.dy, self.weight, self.response_weight, self.weight_gate, self.h, dx,
-            problem.M, problem.I, problem.O, problem.n, problem.batch, problem.inner, **options,
+            self.dy, self.weight, self.response_weight, self.scale(), dx,
+            problem.M, problem.I, problem.O, problem.batch, problem.inner, **options,
         )  # fmt: skip
         return dx
 
     def dw(self, name: str) -> tuple[Tensor, Tensor]:
         problem = self.problem
-        if name == LIBRARY:
+        if name == LIBRARY or not problem.M:
             return torch.mm(self.dy.T, self.x), torch.mm(self.gated_dy().T, self.x)
         d_weight, d_response_weight = torch.empty_like(self.weight), torch.empty_like(self.weight)
         grid, options = _matrix_options(problem, problem.configs[name], problem.O, problem.I, problem.M)
         gated_linear_bwd_dw_kernel[grid](
-            self.dy, self.x, self.weight_gate, self.h, d_weight, d_response_weight,
-            problem.M, problem.I, problem.O, problem.n, problem.batch, problem.inner, **options,
+            self.dy, self.x, self.scale(), d_weight, d_response_weight,
+            problem.M, problem.I, problem.O, problem.batch, problem.inner, **options,
         )  # fmt: skip
         return d_weight, d_response_weight
+
+    def scale(self) -> Tensor:
+        if self.s is None:
+            self.s, _ = gate_tables(self.h, self.weight_gate, None, None, None, self.problem.precision)
+        return self.s
 
     def gated_dy(self) -> Tensor:
         if self.g is None:
@@ -225,7 +230,8 @@ class _Backward:
 
     def rows(self, want_g: bool, want_h: bool) -> Tensor | None:
         """One pass that leaves g behind, returns dh, or both."""
-        problem, tile = self.problem, BWD_ROWS_CONFIG.kwargs
+        problem, config = self.problem, self.problem.pass_config
+        tile = config.kwargs
         row_tiles = ceil_div(problem.M, tile["BLOCK_M"])
         splits, each = split(row_tiles, ceil_div(problem.O, tile["BLOCK_N"]), REDUCTION_PROGRAMS)
         if want_g:
@@ -237,15 +243,21 @@ class _Backward:
             self.dy, self.q, self.h, self.weight_gate, self.response_bias, self.bias_gate, self.g, partial_dh,
             problem.M, problem.O, problem.n, problem.batch, problem.inner, each,
             HAS_BIAS=self.response_bias is not None, STORE_G=want_g, WANT_H=want_h,
-            **problem.pass_options(BWD_ROWS_CONFIG),
+            **problem.pass_options(config),
         )  # fmt: skip
+        return self._dh(partial_dh)
+
+    def _dh(self, partial_dh: Tensor | None) -> Tensor | None:
+        """Adds partial sums of every row, (splits, M, n), over splits and positions."""
         if partial_dh is None:
             return None
-        return partial_dh.view(-1, problem.batch, problem.inner, problem.n).sum((0, 2)).to(self.h.dtype)
+        batch, inner, n = self.problem.batch, self.problem.inner, self.problem.n
+        return partial_dh.view(-1, batch, inner, n).sum((0, 2)).to(self.h.dtype)
 
-    def gates(self, want_g: bool, want_s: bool, want_c: bool) -> Gradients:
-        """(db, dr, dGw, dGb) as far as wanted: `want_s` dGw, `want_c` the other three. Leaves g behind if wanted."""
-        problem, tile = self.problem, BWD_GATES_CONFIG.kwargs
+    def gates(self, want_g: bool, want_s: bool, want_c: bool, want_h: bool) -> Gradients:
+        """(db, dr, dGw, dGb, dh) as far as wanted: `want_s` dGw, `want_c` db, dr, dGb. Leaves g behind if wanted."""
+        problem, config = self.problem, self.problem.pass_config
+        tile = config.kwargs
         output_tiles = ceil_div(problem.O, tile["BLOCK_N"])
         splits, each = split(output_tiles, ceil_div(problem.M, tile["BLOCK_M"]), REDUCTION_PROGRAMS)
         if want_g:
@@ -254,10 +266,13 @@ class _Backward:
         s_partial = new(splits, problem.O, problem.n) if want_s else None
         c_partial = new(splits, problem.O, problem.n) if want_c else None
         bias_partial = new(splits, problem.O) if want_c else None
+        partial_dh = new(output_tiles, problem.M, problem.n) if want_h else None
         gated_linear_epilogue_bwd_gates_kernel[(output_tiles, splits)](
-            self.dy, self.q, self.h, self.weight_gate, self.g, s_partial, c_partial, bias_partial,
+            self.dy, self.q, self.h, self.weight_gate, self.response_bias, self.bias_gate, self.g,
+            s_partial, c_partial, bias_partial, partial_dh,
             problem.M, problem.O, problem.n, problem.batch, problem.inner, each,
-            STORE_G=want_g, WANT_S=want_s, WANT_C=want_c, **problem.pass_options(BWD_GATES_CONFIG),
+            HAS_BIAS=self.response_bias is not None, STORE_G=want_g, WANT_S=want_s, WANT_C=want_c, WANT_H=want_h,
+            **problem.pass_options(config),
         )  # fmt: skip
         d_weight_gate = torch.empty_like(self.weight_gate) if want_s else None
         d_bias = self.dy.new_empty(problem.O) if want_c else None
@@ -268,9 +283,9 @@ class _Backward:
             s_partial, c_partial, bias_partial, self.response_bias, self.bias_gate,
             d_weight_gate, d_bias, d_response_bias, d_bias_gate, problem.O, problem.n, splits,
             WANT_S=want_s, WANT_C=want_c, N_PAD=problem.options["N_PAD"],
-            num_warps=finish.num_warps, **finish.kwargs,
+            num_warps=finish.num_warps, num_stages=finish.num_stages, **finish.kwargs,
         )  # fmt: skip
-        return d_bias, d_response_bias, d_weight_gate, d_bias_gate
+        return d_bias, d_response_bias, d_weight_gate, d_bias_gate, self._dh(partial_dh)
 
 
 def _choose(run: _Backward, pair_x: bool, pair_w: bool, pass_is_needed: bool) -> tuple[str, str]:
@@ -337,9 +352,9 @@ def backward(
 
         d_bias = d_response_bias = d_weight_gate = d_bias_gate = dh = None
         if needs_gates:
-            d_bias, d_response_bias, d_weight_gate, d_bias_gate = run.gates(needs_g, want_gw, want_c)
-        if want_h or (needs_g and run.g is None):
-            dh = run.rows(want_g=needs_g and run.g is None, want_h=want_h)
+            d_bias, d_response_bias, d_weight_gate, d_bias_gate, dh = run.gates(needs_g, want_gw, want_c, want_h)
+        elif want_h or needs_g:
+            dh = run.rows(needs_g, want_h)
         dx = run.dx(name_x) if want_x else None
         d_weight = d_response_weight = None
         if pair_w:

@@ -1,8 +1,9 @@
-"""Gated linear layers as matrix kernels: each pair of products in one pass, gates computed in registers.
+"""Gated linear layers as matrix kernels: each pair of products in one pass, under gates from tables.
 
-Rows of x are (outer, batch, inner) positions; row m belongs to example (m // inner) % batch. With gates s = h Gwᵀ:
-y = x Wᵀ + b + s ⊙ (x Rᵀ) + (h Gbᵀ) ⊙ r · dx = dy W + (dy ⊙ s) R · dW = dyᵀ x · dR = (dy ⊙ s)ᵀ x.
-Row indices are 32 bits wide, addresses 64.
+Rows of x are (outer, batch, inner) positions; row m belongs to example (m // inner) % batch. The tables (batch, O) hold
+each example's scale s = h Gwᵀ and shift b + (h Gbᵀ) ⊙ r: y = x Wᵀ + s ⊙ (x Rᵀ) + shift · dx = dy W + (dy ⊙ s) R ·
+dW = dyᵀ x · dR = (dy ⊙ s)ᵀ x. Computing s here, by a product with h as short as n, would keep the large products from
+running asynchronously. Row indices are 32 bits wide, addresses 64.
 """
 # ruff: noqa: E741 (I inputs, O outputs)
 
@@ -14,44 +15,23 @@ from .matmul import dot, halves, tile_order
 
 
 @triton.jit
-def response_input(p_h, i_m, in_m, batch, inner, n, N_PAD: tl.constexpr):
-    """h of the example that each row belongs to: (rows, N_PAD)."""
-    i_n = tl.arange(0, N_PAD)
-    i_example = ((i_m // inner) % batch).to(tl.int64)
-    return tl.load(p_h + i_example[:, None] * n + i_n[None, :], mask=in_m[:, None] & (i_n < n)[None, :], other=0.0)
-
-
-@triton.jit
-def gate_columns(p_gate, i_o, in_o, n, N_PAD: tl.constexpr):
-    """A gate matrix (O, n), transposed: (N_PAD, outputs), ready to be multiplied by rows of h."""
-    i_n = tl.arange(0, N_PAD)
-    p_gates = p_gate + i_o.to(tl.int64)[None, :] * n + i_n[:, None]
-    return tl.load(p_gates, mask=(i_n < n)[:, None] & in_o[None, :], other=0.0)
-
-
-@triton.jit
 def gated_linear_fwd_kernel(
     p_x,
     p_weight,
-    p_bias,
     p_response_weight,
-    p_response_bias,
-    p_weight_gate,
-    p_bias_gate,
-    p_h,
+    p_scale,
+    p_shift,
     p_y,
     p_q,
     M,
     I,
     O,
-    n,
     batch,
     inner,
-    HAS_BIAS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     STORE_Q: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    N_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -86,25 +66,21 @@ def gated_linear_fwd_kernel(
         p_weight_tile += BLOCK_K
         p_response_tile += BLOCK_K
 
-    # The tile of gates is a third accumulator; in two halves it fits the registers that the products leave.
-    b_h = response_input(p_h, i_m, in_m, batch, inner, n, N_PAD)
+    # Gates would be a third tile; in two halves they fit the registers that the products leave.
     b_p0, b_p1 = halves(b_p, BLOCK_M, BLOCK_N)
     b_q0, b_q1 = halves(b_q, BLOCK_M, BLOCK_N)
+    i_example = ((i_m // inner) % batch).to(tl.int64)
     for half in tl.static_range(2):
         i_o = i_tile_o * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        in_o = i_o < O
         b_y, b_z = (b_p0, b_q0) if half == 0 else (b_p1, b_q1)
-        inside = in_m[:, None] & in_o[None, :]
+        inside = in_m[:, None] & (i_o < O)[None, :]
         i_y = i_m.to(tl.int64)[:, None] * O + i_o[None, :]
+        i_gate = (i_example * O)[:, None] + i_o[None, :]
         if STORE_Q:
             tl.store(p_q + i_y, narrow(b_z, p_q.dtype.element_ty), mask=inside)
-        zero = tl.zeros((BLOCK_M, BLOCK_N // 2), tl.float32)
-        b_y += b_z * dot(b_h, gate_columns(p_weight_gate, i_o, in_o, n, N_PAD), zero, PRECISION)
-        if HAS_BIAS:
-            b_bias = tl.load(p_bias + i_o, mask=in_o, other=0.0).to(tl.float32)
-            b_response_bias = tl.load(p_response_bias + i_o, mask=in_o, other=0.0).to(tl.float32)
-            b_bias_gate = dot(b_h, gate_columns(p_bias_gate, i_o, in_o, n, N_PAD), zero, PRECISION)
-            b_y += b_bias[None, :] + b_bias_gate * b_response_bias[None, :]
+        b_y += b_z * tl.load(p_scale + i_gate, mask=inside, other=0.0).to(tl.float32)
+        if HAS_SHIFT:
+            b_y += tl.load(p_shift + i_gate, mask=inside, other=0.0).to(tl.float32)
         tl.store(p_y + i_y, narrow(b_y, p_y.dtype.element_ty), mask=inside)
 
 
@@ -113,18 +89,15 @@ def gated_linear_bwd_dx_kernel(
     p_dy,
     p_weight,
     p_response_weight,
-    p_weight_gate,
-    p_h,
+    p_scale,
     p_dx,
     M,
     I,
     O,
-    n,
     batch,
     inner,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    N_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -139,29 +112,28 @@ def gated_linear_bwd_dx_kernel(
     p_dy_tile = p_dy + safe_m[:, None] * O + i_k[None, :]
     i_weight = i_k.to(tl.int64)[:, None] * I + i_i[None, :]
     p_weight_tile, p_response_tile = p_weight + i_weight, p_response_weight + i_weight
-    b_h = response_input(p_h, i_m, in_m, batch, inner, n, N_PAD)
+    p_scale_tile = p_scale + ((safe_m // inner) % batch * O)[:, None] + i_k[None, :]
 
-    b_gate = gate_columns(p_weight_gate, i_k, i_k < O, n, N_PAD)
-
+    tl.assume(O > 0)  # a loop that may be empty keeps ptxas from running its products asynchronously
     b_dx = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, O, BLOCK_K):
         if EVEN_K:
             b_dy = tl.load(p_dy_tile)
+            b_s = tl.load(p_scale_tile)
             b_weight = tl.load(p_weight_tile, mask=in_i[None, :], other=0.0)
             b_response = tl.load(p_response_tile, mask=in_i[None, :], other=0.0)
         else:
             in_k = i_k < O - k
             inside = in_k[:, None] & in_i[None, :]
             b_dy = tl.load(p_dy_tile, mask=in_k[None, :], other=0.0)
+            b_s = tl.load(p_scale_tile, mask=in_k[None, :], other=0.0)
             b_weight = tl.load(p_weight_tile, mask=inside, other=0.0)
             b_response = tl.load(p_response_tile, mask=inside, other=0.0)
+        b_g = narrow(b_dy.to(tl.float32) * b_s.to(tl.float32), p_dy.dtype.element_ty)
         b_dx = dot(b_dy, b_weight, b_dx, PRECISION)
-        b_s = dot(b_h, b_gate, tl.zeros((BLOCK_M, BLOCK_K), tl.float32), PRECISION)
-        # Rows of n numbers are too short for asynchronous copies: the next are asked for a step ahead by hand.
-        b_gate = gate_columns(p_weight_gate, k + BLOCK_K + i_k, i_k < O - k - BLOCK_K, n, N_PAD)
-        b_g = narrow(b_dy.to(tl.float32) * b_s, p_dy.dtype.element_ty)
         b_dx = dot(b_g, b_response, b_dx, PRECISION)
         p_dy_tile += BLOCK_K
+        p_scale_tile += BLOCK_K
         p_weight_tile += BLOCK_K * tl.cast(I, tl.int64)
         p_response_tile += BLOCK_K * tl.cast(I, tl.int64)
 
@@ -173,19 +145,16 @@ def gated_linear_bwd_dx_kernel(
 def gated_linear_bwd_dw_kernel(
     p_dy,
     p_x,
-    p_weight_gate,
-    p_h,
+    p_scale,
     p_d_weight,
     p_d_response_weight,
     M,
     I,
     O,
-    n,
     batch,
     inner,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    N_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -202,9 +171,8 @@ def gated_linear_bwd_dw_kernel(
     i_k = tl.arange(0, BLOCK_K)
     p_dy_tile = p_dy + i_k.to(tl.int64)[None, :] * O + i_o[:, None]
     p_x_tile = p_x + i_k.to(tl.int64)[:, None] * I + i_i[None, :]
-    b_gate = tl.trans(gate_columns(p_weight_gate, i_o, in_o, n, N_PAD))
-    b_h = response_input(p_h, i_k, i_k < M, batch, inner, n, N_PAD)
 
+    tl.assume(M > 0)  # as in dx
     b_d_weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b_d_response = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, M, BLOCK_K):
@@ -215,11 +183,10 @@ def gated_linear_bwd_dw_kernel(
             in_k = i_k < M - k
             b_dy = tl.load(p_dy_tile, mask=in_o[:, None] & in_k[None, :], other=0.0)
             b_x = tl.load(p_x_tile, mask=in_k[:, None] & in_i[None, :], other=0.0)
+        p_scale_tile = p_scale + ((k + i_k) // inner % batch * tl.cast(O, tl.int64))[None, :]
+        b_s = tl.load(p_scale_tile + i_o[:, None], mask=in_o[:, None], other=0.0)
+        b_g = narrow(b_dy.to(tl.float32) * b_s.to(tl.float32), p_dy.dtype.element_ty)
         b_d_weight = dot(b_dy, b_x, b_d_weight, PRECISION)
-        b_s = dot(b_gate, tl.trans(b_h), tl.zeros((BLOCK_M, BLOCK_K), tl.float32), PRECISION)
-        # A step ahead, as in dx.
-        b_h = response_input(p_h, k + BLOCK_K + i_k, i_k < M - k - BLOCK_K, batch, inner, n, N_PAD)
-        b_g = narrow(b_dy.to(tl.float32) * b_s, p_dy.dtype.element_ty)
         b_d_response = dot(b_g, b_x, b_d_response, PRECISION)
         p_dy_tile += BLOCK_K * tl.cast(O, tl.int64)
         p_x_tile += BLOCK_K * tl.cast(I, tl.int64)
