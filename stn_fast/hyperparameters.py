@@ -49,6 +49,7 @@ class HyperBatch:
         shared: all rows are equal, so layers fold their response into plain weights.
         calls: the number of each layer's next draw, by stream and examples; slices and `to` share it.
         open_calls: how many draws no backward pass has repeated, likewise.
+        used: the names that have been looked up, likewise.
     """
 
     values: Tensor
@@ -60,6 +61,7 @@ class HyperBatch:
     shared: bool = False
     calls: dict[_Place, int] = field(default_factory=dict, repr=False)
     open_calls: dict[_Place, int] = field(default_factory=dict, repr=False)
+    used: dict[str, bool] = field(default_factory=dict, repr=False)
 
     def draw_seed(self, stream: int) -> int:
         """The seed of a layer's next draw from its stream: the run's at its first call, others at further calls.
@@ -116,7 +118,9 @@ class HyperBatch:
             TypeError, ValueError: `key` is something else, or a slice with a step, whose examples aren't consecutive.
         """
         if isinstance(key, str):
-            return self.values[:, self.space.index(key)]
+            column = self.space.index(key)
+            self.used[key] = True
+            return self.values[:, column]
         if not isinstance(key, slice):
             raise TypeError(
                 f"a HyperBatch is indexed by a name or by a slice of examples, as in hyper[:2], got {key!r}"

@@ -38,6 +38,7 @@ from stn_fast.training.optimizers import (
 )
 from stn_fast.training.parameters import (
     check_streams,
+    check_used,
     hold_parameters,
     is_gate,
     is_response,
@@ -80,13 +81,16 @@ class FixedHyperparameters:
         precision: of the products of a step: "fp32"; "tf32", on CUDA; "bf16", autocast to bfloat16 around the
             objectives. Weights, hyperparameters, gradient norms and updates are in the dtype of the parameters with
             any, and so are products outside of steps.
+        allow_unused: whether the training objective may leave a hyperparameter alone. By default a first training
+            step that looks one up nowhere, as ``hyper["name"]`` does, is an error: only the entropy would move it.
+            True where the objective reads ``hyper.values`` itself.
 
     A step that is not finite changes no weight, no hyperparameter, no optimizer's state and no running statistics; the
     next window of a text starts from zero. On CUDA the device leaves it out and the host, which does not wait, hears of
     it a step or so later: there the error comes at a later call, or at ``check_finite``, which waits for what is
     outstanding. Only at the first step does the host wait, and at each where an optimizer of many numbers is not fused
-    (``fused=True``). Those that ``captured`` takes are
-    counted too; those of a CUDA graph of your own are left out and not counted.
+    (``fused=True``). Those that ``captured`` takes are counted too; those of a CUDA graph of your own are left out and
+    not counted.
     """
 
     tunes = False
@@ -102,8 +106,9 @@ class FixedHyperparameters:
         skip_nonfinite: int = 0,
         seed: int = 0,
         precision: Precision = "fp32",
+        allow_unused: bool = False,
     ) -> None:
-        self._prepare(model, space.with_response("shifted"), clip, skip_nonfinite, seed, precision)
+        self._prepare(model, space.with_response("shifted"), clip, skip_nonfinite, seed, precision, allow_unused)
         self.training_objective = training_objective
         for name, parameter in model.named_parameters():
             if is_response(name):
@@ -121,6 +126,7 @@ class FixedHyperparameters:
         skip_nonfinite: int,
         seed: int,
         precision: Precision,
+        allow_unused: bool,
     ) -> None:
         who = type(self).__name__
         if clip is not None and not real_number(who, "clip", clip) > 0:
@@ -128,6 +134,7 @@ class FixedHyperparameters:
         self.model, self.space, self.clip = model, space, clip
         self.seed = whole_number(who, "seed", seed, 0)
         self.precision = check_precision(who, precision)
+        self._checks_used = not switch(who, "allow_unused", allow_unused)
         check_streams(model)
         self.guard = Guard(whole_number(who, "skip_nonfinite", skip_nonfinite, 0))
         self._modes, self._buffers = TrainingModes(model), Buffers(model)
@@ -179,6 +186,7 @@ class FixedHyperparameters:
         Raises:
             NonFiniteError: the loss or a gradient is not finite, on CUDA of an earlier step.
             TypeError: the batch is none.
+            ValueError: a hyperparameter is used by nothing.
             RuntimeError: no gradient can be computed.
         """
         batch = self.begin("train_step", batch)
@@ -190,6 +198,9 @@ class FixedHyperparameters:
         put_back = self._buffers.keep()
         hyper = self._training_hyper(batch.examples, step)
         loss = self._loss("training", self.training_objective, batch, hyper)
+        if self._checks_used:
+            check_used(hyper)
+            self._checks_used = False
         if not loss.requires_grad:
             raise RuntimeError(
                 "the training loss does not depend on any parameter that requires a gradient: compute it from the "
@@ -317,7 +328,7 @@ class SelfTuning(FixedHyperparameters):
     and raw scale alone, through the response; the model is in evaluation mode and no weight gradient is computed.
 
     Args:
-        model, space, training_objective, optimizer, clip, skip_nonfinite, seed, precision: as for
+        model, space, training_objective, optimizer, clip, skip_nonfinite, seed, precision, allow_unused: as for
             ``FixedHyperparameters``.
         validation_objective: F, without penalties.
         hyper_optimizer: makes the optimizer of location and raw scale.
@@ -342,8 +353,9 @@ class SelfTuning(FixedHyperparameters):
         skip_nonfinite: int = 0,
         seed: int = 0,
         precision: Precision = "fp32",
+        allow_unused: bool = False,
     ) -> None:
-        self._prepare(model, space, clip, skip_nonfinite, seed, precision)
+        self._prepare(model, space, clip, skip_nonfinite, seed, precision, allow_unused)
         self.training_objective, self.validation_objective = training_objective, validation_objective
         self.entropy_weight = real_number("SelfTuning", "entropy_weight", entropy_weight)
         self.tune_scales = switch("SelfTuning", "tune_scales", tune_scales)

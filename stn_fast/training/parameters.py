@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.regularisers import _Regulariser
 
 RESPONSE_PARAMETERS = ("response_weight", "response_bias", "weight_gate", "bias_gate")
@@ -58,3 +59,13 @@ def hold_parameters(parameters: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for parameter in wanted:
             parameter.requires_grad_()
+
+
+def check_used(hyper: HyperBatch) -> None:
+    """Raises ValueError where a hyperparameter was not looked up: nothing would regulate it but its own entropy."""
+    unused = [repr(name) for name in hyper.space.names if name not in hyper.used]
+    if unused:
+        raise ValueError(
+            f"nothing in the training objective uses {listed(unused)}, or looks it up as hyper[name] does: give it to "
+            "a layer or to the objective, or leave it out of the space"
+        )

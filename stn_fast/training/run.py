@@ -20,6 +20,7 @@ from stn_fast.training import checkpoint
 from stn_fast.training.config import FLAGS, Config, ConfigError
 from stn_fast.training.methods import build_method
 from stn_fast.training.metrics import MetricsLog, size_of
+from stn_fast.training.parameters import check_used
 from stn_fast.training.progress import Progress
 from stn_fast.training.run_directory import RunDirectory
 from stn_fast.training.task import Task
@@ -164,7 +165,9 @@ def _rehearse(task: Task, batch_size: int) -> None:
     first = task.batching.sequence(task.data.train, min(2, batch_size), seed=0, stream=0, device=device)[0]
     location, _ = task.space.initial_state(device)
     kept = [(buffer, buffer.clone()) for buffer in task.model.buffers()]
-    task.training_objective(task.model, first, task.space.at(location, batch_size=first.examples))
+    hyper = task.space.at(location, batch_size=first.examples)
+    task.training_objective(task.model, first, hyper)
+    check_used(hyper)
     for buffer, before in kept:
         buffer.copy_(before)
 

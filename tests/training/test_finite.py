@@ -7,13 +7,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from gates_alone import FixedHyperparameters, SelfTuning
 
 import stn_fast as stn
 from stn_fast.data import Split
 from stn_fast.models.mlp import mlp
 from stn_fast.training import finite
 from stn_fast.training.finite import NonFiniteError
-from stn_fast.training.methods import FixedHyperparameters, SelfTuning
 from stn_fast.training.streams import Streams
 from stn_fast.training.task import classification_loss
 

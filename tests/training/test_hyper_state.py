@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
+from gates_alone import FixedHyperparameters, SelfTuning
 
 import stn_fast as stn
 from stn_fast.training.hyper_state import reorder
-from stn_fast.training.methods import FixedHyperparameters, SelfTuning
 from stn_fast.training.task import classification_loss, decayed_classification_loss
 
 RATE = stn.Hyperparameter("rate", low=0.0, high=0.9, init=0.3)

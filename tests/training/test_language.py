@@ -187,7 +187,7 @@ def fixed_losses(text, steps, **options):
     model = toy()
     model.dropout = None
     model.forward = lambda inputs, hyper, state: without_dropout(model, inputs, hyper, state)
-    method = FixedHyperparameters(model, SPACE, next_word_loss, **options)
+    method = FixedHyperparameters(model, SPACE, next_word_loss, allow_unused=True, **options)
     return [method.train_step(text[step], step).item() for step in range(steps)]
 
 

@@ -147,7 +147,7 @@ def test_fixed_hyperparameters_leave_an_lstms_response_out_too(batch):
     torch.manual_seed(0)
     model = Network()
     before = snapshot(model)
-    FixedHyperparameters(model, SPACE, decayed_classification_loss).train_step(batch, 0)
+    FixedHyperparameters(model, SPACE, decayed_classification_loss, allow_unused=True).train_step(batch, 0)
     plain = torch.nn.LSTM(6, 4, 2, bidirectional=True)
     own = {f"lstm.{name}" for name, _ in plain.named_parameters()}
     assert moved(before, model) == own
@@ -234,7 +234,7 @@ def test_the_gradient_of_a_training_step_has_a_norm_of_at_most_one_unless_told_o
     ]
 
     def norm(**options):
-        method = kind(copy.deepcopy(model), SPACE, *objectives, **options)
+        method = kind(copy.deepcopy(model), SPACE, *objectives, allow_unused=True, **options)
         method.train_step(batch, 0)
         gradients = [p.grad for p in method.model.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients).item()
@@ -262,7 +262,7 @@ def test_a_model_of_several_inputs_takes_them_from_the_batch(batch):
     losses = []
     for objective, given in ((by_place, (x, mask, y)), (by_name, {"x": x, "mask": mask, "targets": y})):
         torch.manual_seed(0)
-        method = SelfTuning(Two(), SPACE, objective, objective)
+        method = SelfTuning(Two(), SPACE, objective, objective, allow_unused=True)
         losses.append((method.train_step(given, 0), method.valid_step(given, 1)))
     assert losses[0] == losses[1]
 
@@ -297,3 +297,37 @@ def test_an_objective_that_returns_no_mean_is_named(model, batch, loss, got):
     for kind, step in (("training", method.train_step), ("validation", method.valid_step)):
         with pytest.raises(TypeError, match=f"{kind}_objective must return a tensor of one number.*{got}"):
             step(batch, 0)
+
+
+@pytest.mark.parametrize("kind", [SelfTuning, FixedHyperparameters])
+def test_a_hyperparameter_that_nothing_uses_is_an_error_that_names_it(batch, kind):
+    """Its entropy alone would move it, and nobody would notice."""
+    space = HyperparameterSpace(
+        [
+            Hyperparameter("hidden_dropout_1", low=0.0, high=0.9, init=0.3),
+            Hyperparameter("hiden_dropout_2", low=0.0, high=0.9, init=0.3),
+            Hyperparameter("weight_decay", low=0.0, init=0.1),
+        ]
+    )
+    objectives = [classification_loss] * (2 if kind is SelfTuning else 1)
+    model = mlp(space, (6, 16, 4))
+    method = kind(model, space, *objectives)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"uses 'hiden_dropout_2', 'weight_decay', or looks"):
+        method.train_step(batch, 0)
+    assert not moved(before, model)
+    kind(model, space, *objectives, allow_unused=True).train_step(batch, 0)
+
+
+def test_slices_and_moved_batches_count_as_the_batch_that_they_are_of(batch):
+    def halves(model, batch, hyper):
+        ends = zip((hyper[:16], hyper[16:].to("cpu")), batch.inputs.split(16), batch.targets.split(16), strict=True)
+        return sum(F.cross_entropy(model(x, part), y) for part, x, y in ends) + 0 * hyper["weight_decay"].sum()
+
+    space = HyperparameterSpace(
+        [
+            Hyperparameter("hidden_dropout_1", low=0.0, high=0.9, init=0.3),
+            Hyperparameter("weight_decay", low=0.0, init=0.1),
+        ]
+    )
+    SelfTuning(mlp(space, (6, 16, 4)), space, halves, classification_loss).train_step(batch, 0)

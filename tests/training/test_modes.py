@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from gates_alone import FixedHyperparameters, SelfTuning
 from torch import nn
 
 import stn_fast as stn
-from stn_fast.training.methods import FixedHyperparameters, SelfTuning
 from stn_fast.training.task import classification_loss
 
 SPACE = stn.HyperparameterSpace([stn.Hyperparameter("weight_decay", low=0.0, init=1e-3)])

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from gates_alone import FixedHyperparameters, SelfTuning
 from run_files import result, rows
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,6 @@ from stn_fast.ops._casts import cast, casts_once
 from stn_fast.recipes import digits
 from stn_fast.training.language import next_word_loss, regularised_next_word_loss
 from stn_fast.training.layering import resolve
-from stn_fast.training.methods import FixedHyperparameters, SelfTuning
 from stn_fast.training.precision import float32_products
 from stn_fast.training.streams import Streams
 from stn_fast.training.task import classification_loss, decayed_classification_loss

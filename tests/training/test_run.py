@@ -14,6 +14,7 @@ from stn_fast import dispatch
 from stn_fast.data import digits as digits_data
 from stn_fast.errors import UserError
 from stn_fast.recipes import digits
+from stn_fast.training.config import HyperparameterConfig
 from stn_fast.training.progress import Progress, summary
 from stn_fast.training.run import checked_task, run
 from stn_fast.training.trainer import Trainer
@@ -181,3 +182,10 @@ def test_without_a_call_that_tells_the_memory_a_run_ends_well(make_config, witho
     assert got["peak_bytes"] is None
     assert "MB" not in summary(got)
     assert run(make_config("schedule.max_steps=1"), digits.build) == got  # read back
+
+
+def test_a_hyperparameter_that_the_task_does_not_use_is_a_users_error(tmp_path):
+    config = digits.config()
+    unused = {**config.hyperparameters, "hiden_dropout_1": HyperparameterConfig(init=0.3, low=0.0, high=0.9)}
+    with pytest.raises(UserError, match="nothing in the training objective uses 'hiden_dropout_1'"):
+        run(replace(config, hyperparameters=unused, run_dir=str(tmp_path / "run")), digits.build)
