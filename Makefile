@@ -45,7 +45,8 @@ test: lint  ## lint, then every test that needs no GPU
 	@$(MAKE) --no-print-directory triton-oldest || echo "tests that compile with the oldest Triton are skipped" >&2
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -m "not gpu" $(WORKERS) $(ARGS)
 
-launched-kernels: venv  ## compile every variant of a kernel that a step of a recipe launches (ARGS="digits" names one)
+launched-kernels: triton-oldest  ## compile every variant of a kernel that a step of a recipe launches (ARGS="digits" names one)
+	$(RUN) tests/launched_kernels.py --triton $(OLDEST) $(ARGS)
 	$(RUN) tests/launched_kernels.py $(ARGS)
 
 .PHONY: triton-oldest

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gates import gate_tables, padded
 from .launch import ceil_div, device_guard, narrow
 
 MAX_N = 32  # hyperparameters that kernels have registers for
-TABLES_CONFIG = triton.Config({"BLOCK_B": 32, "BLOCK_O": 32}, num_warps=4)
 # By N_PAD, the length of a row of gates: with another number of warps each spills somewhere.
 GATES_CONFIGS = {
     16: triton.Config({"BLOCK_B": 32, "BLOCK_O": 16}, num_warps=8),
@@ -36,40 +36,6 @@ def load_rows(p_rows, i_row, in_row, n, N_PAD: tl.constexpr):
 @triton.jit
 def product(b_a, b_b, b_sum):
     return tl.dot(b_a, b_b, b_sum, input_precision="ieee")
-
-
-@triton.jit
-def gated_conv2d_tables_kernel(
-    p_h,
-    p_weight_gate,
-    p_bias,
-    p_response_bias,
-    p_bias_gate,
-    p_scale,
-    p_shift,
-    batch,
-    O,
-    n,
-    HAS_SHIFT: tl.constexpr,
-    N_PAD: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-):
-    tiles_o = tl.cdiv(O, BLOCK_O)
-    i_b = (tl.program_id(0) // tiles_o) * BLOCK_B + tl.arange(0, BLOCK_B)
-    i_o = (tl.program_id(0) % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
-    in_b, in_o = i_b < batch, i_o < O
-    inside = in_b[:, None] & in_o[None, :]
-    i_table = i_b.to(tl.int64)[:, None] * O + i_o[None, :]
-    zero = tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
-    b_h = load_rows(p_h, i_b, in_b, n, N_PAD)
-    b_scale = product(b_h, tl.trans(load_rows(p_weight_gate, i_o, in_o, n, N_PAD)), zero)
-    tl.store(p_scale + i_table, b_scale, mask=inside)
-    if HAS_SHIFT:
-        b_gate = product(b_h, tl.trans(load_rows(p_bias_gate, i_o, in_o, n, N_PAD)), zero)
-        b_bias = tl.load(p_bias + i_o, mask=in_o, other=0.0).to(tl.float32)
-        b_response_bias = tl.load(p_response_bias + i_o, mask=in_o, other=0.0).to(tl.float32)
-        tl.store(p_shift + i_table, b_bias[None, :] + b_gate * b_response_bias[None, :], mask=inside)
 
 
 @triton.jit
@@ -170,12 +136,8 @@ def gated_conv2d_bwd_response_kernel(
     tl.store(p_dh + i_b.to(tl.int64)[:, None] * n + i_n[None, :], narrow(b_dh, p_dh.dtype.element_ty), mask=inside)
 
 
-def _padded(n: int) -> int:
-    return 16 if n <= 16 else 32  # a product is at least 16 long
-
-
 def _options(config: triton.Config, n: int) -> dict[str, int]:
-    return {"N_PAD": _padded(n), "num_warps": config.num_warps, **config.kwargs}
+    return {"N_PAD": padded(n), "num_warps": config.num_warps, **config.kwargs}
 
 
 def gates(
@@ -185,16 +147,8 @@ def gates(
 
     All are contiguous; h (B, n) with n <= MAX_N.
     """
-    (batch, n), outputs = h.shape, len(weight_gate)
-    scale = torch.empty((batch, outputs), dtype=torch.float32, device=h.device)
-    shift = torch.empty_like(scale) if bias is not None else None
-    tile = TABLES_CONFIG.kwargs
     with device_guard(h):
-        gated_conv2d_tables_kernel[(ceil_div(batch, tile["BLOCK_B"]) * ceil_div(outputs, tile["BLOCK_O"]),)](
-            h, weight_gate, bias, response_bias, bias_gate, scale, shift, batch, outputs, n,
-            HAS_SHIFT=shift is not None, **_options(TABLES_CONFIG, n),
-        )  # fmt: skip
-    return scale, shift
+        return gate_tables(h, weight_gate, bias, response_bias, bias_gate, "ieee", torch.float32)
 
 
 def gates_backward(
@@ -223,7 +177,7 @@ def gates_backward(
             if d_shift is not None:
                 d_bias, d_response_bias = h.new_empty(outputs), h.new_empty(outputs)
                 d_bias_gate = torch.empty_like(weight_gate)
-            config = GATES_CONFIGS[_padded(n)]
+            config = GATES_CONFIGS[padded(n)]
             gated_conv2d_bwd_gates_kernel[(ceil_div(outputs, config.kwargs["BLOCK_O"]),)](
                 d_scale, d_shift, h, response_bias, bias_gate, d_weight_gate, d_bias, d_response_bias, d_bias_gate,
                 parts, batch, outputs, n,

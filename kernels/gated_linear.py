@@ -153,7 +153,7 @@ def forward(
         y = x.new_empty(problem.M, problem.O)
         q = torch.empty_like(y) if save_response else None
         grid, options = _matrix_options(problem, problem.configs[name], problem.M, problem.O, problem.I)
-        scale, shift = gate_tables(h, weight_gate, bias, response_bias, bias_gate, problem.precision)
+        scale, shift = gate_tables(h, weight_gate, bias, response_bias, bias_gate, problem.precision, x.dtype)
         gated_linear_fwd_kernel[grid](
             x, weight, response_weight, scale, shift, y, q, problem.M, problem.I, problem.O, problem.batch, inner,
             HAS_SHIFT=shift is not None, STORE_Q=save_response, **options,
@@ -219,7 +219,7 @@ class _Backward:
 
     def scale(self) -> Tensor:
         if self.s is None:
-            self.s, _ = gate_tables(self.h, self.weight_gate, None, None, None, self.problem.precision)
+            self.s, _ = gate_tables(self.h, self.weight_gate, None, None, None, self.problem.precision, self.dy.dtype)
         return self.s
 
     def gated_dy(self) -> Tensor:
@@ -251,6 +251,8 @@ class _Backward:
         """Adds partial sums of every row, (splits, M, n), over splits and positions."""
         if partial_dh is None:
             return None
+        if not partial_dh.numel():
+            return torch.zeros_like(self.h)
         batch, inner, n = self.problem.batch, self.problem.inner, self.problem.n
         return partial_dh.view(-1, batch, inner, n).sum((0, 2)).to(self.h.dtype)
 

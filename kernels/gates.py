@@ -5,11 +5,12 @@ left for a product with h.
 """
 # ruff: noqa: E741 (O outputs)
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import narrow
+from .launch import ceil_div, narrow
 from .matmul import dot
 
 TABLES_CONFIG = triton.Config({"BLOCK_B": 32, "BLOCK_O": 64}, num_warps=8, num_stages=1)
@@ -81,17 +82,18 @@ def gate_tables(
     response_bias: Tensor | None,
     bias_gate: Tensor | None,
     precision: str,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """Every example's scale h Gwᵀ and shift b + (h Gbᵀ) ⊙ r, (B, O), in the dtype of h; no shift without bias.
+    """Every example's scale h Gwᵀ and shift b + (h Gbᵀ) ⊙ r, (B, O), of `dtype`; no shift without bias.
 
     All tensors are contiguous, of one dtype and on the current device. precision: how float32 is multiplied, as in
     tl.dot. Arithmetic is in float32.
     """
     (batch, n), outputs = h.shape, len(weight_gate)
-    scale = h.new_empty(batch, outputs)
-    shift = None if bias is None else h.new_empty(batch, outputs)
+    scale = h.new_empty(batch, outputs, dtype=dtype)
+    shift = None if bias is None else torch.empty_like(scale)
     tile = TABLES_CONFIG.kwargs
-    gate_tables_kernel[(triton.cdiv(batch, tile["BLOCK_B"]) * triton.cdiv(outputs, tile["BLOCK_O"]),)](
+    gate_tables_kernel[(ceil_div(batch, tile["BLOCK_B"]) * ceil_div(outputs, tile["BLOCK_O"]),)](
         h, weight_gate, bias, response_bias, bias_gate, scale, shift, batch, outputs, n,
         HAS_SHIFT=shift is not None, PRECISION=precision, N_PAD=padded(n),
         num_warps=TABLES_CONFIG.num_warps, num_stages=TABLES_CONFIG.num_stages, **tile,

@@ -46,6 +46,8 @@ def refuse_float64(operation: str, **tensors: Tensor) -> None:
 
 def split(programs: int, tiles: int, at_least: int) -> tuple[int, int]:
     """(splits, tiles in each): a sum over tiles cut so that `programs` times the splits are `at_least` so many."""
+    if not programs or not tiles:
+        return 1, tiles
     splits = min(tiles, ceil_div(at_least, programs))
     each = ceil_div(tiles, splits)
     return ceil_div(tiles, each), each

@@ -1,10 +1,11 @@
 """Compiles every variant of a kernel that steps of the recipes launch, for real GPUs, on a machine without one.
 
-    python tests/launched_kernels.py [RECIPE...]
+    python tests/launched_kernels.py [RECIPE...] [--triton FOLDER]
 
 The variants are those of `benchmarks.launches`, which runs in a process of its own: Triton must not interpret there.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from compile_ahead import Job, Usage, compile_all
+from compile_ahead import Job, compile_all, problems
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPABILITIES = (80, 90)
@@ -37,17 +38,22 @@ def _job(number: int, variant: dict) -> Job:
 
 
 def main() -> int:
-    """Compiles and prints; returns how many don't compile, or use stack."""
+    """Compiles and prints; returns how many may not ship."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE")
+    parser.add_argument("--triton", type=Path, help="folder with the Triton to use (default: the installed one)")
+    arguments = parser.parse_args()
     wrong = 0
-    every = jobs(sys.argv[1:])
-    for job, usage in zip(every, compile_all(every), strict=True):
-        if isinstance(usage, Usage) and usage.stack == usage.local == 0:
+    every = jobs(arguments.recipes)
+    for job, usage in zip(every, compile_all(every, triton_folder=arguments.triton), strict=True):
+        found = problems(job, usage)
+        if found or isinstance(usage, str):
+            wrong += 1
+            print(f"{job.label}: WRONG {'; '.join(found)}\n    {job}")
+        else:
             print(
                 f"{job.label}: {usage.registers} registers, {usage.shared} B shared, {usage.tensor_cores or 'scalar'}"
             )
-        else:
-            wrong += 1
-            print(f"{job.label}: WRONG {usage}\n    {job}")
     print(f"{len(every)} variants, {wrong} wrong")
     return min(wrong, 255)
 

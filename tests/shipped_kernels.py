@@ -100,12 +100,13 @@ def epilogue_jobs():
             finish.num_warps,
             finish.num_stages,
         )
-        for aligned in BOOLS:
+        # Of linear layers, and in float32 of convolutions.
+        for aligned, table in itertools.product(BOOLS, sorted({floats, "fp32"})):
             yield Job(
                 "stn_fast.kernels.gates:gate_tables_kernel",
-                f"gate_tables-sm{capability}-{floats}-n{n_pad}{'-aligned' if aligned else ''}",
+                f"gate_tables-sm{capability}-{floats}-{table}-n{n_pad}{'-aligned' if aligned else ''}",
                 capability,
-                typed(floats, "batch", "O", "n", p_scale=f"*{floats}", p_shift=f"*{floats}"),
+                typed(floats, "batch", "O", "n", p_scale=f"*{table}", p_shift=f"*{table}"),
                 {"HAS_SHIFT": True, "PRECISION": "ieee", "N_PAD": n_pad, **tables.kwargs},
                 tables.num_warps,
                 tables.num_stages,
@@ -284,7 +285,6 @@ def small_jobs():
     wants = {f"WANT_{what}": True for what in ("SCALE", "SHIFT", "WEIGHT", "RESPONSE", "GATE")}
     decay = triton.Config({"BLOCK_B": weight_decay.BLOCK_B, "BLOCK": 1024}, num_warps=weight_decay.NUM_WARPS)
     kernels = {
-        "gated_conv2d_gates:gated_conv2d_tables": conv_gates.TABLES_CONFIG,
         "gated_conv2d_gates:gated_conv2d_bwd_gates": conv_gates.GATES_CONFIGS,
         "gated_conv2d_gates:gated_conv2d_bwd_response": conv_gates.RESPONSE_CONFIG,
         **{f"weight_decay:{kernel}": decay for kernel in ("decay_moments", "weight_decay_fwd", "weight_decay_bwd")},
@@ -294,6 +294,7 @@ def small_jobs():
         pointers = dict.fromkeys([*POINTERS, "p_gate", "p_d_gate", "p_dh"], f"*{floats}")
         for kernel, shipped in kernels.items():
             config = shipped[n_pad] if isinstance(shipped, dict) else shipped
+            shift = {"HAS_SHIFT": True} if kernel.endswith("bwd_response") else {}
             length = {"gated_conv2d_gates": "O", "weight_decay": "n" if "moments" in kernel else "I"}[
                 kernel.split(":")[0]
             ]
@@ -302,7 +303,7 @@ def small_jobs():
                 f"{kernel.split(':')[1]}-sm{capability}-{floats}-n{n_pad}{'-aligned' if aligned else ''}",
                 capability,
                 {**pointers, **tables, **sizes},
-                {"HAS_SHIFT": True, "N_PAD": n_pad, **wants, **config.kwargs},
+                {"N_PAD": n_pad, **wants, **shift, **config.kwargs},
                 config.num_warps,
                 divisible=frozenset(length) if aligned else frozenset(),
             )

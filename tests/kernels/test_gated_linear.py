@@ -9,6 +9,7 @@ from numerics import assert_twice_as_good
 from stn_fast.kernels import gated_linear as kernels
 from stn_fast.kernels import matmul
 from stn_fast.kernels.autotune import Autotuner
+from stn_fast.kernels.gates import gate_tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -229,10 +230,39 @@ def test_response_is_saved_only_when_asked_for(config):
 
 def test_reductions_are_split_and_still_right():
     """Many rows by few outputs, and few rows by many outputs: both reductions take several programs."""
-    for shape in ((700, 3, 5, 4, 1, 1), (3, 3, 700, 4, 1, 1)):
+    for shape in ((1100, 3, 5, 4, 1, 1), (3, 3, 700, 4, 1, 1)):  # more partial sums than are added at once
         tensors, dy = operands(*shape, torch.float32)
         wanted = (False, False, True, False, True, True, True, True)
         assert_gradients(tensors, dy, 1, 1, "library", wanted)
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 6, 3, 1, 1), (5, 7, 0, 3, 1, 1)], ids=["no rows", "no outputs"])
+@pytest.mark.parametrize("config", ["library", "fused"])
+def test_sums_over_nothing_are_zero(config, shape):
+    """The matrix kernels assume that there is something to sum."""
+    tensors, dy = operands(*shape, torch.float32)
+    for wanted in ((True, True, False, True, *[False] * 4), EVERYTHING, (True, *[False] * 6, True)):
+        assert_gradients(tensors, dy, 1, 1, config if config == "library" else SMALL, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [3, 17])
+def test_gate_tables_are_those_of_the_definition(n, dtype):
+    tensors, _ = operands(37, 5, 67, n, 1, 1, dtype)
+    _, _, bias, _, response_bias, weight_gate, bias_gate, h = tensors
+    got = gate_tables(*on_device(h, weight_gate, bias, response_bias, bias_gate), "ieee", dtype)
+
+    def expected(h, weight_gate, bias, response_bias, bias_gate):
+        return h @ weight_gate.T, bias + (h @ bias_gate.T) * response_bias
+
+    given = (h, weight_gate, bias, response_bias, bias_gate)
+    exact = expected(*(t.double() for t in given))
+    for name, *tables in zip(("scale", "shift"), got, expected(*given), exact, strict=True):
+        assert tables[0].dtype == dtype
+        assert_twice_as_good(*tables, name)
+    scale, shift = gate_tables(*on_device(h, weight_gate, None, None, None), "ieee", dtype)
+    assert shift is None
+    assert torch.equal(scale, got[0])
 
 
 def test_an_unknown_configuration_is_named_with_the_known_ones():
