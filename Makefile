@@ -7,6 +7,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Where the oldest Triton that is supported is installed, apart from the one in .venv.
+OLDEST := build/triton-oldest
 # Test files side by side, each on two threads that leave the processors to one another when they wait.
 WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
