@@ -11,7 +11,7 @@ own that is ended when its time is over; none stops the next. The output folder 
     summary.md     aims against figures, on a page
     machine.json   versions, bandwidth and rates
     rows.json      rows of the benchmarks, written anew after each part
-    tuned.json     what the tuner chose, to be shipped for this device
+    <device>.json  what the tuner chose, to be shipped as kernels/tuned/<device>.json
 
 A dry run, which needs no GPU, collects the tests as on a machine with one, imports every module, lets each command
 check its arguments, and prints the plan of the time.
@@ -27,7 +27,6 @@ import json
 import os
 import pkgutil
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +109,7 @@ def parts(processes: int) -> tuple[Part, ...]:
         ratios_part("gated_linear", 35, "gated_linear", dtypes=LOW),
         ratios_part("gated_conv2d", 45, "gated_conv2d", dtypes=LOW),
         ratios_part("other", 25, "augment", "perturb", "dropout"),
+        Part("tuned", ("-m", "stn_fast.kernels.autotune", "--export", "{out}"), 10, "."),
         Part("summary", ("-m", "benchmarks.summary", "{out}"), 10, "."),
     )
 
@@ -198,9 +198,6 @@ def report(chosen: Sequence[Part], out: Path, budget: float) -> int:
                 collect_rows(work, out)
             print(f"[{time.monotonic() - start:4.0f} s] {part.name}: {ending}", flush=True)
             problems += [part.name] if not ending.startswith("ended well") else []
-        tuned = work / "cache" / "autotune.json"
-        if tuned.exists():
-            shutil.copy(tuned, out / "tuned.json")
     print(f"everything is in {out}" + (f"; look at {', '.join(problems)}" if problems else ""))
     return min(len(problems), 1)
 

@@ -57,7 +57,9 @@ def makers(mode: str, batch: int, device: torch.device, precision: Precision, gr
         network = alexnet(space)
         model = ImageClassifier(space, network, mean=MEAN, std=STD, image_size=32) if with_data else network
         losses = task.classification_loss, task.classification_loss
-        return whole_steps.self_tuning(model.to(device), space, losses, precision, seed=0, clip=CLIP)
+        # Without the data the augmentation is left out, and its strengths regulate nothing.
+        options = dict(seed=0, clip=CLIP, allow_unused=not with_data)
+        return whole_steps.self_tuning(model.to(device), space, losses, precision, **options)
 
     def stn_fast(of: SelfTuning | CapturedSteps) -> Provider:
         count = iter(range(10**9))

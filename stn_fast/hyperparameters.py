@@ -49,7 +49,7 @@ class HyperBatch:
         shared: all rows are equal, so layers fold their response into plain weights.
         calls: the number of each layer's next draw, by stream and examples; slices and `to` share it.
         open_calls: how many draws no backward pass has repeated, likewise.
-        used: the names that have been looked up, likewise.
+        used: the names that have been looked up; slices, `to` and copies share it.
     """
 
     values: Tensor
@@ -154,12 +154,28 @@ class HyperBatch:
         return replace(self, values=values, response=response, step=self.step.to(device, non_blocking=non_blocking))
 
 
+class _Shared:
+    """What copies of a batch share without being told apart by it, as the context of a pytree otherwise does."""
+
+    def __init__(self, used: dict[str, bool]):
+        self.used = used
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Shared)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 _LEAVES = ("values", "response", "step")
 _CONTEXT = ("seed", "first_example", "space", "shared")
 
 
 def _flatten(hyper: HyperBatch) -> tuple[list[Any], tuple[Any, ...]]:
-    return [getattr(hyper, name) for name in _LEAVES], tuple(getattr(hyper, name) for name in _CONTEXT)
+    return [getattr(hyper, name) for name in _LEAVES], (
+        *(getattr(hyper, name) for name in _CONTEXT),
+        _Shared(hyper.used),
+    )
 
 
 def _flatten_with_keys(hyper: HyperBatch) -> tuple[list[Any], tuple[Any, ...]]:
@@ -168,7 +184,10 @@ def _flatten_with_keys(hyper: HyperBatch) -> tuple[list[Any], tuple[Any, ...]]:
 
 
 def _unflatten(leaves: Any, context: Any) -> HyperBatch:
-    return HyperBatch(*leaves, *context)
+    *given, shared = context
+    hyper = HyperBatch(*leaves, *given)
+    hyper.used = shared.used
+    return hyper
 
 
 pytree.register_pytree_node(

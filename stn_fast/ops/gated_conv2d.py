@@ -18,7 +18,7 @@ from stn_fast.ops._gated_linear_plain import Wanted
 from stn_fast.ops._operands import check_operands
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.gated_linear import fold
-from stn_fast.ops.memory import autocast_dtype, plain_strides, reads_memory
+from stn_fast.ops.memory import autocast_dtype, owns_storage, plain_strides, reads_memory
 from stn_fast.ops.openmp import any_team, misled, watch
 from stn_fast.ops.serving import serving
 
@@ -162,8 +162,7 @@ def _compute_backward(
 def _compute_backward_apart(*inputs: Any) -> list[Tensor]:
     """The same, each gradient in memory of its own, as results of a registered operation must be."""
     gradients = _compute_backward(*inputs)
-    own = [gradient.untyped_storage().nbytes() == gradient.nbytes for gradient in gradients]
-    return [gradient if alone else gradient.clone() for gradient, alone in zip(gradients, own, strict=True)]
+    return [gradient if owns_storage(gradient) else gradient.clone() for gradient in gradients]
 
 
 _gated_conv2d_backward = torch.library.custom_op(

@@ -94,6 +94,11 @@ def place(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
+def owns_storage(tensor: Tensor) -> bool:
+    """Whether no other tensor can lie in the same storage, as parts of a larger one do."""
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for this device; a device that has no autocast, such as meta, never casts."""
     if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):

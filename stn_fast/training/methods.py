@@ -458,6 +458,7 @@ def build_method(config: Config, task: Task) -> FixedHyperparameters:
             clip=clip,
             seed=config.seed,
             precision=config.precision,
+            allow_unused=task.allow_unused,
         )
     return SelfTuning(
         task.model,
@@ -472,4 +473,5 @@ def build_method(config: Config, task: Task) -> FixedHyperparameters:
         clip=clip,
         seed=config.seed,
         precision=config.precision,
+        allow_unused=task.allow_unused,
     )

@@ -33,7 +33,8 @@ class Task:
     their means what is no mean itself. ``batching`` makes the batches that all of them see. ``facts`` are what a result
     should say of the data, for it to be compared with others. ``vocabulary`` is the words that the numbers in a text
     stand for; a run directory records it together with the splits. ``loss_unit`` is the unit of the losses in
-    plots.
+    plots. ``allow_unused`` is for objectives that read ``hyper.values`` in place of ``hyper["name"]``: a hyperparameter
+    that nothing looks up is an error otherwise.
     """
 
     space: HyperparameterSpace
@@ -47,6 +48,7 @@ class Task:
     facts: Mapping[str, float] = field(default_factory=dict)
     vocabulary: Sequence[str] = ()
     loss_unit: str = ""
+    allow_unused: bool = False
 
 
 def classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:

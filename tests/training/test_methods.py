@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
 from stn_fast.data import Split
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
@@ -331,3 +332,13 @@ def test_slices_and_moved_batches_count_as_the_batch_that_they_are_of(batch):
         ]
     )
     SelfTuning(mlp(space, (6, 16, 4)), space, halves, classification_loss).train_step(batch, 0)
+
+
+def test_a_copy_of_a_batch_counts_as_the_batch(batch):
+    """torch.func and tree_map make copies of what they are given."""
+
+    def copying(model, batch, hyper):
+        return F.cross_entropy(model(batch.inputs, tree_map(torch.clone, hyper)), batch.targets)
+
+    space = HyperparameterSpace([Hyperparameter("hidden_dropout_1", low=0.0, high=0.9, init=0.3)])
+    SelfTuning(mlp(space, (6, 16, 4)), space, copying, classification_loss).train_step(batch, 0)

@@ -189,3 +189,9 @@ def test_a_hyperparameter_that_the_task_does_not_use_is_a_users_error(tmp_path):
     unused = {**config.hyperparameters, "hiden_dropout_1": HyperparameterConfig(init=0.3, low=0.0, high=0.9)}
     with pytest.raises(UserError, match="nothing in the training objective uses 'hiden_dropout_1'"):
         run(replace(config, hyperparameters=unused, run_dir=str(tmp_path / "run")), digits.build)
+
+    def build(config):
+        return replace(digits.build(config), allow_unused=True)
+
+    schedule = replace(config.schedule, max_steps=2)
+    run(replace(config, hyperparameters=unused, schedule=schedule, run_dir=str(tmp_path / "run")), build)
