@@ -12,7 +12,7 @@ OLDEST := build/triton-oldest
 # Test files side by side, each on two threads that leave the processors to one another when they wait.
 WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help venv train test lint launched-kernels cases bench test-gpu bench-gpu gpu-report clean
+.PHONY: help venv train check test lint launched-kernels count-compilations cases bench test-gpu bench-gpu gpu-report clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
@@ -43,6 +43,14 @@ lint: venv  ## style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# Of most parts something, of no part what takes long.
+QUICK := tests/test_checks.py tests/test_core.py tests/test_dispatch.py tests/test_files.py tests/test_hyperparameters.py \
+  tests/layers tests/ops/test_linear.py tests/ops/test_weight_decay.py tests/kernels/test_autotune.py \
+  tests/training/test_config.py tests/training/test_methods.py tests/training/test_checkpoint.py tests/data/test_text.py
+
+check: lint  ## lint and a minute of tests, before each commit
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -q -m "not gpu" $(WORKERS) $(ARGS) $(QUICK)
+
 test: lint  ## lint, then every test that needs no GPU
 	@$(MAKE) --no-print-directory triton-oldest || echo "tests that compile with the oldest Triton are skipped" >&2
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -m "not gpu" $(WORKERS) $(ARGS)
@@ -50,6 +58,13 @@ test: lint  ## lint, then every test that needs no GPU
 launched-kernels: triton-oldest  ## compile every variant of a kernel that a step of a recipe launches (ARGS="digits" names one)
 	$(RUN) tests/launched_kernels.py --triton $(OLDEST) $(ARGS)
 	$(RUN) tests/launched_kernels.py $(ARGS)
+
+COUNT := COMPILATIONS=benchmarks/results/compilations.json PYTHONPATH=tests OMP_NUM_THREADS=1 $(RUN) -m pytest -q \
+  -p count_compilations -m "cuda and not gpu"
+
+count-compilations: venv  ## count what the tests of `make gpu-report` compile, for the plan of its time
+	PART=kernels $(COUNT) tests/kernels tests/ops -k "not 2_to_the_31"
+	PART=steps $(COUNT) tests/layers tests/models tests/training || test $$? -eq 5
 
 .PHONY: triton-oldest
 triton-oldest: $(OLDEST)/.installed

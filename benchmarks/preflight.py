@@ -22,7 +22,10 @@ from stn_fast.command_line import run_command
 from stn_fast.kernels.cooperative import unavailable
 from stn_fast.values import to_json
 
-PACKAGES = ("torch", "triton", "numpy", "cuda-bindings", "pytest", "pytest-xdist", "hypothesis")
+PACKAGES = (
+    *("torch", "triton", "numpy", "cuda-bindings", "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis"),
+    *("pillow", "pyyaml", "scikit-learn", "tqdm", "matplotlib"),
+)
 COPIED_BYTES = 2**31
 PRODUCT_SIZE = 8192
 PRECISIONS = {"bf16": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "fp32": (torch.float32, "ieee")}

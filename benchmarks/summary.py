@@ -57,8 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the page; returns 0 whatever the folder holds."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.summary", description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, metavar="DIR", help="with the rows, as build/gpu or benchmarks/results")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the page here too")
     options = parser.parse_args(arguments)
-    print(summary(options.directory))
+    page = summary(options.directory)
+    print(page)
+    if options.out:
+        options.out.write_text(page + "\n")
     sys.stdout.flush()
     return 0
 

@@ -1,12 +1,14 @@
 """A plugin for `pytest -p count_compilations`: how many kernels a GPU would have to compile for these tests.
 
-Run with Triton's interpreter: each launch is counted by what Triton compiles anew for, the kernel, its constants, the
-dtypes of its arguments, and which of them 16 divides or are 1. Each process prints its own count, and the number of
-launches.
+Run with Triton's interpreter (`make count-compilations`): each launch is counted by what Triton compiles anew for, the
+kernel, its constants, the dtypes of its arguments, and which of them 16 divides or are 1. With COMPILATIONS=FILE the
+sum is written there under the name that PART has. Tests that need a GPU are not counted.
 """
 
+import json
 import os
 from collections import Counter
+from pathlib import Path
 
 import torch
 
@@ -43,3 +45,7 @@ def pytest_terminal_summary(terminalreporter):
     for name, count in sorted(kernels.items()):
         terminalreporter.write_line(f"{name}: {count} compilations")
     terminalreporter.write_line(f"{sum(kernels.values())} compilations, {sum(seen.values())} launches")
+    if "COMPILATIONS" in os.environ:
+        file = Path(os.environ["COMPILATIONS"])
+        counted = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(counted | {os.environ["PART"]: sum(kernels.values())}, indent=1) + "\n")
