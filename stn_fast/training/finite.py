@@ -237,8 +237,8 @@ class Buffers:
         return torch.no_grad()(put_back)
 
     def _copy(self, module: nn.Module, name: str, buffer: Tensor) -> Tensor | None:
-        """A copy of a buffer that may be written to: not of one whose numbers share memory, which can't be."""
-        if any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
+        """A copy of a buffer that a step may write to; None for one that it can't, or has not been seen to."""
+        if not is_writable(buffer):
             return None
         if buffer.numel() > FEW:
             key = id(module), name
@@ -247,6 +247,13 @@ class Buffers:
             if key not in self._changing:
                 return None
         return buffer.detach().clone()
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether torch can write to ``tensor`` in place: not if it is an inference tensor or an expanded one."""
+    if tensor.is_inference():
+        return False
+    return not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _put_back(one: _Kept, now: Tensor | None, where: Tensor | None) -> None:

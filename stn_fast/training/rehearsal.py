@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stn_fast.ops.memory import place
+from stn_fast.training.finite import is_writable
 from stn_fast.training.parameters import listed
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def obstacles(method: FixedHyperparameters, run: Callable[[], Any]) -> list[str]
     """Why a graph could not repeat ``run``, a step of ``method`` on the device alone; nothing where it could.
 
     ``run`` is called once, after a step of the same kind. What it has written to weights, buffers, hyperparameters and
-    optimizers is taken back, and so is what it has drawn from torch's own generator.
+    optimizers is taken back, and so is what it has drawn from torch's own generator. A tensor that can't be restored is
+    a reason too.
     """
     gradients = {name: parameter.grad for name, parameter in method.model.named_parameters()}
     sparse = [name for name, gradient in gradients.items() if gradient is not None and gradient.is_sparse]
@@ -43,9 +45,9 @@ def obstacles(method: FixedHyperparameters, run: Callable[[], Any]) -> list[str]
     except Exception as error:  # what a trial alone raises, such as compiled code that refuses to be watched
         trial.found.append(f"its trial has failed: {type(error).__name__}: {error}")
     finally:
-        fresh = memory.put_back()
+        fresh, lost = memory.put_back()
     anew = [f"it makes {listed(fresh)} anew at each step"] if fresh else []
-    return list(dict.fromkeys([*trial.found, *anew]))
+    return list(dict.fromkeys([*trial.found, *anew, *lost]))
 
 
 class HostWork(TorchDispatchMode):
@@ -110,9 +112,13 @@ class _Memory:
     def __init__(self, method: FixedHyperparameters) -> None:
         self._states = [optimizer.state for optimizer in method.optimizers]
         self._kept = [(prefix, owner, dict(owner)) for prefix, owner in self._owners(method)]
-        learnt = [method.location, method.raw_scale]
-        held = [tensor for _, _, tensors in self._kept for tensor in tensors.values() if isinstance(tensor, Tensor)]
-        self._numbers = [(tensor, tensor.detach().clone()) for tensor in [*learnt, *held]]
+        learnt = [("location", method.location), ("raw_scale", method.raw_scale)]
+        held = [(f"{prefix}{name}", value) for prefix, _, tensors in self._kept for name, value in tensors.items()]
+        self._numbers = [
+            (name, tensor, tensor.detach().clone())
+            for name, tensor in [*learnt, *held]
+            if isinstance(tensor, Tensor) and is_writable(tensor)
+        ]
         self._known = [set(state) for state in self._states]
 
     @staticmethod
@@ -126,9 +132,9 @@ class _Memory:
                 yield f"{type(optimizer).__name__}'s ", of_one
 
     @torch.no_grad()
-    def put_back(self) -> list[str]:
-        """Names what is not in the memory any more that it was in."""
-        fresh = []
+    def put_back(self) -> tuple[list[str], list[str]]:
+        """Names what is not in the memory any more that it was in, and says what could not be restored, and why."""
+        fresh, lost = [], []
         for prefix, owner, before in self._kept:
             fresh += [f"{prefix}{name}" for name, value in owner.items() if _moved(value, before.get(name))]
             owner.clear()
@@ -136,9 +142,12 @@ class _Memory:
         for state, known in zip(self._states, self._known, strict=True):
             for parameter in [one for one in state if one not in known]:
                 fresh += [f"the optimizer's {name}" for name in state.pop(parameter)]
-        for tensor, numbers in self._numbers:
-            tensor.copy_(numbers)
-        return sorted(set(fresh))
+        for name, tensor, numbers in self._numbers:
+            try:
+                tensor.copy_(numbers)
+            except RuntimeError as error:
+                lost.append(f"{name} could not be restored after a trial of the step: {str(error).splitlines()[0]}")
+        return sorted(set(fresh)), lost
 
 
 def _moved(value: Any, before: Any) -> bool:

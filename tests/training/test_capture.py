@@ -353,6 +353,47 @@ class Counting(nn.Module):
         return self.model(x, hyper)
 
 
+class WithBuffers(nn.Module):
+    """A network that is given buffers, of which each training step writes to ``written``, if it is there."""
+
+    def __init__(self, model, **buffers):
+        super().__init__()
+        self.model = model
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
+
+    def forward(self, x, hyper):
+        if self.training and hasattr(self, "written"):
+            self.written += x.mean()
+        return self.model(x, hyper)
+
+
+def with_buffers(make):
+    """Two methods with buffers of their own that ``make`` returns by name, and training batches."""
+    both = [digits_steps() for _ in range(2)]
+    methods = [
+        SelfTuning(WithBuffers(one.method.model, **make()), one.method.space, *[classification_loss] * 2)
+        for one in both
+    ]
+    return *methods, both[0].train
+
+
+def inference_buffer():
+    with torch.inference_mode():
+        return torch.ones(3)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.ones(1).expand(10), inference_buffer], ids=["expanded", "inference"])
+def test_a_buffer_that_can_not_be_written_to_is_no_obstacle(make):
+    one, other, batches = with_buffers(lambda: {"constant": make()})
+    steps = captured(other)
+    for step in range(5):
+        assert torch.equal(one.train_step(batches[step], step), steps.train_step(batches[step], step))
+    assert steps.reasons == []
+    assert steps.replayed == 3
+    assert different(one, other) == []
+
+
 def reading(objective):
     return lambda *given: (loss := objective(*given)) * (2.0 if loss.item() > 1 else 1.0)
 
@@ -461,6 +502,37 @@ def test_an_optimizer_that_keeps_state_on_the_host_is_named():
         steps.train_step(one.train[step], step)
     assert different(one.method, other.method) == []
     assert steps.replayed == 0
+
+
+class Uncopied(torch.Tensor):
+    def copy_(self, *given):
+        raise RuntimeError("no copies here\nand more")
+
+    def __deepcopy__(self, memo):
+        return self.as_subclass(torch.Tensor).clone()
+
+
+class Noting(torch.optim.SGD):
+    """Keeps a state that nothing can be copied to."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        taken = self.state[self.param_groups[0]["params"][0]]
+        taken.setdefault("note", torch.zeros(2).as_subclass(Uncopied)).add_(1)
+
+
+def test_a_tensor_that_can_not_be_restored_is_named_and_training_goes_on():
+    options = dict(optimizer=partial(Noting, lr=0.05, momentum=0.9, fused=True))
+    one, other = (digits_steps(**options) for _ in range(2))
+    steps = captured(other.method)
+    for step in range(6):
+        one.method.train_step(one.train[step], step)
+        steps.train_step(one.train[step], step)
+    assert different(one.method, other.method) == ["optimizer.0.note"]  # it has counted the trial too
+    assert steps.replayed == 0
+    assert steps.reasons == [
+        "train_step is not captured: Noting's note could not be restored after a trial of the step: no copies here"
+    ]
 
 
 def test_an_optimizer_that_can_not_be_captured_is_named(monkeypatch):
