@@ -236,6 +236,25 @@ class Buffers:
 
         return torch.no_grad()(put_back)
 
+    @contextmanager
+    def ignoring_writes(self) -> Iterator[None]:
+        """Inside, writing to a large buffer, as loading a state does, is not taken for a change that a step made."""
+        versions = self._versions()
+        self._changing |= {key for key, version in versions.items() if version != self._large[key]}
+        try:
+            yield
+        finally:
+            self._large |= self._versions()
+
+    def _versions(self) -> dict[tuple[int, str], int]:
+        """How often the large buffers of earlier steps have been written to."""
+        found = {(id(module), name): buffer for module in self._owners for name, buffer in module._buffers.items()}
+        return {
+            key: buffer._version
+            for key, buffer in found.items()
+            if key in self._large and buffer is not None and not buffer.is_inference()
+        }
+
     def _copy(self, module: nn.Module, name: str, buffer: Tensor) -> Tensor | None:
         """A copy of a buffer that a step may write to; None for one that it can't, or has not been seen to."""
         if not is_writable(buffer):

@@ -313,7 +313,8 @@ class FixedHyperparameters:
 
     @torch.no_grad()
     def _load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        with self._buffers.ignoring_writes():
+            self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         make_capturable(self.optimizer)
         self.location.copy_(state["location"])

@@ -115,7 +115,7 @@ class _Memory:
         learnt = [("location", method.location), ("raw_scale", method.raw_scale)]
         held = [(f"{prefix}{name}", value) for prefix, _, tensors in self._kept for name, value in tensors.items()]
         self._numbers = [
-            (name, tensor, tensor.detach().clone())
+            (name, tensor, tensor._version, tensor.detach().clone())
             for name, tensor in [*learnt, *held]
             if isinstance(tensor, Tensor) and is_writable(tensor)
         ]
@@ -142,7 +142,9 @@ class _Memory:
         for state, known in zip(self._states, self._known, strict=True):
             for parameter in [one for one in state if one not in known]:
                 fresh += [f"the optimizer's {name}" for name in state.pop(parameter)]
-        for name, tensor, numbers in self._numbers:
+        for name, tensor, version, numbers in self._numbers:
+            if tensor._version == version and torch.equal(tensor, numbers):  # batch norm writes without counting
+                continue  # a copy would count as a write, and large buffers that are written to are copied at each step
             try:
                 tensor.copy_(numbers)
             except RuntimeError as error:

@@ -504,6 +504,18 @@ def test_an_optimizer_that_keeps_state_on_the_host_is_named():
     assert steps.replayed == 0
 
 
+def test_a_large_buffer_that_steps_only_read_is_not_copied_by_captured_ones():
+    one, other, batches = with_buffers(lambda: {"mask": torch.ones(300, 300), "written": torch.zeros(300, 300)})
+    steps = captured(other)
+    for step in range(5):
+        one.train_step(batches[step], step)
+        steps.train_step(batches[step], step)
+    assert steps.replayed == 3
+    assert different(one, other) == []
+    assert other.model.mask._version == 0
+    assert [name for _, name in other._buffers._changing] == ["written"]
+
+
 class Uncopied(torch.Tensor):
     def copy_(self, *given):
         raise RuntimeError("no copies here\nand more")

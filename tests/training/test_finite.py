@@ -367,6 +367,16 @@ def test_large_buffers_that_no_step_changes_are_not_copied(batch):
     assert torch.equal(copy(network, "history", network.history), network.history)
 
 
+def test_loading_a_state_does_not_make_large_buffers_copied(batch):
+    network = Buffered()
+    del network.ids  # torch loads no expanded buffer
+    method = SelfTuning(network, SPACE, classification_loss, classification_loss)
+    method.train_step(batch, 0)
+    method.load_state_dict(copy.deepcopy(method.state_dict()))
+    assert method._buffers._copy(network, "mask", network.mask) is None
+    assert torch.equal(method._buffers._copy(network, "history", network.history), network.history)
+
+
 def test_a_loss_of_nothing_that_is_trained_is_named(model, batch):
     method = SelfTuning(model, SPACE, classification_loss, classification_loss, optimizer=OPTIMIZERS["plain sgd"])
     apart = torch.ones((), requires_grad=True)
