@@ -51,11 +51,10 @@ class Graphs(Protocol):
 
 
 class CudaGraphs:
-    """Graphs on one CUDA device. They share their memory, as none of them runs beside another."""
+    """Graphs on one CUDA device. Each has memory of its own, so that no other overwrites the gradients it leaves."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -68,7 +67,7 @@ class CudaGraphs:
     def capture(self, function: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
         # A thread that pins memory for a loader may go on meanwhile.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             result = function()
         return result, graph.replay
 
@@ -89,6 +88,8 @@ class CapturedSteps:
       gradients, or has an optimizer that keeps its state on the host.
 
     Each reason but the first is passed to ``warn`` once.
+
+    After a captured step each ``.grad`` is the step's gradient, in memory that the next such step overwrites.
 
     What Python does at a step is done when it is captured, and not again: an objective or a layer that counts calls, or
     decides by a number on the host that is no setting of a module's mode, must not be captured.
@@ -137,6 +138,7 @@ class _Captured:
     loss: Tensor
     state: Any
     recorded: Recorded
+    gradients: list[tuple[Tensor, Tensor | None]]
     replay: Callable[[], None]
 
 
@@ -238,7 +240,8 @@ class _Step:
                 first = error.__context__ or error  # ending a capture that has failed is an error too
                 return f"CUDA refused it: {str(first).splitlines()[0]}"
         self._times += 1
-        return _Captured(form, settings, own, number, loss, state, recorded[0], replay)
+        gradients = [(p, p.grad) for group in kind.optimizer.param_groups for p in group["params"]]
+        return _Captured(form, settings, own, number, loss, state, recorded[0], gradients, replay)
 
     def _replay(self, captured: _Captured, batch: Split | Window, inputs: list[Any], step: int | Tensor) -> Tensor:
         for own, given in zip(captured.inputs, inputs, strict=True):
@@ -246,6 +249,8 @@ class _Step:
                 own.copy_(given, non_blocking=True)
         captured.step.fill_(step)
         captured.replay()
+        for parameter, gradient in captured.gradients:  # a step taken one by one has replaced them
+            parameter.grad = gradient
         self._steps.replayed += 1
         attempt, numbers = captured.recorded
         self._method.guard.send(replace(attempt, step=step), numbers)

@@ -29,9 +29,9 @@ _TORCH, _HERE = Path(torch.__file__).parent, Path(__file__)
 def obstacles(method: FixedHyperparameters, run: Callable[[], Any]) -> list[str]:
     """Why a graph could not repeat ``run``, a step of ``method`` on the device alone; nothing where it could.
 
-    ``run`` is called once, after a step of the same kind. What it has written to weights, buffers, hyperparameters and
-    optimizers is taken back, and so is what it has drawn from torch's own generator. A tensor that can't be restored is
-    a reason too.
+    ``run`` is called once, after a step of the same kind. What it has written to weights, gradients, buffers,
+    hyperparameters and optimizers is taken back, and so is what it has drawn from torch's own generator. A tensor that
+    can't be restored is a reason too.
     """
     gradients = {name: parameter.grad for name, parameter in method.model.named_parameters()}
     sparse = [name for name, gradient in gradients.items() if gradient is not None and gradient.is_sparse]
@@ -112,11 +112,19 @@ class _Memory:
     def __init__(self, method: FixedHyperparameters) -> None:
         self._states = [optimizer.state for optimizer in method.optimizers]
         self._kept = [(prefix, owner, dict(owner)) for prefix, owner in self._owners(method)]
+        self._gradients = [(parameter, parameter.grad) for parameter in method.model.parameters()]
+        trained = {id(p) for one in method.optimizers for group in one.param_groups for p in group["params"]}
+        # A step replaces the gradients of what it trains, and adds to others.
+        added = [
+            (f"the gradient of {name}", parameter.grad)
+            for name, parameter in method.model.named_parameters()
+            if id(parameter) not in trained
+        ]
         learnt = [("location", method.location), ("raw_scale", method.raw_scale)]
         held = [(f"{prefix}{name}", value) for prefix, _, tensors in self._kept for name, value in tensors.items()]
         self._numbers = [
             (name, tensor, tensor._version, tensor.detach().clone())
-            for name, tensor in [*learnt, *held]
+            for name, tensor in [*learnt, *held, *added]
             if isinstance(tensor, Tensor) and is_writable(tensor)
         ]
         self._known = [set(state) for state in self._states]
@@ -142,6 +150,8 @@ class _Memory:
         for state, known in zip(self._states, self._known, strict=True):
             for parameter in [one for one in state if one not in known]:
                 fresh += [f"the optimizer's {name}" for name in state.pop(parameter)]
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
         for name, tensor, version, numbers in self._numbers:
             if tensor._version == version and torch.equal(tensor, numbers):  # batch norm writes without counting
                 continue  # a copy would count as a write, and large buffers that are written to are copied at each step

@@ -4,8 +4,10 @@ There is no CUDA here: graphs are recorded operations (`recorded_graphs`), and t
 """
 
 import copy
+import inspect
 import warnings
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from torch import nn
 import stn_fast as stn
 from stn_fast.data import Split
 from stn_fast.training import capture, finite
-from stn_fast.training.capture import CapturedSteps
+from stn_fast.training.capture import CapturedSteps, CudaGraphs
 from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.rehearsal import HostWork, obstacles
 from stn_fast.training.task import classification_loss
@@ -247,6 +249,56 @@ def test_losses_and_states_are_the_caller_s_own():
     assert steps.replayed == 6
     assert len({loss.item() for loss in losses}) == 8
     assert len({state.sum().item() for state in states}) == 8
+
+
+def gradients(method):
+    tensors = [*method.model.parameters(), method.location, method.raw_scale]
+    return [None if tensor.grad is None else tensor.grad.clone() for tensor in tensors]
+
+
+def same_gradients(one, other):
+    pairs = zip(gradients(one), gradients(other), strict=True)
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+
+
+def test_gradients_are_those_of_each_step():
+    """Steps of another batch size come in between: they are taken one by one, and replace each gradient."""
+    one, other = (digits_steps() for _ in range(2))
+    steps, same = captured(other.method), []
+    for step in range(20):
+        name = "valid_step" if step % 4 == 3 else "train_step"
+        batch = (one.valid if step % 4 == 3 else one.train)[step]
+        if step in (8, 12, 15):
+            batch = Split(batch.inputs[:20], batch.targets[:20])
+        for take in (one.method, steps):
+            getattr(take, name)(batch, step)
+        same.append(same_gradients(one.method, other.method))
+    assert steps.replayed == 20 - 2 * 2 - 3
+    assert same == [True] * 20
+
+
+def test_a_graph_leaves_the_gradients_of_another_where_they_are(monkeypatch):
+    """Graphs that share memory may write over what another has left."""
+    for name in ("Stream", "CUDAGraph", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    signature, begun = inspect.signature(torch.cuda.graph), mock.MagicMock()
+    monkeypatch.setattr(torch.cuda, "graph", begun)
+    graphs = CudaGraphs(torch.device("cuda", 1))
+    for _ in range(2):
+        graphs.capture(lambda: None)
+    calls = [signature.bind(*call.args, **call.kwargs).arguments for call in begun.call_args_list]
+    assert [call.get("pool") for call in calls] == [None, None]
+
+
+def test_gradients_that_no_optimizer_takes_add_up_as_without_graphs():
+    options = dict(optimizer=lambda parameters: torch.optim.SGD(parameters[2:], lr=0.05, momentum=0.9, fused=True))
+    one, other = (digits_steps(**options) for _ in range(2))
+    steps = captured(other.method)
+    for step in range(6):
+        one.method.train_step(one.train[step], step)
+        steps.train_step(one.train[step], step)
+        assert same_gradients(one.method, other.method)
+    assert steps.replayed == 4
 
 
 def test_a_step_is_counted_by_a_tensor_too():
