@@ -132,7 +132,7 @@ class _Captured:
     """A step as it was captured: what it depends on, the memory it reads, and the memory it writes."""
 
     form: Any
-    settings: Any
+    settings: dict[str, Any]
     inputs: list[Tensor | None]
     step: Tensor
     loss: Tensor
@@ -149,6 +149,7 @@ class _Step:
         self._steps, self._method, self._name = steps, steps.method, name
         self._parameters = list(steps.method.model.parameters())
         self._warm, self._times = 0, 0
+        self._changed: dict[str, None] = {}  # names of settings for which a graph was given up, in order
         self._seen: Any = None
         self._captured: _Captured | None = None
         self._never = name not in steps.method.kinds
@@ -166,6 +167,7 @@ class _Step:
         inputs, structure = pytree.tree_flatten(_parts(batch))
         form, settings = (structure, list(map(_form, inputs))), self._settings()
         if self._captured is not None and self._captured.settings != settings:
+            self._changed.update(dict.fromkeys(_changes(self._captured.settings, settings)))
             self._captured = None
         if self._captured is None:
             if self._seen is not None and self._seen[0] != form:
@@ -193,31 +195,41 @@ class _Step:
     def _one_by_one(self, batch: Batch, step: int | Tensor) -> Tensor:
         return getattr(self._method, self._name)(batch, step)
 
-    def _settings(self) -> Any:
-        """All on the host that decides what a step does, and where the memory is that it reads and writes."""
+    def _settings(self) -> dict[str, Any]:
+        """All on the host that decides what a step does, and where the memory is that it reads and writes; by name."""
         optimizer, device = self._kind.optimizer, self._method.location.device
-        return (
-            self._method.settings(),
-            [(parameter.requires_grad, place(parameter)) for parameter in self._parameters],
-            [(key, _setting(value)) for group in optimizer.param_groups for key, value in group.items()],
-            [_setting(value) for of_one in optimizer.state.values() for value in of_one.values()],
-            torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
-            choose(device),
-        )
+        name = type(optimizer).__name__
+        found = self._method.settings()
+        found["the memory of parameters"] = [place(parameter) for parameter in self._parameters]
+        found["requires_grad of parameters"] = [parameter.requires_grad for parameter in self._parameters]
+        for index, group in enumerate(optimizer.param_groups):
+            for key, value in group.items():
+                found[f"{key} of {name}" + (f", group {index}" if index else "")] = _setting(value)
+        state = [_setting(value) for of_one in optimizer.state.values() for value in of_one.values()]
+        found[f"the state of {name}"] = state
+        found["autocast"] = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        found["the backend"] = choose(device)
+        return found
 
     def _give_up(self, reason: str) -> None:
         self._never = True
         self._steps.note(f"{self._name} is not captured: {reason}")
 
     def _capture(
-        self, graphs: Graphs, batch: Split | Window, inputs: list[Any], step: int | Tensor, form: Any, settings: Any
+        self,
+        graphs: Graphs,
+        batch: Split | Window,
+        inputs: list[Any],
+        step: int | Tensor,
+        form: Any,
+        settings: dict[str, Any],
     ) -> _Captured | str:
         """A captured step like this one, of which nothing is computed yet; or why there is none."""
         method, kind = self._method, self._kind
         if not is_light(kind.optimizer):
             return f"{type(kind.optimizer).__name__} keeps much and is not fused (fused=True)"
         if self._times == MOST:
-            return f"its settings have changed {MOST} times, as a learning rate does that is no tensor"
+            return f"it has been captured {MOST} times, as these settings changed: {listed([*self._changed])}"
         if not all(isinstance(one, Tensor | None) for one in inputs):
             return "its batch holds more than tensors"
         own = [None if one is None else one.clone() for one in inputs]
@@ -273,6 +285,11 @@ def _with_inputs(batch: Split | Window, tensors: list[Tensor | None]) -> Split |
 def _form(part: Any) -> Any:
     """What a part of a batch has to have in common with that of the captured one."""
     return (part.shape, part.stride(), part.dtype, part.device) if isinstance(part, Tensor) else None
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The names of the settings that differ."""
+    return [name for name in before | now if name not in before or name not in now or before[name] != now[name]]
 
 
 def _setting(value: Any) -> Any:

@@ -149,9 +149,15 @@ class FixedHyperparameters:
         """Those that steps use."""
         return [kind.optimizer for kind in self.kinds.values()]
 
-    def settings(self) -> tuple[Any, ...]:
-        """What decides a step beside its batch, its number, and what steps change."""
-        return (self._modes.now(), self.training_objective, self.clip, self.seed, self.precision)
+    def settings(self) -> dict[str, Any]:
+        """What decides a step beside its batch, its number, and what steps change; by name."""
+        return {
+            "the modes of modules": self._modes.now(),
+            "training_objective": self.training_objective,
+            "clip": self.clip,
+            "seed": self.seed,
+            "precision": self.precision,
+        }
 
     def captured(self) -> CapturedSteps:
         """The steps as CUDA graphs, for a loop that calls ``train_step`` and ``valid_step`` of it instead."""
@@ -375,8 +381,12 @@ class SelfTuning(FixedHyperparameters):
     def scales(self) -> Tensor:
         return self.space.scales(self.raw_scale.detach())
 
-    def settings(self) -> tuple[Any, ...]:
-        return (*super().settings(), self.validation_objective, self.entropy_weight, self.tune_scales)
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {
+            "validation_objective": self.validation_objective,
+            "entropy_weight": self.entropy_weight,
+            "tune_scales": self.tune_scales,
+        }
 
     @torch.no_grad()
     def _training_hyper(self, batch_size: int, step: int | Tensor) -> HyperBatch:

@@ -142,7 +142,7 @@ def test_another_learning_rate_is_taken_on(fused, monkeypatch):
 
 def test_a_learning_rate_kept_from_the_capture_would_show(monkeypatch):
     monkeypatch.setattr(finite, "FEW", 1 << 20)
-    monkeypatch.setattr(capture._Step, "_settings", lambda self: None)
+    monkeypatch.setattr(capture._Step, "_settings", lambda self: {})
     options = dict(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
     one, other = (digits_steps(**options) for _ in range(2))
     steps = captured(other.method)
@@ -174,16 +174,51 @@ def test_modes_and_state_that_change_are_taken_on():
     assert steps.graphs.captured == 3
 
 
-def test_settings_that_never_rest_are_given_up():
-    one, other = (digits_steps() for _ in range(2))
+def other_clip(method, turn):
+    method.clip = 1 + turn
+
+
+def other_learning_rate(method, turn):
+    method.set_learning_rate(0.1 / (1 + turn))
+
+
+def other_modes(method, turn):
+    method.model.dropouts[0].train(turn % 2 == 0)
+
+
+def loaded_state(method, turn):
+    method.load_state_dict(copy.deepcopy(method.state_dict()))
+
+
+def clip_and_once_the_modes(method, turn):
+    other_clip(method, turn)
+    method.model.dropouts[0].train(turn < 3)
+
+
+CHANGES = {
+    other_clip: "clip",
+    other_learning_rate: "lr of SGD",
+    other_modes: "the modes of modules",
+    loaded_state: "the state of SGD",
+    clip_and_once_the_modes: "clip, the modes of modules",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_settings_that_change_again_and_again_are_named(change, monkeypatch):
+    monkeypatch.setattr(finite, "FEW", 1 << 20)
+    options = dict(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
+    one, other = (digits_steps(**options) for _ in range(2))
     steps = captured(other.method)
     for step in range(40):
         for method, take in ((one.method, one.method), (other.method, steps)):
-            method.clip = 1 + step // 4
+            if step % 4 == 0:
+                change(method, step // 4)
             take.train_step(one.train[step], step)
     assert different(one.method, other.method) == []
+    assert steps.graphs.captured == 8
     assert steps.reasons == [
-        "train_step is not captured: its settings have changed 8 times, as a learning rate does that is no tensor"
+        f"train_step is not captured: it has been captured 8 times, as these settings changed: {CHANGES[change]}"
     ]
 
 
