@@ -185,10 +185,11 @@ class Guard:
         if not numbers.is_cuda:
             self._sent.append(_Sent(attempt, numbers.clone(), None))
             return
-        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        host.copy_(numbers, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        with torch.cuda.device(numbers.device):  # another device may be the current one
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            host.copy_(numbers, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(numbers.device))
         self._sent.append(_Sent(attempt, host, event))
 
     def _leave_out(self, attempt: Attempt, loss: float, parts: Sequence[float]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -284,6 +285,39 @@ def test_no_number_is_read_back_while_a_step_is_on_its_way(model, batch, monkeyp
         method.train_step(batch, step)
         method.valid_step(batch, step)
     assert seen == [0] * 8
+
+
+class OnSecondDevice(torch.Tensor):
+    """A tensor on the host that says it is on the second CUDA device."""
+
+    is_cuda, device = True, torch.device("cuda", 1)
+
+
+def test_numbers_are_waited_for_on_the_device_that_they_come_from(monkeypatch):
+    """Each device has its own streams: an event on the first device's says nothing about a copy from the second."""
+    current, copied, recorded = [torch.device("cuda", 0)], [], []
+
+    @contextmanager
+    def device(other):
+        current.append(other)
+        yield
+        current.pop()
+
+    class Event:
+        def record(self, stream=None):
+            recorded.append((current[-1], stream or f"stream of {current[-1]}"))
+
+    empty, copy_ = torch.empty, torch.Tensor.copy_
+    monkeypatch.setattr(torch, "empty", lambda *given, pin_memory, **options: empty(*given, **options))
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *given, **options: copied.append(current[-1]) or copy_(*given))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device or current[-1]}")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    second = OnSecondDevice.device
+    attempt = finite.Attempt("training", 3, torch.zeros(()), torch.zeros(1), torch.zeros(()), str)
+    finite.Guard(skip=0).send(attempt, torch.zeros(3).as_subclass(OnSecondDevice))
+    assert set(copied) == {second}
+    assert recorded == [(second, f"stream of {second}")]
 
 
 def test_what_a_checkpoint_holds_is_judged_first(model, batch, monkeypatch):
