@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stn_fast.ops.memory import place
+from stn_fast.ops.memory import address_to_compare
 from stn_fast.training.finite import is_writable
 from stn_fast.training.parameters import listed
 
@@ -27,7 +27,7 @@ _TORCH, _HERE = Path(torch.__file__).parent, Path(__file__)
 
 
 def obstacles(method: FixedHyperparameters, run: Callable[[], Any]) -> list[str]:
-    """Why a graph could not repeat ``run``, a step of ``method`` on the device alone; nothing where it could.
+    """The reasons why a CUDA graph cannot repeat ``run``, a step of ``method``; an empty list if it can.
 
     ``run`` is called once, after a step of the same kind. What it has written to weights, gradients, buffers,
     hyperparameters and optimizers is taken back, and so is what it has drawn from torch's own generator. A tensor that
@@ -42,7 +42,7 @@ def obstacles(method: FixedHyperparameters, run: Callable[[], Any]) -> list[str]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), method.guard.recording(), trial:
             run()
-    except Exception as error:  # what a trial alone raises, such as compiled code that refuses to be watched
+    except Exception as error:  # raised only in a trial, for example by compiled code under a TorchDispatchMode
         trial.found.append(f"its trial has failed: {type(error).__name__}: {error}")
     finally:
         fresh, lost = memory.put_back()
@@ -141,7 +141,7 @@ class _Memory:
 
     @torch.no_grad()
     def put_back(self) -> tuple[list[str], list[str]]:
-        """Names what is not in the memory any more that it was in, and says what could not be restored, and why."""
+        """Restores everything. The names of tensors at a new address, and why others could not be restored."""
         fresh, lost = [], []
         for prefix, owner, before in self._kept:
             fresh += [f"{prefix}{name}" for name, value in owner.items() if _moved(value, before.get(name))]
@@ -165,5 +165,5 @@ class _Memory:
 def _moved(value: Any, before: Any) -> bool:
     """Whether a tensor has been put in place of another, or anything else has changed."""
     if isinstance(value, Tensor) and isinstance(before, Tensor):
-        return place(value) != place(before)
+        return address_to_compare(value) != address_to_compare(before)
     return value is not before and value != before

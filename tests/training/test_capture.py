@@ -126,7 +126,7 @@ def test_a_state_that_is_not_carried_on_would_show():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_another_learning_rate_is_taken_on(fused, monkeypatch):
-    monkeypatch.setattr(finite, "FEW", 1 << 20)
+    monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 1 << 20)
     options = dict(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9, fused=fused))
     one, other = (digits_steps(**options) for _ in range(2))
     steps = captured(other.method)
@@ -141,7 +141,7 @@ def test_another_learning_rate_is_taken_on(fused, monkeypatch):
 
 
 def test_a_learning_rate_kept_from_the_capture_would_show(monkeypatch):
-    monkeypatch.setattr(finite, "FEW", 1 << 20)
+    monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 1 << 20)
     monkeypatch.setattr(capture._Step, "_settings", lambda self: {})
     options = dict(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
     one, other = (digits_steps(**options) for _ in range(2))
@@ -206,7 +206,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_settings_that_change_again_and_again_are_named(change, monkeypatch):
-    monkeypatch.setattr(finite, "FEW", 1 << 20)
+    monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 1 << 20)
     options = dict(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
     one, other = (digits_steps(**options) for _ in range(2))
     steps = captured(other.method)
@@ -635,7 +635,7 @@ def test_a_tensor_that_can_not_be_restored_is_named_and_training_goes_on():
 
 
 def test_an_optimizer_that_can_not_be_captured_is_named(monkeypatch):
-    monkeypatch.setattr(finite, "FEW", 1 << 20)
+    monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 1 << 20)
     options = dict(optimizer=partial(torch.optim.Adagrad, lr=0.05))
     one, other = (digits_steps(**options) for _ in range(2))
     steps = captured(other.method)
@@ -647,7 +647,7 @@ def test_an_optimizer_that_can_not_be_captured_is_named(monkeypatch):
 
 
 def test_an_unfused_optimizer_of_many_numbers_is_named(monkeypatch):
-    monkeypatch.setattr(finite, "FEW", 10)
+    monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 10)
     one = digits_steps(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
     steps = captured(one.method)
     for step in range(4):
@@ -723,7 +723,7 @@ def test_a_run_captures_its_steps_and_says_how_many(train, same_run, capsys):
 
 
 def test_a_run_whose_steps_can_not_be_captured_says_why(train, monkeypatch, capsys):
-    monkeypatch.setattr(finite, "FEW", 10)
+    monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 10)
     other = train("hyper_optimizer.name=rmsprop")
     reason = "valid_step is not captured: RMSprop keeps much and is not fused (fused=True)"
     assert result(other, timeless=False)["captured"] == {"steps": 52, "reasons": [reason]}

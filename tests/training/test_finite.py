@@ -340,7 +340,7 @@ def test_a_good_state_can_be_loaded_after_a_step_that_nobody_has_judged_yet(mode
 
 def test_an_unfused_optimizer_of_many_numbers_is_judged_by_the_host(model, batch, monkeypatch):
     monkeypatch.setattr(finite, "_decides", lambda device: True)
-    monkeypatch.setattr(finite, "FEW", 10)
+    monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 10)
     method = warmed(tuned(model, optimizer=OPTIMIZERS["unfused adamw"]), batch)
     with pytest.raises(NonFiniteError):
         method.train_step(poisoned(batch), 2)
