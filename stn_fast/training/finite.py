@@ -213,7 +213,7 @@ class Buffers:
     """The buffers of a model, such as running statistics, which a forward pass in training mode changes.
 
     Those of at most ``MAX_COPIED_NUMBERS`` numbers are copied at each step; larger ones, such as attention masks, once
-    they have been seen to change.
+    they have been seen to change. Sparse ones are never copied: a step must not write to them in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -270,8 +270,8 @@ class Buffers:
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """Whether torch can write to ``tensor`` in place: not if it is an inference tensor or an expanded one."""
-    if tensor.is_inference():
+    """Whether a copy can be written back to ``tensor``: not if it is an inference, a sparse or an expanded tensor."""
+    if tensor.is_inference() or tensor.layout is not torch.strided:
         return False
     return not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 

@@ -164,6 +164,8 @@ class _Memory:
 
 def _moved(value: Any, before: Any) -> bool:
     """Whether a tensor has been put in place of another, or anything else has changed."""
+    if value is before:
+        return False
     if isinstance(value, Tensor) and isinstance(before, Tensor):
         return address_to_compare(value) != address_to_compare(before)
-    return value is not before and value != before
+    return value != before

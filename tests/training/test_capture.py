@@ -447,7 +447,7 @@ class WithBuffers(nn.Module):
         super().__init__()
         self.model = model
         for name, buffer in buffers.items():
-            self.register_buffer(name, buffer)
+            self.register_buffer(name, buffer, persistent=not buffer.is_sparse)  # torch.equal takes no sparse tensor
 
     def forward(self, x, hyper):
         if self.training and hasattr(self, "written"):
@@ -470,9 +470,16 @@ def inference_buffer():
         return torch.ones(3)
 
 
-@pytest.mark.parametrize("make", [lambda: torch.ones(1).expand(10), inference_buffer], ids=["expanded", "inference"])
-def test_a_buffer_that_can_not_be_written_to_is_no_obstacle(make):
-    one, other, batches = with_buffers(lambda: {"constant": make()})
+CONSTANTS = {
+    "expanded": lambda: torch.ones(1).expand(10),
+    "inference": inference_buffer,
+    "sparse": lambda: torch.eye(3).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("kind", CONSTANTS)
+def test_a_buffer_that_can_not_be_written_to_is_no_obstacle(kind):
+    one, other, batches = with_buffers(lambda: {"constant": CONSTANTS[kind]()})
     steps = captured(other)
     for step in range(5):
         assert torch.equal(one.train_step(batches[step], step), steps.train_step(batches[step], step))
