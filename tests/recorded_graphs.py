@@ -21,7 +21,7 @@ class RecordedGraphs:
         self.captured = 0
 
     @contextmanager
-    def aside(self):
+    def on_capture_stream(self):
         yield
 
     def capture(self, function):

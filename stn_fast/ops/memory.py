@@ -89,8 +89,8 @@ def own_address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def place(tensor: Tensor) -> int:
-    """Where a tensor's memory is, to be compared with where it was; nobody reads there."""
+def address_to_compare(tensor: Tensor) -> int:
+    """The address of a tensor's memory, only to be compared with an earlier one: no kernel reads from it."""
     return tensor.data_ptr()
 
 

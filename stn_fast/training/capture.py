@@ -23,8 +23,8 @@ from torch.utils import _pytree as pytree
 
 from stn_fast.data import Split
 from stn_fast.dispatch import choose
-from stn_fast.ops.memory import place
-from stn_fast.training.finite import Recorded, is_light
+from stn_fast.ops.memory import address_to_compare
+from stn_fast.training.finite import Recorded, can_skip_on_device
 from stn_fast.training.optimizers import captures
 from stn_fast.training.parameters import listed
 from stn_fast.training.precision import float32_products
@@ -37,28 +37,27 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 WARM_UP = 1  # steps that are taken one by one first: what is made, compiled or tuned at a first step is there then
-MOST = 8  # how often a kind of step is captured anew
+MAX_CAPTURES = 8  # of each kind of step
 
 
 class Graphs(Protocol):
-    """What captures on a device."""
+    """Captures work on a device as graphs."""
 
-    def aside(self) -> AbstractContextManager[None]:
-        """Inside, work is queued where it will be captured; what follows waits for it."""
+    def on_capture_stream(self) -> AbstractContextManager[None]:
+        """Inside, work is queued on the CUDA stream that captures; work queued after the block waits for it."""
 
     def capture(self, function: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
-        """What ``function`` returned, whose tensors hold nothing yet, and what fills them by doing its work again."""
+        """Calls ``function``; its result, whose tensors hold no numbers yet, and a function that computes them."""
 
 
 class CudaGraphs:
-    """Graphs on one CUDA device. They share their memory, as none of them runs beside another."""
+    """Graphs on one CUDA device. Each has memory of its own, so that no other overwrites the gradients it leaves."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def on_capture_stream(self) -> Iterator[None]:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -68,7 +67,7 @@ class CudaGraphs:
     def capture(self, function: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
         # A thread that pins memory for a loader may go on meanwhile.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             result = function()
         return result, graph.replay
 
@@ -89,6 +88,8 @@ class CapturedSteps:
       gradients, or has an optimizer that keeps its state on the host.
 
     Each reason but the first is passed to ``warn`` once.
+
+    After a captured step each ``.grad`` is the step's gradient, in memory that the next such step overwrites.
 
     What Python does at a step is done when it is captured, and not again: an objective or a layer that counts calls, or
     decides by a number on the host that is no setting of a module's mode, must not be captured.
@@ -130,13 +131,14 @@ class CapturedSteps:
 class _Captured:
     """A step as it was captured: what it depends on, the memory it reads, and the memory it writes."""
 
-    form: Any
-    settings: Any
+    signature: Any
+    settings: dict[str, Any]
     inputs: list[Tensor | None]
     step: Tensor
     loss: Tensor
     state: Any
     recorded: Recorded
+    gradients: list[tuple[Tensor, Tensor | None]]
     replay: Callable[[], None]
 
 
@@ -147,6 +149,7 @@ class _Step:
         self._steps, self._method, self._name = steps, steps.method, name
         self._parameters = list(steps.method.model.parameters())
         self._warm, self._times = 0, 0
+        self._changed: dict[str, None] = {}  # names of settings for which a graph was given up, in order
         self._seen: Any = None
         self._captured: _Captured | None = None
         self._never = name not in steps.method.kinds
@@ -162,24 +165,25 @@ class _Step:
         if isinstance(batch, Window) and batch.begins:
             return self._one_by_one(batch, step)
         inputs, structure = pytree.tree_flatten(_parts(batch))
-        form, settings = (structure, list(map(_form, inputs))), self._settings()
+        signature, settings = (structure, list(map(_input_signature, inputs))), self._settings()
         if self._captured is not None and self._captured.settings != settings:
+            self._changed.update(dict.fromkeys(_changes(self._captured.settings, settings)))
             self._captured = None
         if self._captured is None:
-            if self._seen is not None and self._seen[0] != form:
+            if self._seen is not None and self._seen[0] != signature:
                 self._steps.note(self._other_shapes)
-            if self._seen != (form, settings):
-                self._warm, self._seen = 0, (form, settings)
+            if self._seen != (signature, settings):
+                self._warm, self._seen = 0, (signature, settings)
             if self._warm < WARM_UP or not method.guard.is_warm(self._kind.optimizer):
                 self._warm += 1
-                with graphs.aside():
+                with graphs.on_capture_stream():
                     return self._one_by_one(batch, step)
-            captured = self._capture(graphs, batch, inputs, step, form, settings)
+            captured = self._capture(graphs, batch, inputs, step, signature, settings)
             if isinstance(captured, str):
                 self._give_up(captured)
                 return self._one_by_one(batch, step)
             self._captured = captured
-        if self._captured.form != form:
+        if self._captured.signature != signature:
             self._steps.note(self._other_shapes)
             return self._one_by_one(batch, step)
         return self._replay(self._captured, batch, inputs, step)
@@ -191,31 +195,41 @@ class _Step:
     def _one_by_one(self, batch: Batch, step: int | Tensor) -> Tensor:
         return getattr(self._method, self._name)(batch, step)
 
-    def _settings(self) -> Any:
-        """All on the host that decides what a step does, and where the memory is that it reads and writes."""
+    def _settings(self) -> dict[str, Any]:
+        """By name, every setting on the host that a step depends on, and the addresses that it reads and writes."""
         optimizer, device = self._kind.optimizer, self._method.location.device
-        return (
-            self._method.settings(),
-            [(parameter.requires_grad, place(parameter)) for parameter in self._parameters],
-            [(key, _setting(value)) for group in optimizer.param_groups for key, value in group.items()],
-            [_setting(value) for of_one in optimizer.state.values() for value in of_one.values()],
-            torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
-            choose(device),
-        )
+        name = type(optimizer).__name__
+        found = self._method.settings()
+        found["the memory of parameters"] = [address_to_compare(parameter) for parameter in self._parameters]
+        found["requires_grad of parameters"] = [parameter.requires_grad for parameter in self._parameters]
+        for index, group in enumerate(optimizer.param_groups):
+            for key, value in group.items():
+                found[f"{key} of {name}" + (f", group {index}" if index else "")] = _setting(value)
+        state = [_setting(value) for of_one in optimizer.state.values() for value in of_one.values()]
+        found[f"the state of {name}"] = state
+        found["autocast"] = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        found["the backend"] = choose(device)
+        return found
 
     def _give_up(self, reason: str) -> None:
         self._never = True
         self._steps.note(f"{self._name} is not captured: {reason}")
 
     def _capture(
-        self, graphs: Graphs, batch: Split | Window, inputs: list[Any], step: int | Tensor, form: Any, settings: Any
+        self,
+        graphs: Graphs,
+        batch: Split | Window,
+        inputs: list[Any],
+        step: int | Tensor,
+        signature: Any,
+        settings: dict[str, Any],
     ) -> _Captured | str:
         """A captured step like this one, of which nothing is computed yet; or why there is none."""
         method, kind = self._method, self._kind
-        if not is_light(kind.optimizer):
+        if not can_skip_on_device(kind.optimizer):
             return f"{type(kind.optimizer).__name__} keeps much and is not fused (fused=True)"
-        if self._times == MOST:
-            return f"its settings have changed {MOST} times, as a learning rate does that is no tensor"
+        if self._times == MAX_CAPTURES:
+            return f"it has been captured {MAX_CAPTURES} times, as these settings changed: {listed([*self._changed])}"
         if not all(isinstance(one, Tensor | None) for one in inputs):
             return "its batch holds more than tensors"
         own = [None if one is None else one.clone() for one in inputs]
@@ -227,7 +241,7 @@ class _Step:
             return loss, given.carrier.state_for(given.index + 1) if isinstance(given, Window) else None
 
         with float32_products(method.precision):
-            with graphs.aside():
+            with graphs.on_capture_stream():
                 found = obstacles(method, run)
             if found:
                 return listed(found)
@@ -238,7 +252,8 @@ class _Step:
                 first = error.__context__ or error  # ending a capture that has failed is an error too
                 return f"CUDA refused it: {str(first).splitlines()[0]}"
         self._times += 1
-        return _Captured(form, settings, own, number, loss, state, recorded[0], replay)
+        gradients = [(p, p.grad) for group in kind.optimizer.param_groups for p in group["params"]]
+        return _Captured(signature, settings, own, number, loss, state, recorded[0], gradients, replay)
 
     def _replay(self, captured: _Captured, batch: Split | Window, inputs: list[Any], step: int | Tensor) -> Tensor:
         for own, given in zip(captured.inputs, inputs, strict=True):
@@ -246,6 +261,8 @@ class _Step:
                 own.copy_(given, non_blocking=True)
         captured.step.fill_(step)
         captured.replay()
+        for parameter, gradient in captured.gradients:  # a step taken one by one has replaced them
+            parameter.grad = gradient
         self._steps.replayed += 1
         attempt, numbers = captured.recorded
         self._method.guard.send(replace(attempt, step=step), numbers)
@@ -265,13 +282,18 @@ def _with_inputs(batch: Split | Window, tensors: list[Tensor | None]) -> Split |
     return with_state(inputs, targets, state) if isinstance(batch, Window) else Split(inputs, targets)
 
 
-def _form(part: Any) -> Any:
-    """What a part of a batch has to have in common with that of the captured one."""
+def _input_signature(part: Any) -> Any:
+    """The properties of a part of a batch that must equal those of the captured batch."""
     return (part.shape, part.stride(), part.dtype, part.device) if isinstance(part, Tensor) else None
 
 
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The names of the settings that differ."""
+    return [name for name in before | now if name not in before or name not in now or before[name] != now[name]]
+
+
 def _setting(value: Any) -> Any:
-    """What tells one setting of an optimizer from another: of a tensor, where it is."""
+    """An optimizer's setting in a form that can be compared: the address of a tensor, any other value itself."""
     if isinstance(value, Tensor):
-        return place(value)
-    return list(map(place, value)) if isinstance(value, list) else value
+        return address_to_compare(value)
+    return list(map(address_to_compare, value)) if isinstance(value, list) else value

@@ -161,7 +161,7 @@ def read_newest(
 ) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that is whole and its state, or None where there is no checkpoint.
 
-    ``warn`` hears of each damaged one.
+    ``warn`` is called for each damaged one.
 
     Raises:
         UserError: there are checkpoints and every one is damaged.

@@ -116,7 +116,7 @@ class MethodConfig:
     """How hyperparameters are treated: tuned (``stn``), or held at their first guess (``fixed``).
 
     ``freeze`` keeps the self-tuning network and its perturbations but holds location and scale still: the control
-    that separates the tuning from the extra parameters. After ``warmup_epochs`` of training alone, ``valid_steps``
+    that separates the tuning from the extra parameters. After ``warmup_epochs`` of only training, ``valid_steps``
     validation steps follow every ``train_steps`` training steps. ``response`` is what the gates see: the shift from
     the first location (``shifted``), the unconstrained sample (``raw``) or its constrained value (``value``).
     """
@@ -253,7 +253,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. ``run_dir`` defaults to ``runs/<recipe>-<method>-seed<seed>``; ``text`` is there for texts alone.
+    """A whole run. ``run_dir`` defaults to ``runs/<recipe>-<method>-seed<seed>``; ``text`` is set only for texts.
 
     ``train_fraction`` is the share of the training examples that is used; validation and test examples stay.
     ``threads`` is how many CPU threads it uses; without one, as many as torch is set to. Rounding may depend on it.

@@ -1,7 +1,7 @@
 """Keeps a step whose loss or gradient is not finite from weights, hyperparameters, optimizers and running statistics.
 
 On the CPU the numbers are looked at before the step is taken. On CUDA that would make the host wait at every step, so
-the device decides there whether the step is applied, and the host hears of it a step or so later.
+the device decides there whether the step is applied, and the host learns the outcome a step or so later.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-FEW = 1 << 16  # numbers that may be copied at every step
+MAX_COPIED_NUMBERS = 1 << 16  # numbers that may be copied at every step
 
 
 class NonFiniteError(RuntimeError):
@@ -146,7 +146,7 @@ class Guard:
 
     def can_decide(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the device may decide on a step of ``optimizer``."""
-        return self.is_warm(optimizer) and is_light(optimizer)
+        return self.is_warm(optimizer) and can_skip_on_device(optimizer)
 
     def is_warm(self, optimizer: torch.optim.Optimizer) -> bool:
         """Not before a first step, which makes the state: that of a fused SGD stays unwritten where it is left out."""
@@ -185,10 +185,11 @@ class Guard:
         if not numbers.is_cuda:
             self._sent.append(_Sent(attempt, numbers.clone(), None))
             return
-        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        host.copy_(numbers, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        with torch.cuda.device(numbers.device):  # another device may be the current one
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            host.copy_(numbers, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(numbers.device))
         self._sent.append(_Sent(attempt, host, event))
 
     def _leave_out(self, attempt: Attempt, loss: float, parts: Sequence[float]) -> None:
@@ -211,8 +212,8 @@ class _Kept(NamedTuple):
 class Buffers:
     """The buffers of a model, such as running statistics, which a forward pass in training mode changes.
 
-    Those of at most ``FEW`` numbers are copied at each step; larger ones, such as attention masks, once they have been
-    seen to change.
+    Those of at most ``MAX_COPIED_NUMBERS`` numbers are copied at each step; larger ones, such as attention masks, once
+    they have been seen to change. Sparse ones are never copied: a step must not write to them in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -236,17 +237,43 @@ class Buffers:
 
         return torch.no_grad()(put_back)
 
+    @contextmanager
+    def ignoring_writes(self) -> Iterator[None]:
+        """Inside, writing to a large buffer, as loading a state does, is not taken for a change that a step made."""
+        versions = self._versions()
+        self._changing |= {key for key, version in versions.items() if version != self._large[key]}
+        try:
+            yield
+        finally:
+            self._large |= self._versions()
+
+    def _versions(self) -> dict[tuple[int, str], int]:
+        """How often the large buffers of earlier steps have been written to."""
+        found = {(id(module), name): buffer for module in self._owners for name, buffer in module._buffers.items()}
+        return {
+            key: buffer._version
+            for key, buffer in found.items()
+            if key in self._large and buffer is not None and not buffer.is_inference()
+        }
+
     def _copy(self, module: nn.Module, name: str, buffer: Tensor) -> Tensor | None:
-        """A copy of a buffer that may be written to: not of one whose numbers share memory, which can't be."""
-        if any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
+        """A copy of a buffer that a step may write to; None for one that it can't, or has not been seen to."""
+        if not is_writable(buffer):
             return None
-        if buffer.numel() > FEW:
+        if buffer.numel() > MAX_COPIED_NUMBERS:
             key = id(module), name
             if self._large.setdefault(key, buffer._version) != buffer._version:
                 self._changing.add(key)
             if key not in self._changing:
                 return None
         return buffer.detach().clone()
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether a copy can be written back to ``tensor``: not if it is an inference, a sparse or an expanded tensor."""
+    if tensor.is_inference() or tensor.layout is not torch.strided:
+        return False
+    return not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _put_back(one: _Kept, now: Tensor | None, where: Tensor | None) -> None:
@@ -283,9 +310,9 @@ def _numbers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return parameters + [value for value in state if value.device == parameters[0].device]
 
 
-def is_light(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether leaving out a step on the device costs little: its kernels do it, or there is little to put back."""
-    return _skips_by_itself(optimizer) or sum(tensor.numel() for tensor in _numbers(optimizer)) <= FEW
+def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the device can skip a step cheaply: its kernels support that, or there are few numbers to restore."""
+    return _skips_by_itself(optimizer) or sum(tensor.numel() for tensor in _numbers(optimizer)) <= MAX_COPIED_NUMBERS
 
 
 def _skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:

@@ -23,7 +23,7 @@ def next_word_loss(model: nn.Module, window: Window, hyper: HyperBatch) -> tuple
 
 
 def regularised_next_word_loss(model: nn.Module, window: Window, hyper: HyperBatch) -> tuple[Tensor, State]:
-    """``next_word_loss`` and ``activation_penalty`` of a ``LanguageModel``: for training alone."""
+    """``next_word_loss`` and ``activation_penalty`` of a ``LanguageModel``: for training only."""
     outputs = _outputs(model, window, hyper)
     loss = _cross_entropy(outputs.logits, window, "mean") + activation_penalty(outputs.raw, outputs.dropped, hyper)
     return loss, outputs.state

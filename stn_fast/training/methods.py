@@ -81,16 +81,15 @@ class FixedHyperparameters:
         precision: of the products of a step: "fp32"; "tf32", on CUDA; "bf16", autocast to bfloat16 around the
             objectives. Weights, hyperparameters, gradient norms and updates are in the dtype of the parameters with
             any, and so are products outside of steps.
-        allow_unused: whether the training objective may leave a hyperparameter alone. By default a first training
+        allow_unused: whether the training objective may leave a hyperparameter unused. By default a first training
             step that looks one up nowhere, as ``hyper["name"]`` does, is an error: only the entropy would move it.
             True where the objective reads ``hyper.values`` itself.
 
     A step that is not finite changes no weight, no hyperparameter, no optimizer's state and no running statistics; the
-    next window of a text starts from zero. On CUDA the device leaves it out and the host, which does not wait, hears of
-    it a step or so later: there the error comes at a later call, or at ``check_finite``, which waits for what is
-    outstanding. Only at the first step does the host wait, and at each where an optimizer of many numbers is not fused
-    (``fused=True``). Those that ``captured`` takes are counted too; those of a CUDA graph of your own are left out and
-    not counted.
+    next window of a text starts from zero. On CUDA the device leaves it out, and the host, which does not wait, reports
+    it a step or so later: the error comes at a later call, or at ``check_finite``, which waits for all steps. Only at
+    the first step does the host wait, and at each where an optimizer of many numbers is not fused (``fused=True``).
+    Those that ``captured`` takes are counted too; those of a CUDA graph of your own are left out and not counted.
     """
 
     tunes = False
@@ -149,9 +148,15 @@ class FixedHyperparameters:
         """Those that steps use."""
         return [kind.optimizer for kind in self.kinds.values()]
 
-    def settings(self) -> tuple[Any, ...]:
-        """What decides a step beside its batch, its number, and what steps change."""
-        return (self._modes.now(), self.training_objective, self.clip, self.seed, self.precision)
+    def settings(self) -> dict[str, Any]:
+        """What decides a step beside its batch, its number, and what steps change; by name."""
+        return {
+            "the modes of modules": self._modes.now(),
+            "training_objective": self.training_objective,
+            "clip": self.clip,
+            "seed": self.seed,
+            "precision": self.precision,
+        }
 
     def captured(self) -> CapturedSteps:
         """The steps as CUDA graphs, for a loop that calls ``train_step`` and ``valid_step`` of it instead."""
@@ -249,7 +254,7 @@ class FixedHyperparameters:
 
     def valid_step(self, batch: Batch, step: int | Tensor) -> Tensor:
         """Has nothing to do here."""
-        raise RuntimeError(f"{type(self).__name__} does not tune hyperparameters: call train_step alone")
+        raise RuntimeError(f"{type(self).__name__} does not tune hyperparameters: call only train_step")
 
     def unperturbed(self, batch_size: int) -> HyperBatch:
         """The current hyperparameters, the same for every example: what to evaluate with."""
@@ -313,7 +318,8 @@ class FixedHyperparameters:
 
     @torch.no_grad()
     def _load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        with self._buffers.ignoring_writes():
+            self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         make_capturable(self.optimizer)
         self.location.copy_(state["location"])
@@ -324,8 +330,8 @@ class SelfTuning(FixedHyperparameters):
     """A Self-Tuning Network (MacKay et al., ICLR 2019, algorithm 1).
 
     A training step descends the training objective in all model parameters, each example under its own detached
-    perturbation of the hyperparameters. A validation step descends F(model(x; λ̃)) − τ·entropy(σ) in the location
-    and raw scale alone, through the response; the model is in evaluation mode and no weight gradient is computed.
+    perturbation of the hyperparameters. A validation step descends F(model(x; λ̃)) − τ·entropy(σ) only in the location
+    and raw scale, through the response; the model is in evaluation mode and no weight gradient is computed.
 
     Args:
         model, space, training_objective, optimizer, clip, skip_nonfinite, seed, precision, allow_unused: as for
@@ -374,8 +380,12 @@ class SelfTuning(FixedHyperparameters):
     def scales(self) -> Tensor:
         return self.space.scales(self.raw_scale.detach())
 
-    def settings(self) -> tuple[Any, ...]:
-        return (*super().settings(), self.validation_objective, self.entropy_weight, self.tune_scales)
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {
+            "validation_objective": self.validation_objective,
+            "entropy_weight": self.entropy_weight,
+            "tune_scales": self.tune_scales,
+        }
 
     @torch.no_grad()
     def _training_hyper(self, batch_size: int, step: int | Tensor) -> HyperBatch:
@@ -396,7 +406,7 @@ class SelfTuning(FixedHyperparameters):
             TypeError: the batch is none.
         """
         if not self.tunes:
-            raise RuntimeError("freeze=True holds the hyperparameters: call train_step alone")
+            raise RuntimeError("freeze=True holds the hyperparameters: call only train_step")
         batch = self.begin("valid_step", batch)
         with float32_products(self.precision):
             return self._validate(batch, step)

@@ -19,7 +19,7 @@ from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.training.disk import writing
 from stn_fast.values import to_json
 
-# These keys alone may differ between two runs of one seed.
+# Only these keys may differ between two runs of one seed.
 TIMES = ("wall_seconds", "examples_per_second", "steps_per_second", "peak_bytes", "captured")
 
 

@@ -1,6 +1,6 @@
 """In which precision the products of a step are computed: ``fp32``, ``tf32`` or ``bf16``.
 
-One setting for all of them. Left alone, torch computes float32 matrix products on CUDA in float32 and its convolutions
+One setting for all of them. By default, torch computes float32 matrix products on CUDA in float32 and its convolutions
 and LSTMs in TF32; the kernels of this package follow torch's settings.
 """
 
@@ -88,7 +88,7 @@ _OLDER: list[tuple[Callable[[Any], None], Callable[[], Any]]] = [
 
 
 def _readable(get: Callable[[], Any]) -> Any:
-    """An older setting, None where torch refuses to read it: somebody has changed the newer ones alone."""
+    """An older setting, None where torch refuses to read it: only the newer ones were changed."""
     try:
         return get()
     except RuntimeError:

@@ -36,7 +36,7 @@ class Progress:
         print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
     def row(self, row: dict[str, Any]) -> None:
-        """Shows a row of metrics.jsonl; evaluations alone are worth a line."""
+        """Shows a row of metrics.jsonl; only evaluations are printed."""
         if self.quiet or row["phase"] != "eval":
             return
         text = f"valid loss {row['loss']:.4f}"

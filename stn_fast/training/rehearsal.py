@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stn_fast.ops.memory import place
+from stn_fast.ops.memory import address_to_compare
+from stn_fast.training.finite import is_writable
 from stn_fast.training.parameters import listed
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ _TORCH, _HERE = Path(torch.__file__).parent, Path(__file__)
 
 
 def obstacles(method: FixedHyperparameters, run: Callable[[], Any]) -> list[str]:
-    """Why a graph could not repeat ``run``, a step of ``method`` on the device alone; nothing where it could.
+    """The reasons why a CUDA graph cannot repeat ``run``, a step of ``method``; an empty list if it can.
 
-    ``run`` is called once, after a step of the same kind. What it has written to weights, buffers, hyperparameters and
-    optimizers is taken back, and so is what it has drawn from torch's own generator.
+    ``run`` is called once, after a step of the same kind. What it has written to weights, gradients, buffers,
+    hyperparameters and optimizers is taken back, and so is what it has drawn from torch's own generator. A tensor that
+    can't be restored is a reason too.
     """
     gradients = {name: parameter.grad for name, parameter in method.model.named_parameters()}
     sparse = [name for name, gradient in gradients.items() if gradient is not None and gradient.is_sparse]
@@ -40,12 +42,12 @@ def obstacles(method: FixedHyperparameters, run: Callable[[], Any]) -> list[str]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), method.guard.recording(), trial:
             run()
-    except Exception as error:  # what a trial alone raises, such as compiled code that refuses to be watched
+    except Exception as error:  # raised only in a trial, for example by compiled code under a TorchDispatchMode
         trial.found.append(f"its trial has failed: {type(error).__name__}: {error}")
     finally:
-        fresh = memory.put_back()
+        fresh, lost = memory.put_back()
     anew = [f"it makes {listed(fresh)} anew at each step"] if fresh else []
-    return list(dict.fromkeys([*trial.found, *anew]))
+    return list(dict.fromkeys([*trial.found, *anew, *lost]))
 
 
 class HostWork(TorchDispatchMode):
@@ -110,9 +112,21 @@ class _Memory:
     def __init__(self, method: FixedHyperparameters) -> None:
         self._states = [optimizer.state for optimizer in method.optimizers]
         self._kept = [(prefix, owner, dict(owner)) for prefix, owner in self._owners(method)]
-        learnt = [method.location, method.raw_scale]
-        held = [tensor for _, _, tensors in self._kept for tensor in tensors.values() if isinstance(tensor, Tensor)]
-        self._numbers = [(tensor, tensor.detach().clone()) for tensor in [*learnt, *held]]
+        self._gradients = [(parameter, parameter.grad) for parameter in method.model.parameters()]
+        trained = {id(p) for one in method.optimizers for group in one.param_groups for p in group["params"]}
+        # A step replaces the gradients of what it trains, and adds to others.
+        added = [
+            (f"the gradient of {name}", parameter.grad)
+            for name, parameter in method.model.named_parameters()
+            if id(parameter) not in trained
+        ]
+        learnt = [("location", method.location), ("raw_scale", method.raw_scale)]
+        held = [(f"{prefix}{name}", value) for prefix, _, tensors in self._kept for name, value in tensors.items()]
+        self._numbers = [
+            (name, tensor, tensor._version, tensor.detach().clone())
+            for name, tensor in [*learnt, *held, *added]
+            if isinstance(tensor, Tensor) and is_writable(tensor)
+        ]
         self._known = [set(state) for state in self._states]
 
     @staticmethod
@@ -126,9 +140,9 @@ class _Memory:
                 yield f"{type(optimizer).__name__}'s ", of_one
 
     @torch.no_grad()
-    def put_back(self) -> list[str]:
-        """Names what is not in the memory any more that it was in."""
-        fresh = []
+    def put_back(self) -> tuple[list[str], list[str]]:
+        """Restores everything. The names of tensors at a new address, and why others could not be restored."""
+        fresh, lost = [], []
         for prefix, owner, before in self._kept:
             fresh += [f"{prefix}{name}" for name, value in owner.items() if _moved(value, before.get(name))]
             owner.clear()
@@ -136,13 +150,22 @@ class _Memory:
         for state, known in zip(self._states, self._known, strict=True):
             for parameter in [one for one in state if one not in known]:
                 fresh += [f"the optimizer's {name}" for name in state.pop(parameter)]
-        for tensor, numbers in self._numbers:
-            tensor.copy_(numbers)
-        return sorted(set(fresh))
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        for name, tensor, version, numbers in self._numbers:
+            if tensor._version == version and torch.equal(tensor, numbers):  # batch norm writes without counting
+                continue  # a copy would count as a write, and large buffers that are written to are copied at each step
+            try:
+                tensor.copy_(numbers)
+            except RuntimeError as error:
+                lost.append(f"{name} could not be restored after a trial of the step: {str(error).splitlines()[0]}")
+        return sorted(set(fresh)), lost
 
 
 def _moved(value: Any, before: Any) -> bool:
     """Whether a tensor has been put in place of another, or anything else has changed."""
+    if value is before:
+        return False
     if isinstance(value, Tensor) and isinstance(before, Tensor):
-        return place(value) != place(before)
-    return value is not before and value != before
+        return address_to_compare(value) != address_to_compare(before)
+    return value != before

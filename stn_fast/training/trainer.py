@@ -267,7 +267,7 @@ class Trainer:
         self._stepping_since = time.perf_counter()
 
     def check_best(self, warn: Callable[[str], None]) -> None:
-        """Where the best checkpoint cannot be read, the best of the others takes its place, and ``warn`` hears so.
+        """Where the best checkpoint cannot be read, the best of the others takes its place, and ``warn`` is called.
 
         Raises:
             UserError: no checkpoint can be read.

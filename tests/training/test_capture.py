@@ -4,8 +4,10 @@ There is no CUDA here: graphs are recorded operations (`recorded_graphs`), and t
 """
 
 import copy
+import inspect
 import warnings
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from torch import nn
 import stn_fast as stn
 from stn_fast.data import Split
 from stn_fast.training import capture, finite
-from stn_fast.training.capture import CapturedSteps
+from stn_fast.training.capture import CapturedSteps, CudaGraphs
 from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.rehearsal import HostWork, obstacles
 from stn_fast.training.task import classification_loss
@@ -124,7 +126,7 @@ def test_a_state_that_is_not_carried_on_would_show():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_another_learning_rate_is_taken_on(fused, monkeypatch):
-    monkeypatch.setattr(finite, "FEW", 1 << 20)
+    monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 1 << 20)
     options = dict(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9, fused=fused))
     one, other = (digits_steps(**options) for _ in range(2))
     steps = captured(other.method)
@@ -139,8 +141,8 @@ def test_another_learning_rate_is_taken_on(fused, monkeypatch):
 
 
 def test_a_learning_rate_kept_from_the_capture_would_show(monkeypatch):
-    monkeypatch.setattr(finite, "FEW", 1 << 20)
-    monkeypatch.setattr(capture._Step, "_settings", lambda self: None)
+    monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 1 << 20)
+    monkeypatch.setattr(capture._Step, "_settings", lambda self: {})
     options = dict(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
     one, other = (digits_steps(**options) for _ in range(2))
     steps = captured(other.method)
@@ -172,16 +174,51 @@ def test_modes_and_state_that_change_are_taken_on():
     assert steps.graphs.captured == 3
 
 
-def test_settings_that_never_rest_are_given_up():
-    one, other = (digits_steps() for _ in range(2))
+def other_clip(method, turn):
+    method.clip = 1 + turn
+
+
+def other_learning_rate(method, turn):
+    method.set_learning_rate(0.1 / (1 + turn))
+
+
+def other_modes(method, turn):
+    method.model.dropouts[0].train(turn % 2 == 0)
+
+
+def loaded_state(method, turn):
+    method.load_state_dict(copy.deepcopy(method.state_dict()))
+
+
+def clip_and_once_the_modes(method, turn):
+    other_clip(method, turn)
+    method.model.dropouts[0].train(turn < 3)
+
+
+CHANGES = {
+    other_clip: "clip",
+    other_learning_rate: "lr of SGD",
+    other_modes: "the modes of modules",
+    loaded_state: "the state of SGD",
+    clip_and_once_the_modes: "clip, the modes of modules",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_settings_that_change_again_and_again_are_named(change, monkeypatch):
+    monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 1 << 20)
+    options = dict(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
+    one, other = (digits_steps(**options) for _ in range(2))
     steps = captured(other.method)
     for step in range(40):
         for method, take in ((one.method, one.method), (other.method, steps)):
-            method.clip = 1 + step // 4
+            if step % 4 == 0:
+                change(method, step // 4)
             take.train_step(one.train[step], step)
     assert different(one.method, other.method) == []
+    assert steps.graphs.captured == 8
     assert steps.reasons == [
-        "train_step is not captured: its settings have changed 8 times, as a learning rate does that is no tensor"
+        f"train_step is not captured: it has been captured 8 times, as these settings changed: {CHANGES[change]}"
     ]
 
 
@@ -247,6 +284,56 @@ def test_losses_and_states_are_the_caller_s_own():
     assert steps.replayed == 6
     assert len({loss.item() for loss in losses}) == 8
     assert len({state.sum().item() for state in states}) == 8
+
+
+def gradients(method):
+    tensors = [*method.model.parameters(), method.location, method.raw_scale]
+    return [None if tensor.grad is None else tensor.grad.clone() for tensor in tensors]
+
+
+def same_gradients(one, other):
+    pairs = zip(gradients(one), gradients(other), strict=True)
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+
+
+def test_gradients_are_those_of_each_step():
+    """Steps of another batch size come in between: they are taken one by one, and replace each gradient."""
+    one, other = (digits_steps() for _ in range(2))
+    steps, same = captured(other.method), []
+    for step in range(20):
+        name = "valid_step" if step % 4 == 3 else "train_step"
+        batch = (one.valid if step % 4 == 3 else one.train)[step]
+        if step in (8, 12, 15):
+            batch = Split(batch.inputs[:20], batch.targets[:20])
+        for take in (one.method, steps):
+            getattr(take, name)(batch, step)
+        same.append(same_gradients(one.method, other.method))
+    assert steps.replayed == 20 - 2 * 2 - 3
+    assert same == [True] * 20
+
+
+def test_a_graph_leaves_the_gradients_of_another_where_they_are(monkeypatch):
+    """Graphs that share memory may write over what another has left."""
+    for name in ("Stream", "CUDAGraph", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    signature, begun = inspect.signature(torch.cuda.graph), mock.MagicMock()
+    monkeypatch.setattr(torch.cuda, "graph", begun)
+    graphs = CudaGraphs(torch.device("cuda", 1))
+    for _ in range(2):
+        graphs.capture(lambda: None)
+    calls = [signature.bind(*call.args, **call.kwargs).arguments for call in begun.call_args_list]
+    assert [call.get("pool") for call in calls] == [None, None]
+
+
+def test_gradients_that_no_optimizer_takes_add_up_as_without_graphs():
+    options = dict(optimizer=lambda parameters: torch.optim.SGD(parameters[2:], lr=0.05, momentum=0.9, fused=True))
+    one, other = (digits_steps(**options) for _ in range(2))
+    steps = captured(other.method)
+    for step in range(6):
+        one.method.train_step(one.train[step], step)
+        steps.train_step(one.train[step], step)
+        assert same_gradients(one.method, other.method)
+    assert steps.replayed == 4
 
 
 def test_a_step_is_counted_by_a_tensor_too():
@@ -351,6 +438,54 @@ class Counting(nn.Module):
         if self.training:
             self.calls = self.calls + 1
         return self.model(x, hyper)
+
+
+class WithBuffers(nn.Module):
+    """A network that is given buffers, of which each training step writes to ``written``, if it is there."""
+
+    def __init__(self, model, **buffers):
+        super().__init__()
+        self.model = model
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=not buffer.is_sparse)  # torch.equal takes no sparse tensor
+
+    def forward(self, x, hyper):
+        if self.training and hasattr(self, "written"):
+            self.written += x.mean()
+        return self.model(x, hyper)
+
+
+def with_buffers(make):
+    """Two methods with buffers of their own that ``make`` returns by name, and training batches."""
+    both = [digits_steps() for _ in range(2)]
+    methods = [
+        SelfTuning(WithBuffers(one.method.model, **make()), one.method.space, *[classification_loss] * 2)
+        for one in both
+    ]
+    return *methods, both[0].train
+
+
+def inference_buffer():
+    with torch.inference_mode():
+        return torch.ones(3)
+
+
+CONSTANTS = {
+    "expanded": lambda: torch.ones(1).expand(10),
+    "inference": inference_buffer,
+    "sparse": lambda: torch.eye(3).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("kind", CONSTANTS)
+def test_a_buffer_that_can_not_be_written_to_is_no_obstacle(kind):
+    one, other, batches = with_buffers(lambda: {"constant": CONSTANTS[kind]()})
+    steps = captured(other)
+    for step in range(5):
+        assert torch.equal(one.train_step(batches[step], step), steps.train_step(batches[step], step))
+    assert steps.reasons == []
+    assert steps.replayed == 3
+    assert different(one, other) == []
 
 
 def reading(objective):
@@ -463,8 +598,51 @@ def test_an_optimizer_that_keeps_state_on_the_host_is_named():
     assert steps.replayed == 0
 
 
+def test_a_large_buffer_that_steps_only_read_is_not_copied_by_captured_ones():
+    one, other, batches = with_buffers(lambda: {"mask": torch.ones(300, 300), "written": torch.zeros(300, 300)})
+    steps = captured(other)
+    for step in range(5):
+        one.train_step(batches[step], step)
+        steps.train_step(batches[step], step)
+    assert steps.replayed == 3
+    assert different(one, other) == []
+    assert other.model.mask._version == 0
+    assert [name for _, name in other._buffers._changing] == ["written"]
+
+
+class Uncopied(torch.Tensor):
+    def copy_(self, *given):
+        raise RuntimeError("no copies here\nand more")
+
+    def __deepcopy__(self, memo):
+        return self.as_subclass(torch.Tensor).clone()
+
+
+class Noting(torch.optim.SGD):
+    """Keeps a state that nothing can be copied to."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        taken = self.state[self.param_groups[0]["params"][0]]
+        taken.setdefault("note", torch.zeros(2).as_subclass(Uncopied)).add_(1)
+
+
+def test_a_tensor_that_can_not_be_restored_is_named_and_training_goes_on():
+    options = dict(optimizer=partial(Noting, lr=0.05, momentum=0.9, fused=True))
+    one, other = (digits_steps(**options) for _ in range(2))
+    steps = captured(other.method)
+    for step in range(6):
+        one.method.train_step(one.train[step], step)
+        steps.train_step(one.train[step], step)
+    assert different(one.method, other.method) == ["optimizer.0.note"]  # it has counted the trial too
+    assert steps.replayed == 0
+    assert steps.reasons == [
+        "train_step is not captured: Noting's note could not be restored after a trial of the step: no copies here"
+    ]
+
+
 def test_an_optimizer_that_can_not_be_captured_is_named(monkeypatch):
-    monkeypatch.setattr(finite, "FEW", 1 << 20)
+    monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 1 << 20)
     options = dict(optimizer=partial(torch.optim.Adagrad, lr=0.05))
     one, other = (digits_steps(**options) for _ in range(2))
     steps = captured(other.method)
@@ -476,7 +654,7 @@ def test_an_optimizer_that_can_not_be_captured_is_named(monkeypatch):
 
 
 def test_an_unfused_optimizer_of_many_numbers_is_named(monkeypatch):
-    monkeypatch.setattr(finite, "FEW", 10)
+    monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 10)
     one = digits_steps(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
     steps = captured(one.method)
     for step in range(4):
@@ -552,7 +730,7 @@ def test_a_run_captures_its_steps_and_says_how_many(train, same_run, capsys):
 
 
 def test_a_run_whose_steps_can_not_be_captured_says_why(train, monkeypatch, capsys):
-    monkeypatch.setattr(finite, "FEW", 10)
+    monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 10)
     other = train("hyper_optimizer.name=rmsprop")
     reason = "valid_step is not captured: RMSprop keeps much and is not fused (fused=True)"
     assert result(other, timeless=False)["captured"] == {"steps": 52, "reasons": [reason]}

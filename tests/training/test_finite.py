@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -286,6 +287,39 @@ def test_no_number_is_read_back_while_a_step_is_on_its_way(model, batch, monkeyp
     assert seen == [0] * 8
 
 
+class OnSecondDevice(torch.Tensor):
+    """A tensor on the host that says it is on the second CUDA device."""
+
+    is_cuda, device = True, torch.device("cuda", 1)
+
+
+def test_numbers_are_waited_for_on_the_device_that_they_come_from(monkeypatch):
+    """Each device has its own streams: an event on the first device's says nothing about a copy from the second."""
+    current, copied, recorded = [torch.device("cuda", 0)], [], []
+
+    @contextmanager
+    def device(other):
+        current.append(other)
+        yield
+        current.pop()
+
+    class Event:
+        def record(self, stream=None):
+            recorded.append((current[-1], stream or f"stream of {current[-1]}"))
+
+    empty, copy_ = torch.empty, torch.Tensor.copy_
+    monkeypatch.setattr(torch, "empty", lambda *given, pin_memory, **options: empty(*given, **options))
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *given, **options: copied.append(current[-1]) or copy_(*given))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device or current[-1]}")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    second = OnSecondDevice.device
+    attempt = finite.Attempt("training", 3, torch.zeros(()), torch.zeros(1), torch.zeros(()), str)
+    finite.Guard(skip=0).send(attempt, torch.zeros(3).as_subclass(OnSecondDevice))
+    assert set(copied) == {second}
+    assert recorded == [(second, f"stream of {second}")]
+
+
 def test_what_a_checkpoint_holds_is_judged_first(model, batch, monkeypatch):
     monkeypatch.setattr(finite, "_decides", lambda device: True)
     method = warmed(tuned(model), batch)
@@ -306,7 +340,7 @@ def test_a_good_state_can_be_loaded_after_a_step_that_nobody_has_judged_yet(mode
 
 def test_an_unfused_optimizer_of_many_numbers_is_judged_by_the_host(model, batch, monkeypatch):
     monkeypatch.setattr(finite, "_decides", lambda device: True)
-    monkeypatch.setattr(finite, "FEW", 10)
+    monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 10)
     method = warmed(tuned(model, optimizer=OPTIMIZERS["unfused adamw"]), batch)
     with pytest.raises(NonFiniteError):
         method.train_step(poisoned(batch), 2)
@@ -365,6 +399,16 @@ def test_large_buffers_that_no_step_changes_are_not_copied(batch):
     copy = method._buffers._copy
     assert copy(network, "mask", network.mask) is None
     assert torch.equal(copy(network, "history", network.history), network.history)
+
+
+def test_loading_a_state_does_not_make_large_buffers_copied(batch):
+    network = Buffered()
+    del network.ids  # torch loads no expanded buffer
+    method = SelfTuning(network, SPACE, classification_loss, classification_loss)
+    method.train_step(batch, 0)
+    method.load_state_dict(copy.deepcopy(method.state_dict()))
+    assert method._buffers._copy(network, "mask", network.mask) is None
+    assert torch.equal(method._buffers._copy(network, "history", network.history), network.history)
 
 
 def test_a_loss_of_nothing_that_is_trained_is_named(model, batch):

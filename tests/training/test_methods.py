@@ -113,7 +113,7 @@ def test_freezing_holds_hyperparameters_but_trains_the_response(model, batch):
     assert moved(before, model) == set(before)
     assert torch.equal(method.location, location)
     assert not method.tunes
-    with pytest.raises(RuntimeError, match="train_step alone"):
+    with pytest.raises(RuntimeError, match="call only train_step"):
         method.valid_step(batch, 1)
 
 
