@@ -39,6 +39,8 @@ def test_a_validation_step_at_shared_hyperparameters_is_torch_s_own_lstm(rows):
 
 def test_recorded_variants_compile_for_a_real_device():
     found = jobs(["digits"], [90])
+    precisions = {job.constants["PRECISION"] for job in found if "PRECISION" in job.constants}
+    assert precisions == {"ieee", "tf32"}
     modules = ("perturb", "noise", "dropout")  # small ones; `make launched-kernels` compiles all of all recipes
     of_kernel = {job.kernel: job for job in found if job.kernel.split(":")[0].endswith(modules)}
     assert len(of_kernel) == 4
