@@ -1,6 +1,7 @@
 """What a step of each recipe launches on CUDA, and what it costs the host; no GPU is needed.
 
-    python -m benchmarks.launches digits cifar10 ptb --json FILE
+    python -m benchmarks.launches digits cifar10 ptb
+    python -m benchmarks.launches --seconds 0 --json benchmarks/results/launches.json
 
 Launches are those of a third training and a third validation step of the recipe's own sizes, on `dry_device`, with the
 autotuner's defaults. The host's time is that of the same steps on CPU tensors, with all of Triton's launching but the
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from benchmarks import smoke
 from benchmarks.dry_device import Recording, Variant, dry_device, recorded_launches
+from benchmarks.ratios import write
 from stn_fast import layers
 from stn_fast.command_line import run_command
 from stn_fast.data import Split, cifar10
@@ -304,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for launches in (recording.kernels, recording.operators):
                     print("   ", ", ".join(f"{count} {what}" for what, count in launches.most_common()))
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write(options.json, rows)
     return 0
 
 
