@@ -2,21 +2,23 @@
 
 Nothing here knows the code of stn_fast. Both draw with the generators of their own library, and a test feeds them the
 same numbers to see that they do the same job. Images are (N, 3, H, W) uint8; strengths are {name: (N,) float32}, all
-thirteen of them.
+thirteen of them. Only functions that compute with Pillow import it: where it is missing, the others run.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 FLIP, CROP_PADDING = 0.5, 4
@@ -151,6 +153,8 @@ def augment_image_by_image(
 
 def augment_image(image: NDArray[np.uint8], s: Mapping[str, float], draws: Draws) -> NDArray[np.float32]:
     """One image (H, W, 3): geometry and colours by Pillow, on bytes; the rest by NumPy. (3, H, W)."""
+    from PIL import Image
+
     height, width, _ = image.shape
     u = Jitters(*draws.one.tolist())
     picture = Image.fromarray(image).transform(
@@ -167,6 +171,8 @@ def augment_image(image: NDArray[np.uint8], s: Mapping[str, float], draws: Draws
 
 def augment_image_for_cifar10(image: NDArray[np.uint8], s: Mapping[str, float], draws: Draws) -> NDArray[np.float32]:
     """What of this the CIFAR-10 recipe tunes: no geometry, no noise. (3, H, W)."""
+    from PIL import Image
+
     u = Jitters(*draws.one.tolist())
     x = _normalised(_coloured(Image.fromarray(image), s, u))
     high = 1 + s["input_scale"]
@@ -176,7 +182,9 @@ def augment_image_for_cifar10(image: NDArray[np.uint8], s: Mapping[str, float], 
     return x
 
 
-def _coloured(picture: Image.Image, s: Mapping[str, float], u: Jitters) -> Image.Image:
+def _coloured(picture: Image, s: Mapping[str, float], u: Jitters) -> Image:
+    from PIL import Image, ImageEnhance
+
     picture = ImageEnhance.Brightness(picture).enhance(max(0, 1 + (2 * u.brightness - 1) * s["brightness"]))
     picture = ImageEnhance.Contrast(picture).enhance(max(0, 1 + (2 * u.contrast - 1) * s["contrast"]))
     picture = ImageEnhance.Color(picture).enhance(max(0, 1 + (2 * u.saturation - 1) * s["saturation"]))
@@ -185,7 +193,7 @@ def _coloured(picture: Image.Image, s: Mapping[str, float], u: Jitters) -> Image
     return Image.fromarray(hsv, "HSV").convert("RGB")
 
 
-def _normalised(picture: Image.Image) -> NDArray[np.float32]:
+def _normalised(picture: Image) -> NDArray[np.float32]:
     x = np.asarray(picture, np.float32).transpose(2, 0, 1) / np.float32(255)
     normalised: NDArray[np.float32] = (x - np.array(MEAN, np.float32)[:, None, None]) / np.array(STD, np.float32)[
         :, None, None

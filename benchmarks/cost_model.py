@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks import plain
 from benchmarks.aims import AIMS, CIFAR_BATCH, LARGE_LINEAR, LARGE_LSTM, LSTM, LSTM_LINEAR, PERTURBED, Rows, is_positive
-from benchmarks.image_cases import GATED_CONV2D_SHAPES
+from benchmarks.image_cases import GATED_CONV2D_SHAPES, HYPERPARAMETERS
 from benchmarks.language_steps import LAYERS, SHAPES
 from benchmarks.records import on_cuda, read_machine, read_rows
 from benchmarks.whole_steps import TRAIN_STEPS, VALID_STEPS
@@ -157,6 +157,27 @@ def convolution(shape: Sequence[int], branches: int, dx: bool | None = None, dw:
     return [replace(work, bytes=work.bytes + ITEM * (images - patches)) for work in found]
 
 
+def conv_gates(shape: Sequence[int]) -> Plan:
+    """The gates of every example, scale and shift in float32; the gradients of all gates and biases; that of h.
+
+    The pass over dy leaves the gradients of scale and shift in parts, which both backward kernels read.
+    """
+    from stn_fast.kernels.gated_conv2d_backward import PROGRAMS, tile_for
+    from stn_fast.kernels.launch import split
+
+    batch, _, height, width, outputs, _, stride = shape
+    pixels, n = (-(-height // stride)) * (-(-width // stride)), HYPERPARAMETERS
+    tile = tile_for(True, outputs, pixels).kwargs
+    parts, _ = split(batch * -(-outputs // tile["BLOCK_O"]), -(-pixels // tile["BLOCK_P"]), PROGRAMS)
+    tables = 2 * 4 * batch * outputs
+    h, gate = ITEM * batch * n, ITEM * outputs * n
+    return [
+        Work("gates", bytes=h + 2 * gate + 2 * ITEM * outputs + tables),
+        Work("gates' gradients", bytes=parts * tables + h + 3 * gate + 3 * ITEM * outputs),
+        Work("dh", bytes=parts * tables + h + 2 * gate + ITEM * outputs),
+    ]
+
+
 def gated_convolution(shape: Sequence[int]) -> Plan:
     """Of a training step: gates of the examples, the convolution with its epilogue, and a pass over dy."""
     batch, channels, height, width, outputs, _, stride = shape
@@ -164,8 +185,8 @@ def gated_convolution(shape: Sequence[int]) -> Plan:
     first, *others = convolution(shape, 2)
     # Few channels leave the fused kernel's tiles empty: the library's convolution and an epilogue over [P, Q] instead.
     epilogue = [one_pass("epilogue", 3 * numbers)] if channels < 16 else []
-    gates = [one_pass("[dy, g], sums for gates", 4 * numbers), *[Work("gates' gradients")] * 2]
-    return [Work("gates"), first, *epilogue, *gates, *others]
+    gates, *gradients = conv_gates(shape)
+    return [gates, first, *epilogue, one_pass("[dy, g], sums for gates", 4 * numbers), *gradients, *others]
 
 
 def lstm(steps: int, batch: int, hidden: int, branches: int, wide_weights: bool = True) -> Plan:
@@ -234,7 +255,7 @@ def alexnet_validation(batch: int) -> Plan:
     """Perturbed: both branches forward, and back to the first gates; no gradient of a weight."""
     found = [*between_layers(batch), Work("casts", bytes=6 * alexnet_parameters(2)), Work("perturbation")]
     for shape in alexnet_layers(batch):
-        found += [Work("gates"), *convolution(shape, 2, dw=False), Work("pass over dy")]
+        found += [conv_gates(shape)[0], *convolution(shape, 2, dw=False), Work("pass over dy")]
     for inputs, outputs in LINEAR_LAYERS:
         found += [*linear(batch, inputs, outputs, 2, dw=False), Work("pass over dy")]
     return found

@@ -315,8 +315,7 @@ def dry_device(capability: tuple[int, int] = (9, 0), candidates: bool = False) -
         check_guard(problem)
         if candidates:
             for name in names:
-                if name != "graph":
-                    run(name)
+                run(name)
         return default
 
     answers = {

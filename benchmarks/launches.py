@@ -1,6 +1,7 @@
 """What a step of each recipe launches on CUDA, and what it costs the host; no GPU is needed.
 
-    python -m benchmarks.launches digits cifar10 ptb --json FILE
+    python -m benchmarks.launches digits cifar10 ptb
+    python -m benchmarks.launches --seconds 0 --json benchmarks/results/launches.json
 
 Launches are those of a third training and a third validation step of the recipe's own sizes, on `dry_device`, with the
 autotuner's defaults. The host's time is that of the same steps on CPU tensors, with all of Triton's launching but the
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from benchmarks import smoke
 from benchmarks.dry_device import Recording, Variant, dry_device, recorded_launches
+from benchmarks.ratios import write
 from stn_fast import layers
 from stn_fast.command_line import run_command
 from stn_fast.data import Split, cifar10
@@ -39,12 +41,13 @@ from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.recipes import recipe
 from stn_fast.recipes.images import build_task
 from stn_fast.training import finite
-from stn_fast.training.config import Config
+from stn_fast.training.config import PRECISIONS, Config, Precision
 from stn_fast.training.methods import SelfTuning, build_method
 from stn_fast.training.task import Task
 
-RESNET = "cifar10-resnet18"  # no recipe, but the data and hyperparameters of one
+RESNET = "cifar10-resnet18"  # no recipe, but the data of one, and those of its hyperparameters that a ResNet has
 RECIPES = ("digits", "fashion-mnist-small", "fashion-mnist", "cifar10", RESNET, "ptb-small", "ptb")
+_ONLY_ALEXNET = {*(f"conv_dropout_{i}" for i in range(1, 6)), "fc_dropout_2"}
 # Channels and hidden units in the place of the networks' own, where they are constants of a module.
 NARROW: dict[str, dict[str, tuple[int, ...]]] = {
     "alexnet": {"CHANNELS": (8,) * 5, "HIDDEN": (16, 16)},
@@ -68,6 +71,8 @@ def build(name: str, device: Literal["cpu", "cuda"], narrow: bool = False) -> tu
         stack.enter_context(smoke.random_data())
         if name != RESNET:
             return config, recipe(name).build(config)
+        used = {name: entry for name, entry in config.hyperparameters.items() if name not in _ONLY_ALEXNET}
+        config = replace(config, hyperparameters=used)
         return config, build_task(config, cifar10.load(), partial(_resnet18, narrow), valid_size=500)
 
 
@@ -101,24 +106,18 @@ def record(
     name: str,
     capability: tuple[int, int] = (9, 0),
     candidates: bool = False,
-    autocast: torch.dtype | None = None,
+    precision: Precision = "fp32",
 ) -> dict[str, Recording]:
     """What the third training and the third validation step of a recipe launch, by mode.
 
     Args:
         candidates: launch all that the autotuner would measure; else its default.
-        autocast: the dtype of autocast around both objectives, None for none.
+        precision: of the products of both steps.
     """
     found = {}
     with dry_device(capability, candidates) as recording:
         config, task = build(name, "cuda")
-        if autocast is not None:
-            task = replace(
-                task,
-                training_objective=_under_autocast(task.training_objective, autocast),
-                validation_objective=_under_autocast(task.validation_objective, autocast),
-            )
-        for mode, step in steps(config, task).items():
+        for mode, step in steps(replace(config, precision=precision), task).items():
             for _ in range(WARM_UP):
                 step()
             recording.clear()
@@ -127,22 +126,14 @@ def record(
     return found
 
 
-def _under_autocast(objective: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
-    def run(*arguments: Any) -> Any:
-        with torch.autocast("cuda", dtype):
-            return objective(*arguments)
-
-    return run
-
-
 def variants(
     names: Iterable[str] = RECIPES, capability: tuple[int, int] = (9, 0), candidates: bool = True
 ) -> list[Variant]:
-    """Every distinct specialisation of a kernel that steps of these recipes launch, in float32 and in bfloat16."""
+    """Every distinct specialisation of a kernel that steps of these recipes launch, in every precision."""
     found: dict[Variant, None] = {}
     for name in names:
-        for autocast in (None, torch.bfloat16):
-            for recording in record(name, capability, candidates, autocast).values():
+        for precision in PRECISIONS:
+            for recording in record(name, capability, candidates, precision).values():
                 found |= dict.fromkeys(recording.triton)
     return list(found)
 
@@ -315,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for launches in (recording.kernels, recording.operators):
                     print("   ", ", ".join(f"{count} {what}" for what, count in launches.most_common()))
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write(options.json, rows)
     return 0
 
 

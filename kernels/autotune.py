@@ -25,7 +25,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +58,7 @@ SAYS_IT_DOES_NOT_RUN = re.compile(
 )
 TABLES = Path(__file__).with_name("tuned")
 TABLE_FORMAT = 1
+MOST_KNOWN = 4096  # choices by sizes that are kept: texts of all lengths have as many
 
 
 class Problem(NamedTuple):
@@ -171,6 +172,17 @@ def _distance(sizes: list[str], others: list[str]) -> float:
     return sum(abs(math.log2(int(a.rstrip("u")) / int(b.rstrip("u")))) for a, b in zip(sizes, others, strict=True))
 
 
+_Key = tuple[Problem | str, torch.device]
+
+
+def _keep(known: dict[_Key, str], key: _Key, name: str) -> str:
+    """Keeps a choice, forgetting all others where there are too many, and returns it."""
+    if len(known) >= MOST_KNOWN:
+        known.clear()
+    known[key] = name
+    return name
+
+
 class Autotuner:
     """Choices by problem. `timer` and `path` are for tests; with a timer of its own, CPU problems are timed too."""
 
@@ -179,8 +191,8 @@ class Autotuner:
         self._path = path
         self._remembered: dict[str, str] | None = None
         # By the sizes themselves, so that no names are made on the way to a kernel.
-        self._own: dict[tuple[Problem | str, torch.device], str] = {}
-        self._guessed: dict[tuple[Problem | str, torch.device], str] = {}
+        self._own: dict[_Key, str] = {}
+        self._guessed: dict[_Key, str] = {}
 
     def choose(
         self,
@@ -212,19 +224,18 @@ class Autotuner:
         text = f"{environment(_device_name(device))}{problem}"
         known = self._remembered.get(text)
         if known is not None and known in names:
-            self._own[key] = known
-            return known
+            return _keep(self._own, key, known)
         if not may_time:
-            self._guessed[key] = nearest(str(problem), shipped(_device_name(device)), names) or default
-            return self._guessed[key]
+            guess = nearest(str(problem), shipped(_device_name(device)), names) or default
+            return _keep(self._guessed, key, guess)
         times = {name: (self._timer or milliseconds)(partial(run, name)) for name in names}
         if math.isinf(times[default]):
             # What always runs did not: memory is short at the moment, and these times say little about other moments.
             return default
         best = min(times, key=times.__getitem__)
-        self._own[key] = self._remembered[text] = best
+        self._remembered[text] = best
         self._write(text, best)
-        return best
+        return _keep(self._own, key, best)
 
     def _file(self) -> Path:
         return self._path or cache_file()
@@ -282,20 +293,22 @@ def export(path: Path, device_name: str | None = None, tuned: Autotuner = tuner)
     return path
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the table and prints where it is; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m stn_fast.kernels.autotune", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--export", type=Path, metavar="PATH", required=True, help="write the table here: a file or folder"
     )
     parser.add_argument("--device", metavar="NAME", help="of the CUDA device; default: the one that is there")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.device is None and not torch.cuda.is_available():
         parser.error("there is no CUDA device: name the one that was tuned with --device")
     try:
         print(export(options.export, options.device))
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

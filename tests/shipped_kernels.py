@@ -101,13 +101,15 @@ def epilogue_jobs():
             finish.num_stages,
         )
         # Of linear layers, and in float32 of convolutions.
-        for aligned, table in itertools.product(BOOLS, sorted({floats, "fp32"})):
+        variants = [("ieee", table) for table in sorted({floats, "fp32"})]
+        variants += [("tf32", "fp32")] if floats == "fp32" else []
+        for aligned, (precision, table) in itertools.product(BOOLS, variants):
             yield Job(
                 "stn_fast.kernels.gates:gate_tables_kernel",
-                f"gate_tables-sm{capability}-{floats}-{table}-n{n_pad}{'-aligned' if aligned else ''}",
+                f"gate_tables-sm{capability}-{floats}-{precision}-{table}-n{n_pad}{'-aligned' if aligned else ''}",
                 capability,
                 typed(floats, "batch", "O", "n", p_scale=f"*{table}", p_shift=f"*{table}"),
-                {"HAS_SHIFT": True, "PRECISION": "ieee", "N_PAD": n_pad, **tables.kwargs},
+                {"HAS_SHIFT": True, "PRECISION": precision, "N_PAD": n_pad, **tables.kwargs},
                 tables.num_warps,
                 tables.num_stages,
                 frozenset("O") if aligned else frozenset(),

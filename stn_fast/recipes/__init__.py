@@ -59,7 +59,7 @@ def recipe(name: str) -> RecipeLike:
             while it is imported is not caught.
     """
     place = RECIPES.get(name, name)
-    file, _, attribute = place.rpartition(":") if ":" in place else (place, "", "")
+    file, attribute = _split(place)
     if file.endswith(".py"):
         found: object = _module_of_file(file)
     elif "." in file or attribute:
@@ -76,6 +76,13 @@ def recipe(name: str) -> RecipeLike:
         lacks = " and no function ".join(missing)
         raise UserError(f"recipe '{name}' has no function {lacks}: see stn_fast.recipes.Recipe")
     return found  # type: ignore[return-value]
+
+
+def _split(place: str) -> tuple[str, str]:
+    """The file or module of a place, and the name in it, empty where there is none: paths may have colons too."""
+    file, _, attribute = place.rpartition(":")
+    is_place = file.endswith(".py") or all(part.isidentifier() for part in file.split("."))
+    return (file, attribute) if is_place and attribute.isidentifier() else (place, "")
 
 
 def _module(name: str) -> ModuleType:

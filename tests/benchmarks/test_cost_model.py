@@ -20,7 +20,10 @@ from benchmarks.baselines import Limit
 from benchmarks.cases import Case, all_cases, gated_linear_inputs
 from benchmarks.cost_model import H100, H200, Machine, Work, operations
 from benchmarks.sequence_cases import gated_lstm_inputs, sequence_limit
+from stn_fast.kernels.gated_conv2d_backward import epilogue_partials
+from stn_fast.kernels.gated_conv2d_gates import gates, gates_backward
 from stn_fast.ops import _products
+from stn_fast.ops._gated_linear_plain import Wanted
 from stn_fast.training.methods import SelfTuning
 
 CPU = torch.device("cpu")
@@ -59,6 +62,28 @@ def test_products_of_convolutions_are_those_of_the_bare_one(shape) -> None:
     limit = case.providers()["limit_one_convolution"]
     assert operations(model.convolution(shape, 2)) == bare(lambda: limit.call(None))
     assert operations(model.gated_convolution(shape)) == operations(model.convolution(shape, 2))
+
+
+@pytest.mark.parametrize("outputs", [20, 130])
+def test_gates_of_convolutions_have_the_bytes_of_their_tensors(outputs) -> None:
+    shape = (2, 3, 30, 30, outputs, 3, 2)
+    batch, n, bf16 = 2, model.HYPERPARAMETERS, torch.bfloat16
+    h = torch.zeros(batch, n, dtype=bf16)
+    weight_gate, bias_gate = torch.zeros(2, outputs, n, dtype=bf16)
+    bias, response_bias = torch.zeros(2, outputs, dtype=bf16)
+    images = torch.zeros(batch, outputs, 15, 15, dtype=bf16).to(memory_format=torch.channels_last)
+    scale, shift = gates(bias, response_bias, weight_gate, bias_gate, h)
+    tables = epilogue_partials(images, None, images[:, None], scale, 1, False, False, True, True)[1:]
+    assert len(tables[0]) > 1
+    *gradients, dh = gates_backward(
+        *tables, response_bias, weight_gate, bias_gate, h, Wanted(*[True] * len(Wanted._fields))
+    )
+    used = (
+        (bias, response_bias, weight_gate, bias_gate, h, scale, shift),
+        (*tables, h, response_bias, bias_gate, *gradients),
+        (*tables, weight_gate, response_bias, bias_gate, dh),
+    )
+    assert [work.bytes for work in model.conv_gates(shape)] == [sum(t.nbytes for t in tensors) for tensors in used]
 
 
 def test_products_of_lstms_are_those_of_the_limit() -> None:

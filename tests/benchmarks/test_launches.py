@@ -9,6 +9,8 @@ import pytest
 from compile_ahead import Usage, compile_all
 from launched_kernels import ROOT, jobs
 
+from benchmarks.launches import RECIPES
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
@@ -18,6 +20,27 @@ def rows(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     subprocess.run([*command, "--json", file], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     return {(row["recipe"], row["step"]): row for row in json.loads(file.read_text())}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """The rows that are kept in the repository, of all recipes."""
+    return json.loads((ROOT / "benchmarks" / "results" / "launches.json").read_text())
+
+
+def test_the_recorded_counts_are_those_of_today(rows, recorded):
+    kept = {(row["recipe"], row["step"]): row for row in recorded}
+    assert {key: kept[key] for key in rows} == rows
+
+
+def test_the_readme_shows_the_recorded_counts(recorded):
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    lines = text[text.index("| recipe, step |") :].split("\n\n")[0].splitlines()[2:]
+    counts = ("triton", "other", "reads")
+    assert lines == [
+        f"| {row['recipe']}, {row['step']} | {' | '.join(str(row[count]) for count in counts)} |" for row in recorded
+    ]
+    assert {row["recipe"] for row in recorded} == set(RECIPES)
 
 
 def test_a_step_never_waits_for_the_device(rows):
@@ -39,6 +62,8 @@ def test_a_validation_step_at_shared_hyperparameters_is_torch_s_own_lstm(rows):
 
 def test_recorded_variants_compile_for_a_real_device():
     found = jobs(["digits"], [90])
+    precisions = {job.constants["PRECISION"] for job in found if "PRECISION" in job.constants}
+    assert precisions == {"ieee", "tf32"}
     modules = ("perturb", "noise", "dropout")  # small ones; `make launched-kernels` compiles all of all recipes
     of_kernel = {job.kernel: job for job in found if job.kernel.split(":")[0].endswith(modules)}
     assert len(of_kernel) == 4

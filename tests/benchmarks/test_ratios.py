@@ -1,16 +1,19 @@
 """The measuring itself: turns, ratios, memory, and rows that lack nothing."""
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import ratios
+from benchmarks import image_cases, ratios
 from benchmarks.cases import GATED_LINEAR_MODES, Case, all_cases
 from benchmarks.timing import Provider, Timings, interleave, peak_bytes
 
@@ -119,6 +122,25 @@ def test_quick_run_writes_complete_rows_and_prints_a_table(tmp_path: Path, capsy
     printed = capsys.readouterr().out
     assert "p50 µs" in printed
     assert "valid / full backward" in printed
+
+
+def test_without_pillow_only_what_needs_it_fails(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setattr(image_cases, "augmentation", fresh_import("benchmarks.augmentation", monkeypatch))
+    assert ratios.main(["--quick", "--ops", "augment"]) == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"pillow +failed: ModuleNotFoundError: .*PIL", printed)
+    assert re.search(r"stn_fast +\d", printed)
+    assert re.search(r"eager +\d", printed)
+
+
+def fresh_import(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module, imported anew; the one that was there is put back after the test."""
+    package, _, child = name.rpartition(".")
+    before = importlib.import_module(name)
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(importlib.import_module(package), child, before)
+    return importlib.import_module(name)
 
 
 def test_a_run_that_is_killed_leaves_whole_rows(tmp_path: Path) -> None:

@@ -233,6 +233,18 @@ def test_nothing_is_remembered_of_a_moment_when_the_default_did_not_run(failing)
     assert choose(tuner) == "fast"
 
 
+def test_sizes_without_end_do_not_fill_memory(monkeypatch):
+    monkeypatch.setattr(autotune, "MOST_KNOWN", 10)
+    tuner = Autotuner(Clock())
+    problems = [autotune.Problem(("forward",), (size,)) for size in range(1, 35)]
+    assert {choose(tuner, problem) for problem in problems} == {"fast"}
+    monkeypatch.setenv("STN_FAST_AUTOTUNE", "0")
+    new = [problem._replace(operation=("backward",)) for problem in problems]
+    assert {choose(tuner, problem) for problem in new} == {"library"}
+    assert 0 < len(tuner._own) <= 10
+    assert 0 < len(tuner._guessed) <= 10
+
+
 def write_slowly(key, barrier):
     tuner = Autotuner(Clock())
     read = tuner._read
@@ -355,6 +367,12 @@ def test_what_was_measured_is_exported_as_a_table_that_can_be_shipped(monkeypatc
     monkeypatch.setenv("STN_FAST_AUTOTUNE", "0")
     monkeypatch.setenv("STN_FAST_CACHE", str(written.parent / "empty"))
     assert choose(Autotuner(Clock()), problem) == "fast"
+
+
+def test_the_command_can_be_called_with_arguments(tmp_path):
+    choose(Autotuner(Clock()))
+    assert autotune.main(["--device", "cpu", "--export", str(tmp_path)]) == 0
+    assert (tmp_path / autotune.table_file("cpu").name).exists()
 
 
 def test_the_command_exports_the_users_choices(tmp_path):

@@ -44,6 +44,15 @@ def test_the_oldest_triton_compiles_every_kernel():
     }
 
 
+def test_kernels_with_float32_products_are_compiled_in_each_precision():
+    found = {}
+    for job in JOBS.values():
+        if "PRECISION" in job.constants:
+            found.setdefault(job.kernel, set()).add(job.constants["PRECISION"])
+    assert "stn_fast.kernels.gates:gate_tables_kernel" in found
+    assert all(precisions == {"ieee", "tf32"} for precisions in found.values())
+
+
 FORWARD = JOBS["fwd-sm90-bf16-ieee-128x128x64-w8-s3-aligned"]
 DX = JOBS["bwd_dx-sm90-bf16-ieee-128x128x64-w8-s3-aligned"]
 PLANTED = [

@@ -67,6 +67,17 @@ def test_a_module_is_a_recipe_by_itself_and_is_run_once(file, monkeypatch):
     assert recipe("digits") is digits
 
 
+def test_a_colon_in_a_path_does_not_end_it(file):
+    folder = file.parent / "run:1"
+    folder.mkdir()
+    own, _ = (path.rename(folder / path.name) for path in (file, file.with_name("neighbour.py")))
+    assert recipe(str(own)).config().recipe == "my task"
+    assert recipe(f"{own}:small").config().recipe == "my task"
+    # As on Windows, where it is not a name in the module C.
+    with pytest.raises(UserError, match=r"there is no file C:\\tasks\\x.py to take"):
+        recipe(r"C:\tasks\x.py")
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
