@@ -328,7 +328,7 @@ def dry_device(capability: tuple[int, int] = (9, 0), candidates: bool = False) -
         "mem_get_info": lambda _=None: (2**40, 2**40),
         "current_stream": lambda _=None: SimpleNamespace(cuda_stream=0),
         "synchronize": lambda _=None: None,
-        "Event": lambda **_: SimpleNamespace(record=lambda: None, query=lambda: True, synchronize=lambda: None),
+        "Event": lambda **_: SimpleNamespace(record=lambda *_: None, query=lambda: True, synchronize=lambda: None),
     }
     caches = (dispatch._automatic, dispatch._cuda_is_available)
     for cache in caches:
