@@ -32,7 +32,7 @@ AMPERE_CONFIGS = [
 # Rows that don't begin at 16 bytes are read number by number, through registers: larger tiles spill.
 UNALIGNED_CONFIGS = [matrix_config(64, 64, 32, 8, 3), matrix_config(64, 32, 32, 4, 3)]
 # float32 products run on the ordinary units unless TF32 is allowed: registers limit a tile, not shared memory.
-FLOAT32_CONFIGS = [matrix_config(64, 64, 16, 8, 3), matrix_config(64, 32, 16, 8, 3), matrix_config(16, 32, 16, 4, 3)]
+FLOAT32_CONFIGS = [matrix_config(64, 64, 16, 8, 2), matrix_config(32, 64, 16, 4, 3), matrix_config(16, 32, 16, 4, 3)]
 
 
 def configs(dtype: torch.dtype, aligned: bool, capability: tuple[int, int]) -> list[triton.Config]:

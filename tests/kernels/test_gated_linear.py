@@ -267,5 +267,5 @@ def test_gate_tables_are_those_of_the_definition(n, dtype):
 
 def test_an_unknown_configuration_is_named_with_the_known_ones():
     tensors, _ = operands(5, 7, 6, 3, 1, 1, torch.float32)
-    with pytest.raises(ValueError, match=r"config='fastest' is none of \['library', '64x32x16-w8-s3'"):
+    with pytest.raises(ValueError, match=r"config='fastest' is none of \['library', '32x64x16-w4-s3'"):
         kernels.forward(*on_device(*tensors), 1, 1, False, config="fastest")
