@@ -81,9 +81,9 @@ class FixedHyperparameters:
         precision: of the products of a step: "fp32"; "tf32", on CUDA; "bf16", autocast to bfloat16 around the
             objectives. Weights, hyperparameters, gradient norms and updates are in the dtype of the parameters with
             any, and so are products outside of steps.
-        allow_unused: whether the training objective may leave a hyperparameter unused. By default a first training
-            step that looks one up nowhere, as ``hyper["name"]`` does, is an error: only the entropy would move it.
-            True where the objective reads ``hyper.values`` itself.
+        allow_unused: whether the training objective may leave a hyperparameter alone. By default a first training
+            step that looks up some, as ``hyper["name"]`` does, and not others is an error, as only the entropy would
+            move those; one that looks up none is a warning. True where the objective reads ``hyper.values`` itself.
 
     A step that is not finite changes no weight, no hyperparameter, no optimizer's state and no running statistics; the
     next window of a text starts from zero. On CUDA the device leaves it out, and the host, which does not wait, reports
@@ -204,7 +204,7 @@ class FixedHyperparameters:
         hyper = self._training_hyper(batch.examples, step)
         loss = self._loss("training", self.training_objective, batch, hyper)
         if self._checks_used:
-            check_used(hyper)
+            check_used(hyper, all_by_name=False)
             self._checks_used = False
         if not loss.requires_grad:
             raise RuntimeError(

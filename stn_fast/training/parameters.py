@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -61,11 +62,18 @@ def hold_parameters(parameters: Iterable[Tensor]) -> Iterator[None]:
             parameter.requires_grad_()
 
 
-def check_used(hyper: HyperBatch) -> None:
-    """Raises ValueError where a hyperparameter was not looked up: nothing would regulate it but its own entropy."""
+def check_used(hyper: HyperBatch, all_by_name: bool) -> None:
+    """Raises ValueError where a hyperparameter was not looked up: nothing would regulate it but its own entropy.
+
+    Where none was, the objective may have read ``hyper.values``. That is a warning, and an error if ``all_by_name``.
+    """
     unused = [repr(name) for name in hyper.space.names if name not in hyper.used]
-    if unused:
-        raise ValueError(
-            f"nothing in the training objective uses {listed(unused)}, or looks it up as hyper[name] does: give it to "
-            "a layer or to the objective, or leave it out of the space"
-        )
+    if not unused:
+        return
+    problem = (
+        f"nothing in the training objective uses {listed(unused)}, or looks it up as hyper[name] does: give it to "
+        "a layer or to the objective, or leave it out of the space"
+    )
+    if len(unused) < len(hyper.space) or all_by_name:
+        raise ValueError(problem)
+    warnings.warn(problem + "; allow_unused=True is for an objective that reads hyper.values", stacklevel=4)

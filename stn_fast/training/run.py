@@ -168,7 +168,7 @@ def _rehearse(task: Task, batch_size: int) -> None:
     hyper = task.space.at(location, batch_size=first.examples)
     task.training_objective(task.model, first, hyper)
     if not task.allow_unused:
-        check_used(hyper)
+        check_used(hyper, all_by_name=True)
     for buffer, before in kept:
         buffer.copy_(before)
 

@@ -1,6 +1,7 @@
 """Methods: which tensors each kind of step may move, against plain torch where there is a plain counterpart."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -318,6 +319,17 @@ def test_a_hyperparameter_that_nothing_uses_is_an_error_that_names_it(batch, kin
         method.train_step(batch, 0)
     assert not moved(before, model)
     kind(model, space, *objectives, allow_unused=True).train_step(batch, 0)
+
+
+def test_an_objective_that_looks_up_no_hyperparameter_is_warned_of_once(batch):
+    """It may read hyper.values."""
+    space = HyperparameterSpace([Hyperparameter("weight_decay", low=0.0, init=0.1)])
+    method = SelfTuning(mlp(space, (6, 16, 4)), space, classification_loss, classification_loss)
+    with pytest.warns(UserWarning, match=r"nothing in the training objective uses 'weight_decay'.*allow_unused=True"):
+        method.train_step(batch, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method.train_step(batch, 1)
 
 
 def test_slices_and_moved_batches_count_as_the_batch_that_they_are_of(batch):

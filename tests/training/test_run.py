@@ -190,6 +190,10 @@ def test_a_hyperparameter_that_the_task_does_not_use_is_a_users_error(tmp_path):
     with pytest.raises(UserError, match="nothing in the training objective uses 'hiden_dropout_1'"):
         run(replace(config, hyperparameters=unused, run_dir=str(tmp_path / "run")), digits.build)
 
+    only = {"hiden_dropout_1": unused["hiden_dropout_1"]}
+    with pytest.raises(UserError, match="uses 'hiden_dropout_1'"):
+        run(replace(config, hyperparameters=only, run_dir=str(tmp_path / "run")), digits.build)
+
     def build(config):
         return replace(digits.build(config), allow_unused=True)
 
