@@ -18,6 +18,7 @@ from stn_fast.files import exists
 from stn_fast.ops.openmp import full_team
 from stn_fast.training import checkpoint
 from stn_fast.training.config import FLAGS, Config, ConfigError
+from stn_fast.training.finite import is_writable
 from stn_fast.training.methods import build_method
 from stn_fast.training.metrics import MetricsLog, size_of
 from stn_fast.training.parameters import check_used
@@ -164,7 +165,7 @@ def _rehearse(task: Task, batch_size: int) -> None:
     device = next(task.model.parameters()).device
     first = task.batching.sequence(task.data.train, min(2, batch_size), seed=0, stream=0, device=device)[0]
     location, _ = task.space.initial_state(device)
-    kept = [(buffer, buffer.clone()) for buffer in task.model.buffers()]
+    kept = [(buffer, buffer.clone()) for buffer in task.model.buffers() if is_writable(buffer)]
     hyper = task.space.at(location, batch_size=first.examples)
     task.training_objective(task.model, first, hyper)
     if not task.allow_unused:

@@ -43,6 +43,15 @@ def test_a_network_that_normalises_over_the_batch_is_rehearsed_and_keeps_nothing
     assert norm.num_batches_tracked == 0
 
 
+def test_a_network_with_a_buffer_that_can_not_be_written_is_rehearsed(make_config):
+    def build(config):
+        task = digits.build(config)
+        task.model.register_buffer("ones", torch.ones(1).expand(3))
+        return task
+
+    assert checked_task(make_config(), build).model.ones.tolist() == [1, 1, 1]
+
+
 def test_a_batch_of_one_is_refused_before_training_where_it_cannot_be_normalised(make_config):
     with pytest.raises(UserError, match="more than 1 value per channel"):
         checked_task(make_config("schedule.batch_size=1"), build_normalised)
