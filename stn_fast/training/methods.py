@@ -458,30 +458,23 @@ class SelfTuning(FixedHyperparameters):
 
 def build_method(config: Config, task: Task) -> FixedHyperparameters:
     """The method that ``config.method`` names, on ``task``."""
-    optimizer, clip = weight_optimizer(config.optimizer), config.optimizer.clip
+    given: dict[str, Any] = dict(
+        optimizer=weight_optimizer(config.optimizer),
+        clip=config.optimizer.clip,
+        seed=config.seed,
+        precision=config.precision,
+        allow_unused=task.allow_unused,
+    )
     if config.method.name == "fixed":
-        return FixedHyperparameters(
-            task.model,
-            task.space,
-            task.training_objective,
-            optimizer=optimizer,
-            clip=clip,
-            seed=config.seed,
-            precision=config.precision,
-            allow_unused=task.allow_unused,
-        )
+        return FixedHyperparameters(task.model, task.space, task.training_objective, **given)
     return SelfTuning(
         task.model,
         task.space,
         task.training_objective,
         task.validation_objective,
-        optimizer=optimizer,
         hyper_optimizer=hyper_optimizer(config.hyper_optimizer),
         entropy_weight=config.method.entropy_weight,
         tune_scales=config.method.tune_scales,
         freeze=config.method.freeze,
-        clip=clip,
-        seed=config.seed,
-        precision=config.precision,
-        allow_unused=task.allow_unused,
+        **given,
     )
