@@ -350,7 +350,13 @@ def test_a_copy_of_a_batch_counts_as_the_batch(batch):
     """torch.func and tree_map make copies of what they are given."""
 
     def copying(model, batch, hyper):
-        return F.cross_entropy(model(batch.inputs, tree_map(torch.clone, hyper)), batch.targets)
+        logits = model(batch.inputs, tree_map(torch.clone, hyper))
+        return F.cross_entropy(logits, batch.targets) + 0 * hyper["weight_decay"].sum()
 
-    space = HyperparameterSpace([Hyperparameter("hidden_dropout_1", low=0.0, high=0.9, init=0.3)])
+    space = HyperparameterSpace(
+        [
+            Hyperparameter("hidden_dropout_1", low=0.0, high=0.9, init=0.3),
+            Hyperparameter("weight_decay", low=0.0, init=0.1),
+        ]
+    )
     SelfTuning(mlp(space, (6, 16, 4)), space, copying, classification_loss).train_step(batch, 0)

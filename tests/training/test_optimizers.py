@@ -79,5 +79,7 @@ def test_a_state_of_cuda_is_trained_on_with_on_the_cpu(monkeypatch):
         state = saved.method.state_dict()
     steps = digits_steps(**options)
     steps.method.load_state_dict(state)
-    steps.method.train_step(steps.train[1], 2)
-    steps.method.valid_step(steps.valid[1], 3)
+    losses = steps.method.train_step(steps.train[1], 2), steps.method.valid_step(steps.valid[1], 3)
+    assert all(loss.isfinite() for loss in losses)
+    for optimizer in steps.method.optimizers:
+        assert not optimizer.param_groups[0]["capturable"]
