@@ -53,6 +53,13 @@ def captured(method):
     return CapturedSteps(method, warn=lambda reason: None)
 
 
+def train_both(method, steps, batches, count):
+    """A training step on each of the first `count` batches, of both."""
+    for step in range(count):
+        method.train_step(batches[step], step)
+        steps.train_step(batches[step], step)
+
+
 @pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "sgd, adam"), ("bf16", "adam, rmsprop")])
 @pytest.mark.parametrize("task", TASKS)
 def test_captured_steps_give_the_same_bits(task, precision, optimizer):
@@ -569,9 +576,7 @@ def test_a_buffer_that_is_replaced_at_each_step_is_named():
         for each in (one, other)
     ]
     steps = captured(methods[1])
-    for step in range(6):
-        methods[0].train_step(one.train[step], step)
-        steps.train_step(one.train[step], step)
+    train_both(methods[0], steps, one.train, 6)
     assert methods[0].model.calls == methods[1].model.calls == 6
     assert different(*methods) == []
     assert steps.reasons == ["train_step is not captured: it makes calls anew at each step"]
@@ -591,9 +596,7 @@ def test_an_optimizer_that_keeps_state_on_the_host_is_named():
     options = dict(optimizer=partial(Late, lr=0.05, momentum=0.9, fused=True))
     one, other = (digits_steps(**options) for _ in range(2))
     steps = captured(other.method)
-    for step in range(6):
-        one.method.train_step(one.train[step], step)
-        steps.train_step(one.train[step], step)
+    train_both(one.method, steps, one.train, 6)
     assert different(one.method, other.method) == []
     assert steps.replayed == 0
 
@@ -601,9 +604,7 @@ def test_an_optimizer_that_keeps_state_on_the_host_is_named():
 def test_a_large_buffer_that_steps_only_read_is_not_copied_by_captured_ones():
     one, other, batches = with_buffers(lambda: {"mask": torch.ones(300, 300), "written": torch.zeros(300, 300)})
     steps = captured(other)
-    for step in range(5):
-        one.train_step(batches[step], step)
-        steps.train_step(batches[step], step)
+    train_both(one, steps, batches, 5)
     assert steps.replayed == 3
     assert different(one, other) == []
     assert other.model.mask._version == 0
@@ -631,9 +632,7 @@ def test_a_tensor_that_can_not_be_restored_is_named_and_training_goes_on():
     options = dict(optimizer=partial(Noting, lr=0.05, momentum=0.9, fused=True))
     one, other = (digits_steps(**options) for _ in range(2))
     steps = captured(other.method)
-    for step in range(6):
-        one.method.train_step(one.train[step], step)
-        steps.train_step(one.train[step], step)
+    train_both(one.method, steps, one.train, 6)
     assert different(one.method, other.method) == ["optimizer.0.note"]  # it has counted the trial too
     assert steps.replayed == 0
     assert steps.reasons == [
@@ -646,9 +645,7 @@ def test_an_optimizer_that_can_not_be_captured_is_named(monkeypatch):
     options = dict(optimizer=partial(torch.optim.Adagrad, lr=0.05))
     one, other = (digits_steps(**options) for _ in range(2))
     steps = captured(other.method)
-    for step in range(6):
-        one.method.train_step(one.train[step], step)
-        steps.train_step(one.train[step], step)
+    train_both(one.method, steps, one.train, 6)
     assert different(one.method, other.method) == []
     assert "train_step is not captured: it reads a number back to the host" in steps.reasons[0]
 
