@@ -40,7 +40,7 @@ from unittest import mock
 
 from stn_fast.command_line import run_command
 from stn_fast.errors import UserError
-from stn_fast.files import expanded
+from stn_fast.files import expanded, replace
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 560.0
@@ -52,6 +52,7 @@ LARGE = "2_to_the_31"
 LOW = ("bfloat16",)
 CYCLE = ("--precision", "bf16", "--modes", "cycle", "--seconds", "3", "--rounds", "7")
 SHOWN_LINES = 40
+PROCESSES = 12  # that tests run in side by side, at most
 # Two threads a process: what is timed on the host is Python, and tests run side by side.
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "2"}
 UNTUNED = {"STN_FAST_AUTOTUNE": "0"}
@@ -213,9 +214,8 @@ def collect_rows(work: Path, out: Path) -> None:
     for file in sorted(work.glob("*.rows.json"), key=lambda path: path.stat().st_mtime):
         with contextlib.suppress(ValueError):  # a file that its part was writing when its time was over
             rows += json.loads(file.read_text())
-    partial = out / "rows.json.partial"
-    partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    os.replace(partial, out / "rows.json")
+    contents = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+    replace(out / "rows.json", contents.encode())
 
 
 def report(chosen: Sequence[Part], last: Sequence[Part], out: Path, budget: float, start: float) -> int:
@@ -342,14 +342,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.compile:
         return compile_all()
-    processes = min(12, os.cpu_count() or 1) if have("xdist") else 1
+    processes = min(PROCESSES, os.cpu_count() or 1) if have("xdist") else 1
     everything = (*parts(processes), *closing())
     names = [part.name for part in everything]
     if unknown := set(options.parts or ()) - set(names):
         raise UserError(f"no part is named {', '.join(sorted(unknown))}; they are {', '.join(names)}")
     chosen = [part for part in everything if not options.parts or part.name in options.parts]
     if options.dry:
-        return dry_run(chosen, 12)
+        return dry_run(chosen, PROCESSES)
     last = [part for part in chosen if part in closing()]
     first = [part for part in chosen if part not in last]
     return report(first, last, expanded(options.out, "--out"), options.budget, start)

@@ -16,11 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.published import CHANNELS, FULLY_CONNECTED, POOLED, STRIDES
+
 RATE = 0.05
-CHANNELS = (3, 64, 192, 384, 256, 256)
-STRIDES = (2, 1, 1, 1, 1)
-POOLED = (True, True, False, False, True)
-FULLY_CONNECTED = (1024, 4096, 4096, 10)
 
 
 class Graphs(Protocol):
