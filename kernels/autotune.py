@@ -121,7 +121,7 @@ def environment(device_name: str) -> str:
     return f"{device_name} {versions()} | "
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -215,7 +215,7 @@ class Autotuner:
             return known
         if device.type != "cuda" and self._timer is None:
             return default
-        may_time = os.environ.get("STN_FAST_AUTOTUNE") != "0" and not _capturing()
+        may_time = os.environ.get("STN_FAST_AUTOTUNE") != "0" and not capturing()
         guess = self._guessed.get(key)
         if guess is not None and guess in names and not may_time:
             return guess

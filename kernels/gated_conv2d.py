@@ -13,8 +13,9 @@ from torch import Tensor
 from .autotune import Problem, tuner
 from .gated_conv2d_backward import epilogue_backward, epilogue_partials
 from .gated_conv2d_epilogue import epilogue_forward
-from .gated_conv2d_gates import MAX_N, gates, gates_backward
+from .gated_conv2d_gates import gates, gates_backward
 from .gated_conv2d_implicit import implicit_gemm, output_size, precision, shipped
+from .gates import MAX_N
 from .launch import device_guard
 
 __all__ = [

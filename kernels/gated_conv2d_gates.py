@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .gates import gate_tables, padded
 from .launch import ceil_div, device_guard, narrow
+from .matmul import dot
 
-MAX_N = 32  # hyperparameters that kernels have registers for
 # By N_PAD, the length of a row of gates: with another number of warps each spills somewhere.
 GATES_CONFIGS = {
     16: triton.Config({"BLOCK_B": 32, "BLOCK_O": 16}, num_warps=8),
@@ -31,11 +31,6 @@ def load_rows(p_rows, i_row, in_row, n, N_PAD: tl.constexpr):
     i_n = tl.arange(0, N_PAD)
     inside = in_row[:, None] & (i_n < n)[None, :]
     return tl.load(p_rows + i_row.to(tl.int64)[:, None] * n + i_n[None, :], mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def product(b_a, b_b, b_sum):
-    return tl.dot(b_a, b_b, b_sum, input_precision="ieee")
 
 
 @triton.jit
@@ -82,10 +77,10 @@ def gated_conv2d_bwd_gates_kernel(
         b_h = load_rows(p_h, i_b, in_b, n, N_PAD)
         if WANT_SCALE:
             b_d_scale = load_sum(p_d_scale, i_b, in_b, i_o, in_o, parts, batch, O, BLOCK_B, BLOCK_O)
-            b_s = product(tl.trans(b_d_scale), b_h, b_s)
+            b_s = dot(tl.trans(b_d_scale), b_h, b_s, "ieee")
         if WANT_SHIFT:
             b_d_shift = load_sum(p_d_shift, i_b, in_b, i_o, in_o, parts, batch, O, BLOCK_B, BLOCK_O)
-            b_c = product(tl.trans(b_d_shift), b_h, b_c)
+            b_c = dot(tl.trans(b_d_shift), b_h, b_c, "ieee")
             b_bias += tl.sum(b_d_shift, axis=0)
     i_n = tl.arange(0, N_PAD)
     i_gate = i_o.to(tl.int64)[:, None] * n + i_n[None, :]
@@ -126,11 +121,11 @@ def gated_conv2d_bwd_response_kernel(
         i_o = first + tl.arange(0, BLOCK_O)
         in_o = i_o < O
         b_d_scale = load_sum(p_d_scale, i_b, in_b, i_o, in_o, parts, batch, O, BLOCK_B, BLOCK_O)
-        b_dh = product(b_d_scale, load_rows(p_weight_gate, i_o, in_o, n, N_PAD), b_dh)
+        b_dh = dot(b_d_scale, load_rows(p_weight_gate, i_o, in_o, n, N_PAD), b_dh, "ieee")
         if HAS_SHIFT:
             b_d_shift = load_sum(p_d_shift, i_b, in_b, i_o, in_o, parts, batch, O, BLOCK_B, BLOCK_O)
             b_d_shift *= tl.load(p_response_bias + i_o, mask=in_o, other=0.0).to(tl.float32)[None, :]
-            b_dh = product(b_d_shift, load_rows(p_bias_gate, i_o, in_o, n, N_PAD), b_dh)
+            b_dh = dot(b_d_shift, load_rows(p_bias_gate, i_o, in_o, n, N_PAD), b_dh, "ieee")
     i_n = tl.arange(0, N_PAD)
     inside = in_b[:, None] & (i_n < n)[None, :]
     tl.store(p_dh + i_b.to(tl.int64)[:, None] * n + i_n[None, :], narrow(b_dh, p_dh.dtype.element_ty), mask=inside)

@@ -26,13 +26,11 @@ from .gated_linear_epilogue import (
     gated_linear_gates_finish_kernel,
 )
 from .gated_linear_matmul import gated_linear_bwd_dw_kernel, gated_linear_bwd_dx_kernel, gated_linear_fwd_kernel
-from .gates import gate_tables, padded
+from .gates import MAX_N, gate_tables, padded
 from .launch import ceil_div, device_guard, refuse_float64, split
 from .matmul import config_name, configs
 
 LIBRARY = "library"
-# Hyperparameters of one layer that every shipped configuration has registers for; beyond it they spill.
-MAX_N = 32
 Choice: TypeAlias = str | triton.Config
 Gradients: TypeAlias = tuple[Tensor | None, ...]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import gated_lstm_persistent as persistent
 from . import gated_lstm_steps as steps
-from .autotune import Problem, Refused, _capturing, tuner
+from .autotune import Problem, Refused, capturing, tuner
 from .launch import device_guard, refuse_float64
 
 STEPS, PERSISTENT = "steps", "persistent"
@@ -139,7 +139,7 @@ def _what_is_wrong(direction: str, operands: tuple[Any, ...]) -> str | None:
     device = next(operand.device for operand in operands if isinstance(operand, Tensor))
     kind = (direction, device, *(tuple(o.shape[-2:]) if isinstance(o, Tensor) else o for o in operands))
     if kind not in _tried:
-        if _capturing():
+        if capturing():
             return "it must be called once before a CUDA graph's capture"
         try:
             wrong = _try(direction, _drawn_like(operands, device))

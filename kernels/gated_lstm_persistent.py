@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .cooperative import launch, unavailable
-from .launch import device_guard
+from .launch import ceil_div, device_guard
 
 SOURCE = Path(__file__).with_name("cuda") / "gated_lstm_persistent.cu"
 # As kernels/cuda/tiles.h has them.
@@ -61,14 +61,14 @@ class Plan:
 
     @property
     def shared_bytes(self) -> int:
-        weights = _ceil_div(self.hidden, TILE_DEPTH) * self.column_tiles * 32 * 8
+        weights = ceil_div(self.hidden, TILE_DEPTH) * self.column_tiles * 32 * 8
         shares = WARPS * self.at_once * self.column_tiles * 32 * 16
         return weights + shares + self.row_tiles * self.column_tiles * self.kept_bytes
 
     @property
     def left_bytes(self) -> int:
         """Of one left factor, (B, H) in whole tiles."""
-        return self.row_tiles * TILE_ROWS * _ceil_div(self.hidden, TILE_DEPTH) * TILE_DEPTH * 2
+        return self.row_tiles * TILE_ROWS * ceil_div(self.hidden, TILE_DEPTH) * TILE_DEPTH * 2
 
     @property
     def slices(self) -> int:
@@ -76,15 +76,11 @@ class Plan:
         return self.blocks // PARTS
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 @lru_cache
 def plan_forward(batch: int, hidden: int, limits: Limits) -> Plan | str:
     """A block owns some hidden units, a tile of columns each: as few as there are multiprocessors for."""
-    units = _ceil_div(hidden, limits.multiprocessors)
-    return _fit(batch, hidden, units, _ceil_div(hidden, units), KEPT_BYTES, limits)
+    units = ceil_div(hidden, limits.multiprocessors)
+    return _fit(batch, hidden, units, ceil_div(hidden, units), KEPT_BYTES, limits)
 
 
 @lru_cache
@@ -93,11 +89,11 @@ def plan_backward(batch: int, hidden: int, limits: Limits) -> Plan | str:
     most = limits.multiprocessors // PARTS
     if most == 0:
         return f"backward takes {PARTS} multiprocessors at least, and the device has {limits.multiprocessors}"
-    tiles = _ceil_div(hidden, TILE_COLUMNS * most)
-    plan = _fit(batch, hidden, tiles, PARTS * _ceil_div(hidden, TILE_COLUMNS * tiles), 0, limits)
+    tiles = ceil_div(hidden, TILE_COLUMNS * most)
+    plan = _fit(batch, hidden, tiles, PARTS * ceil_div(hidden, TILE_COLUMNS * tiles), 0, limits)
     if isinstance(plan, str):
         return plan
-    cells = _ceil_div(plan.row_tiles * TILE_ROWS * hidden, plan.blocks * THREADS)
+    cells = ceil_div(plan.row_tiles * TILE_ROWS * hidden, plan.blocks * THREADS)
     if cells > CELLS:
         return f"{batch} examples of {hidden} hidden units are {cells} cells a thread, whose registers hold {CELLS}"
     return plan
@@ -105,8 +101,8 @@ def plan_backward(batch: int, hidden: int, limits: Limits) -> Plan | str:
 
 def _fit(batch: int, hidden: int, column_tiles: int, blocks: int, kept_bytes: int, limits: Limits) -> Plan | str:
     """The plan that multiplies as many tiles of rows at once as registers and shared memory hold; or why none fits."""
-    row_tiles = _ceil_div(batch, TILE_ROWS)
-    depth_of_warp = _ceil_div(_ceil_div(hidden, TILE_DEPTH), WARPS)
+    row_tiles = ceil_div(batch, TILE_ROWS)
+    depth_of_warp = ceil_div(ceil_div(hidden, TILE_DEPTH), WARPS)
     for at_once in range(row_tiles, 0, -1):
         plan = Plan(hidden, row_tiles, column_tiles, at_once, blocks, kept_bytes)
         if plan.shared_bytes <= limits.shared_bytes and 4 * at_once * (column_tiles + depth_of_warp) <= PASS_REGISTERS:

@@ -5,10 +5,10 @@ every row begins at 16 bytes: library products and loads of whole vectors are fa
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from .gated_lstm_cell import STEP_CONFIG, gated_lstm_bwd_step_kernel, gated_lstm_fwd_step_kernel
+from .launch import ceil_div
 
 ROW = 8
 GATES = 4
@@ -17,7 +17,7 @@ GATES = 4
 def _packed(weight: Tensor, response_weight: Tensor) -> Tensor:
     """[W; R], each gate of each padded to (row, row) with zeros: (8·row, row)."""
     hidden = weight.shape[1]
-    row = triton.cdiv(hidden, ROW) * ROW
+    row = ceil_div(hidden, ROW) * ROW
     if row == hidden:
         return torch.cat([weight, response_weight])
     both = weight.new_zeros(2, GATES, row, row)
@@ -27,7 +27,7 @@ def _packed(weight: Tensor, response_weight: Tensor) -> Tensor:
 
 
 def _launch_options(batch: int, row: int) -> tuple[tuple[int], dict[str, object]]:
-    grid = (triton.cdiv(batch * row, STEP_CONFIG.kwargs["BLOCK"]),)
+    grid = (ceil_div(batch * row, STEP_CONFIG.kwargs["BLOCK"]),)
     return grid, {**STEP_CONFIG.kwargs, "num_warps": STEP_CONFIG.num_warps}
 
 

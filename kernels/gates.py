@@ -13,6 +13,8 @@ from torch import Tensor
 from .launch import ceil_div, narrow
 from .matmul import dot
 
+# Hyperparameters of one layer that every shipped configuration has registers for; beyond it they spill.
+MAX_N = 32
 TABLES_CONFIG = triton.Config({"BLOCK_B": 32, "BLOCK_O": 64}, num_warps=8, num_stages=1)
 
 

@@ -3,7 +3,7 @@
 With a = ‖W_o‖², c = ⟨W_o, R_o⟩, q = ‖R_o‖² of a row o, and the moments m = Σ decay[b] / B, v = Σ decay[b] h[b] / B and
 M = Σ decay[b] h[b] h[b]ᵀ / B, a row's penalty is ½ (m a + 2 (v·g) c + (gᵀ M g) q) with g = Gw_o.
 
-One program works on one row. Kernels hold moments of up to MAX_N hyperparameters in registers.
+One program works on one row. Kernels hold moments of up to gates.MAX_N hyperparameters in registers.
 """
 # ruff: noqa: E741 (O outputs, I numbers of a row)
 
@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gates import padded
 from .launch import device_guard, narrow
 
-MAX_N = 32
 BLOCK_B = 32
 NUM_WARPS = 4
 
@@ -126,7 +126,7 @@ def weight_decay_bwd_kernel(
 
 def _options(inputs: int, n: int) -> dict[str, int]:
     block = max(16, min(1024, triton.next_power_of_2(inputs)))
-    return {"N_PAD": max(16, triton.next_power_of_2(n)), "BLOCK": block, "num_warps": NUM_WARPS}
+    return {"N_PAD": padded(n), "BLOCK": block, "num_warps": NUM_WARPS}
 
 
 def forward(
@@ -134,7 +134,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(the penalty of every row (O,), c and q (O, 2), the moments), all float32.
 
-    W, R (O, I), Gw (O, n), h (B, n) and decay (B,) are contiguous and on one device, of any dtypes; n <= MAX_N, B >= 1.
+    W, R (O, I), Gw (O, n), h (B, n) and decay (B,) are contiguous and on one device, of any dtypes; n <= gates.MAX_N,
+    B >= 1.
     """
     (outputs, inputs), (batch, n) = weight.shape, h.shape
     moments, rows, penalty = (

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from stn_fast.kernels import gated_linear, gated_lstm
+from stn_fast.kernels.gates import MAX_N
 from stn_fast.ops._gated_linear_plain import Gradients, backward_plain, forward_plain
 from stn_fast.ops._gated_lstm_driver import Recurrence, RecurrenceGradients
 
@@ -19,13 +20,13 @@ class Triton:
 
     def linear_forward(self, *operands: Any) -> tuple[Tensor, Tensor | None]:
         *_, h, outer, inner = operands
-        if h.shape[1] > gated_linear.MAX_N:
+        if h.shape[1] > MAX_N:
             return forward_plain(*operands)
         return gated_linear.forward(*operands[:-2], outer, inner, self.save_response)
 
     def linear_backward(self, *operands: Any) -> Gradients:
         *_, h, _, _, _, _ = operands
-        if h.shape[1] > gated_linear.MAX_N:
+        if h.shape[1] > MAX_N:
             return backward_plain(*operands)
         return Gradients(*gated_linear.backward(*operands))
 

@@ -58,7 +58,7 @@ def fold(
 def _backend(x: Tensor, weight: Tensor, h: Tensor) -> str:
     backend = serving(x, weight, h)
     if backend == "triton":
-        from stn_fast.kernels.gated_linear import MAX_N
+        from stn_fast.kernels.gates import MAX_N
 
         if h.shape[-1] > MAX_N:
             many = f"its kernels take at most {MAX_N} hyperparameters, and h has {h.shape[-1]}"

@@ -12,8 +12,6 @@ from stn_fast.ops._uncast import product
 from stn_fast.ops.memory import reads_memory
 from stn_fast.ops.serving import ELEMENTWISE, UP_TO_FLOAT32, serving
 
-MAX_N = 32  # hyperparameters that kernels have registers for
-
 
 def weight_decay_penalty(
     weight: Tensor, response_weight: Tensor, weight_gate: Tensor, h: Tensor, decay: Tensor
@@ -76,7 +74,11 @@ def _kernels_serve(*tensors: Tensor) -> bool:
     weight, _, _, h, decay = tensors
     small = all(t.dtype in UP_TO_FLOAT32 for t in tensors)
     constant = not (torch.is_grad_enabled() and (h.requires_grad or decay.requires_grad))
-    return small and constant and 0 < h.shape[1] <= MAX_N and serving(weight, takes=ELEMENTWISE) == "triton"
+    if not (small and constant and serving(weight, takes=ELEMENTWISE) == "triton"):
+        return False
+    from stn_fast.kernels.gates import MAX_N
+
+    return 0 < h.shape[1] <= MAX_N
 
 
 class _Penalty(torch.autograd.Function):

@@ -155,7 +155,7 @@ def test_deterministic_algorithms_take_the_default_even_over_a_remembered_choice
 def test_capture_times_nothing_but_keeps_to_remembered_choices(monkeypatch):
     tuner = Autotuner(Clock())
     choose(tuner)
-    monkeypatch.setattr(autotune, "_capturing", lambda: True)
+    monkeypatch.setattr(autotune, "capturing", lambda: True)
     assert choose(tuner) == "fast"
     assert choose(tuner, "new problem") == "library"
 
@@ -321,9 +321,9 @@ def test_what_this_machine_has_measured_comes_before_what_is_shipped(no_timing, 
     table({str(problem): "slow"})
     monkeypatch.delenv("STN_FAST_AUTOTUNE")
     tuner = Autotuner(Clock())
-    monkeypatch.setattr(autotune, "_capturing", lambda: True)
+    monkeypatch.setattr(autotune, "capturing", lambda: True)
     assert choose(tuner, problem) == "slow"
-    monkeypatch.setattr(autotune, "_capturing", lambda: False)
+    monkeypatch.setattr(autotune, "capturing", lambda: False)
     assert choose(tuner, problem) == "fast"  # timed
     monkeypatch.setenv("STN_FAST_AUTOTUNE", "0")
     assert [choose(tuner, problem), choose(Autotuner(Clock()), problem)] == ["fast", "fast"]

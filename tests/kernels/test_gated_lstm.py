@@ -240,7 +240,7 @@ def test_a_capture_takes_it_where_it_was_tried_before_and_waits_for_no_trial(cho
     given = operands(*SIZES)
     ran(kernels, given)
     choosing.start_process()
-    monkeypatch.setattr(kernels, "_capturing", lambda: True)
+    monkeypatch.setattr(kernels, "capturing", lambda: True)
     reads = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
         read = getattr(torch.Tensor, name)
@@ -249,9 +249,9 @@ def test_a_capture_takes_it_where_it_was_tried_before_and_waits_for_no_trial(cho
     assert choosing.device.launched == [], "tried inside of a capture"
     assert not reads
     assert all(map(torch.equal, got.values(), ran(steps, given).values()))
-    monkeypatch.setattr(kernels, "_capturing", lambda: False)
+    monkeypatch.setattr(kernels, "capturing", lambda: False)
     ran(kernels, given)
-    monkeypatch.setattr(kernels, "_capturing", lambda: True)
+    monkeypatch.setattr(kernels, "capturing", lambda: True)
     choosing.device.launched.clear()
     assert reads, "the trial reads its errors"
     reads.clear()
