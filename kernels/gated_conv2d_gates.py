@@ -17,12 +17,15 @@ from .gates import gate_tables, padded
 from .launch import ceil_div, device_guard, narrow
 from .matmul import dot
 
-# By N_PAD, the length of a row of gates: with another number of warps each spills somewhere.
+# By N_PAD, the length of a row of gates: other tiles and numbers of warps spill for some type or alignment of sizes.
 GATES_CONFIGS = {
     16: triton.Config({"BLOCK_B": 32, "BLOCK_O": 16}, num_warps=8),
     32: triton.Config({"BLOCK_B": 32, "BLOCK_O": 16}, num_warps=4),
 }
-RESPONSE_CONFIG = triton.Config({"BLOCK_B": 16, "BLOCK_O": 64}, num_warps=8)
+RESPONSE_CONFIGS = {
+    16: triton.Config({"BLOCK_B": 16, "BLOCK_O": 32}, num_warps=8),
+    32: triton.Config({"BLOCK_B": 16, "BLOCK_O": 64}, num_warps=8),
+}
 
 
 @triton.jit
@@ -180,8 +183,9 @@ def gates_backward(
             )  # fmt: skip
         if wanted.h:
             dh = torch.empty_like(h)
-            gated_conv2d_bwd_response_kernel[(ceil_div(batch, RESPONSE_CONFIG.kwargs["BLOCK_B"]),)](
+            config = RESPONSE_CONFIGS[padded(n)]
+            gated_conv2d_bwd_response_kernel[(ceil_div(batch, config.kwargs["BLOCK_B"]),)](
                 d_scale, d_shift, weight_gate, response_bias, bias_gate, dh, parts, batch, outputs, n,
-                HAS_SHIFT=d_shift is not None, **_options(RESPONSE_CONFIG, n),
+                HAS_SHIFT=d_shift is not None, **_options(config, n),
             )  # fmt: skip
     return d_bias, d_response_bias, d_weight_gate, d_bias_gate, dh

@@ -288,26 +288,26 @@ def small_jobs():
     decay = triton.Config({"BLOCK_B": weight_decay.BLOCK_B, "BLOCK": 1024}, num_warps=weight_decay.NUM_WARPS)
     kernels = {
         "gated_conv2d_gates:gated_conv2d_bwd_gates": conv_gates.GATES_CONFIGS,
-        "gated_conv2d_gates:gated_conv2d_bwd_response": conv_gates.RESPONSE_CONFIG,
+        "gated_conv2d_gates:gated_conv2d_bwd_response": conv_gates.RESPONSE_CONFIGS,
         **{f"weight_decay:{kernel}": decay for kernel in ("decay_moments", "weight_decay_fwd", "weight_decay_bwd")},
     }
-    variants = [(16, False), (16, True), (32, False)]
+    variants = [(16, ""), (16, "-aligned"), (16, "-all-aligned"), (32, "")]
     for capability, floats, (n_pad, aligned) in itertools.product(CAPABILITIES, ("bf16", "fp32"), variants):
         pointers = dict.fromkeys([*POINTERS, "p_gate", "p_d_gate", "p_dh"], f"*{floats}")
         for kernel, shipped in kernels.items():
             config = shipped[n_pad] if isinstance(shipped, dict) else shipped
             shift = {"HAS_SHIFT": True} if kernel.endswith("bwd_response") else {}
-            length = {"gated_conv2d_gates": "O", "weight_decay": "n" if "moments" in kernel else "I"}[
-                kernel.split(":")[0]
-            ]
+            length = "O" if "conv2d" in kernel else "n" if "moments" in kernel else "I"
+            rest = set() if kernel.startswith("weight_decay:weight") else {"batch"}
+            divisible = {"": set(), "-aligned": {length}, "-all-aligned": {length} | rest}[aligned]
             yield Job(
                 f"stn_fast.kernels.{kernel}_kernel",
-                f"{kernel.split(':')[1]}-sm{capability}-{floats}-n{n_pad}{'-aligned' if aligned else ''}",
+                f"{kernel.split(':')[1]}-sm{capability}-{floats}-n{n_pad}{aligned}",
                 capability,
                 {**pointers, **tables, **sizes},
                 {"N_PAD": n_pad, **wants, **shift, **config.kwargs},
                 config.num_warps,
-                divisible=frozenset(length) if aligned else frozenset(),
+                divisible=frozenset(divisible),
             )
 
 
