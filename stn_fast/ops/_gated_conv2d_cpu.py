@@ -25,7 +25,7 @@ from torch import Tensor
 from stn_fast.ops import _gated_conv2d_driver as driver
 from stn_fast.ops._gated_conv2d_driver import Geometry
 from stn_fast.ops._gated_linear_plain import Gradients, Wanted
-from stn_fast.ops.memory import address
+from stn_fast.ops.memory import address, as_one
 
 _AT_ONCE = 1 << 22  # numbers: P and Q are 16 MiB
 _BLOCK = 1 << 20
@@ -261,6 +261,8 @@ def _backward_by_blocks(
 
 def _joined(weight: Tensor, response_weight: Tensor, groups: int, layout: torch.memory_format) -> Tensor:
     """The filters [W; R] in the library's layout."""
+    if groups == 1 and (stored := as_one(weight, response_weight)) is not None:
+        return _laid_out(stored, layout)
     outputs, inputs, *kernel = weight.shape
     joined = _empty((2 * outputs, inputs, *kernel), layout)
     halves = joined.unflatten(0, (groups, 2, -1))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stn_fast.ops._gated_linear_plain import Gradients, Wanted
+from stn_fast.ops.memory import as_one
 
 Result: TypeAlias = tuple[Tensor, Tensor | None]
 
@@ -71,9 +72,13 @@ class Kernels(Protocol):
 
 
 def join(weight: Tensor, response_weight: Tensor, groups: int) -> Tensor:
-    """[W; R], and for groups the filters of each group so: (2·O, I/groups, kh, kw)."""
+    """[W; R], and for groups the filters of each group so: (2·O, I/groups, kh, kw).
+
+    Those of one group that are stored so, as a HyperConv2d stores them, are not copied.
+    """
     if groups == 1:
-        return torch.cat([weight, response_weight])
+        stored = as_one(weight, response_weight)
+        return torch.cat([weight, response_weight]) if stored is None else stored
     halves = [w.unflatten(0, (groups, -1)) for w in (weight, response_weight)]
     return torch.cat(halves, dim=1).flatten(0, 1)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stn_fast.dispatch import triton_may_serve, use_backend
-from stn_fast.ops._transforms import in_function_transform
+from stn_fast.ops._transforms import in_function_transform, in_transform
 
 Result = TypeVar("Result")
 
@@ -97,6 +97,32 @@ def address_to_compare(tensor: Tensor) -> int:
 def owns_storage(tensor: Tensor) -> bool:
     """Whether no other tensor can lie in the same storage, as parts of a larger one do."""
     return tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def adjoin(first: Tensor, second: Tensor) -> bool:
+    """Whether the second tensor is stored directly after the first, so that both are the halves of a third one."""
+    if not first.layout == second.layout == torch.strided:
+        return False
+    if first.dtype != second.dtype or first.shape != second.shape or first.stride() != second.stride():
+        return False
+    if second.storage_offset() != first.storage_offset() + first.shape[0] * first.stride(0):
+        return False
+    # A tensor of a transform may have more dimensions than it shows, and a subclass other numbers than its memory.
+    if not _PLAIN.issuperset((type(first), type(second))) or first.is_neg() != second.is_neg() or in_transform():
+        return False
+    # No address is asked for: that copies a lazily cloned tensor, and is 0 for every tensor of the meta device.
+    return first.untyped_storage()._cdata == second.untyped_storage()._cdata
+
+
+def as_one(first: Tensor, second: Tensor) -> Tensor | None:
+    """[first; second] as a view if the two `adjoin`; else None, and where autograd would miss the second one."""
+    recorded = torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)
+    if recorded or not adjoin(first, second):
+        return None
+    return first.as_strided((2 * first.shape[0], *first.shape[1:]), first.stride())
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def autocasts(device_type: str) -> bool:

@@ -1,0 +1,70 @@
+"""Two tensors that are the halves of a third one, in whose memory they are stored.
+
+An operation that computes with [W; R] needs no copy of W and R where they are stored so.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from stn_fast.ops._eager import traced
+from stn_fast.ops.memory import adjoin, as_one
+
+Pair: TypeAlias = tuple[Tensor, Tensor]
+
+
+def are_halves(first: nn.Parameter | None, second: nn.Parameter | None) -> bool:
+    """Whether both are parameters, and stored as the halves of one tensor."""
+    return first is not None and second is not None and adjoin(first, second)
+
+
+def make_halves(first: nn.Parameter | None, second: nn.Parameter | None) -> None:
+    """Moves two parameters into the halves of one new tensor, unless they are stored so or are unlike each other."""
+    if type(first) is not nn.Parameter or type(second) is not nn.Parameter or adjoin(first, second):
+        return
+    alike = (first.dtype, first.device, first.shape) == (second.dtype, second.device, second.shape)
+    if alike and first.layout == second.layout == torch.strided:
+        first.data, second.data = torch.cat([first.data, second.data]).chunk(2)
+
+
+def convert(first: Tensor, second: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Pair:
+    """Both in a dtype and a memory format, contiguous or channels_last.
+
+    Halves of one tensor are converted in one pass, and become halves of one tensor; so are their gradients.
+    """
+    if all(tensor.dtype == dtype and tensor.is_contiguous(memory_format=layout) for tensor in (first, second)):
+        return first, second
+    both_recorded = torch.is_grad_enabled() and first.requires_grad and second.requires_grad
+    together = both_recorded and not traced(first, second) and adjoin(first, second)
+    halves: Pair = (_Converted.apply if together else _convert)(first, second, dtype, layout)
+    return halves
+
+
+class _Converted(torch.autograd.Function):
+    """Of halves of one tensor; their gradients get the dtype and the memory format that they have."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Pair:
+        ctx.set_materialize_grads(False)
+        ctx.before = first.dtype, torch.contiguous_format if first.is_contiguous() else torch.channels_last
+        return _convert(first, second, dtype, layout)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return *_convert(*gradients, *ctx.before), None, None
+
+
+def _convert(first: Any, second: Any, dtype: torch.dtype, layout: torch.memory_format) -> Any:
+    # A trace would read the second half through the first one wherever it is run again.
+    apart = first is None or second is None or traced(first, second)
+    if not apart and (both := as_one(first, second)) is not None:
+        return _convert_one(both, dtype, layout).chunk(2)
+    return tuple(None if half is None else _convert_one(half, dtype, layout) for half in (first, second))
+
+
+def _convert_one(tensor: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    # One copy at most. `to` tells layouts apart by strides, and takes a transposed tensor for a contiguous one.
+    return tensor.to(dtype, memory_format=layout).contiguous(memory_format=layout)
