@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from stn_fast import functional
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import GatedLayer, check_sizes, check_switches, give_parameters
+from stn_fast.ops._halves import are_halves, make_halves
 from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gated_conv2d import pair
 
@@ -22,7 +24,8 @@ class HyperConv2d(GatedLayer):
 
     `weight` and `bias` are named and shaped as in torch.nn.Conv2d, so a plain checkpoint loads into them with
     strict=False. W, R, b, r start uniform in ±1/√fan_in, fan_in = in_channels/groups · kh · kw, and the gates from
-    N(0, 0.01²), as published.
+    N(0, 0.01²), as published. With one group, `weight` and `response_weight` are stored as the halves of one tensor, so
+    that no call has to concatenate them.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in
@@ -78,6 +81,29 @@ class HyperConv2d(GatedLayer):
             raise ValueError(f"HyperConv2d wants padding as numbers, 'same' or 'valid'; got {padding!r}")
         if self.padding == "same" and self.stride != (1, 1):
             raise ValueError(f"HyperConv2d: padding='same' wants stride 1, as in torch; got stride={stride}")
+        if groups == 1:
+            make_halves(*self._filters())
+
+    def _filters(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """W and R; None for one that is computed from others, such as by a parametrization."""
+        return self._parameters.get("weight"), self._parameters.get("response_weight")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HyperConv2d:
+        """`to`, `half` and others move each parameter by itself; what were halves become halves again."""
+        were_halves = are_halves(*self._filters())
+        super()._apply(fn, recurse)
+        if were_halves:
+            make_halves(*self._filters())
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_were_halves": are_halves(*self._filters())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """copy.deepcopy and pickle copy each parameter by itself; what were halves become halves again."""
+        super().__setstate__({name: value for name, value in state.items() if name != "_were_halves"})
+        if state.get("_were_halves", False):
+            make_halves(*self._filters())
 
     def forward(self, x: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
         """(B, I, H, W) → (B, O, Ho, Wo); `hyper` is a HyperBatch or its response."""

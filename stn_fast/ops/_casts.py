@@ -6,29 +6,37 @@ weights at every call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from stn_fast.ops._halves import Pair, convert
 
 Optional = TypeVar("Optional", Tensor, Tensor | None)
 
 
 class _Copies:
-    """The casts made so far, each with the parameter, which so keeps its id, and how often that had been written to."""
+    """The casts made so far, each with the parameters, which so keep their ids, and how often these had been written
+    to."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, torch.dtype, bool], tuple[Tensor, int, Tensor]] = {}
+        self._made: dict[tuple[Any, ...], tuple[tuple[Tensor, ...], list[int], tuple[Tensor, ...]]] = {}
 
-    def of(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    def of(
+        self, parameters: tuple[Tensor, ...], make: Callable[..., tuple[Tensor, ...]], *how: Any
+    ) -> tuple[Tensor, ...]:
+        """What `make` makes of the parameters and of `how`."""
         # A copy that was made without a graph has no gradient to pass on.
-        key = id(parameter), dtype, parameter.requires_grad and torch.is_grad_enabled()
+        with_graph = [parameter.requires_grad and torch.is_grad_enabled() for parameter in parameters]
+        key = (*map(id, parameters), *with_graph, *how)
+        versions = [parameter._version for parameter in parameters]
         made = self._made.get(key)
-        if made is None or made[1] != parameter._version:
-            made = self._made[key] = parameter, parameter._version, parameter.to(dtype)
+        if made is None or made[1] != versions:
+            made = self._made[key] = parameters, versions, make(*parameters, *how)
         return made[2]
 
 
@@ -52,7 +60,26 @@ def cast(tensor: Optional, dtype: torch.dtype) -> Optional:
     """``tensor`` in ``dtype``; inside `casts_once` that of a parameter is made once. None is returned as it is."""
     if tensor is None or tensor.dtype == dtype:
         return tensor
-    if torch.compiler.is_compiling() or not isinstance(tensor, nn.Parameter) or tensor.is_inference():
-        return tensor.to(dtype)
-    copies = _copies.get()
-    return tensor.to(dtype) if copies is None else copies.of(tensor, dtype)
+    copies = _copies_of(tensor)
+    return tensor.to(dtype) if copies is None else copies.of((tensor,), _cast, dtype)[0]
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
+    return (tensor.to(dtype),)
+
+
+def cast_pair(first: Tensor, second: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Pair:
+    """Both in ``dtype`` and ``layout`` by `convert`; inside `casts_once` those of two parameters are made once."""
+    copies = _copies_of(first, second)
+    if copies is None or first.dtype == second.dtype == dtype:
+        return convert(first, second, dtype, layout)
+    one, other = copies.of((first, second), convert, dtype, layout)
+    return one, other
+
+
+def _copies_of(*tensors: Tensor) -> _Copies | None:
+    """The casts that `casts_once` keeps, None outside of it and where one of the tensors is none that it keeps."""
+    if torch.compiler.is_compiling():
+        return None
+    kept = all(isinstance(tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors)
+    return _copies.get() if kept else None

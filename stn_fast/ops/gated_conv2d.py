@@ -11,10 +11,11 @@ from torch import Tensor
 
 from stn_fast.ops import _gated_conv2d_cpu as cpu
 from stn_fast.ops import _gated_conv2d_driver as driver
-from stn_fast.ops._casts import cast
+from stn_fast.ops._casts import cast, cast_pair
 from stn_fast.ops._eager import eager_function, traced
 from stn_fast.ops._gated_conv2d_driver import Geometry, Kernels, Plain
 from stn_fast.ops._gated_linear_plain import Wanted
+from stn_fast.ops._halves import convert
 from stn_fast.ops._operands import check_operands
 from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.gated_linear import fold
@@ -224,7 +225,8 @@ def gated_conv2d(
 
     Args:
         x: (B, I, H, W), contiguous or channels_last.
-        weight, response_weight: W, R (O, I/groups, kh, kw).
+        weight, response_weight: W, R (O, I/groups, kh, kw). With one group they are joined to [W; R] by a copy, which
+            is saved where they are stored so, as the halves of one tensor.
         bias, response_bias: b, r (O,); None for a layer without bias.
         weight_gate, bias_gate: Gw, Gb (O, n); bias_gate is None when bias is.
         h: response input, (B, n) with one row an example, or (n,) shared by all of them: then the layer is
@@ -243,10 +245,11 @@ def gated_conv2d(
         ValueError: shapes, dtypes, devices or arguments do not fit together; the message names the argument.
     """
     if dtype := autocast_dtype(x):
-        x, weight, response_weight, weight_gate, h = (
-            cast(tensor, dtype) for tensor in (x, weight, response_weight, weight_gate, h)
-        )
+        x, weight_gate, h = (cast(tensor, dtype) for tensor in (x, weight_gate, h))
         bias, response_bias, bias_gate = (cast(tensor, dtype) for tensor in (bias, response_bias, bias_gate))
+        if x.ndim == weight.ndim == response_weight.ndim == 4 and not in_transform():
+            weight, response_weight = cast_pair(weight, response_weight, dtype, driver.memory_format(x, weight))
+        weight, response_weight = cast(weight, dtype), cast(response_weight, dtype)
     _check(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h, groups)
     stride, dilation = pair("gated_conv2d", "stride", stride, 1), pair("gated_conv2d", "dilation", dilation, 1)
     x, padding = _explicit_padding(x, weight, padding, stride, dilation)
@@ -265,9 +268,10 @@ def gated_conv2d(
         return reference(*tensors, stride=stride, padding=padding, dilation=dilation, groups=groups, relu=relu)
     save_response = torch.is_grad_enabled() and (h.requires_grad or weight_gate.requires_grad)
     layout = driver.memory_format(x, weight)
-    images = (x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout))
+    x = x.contiguous(memory_format=layout)
+    weight, response_weight = convert(weight, response_weight, weight.dtype, layout)
     rest = [None if t is None else t.contiguous() for t in (bias, response_bias, weight_gate, bias_gate, h)]
-    operands = (*images, rest[0], response_weight.contiguous(memory_format=layout), *rest[1:])
+    operands = (x, weight, rest[0], response_weight, *rest[1:])
     run = _gated_conv2d if traced(*tensors) else _eager
     return run(*operands, stride, padding, dilation, groups, relu, save_response)[0]
 
