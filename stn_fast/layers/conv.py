@@ -90,12 +90,7 @@ class HyperConv2d(GatedLayer):
             x, padding = F.pad(x, self._pads(), mode=self.padding_mode), (0, 0)
         return functional.gated_conv2d(
             x,
-            self.weight,
-            self.bias,
-            self.response_weight,
-            self.response_bias,
-            self.weight_gate,
-            self.bias_gate,
+            *self.gated_parameters,
             hyper,
             stride=self.stride,
             padding=padding,
