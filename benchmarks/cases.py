@@ -165,7 +165,7 @@ def _gated_linear(case: Case) -> dict[str, Provider]:
 def _gated_linear_limits(
     inputs: list[Tensor], dy: Tensor, forward: bool, wanted: Sequence[bool]
 ) -> dict[str, Provider]:
-    from stn_fast.ops._products import library, times_transpose
+    from stn_fast.ops.products import library, times_transpose
 
     x, weight, _, response_weight, _, weight_gate, _, h = inputs
     limit = Limit.of(x, weight, response_weight, dy, dy * (h @ weight_gate.T))

@@ -293,7 +293,7 @@ def dry_device(capability: tuple[int, int] = (9, 0), candidates: bool = False) -
     from stn_fast import dispatch
     from stn_fast.kernels import gated_lstm_persistent
     from stn_fast.kernels.autotune import Autotuner
-    from stn_fast.ops import _eager
+    from stn_fast.ops import transforms
 
     recording, guards = Recording(), [0]
 
@@ -340,7 +340,7 @@ def dry_device(capability: tuple[int, int] = (9, 0), candidates: bool = False) -
         stack.enter_context(
             mock.patch.object(_foreach_utils, "_get_foreach_kernels_supported_devices", return_value=foreach)
         )
-        stack.enter_context(mock.patch.object(_eager, "is_in_torch_dispatch_mode", return_value=False))
+        stack.enter_context(mock.patch.object(transforms, "is_in_torch_dispatch_mode", return_value=False))
         stack.enter_context(mock.patch.object(Autotuner, "choose", choose))
         stack.enter_context(mock.patch.object(gated_lstm_persistent, "why_not", return_value="it isn't recorded"))
         for cache in caches:

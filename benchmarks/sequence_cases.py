@@ -96,10 +96,10 @@ def _in_one_piece(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _fused(x: Tensor, h_0: Tensor, c_0: Tensor, *weights_and_h: Tensor) -> Tensor:
-    from stn_fast.functional import Weights, gated_lstm
+    from stn_fast.functional import GatedParameters, gated_lstm
 
     *weights, h = weights_and_h
-    return gated_lstm(x, h_0, c_0, Weights(*weights[:6]), Weights(*weights[6:]), h)[0]
+    return gated_lstm(x, h_0, c_0, GatedParameters(*weights[:6]), GatedParameters(*weights[6:]), h)[0]
 
 
 def sequence_limit(inputs: Sequence[Tensor]) -> SequenceLimit:

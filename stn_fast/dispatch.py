@@ -171,7 +171,7 @@ def _cpp() -> Backend:
     core: Any = importlib.import_module("stn_fast._C")
     torch: Any = importlib.import_module("torch")
     threads = f"OpenMP, {torch.get_num_threads()} threads" if core.openmp() else "one thread, built without OpenMP"
-    products: Any = importlib.import_module("stn_fast.ops._products")
+    products: Any = importlib.import_module("stn_fast.ops.products")
     return Backend(True, f"CPU tensors, {core.isa()} instructions, products by {products.description()}, {threads}")
 
 

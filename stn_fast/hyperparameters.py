@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from stn_fast.checks import whole_number
 from stn_fast.hyperparameter import RAW_SCALE_BOUNDS, SCALE_BOUNDS, Hyperparameter, Response, inverse_softplus
-from stn_fast.ops._draw import check_coordinates
 from stn_fast.ops.arguments import check_tensor
+from stn_fast.ops.draw import check_coordinates
 from stn_fast.ops.perturb import constrain, perturb_for
 
 __all__ = [

@@ -6,6 +6,7 @@ imports triton before TRITON_INTERPRET and the path are set.
 """
 
 import contextlib
+import hashlib
 import importlib
 import io
 import multiprocessing
@@ -46,6 +47,7 @@ class Usage:
     tensor_cores: str  # "wgmma", "mma.sync" or ""
     wgmma: int = 0  # how many of these instructions
     messages: tuple[str, ...] = ()  # ptxas on wgmma that it runs one after the other, C75xx
+    hash: str = ""  # of the instructions
 
 
 def read_log(log: str) -> tuple[int, int, int, tuple[str, ...]]:
@@ -56,6 +58,13 @@ def read_log(log: str) -> tuple[int, int, int, tuple[str, ...]]:
                         r"(\d+) bytes spill loads")
     )  # fmt: skip
     return registers, stack, stores + loads, tuple(re.findall(r"\(?(C75\d\d\b.*)", log))
+
+
+def hash_of(ptx: str) -> str:
+    """SHA-256 of the instructions, without what says from which line of which file they come."""
+    instructions = ptx.partition("\t.section\t.debug")[0]
+    lines = re.sub(r"^\s*(\.loc|\.file|//|\$L__(tmp|func_begin|func_end)).*\n", "", instructions, flags=re.MULTILINE)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def compile_job(job: Job) -> Usage | str:
@@ -86,7 +95,7 @@ def compile_job(job: Job) -> Usage | str:
     ptx = compiled.asm["ptx"]
     wgmma = ptx.count("wgmma.mma_async")
     tensor_cores = "wgmma" if wgmma else "mma.sync" if "mma.sync" in ptx else ""
-    return Usage(registers, stack, spilled, compiled.metadata.shared, tensor_cores, wgmma, messages)
+    return Usage(registers, stack, spilled, compiled.metadata.shared, tensor_cores, wgmma, messages, hash_of(ptx))
 
 
 def problems(job: Job, usage: Usage | str) -> list[str]:

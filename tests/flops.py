@@ -17,6 +17,6 @@ def flops_of(function: Callable[[], object]) -> int:
     A dispatch mode sees registered operations alone; so the operations are told that there is none.
     """
     counting = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _in_place})
-    with mock.patch("stn_fast.ops._eager.is_in_torch_dispatch_mode", return_value=False), counting as counter:
+    with mock.patch("stn_fast.ops.transforms.is_in_torch_dispatch_mode", return_value=False), counting as counter:
         function()
     return counter.get_total_flops()

@@ -7,7 +7,7 @@ import torch
 from numerics import assert_twice_as_good
 from torch import Tensor
 
-from stn_fast.ops.gated_lstm import Weights
+from stn_fast.ops.gates import GatedParameters
 
 DIFFERENTIATED = ("d_gates", "dh_0", "dc_0")
 
@@ -113,7 +113,7 @@ def differentiated(
 ) -> list[Tensor]:
     """y, c_n and the gradients of all leaves; without any incoming, of the sum, whose own is one number expanded."""
     x, h_0, c_0, *weights, h = inputs = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
-    y, (_, c_n) = function(x, h_0, c_0, Weights(*weights[:6]), Weights(*weights[6:]), h)
+    y, (_, c_n) = function(x, h_0, c_0, GatedParameters(*weights[:6]), GatedParameters(*weights[6:]), h)
     if incoming is None:
         return [y, c_n, *torch.autograd.grad(y.sum() + c_n.sum(), inputs)]
     given = [gradient.to(dtype) for gradient in incoming]

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stn_fast import checks, functional
+from stn_fast import checks
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import GatedLayer, check_sizes, give_parameters
-from stn_fast.ops._transforms import in_transform
-from stn_fast.ops._uncast import product
 from stn_fast.ops.arguments import check_tensor
+from stn_fast.ops.gates import check_examples, response_input
+from stn_fast.ops.transforms import in_transform
+from stn_fast.ops.uncast import product
 
 
 class HyperBatchNorm2d(GatedLayer):
@@ -89,8 +90,8 @@ class HyperBatchNorm2d(GatedLayer):
         if one_is_double or not x.is_floating_point():
             raise ValueError(f"HyperBatchNorm2d is {self.weight.dtype} and x {x.dtype}; cast one, as in x.to(weight)")
         self._check_response(hyper)
-        functional.check_examples("HyperBatchNorm2d", x, hyper)
-        h = functional.response_input(hyper, self.weight)
+        check_examples("HyperBatchNorm2d", x, hyper)
+        h = response_input(hyper, self.weight)
         if h.ndim not in (1, 2) or (h.ndim == 2 and len(h) != len(x)):
             raise ValueError(f"HyperBatchNorm2d wants h (B, n) or (n,) for x {tuple(x.shape)}; got {tuple(h.shape)}")
         if self.training:

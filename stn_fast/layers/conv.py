@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from stn_fast import functional
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import GatedLayer, check_sizes, check_switches, give_parameters
-from stn_fast.ops._halves import are_halves, make_halves
 from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gated_conv2d import pair
+from stn_fast.ops.halves import are_halves, make_halves
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -116,12 +116,7 @@ class HyperConv2d(GatedLayer):
             x, padding = F.pad(x, self._pads(), mode=self.padding_mode), (0, 0)
         return functional.gated_conv2d(
             x,
-            self.weight,
-            self.bias,
-            self.response_weight,
-            self.response_bias,
-            self.weight_gate,
-            self.bias_gate,
+            *self.gated_parameters,
             hyper,
             stride=self.stride,
             padding=padding,

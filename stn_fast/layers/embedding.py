@@ -13,6 +13,7 @@ from stn_fast.layers.gated import GatedLayer, check_folding, check_sizes, check_
 from stn_fast.layers.regularisers import _PerBatchRegulariser, check_rate
 from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gated_embedding import fold
+from stn_fast.ops.gates import response_input
 
 
 class HyperEmbedding(GatedLayer):
@@ -86,14 +87,14 @@ class HyperEmbedding(GatedLayer):
 
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
         """½ · mean_b decay[b] ‖E + R diag(Gw h[b])‖², a scalar."""
-        h = functional.response_input(hyper, self.weight)
+        h = response_input(hyper, self.weight)
         return functional.weight_decay_penalty(self.weight.T, self.response_weight.T, self.weight_gate, h, decay)
 
     @torch.no_grad()
     def fold(self, response: Tensor) -> nn.Embedding:
         """The plain layer this one is at one response input (n,)."""
         check_folding(self.num_hyperparameters, response)
-        table = fold(self.weight, self.response_weight, self.weight_gate, response.to(self.weight))
+        table = fold(self.gated_parameters, response.to(self.weight))
         plain = nn.Embedding(
             self.num_embeddings, self.embedding_dim, self.padding_idx, sparse=self.sparse, device="meta"
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stn_fast import checks, functional
 from stn_fast.hyperparameters import HyperBatch
-from stn_fast.ops.gated_linear import fold
+from stn_fast.ops.gates import GatedParameters, fold, response_input
 
 
 class GatedLayer(nn.Module):
@@ -62,25 +62,24 @@ class GatedLayer(nn.Module):
 
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
         """½ · mean_b decay[b] ‖W + diag(Gw h[b]) R‖², a scalar; biases are not decayed."""
-        h = functional.response_input(hyper, self.weight)
+        h = response_input(hyper, self.weight)
         return functional.weight_decay_penalty(self.weight, self.response_weight, self.weight_gate, h, decay)
 
     def _check_response(self, hyper: HyperBatch | Tensor) -> None:
         check_response(type(self).__name__, self.num_hyperparameters, hyper)
 
+    @property
+    def gated_parameters(self) -> GatedParameters:
+        """W, b, R, r, Gw, Gb."""
+        return GatedParameters(
+            self.weight, self.bias, self.response_weight, self.response_bias, self.weight_gate, self.bias_gate
+        )
+
     @torch.no_grad()
     def _folded(self, response: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the plain layer this one is at one response input (n,)."""
         check_folding(self.num_hyperparameters, response)
-        return fold(
-            self.weight,
-            self.bias,
-            self.response_weight,
-            self.response_bias,
-            self.weight_gate,
-            self.bias_gate,
-            response.to(self.weight),
-        )
+        return fold(self.gated_parameters, response.to(self.weight))
 
 
 def check_sizes(layer: str, **sizes: int) -> None:

@@ -51,17 +51,7 @@ class HyperLinear(GatedLayer):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"HyperLinear has in_features={self.in_features}; got x {tuple(x.shape)}")
         self._check_response(hyper)
-        return functional.gated_linear(
-            x,
-            self.weight,
-            self.bias,
-            self.response_weight,
-            self.response_bias,
-            self.weight_gate,
-            self.bias_gate,
-            hyper,
-            example_dim,
-        )
+        return functional.gated_linear(x, *self.gated_parameters, hyper, example_dim)
 
     def fold(self, response: Tensor) -> nn.Linear:
         """The plain layer this one is at one response input (n,)."""

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from stn_fast import functional
-from stn_fast.functional import Weights
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import check_folding, check_response, check_sizes, check_switches
 from stn_fast.layers.regularisers import DropConnect, PerExampleDropout
 from stn_fast.ops.arguments import check_tensor
-from stn_fast.ops.gated_lstm import fold
+from stn_fast.ops.gates import GatedParameters, check_examples, fold, response_input
 
 State = tuple[Tensor, Tensor]
 
@@ -89,7 +88,7 @@ class HyperLSTM(nn.Module):
             for suffix in self._suffixes(layer):
                 for side, columns in (("ih", inputs), ("hh", hidden_size)):
                     shapes = ((wide, columns), (wide,), (wide, columns), (wide,), (wide, n), (wide, n))
-                    for name, shape in zip(Weights._fields, shapes, strict=True):
+                    for name, shape in zip(GatedParameters._fields, shapes, strict=True):
                         absent = "bias" in name and not bias
                         parameter = None if absent else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                         self.register_parameter(f"{name}_{side}_{suffix}", parameter)
@@ -168,7 +167,7 @@ class HyperLSTM(nn.Module):
             state = None if state is None else (state[0].unsqueeze(1), state[1].unsqueeze(1))
             y, (h_n, c_n) = self.forward(x.unsqueeze(batch_dim), hyper, state)
             return y.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
-        functional.check_examples("HyperLSTM", x, hyper, batch_dim)
+        check_examples("HyperLSTM", x, hyper, batch_dim)
         if self.training and isinstance(hyper, Tensor) and (self.dropouts or self.drop_connects):
             raise TypeError("HyperLSTM with dropout wants a HyperBatch in training mode, not its response alone")
         y, after = self._layers(x.transpose(0, 1) if self.batch_first else x, hyper, state)
@@ -176,7 +175,7 @@ class HyperLSTM(nn.Module):
 
     def _layers(self, y: Tensor, hyper: HyperBatch | Tensor, state: State | None) -> tuple[Tensor, State]:
         """(T, B, I) → (T, B, H · directions), and the state after the last step."""
-        h = functional.response_input(hyper, self.weight_ih_l0)
+        h = response_input(hyper, self.weight_ih_l0)
         before = zip(*self._state(y, state), strict=True)
         after: list[State] = []
         for layer in range(self.num_layers):
@@ -221,10 +220,10 @@ class HyperLSTM(nn.Module):
         zeros = x.new_zeros(self._state_shape(x.shape[1]))
         return zeros, zeros
 
-    def _weights(self, side: str, suffix: str) -> Weights:
-        return Weights._make(getattr(self, f"{name}_{side}_{suffix}") for name in Weights._fields)
+    def _weights(self, side: str, suffix: str) -> GatedParameters:
+        return GatedParameters._make(getattr(self, f"{name}_{side}_{suffix}") for name in GatedParameters._fields)
 
-    def _connected(self, suffix: str, hyper: HyperBatch | Tensor) -> Weights:
+    def _connected(self, suffix: str, hyper: HyperBatch | Tensor) -> GatedParameters:
         """The hidden-to-hidden weights, under DropConnect where there is one."""
         weights = self._weights("hh", suffix)
         if suffix not in self.drop_connects:
@@ -234,7 +233,7 @@ class HyperLSTM(nn.Module):
             weight=drop(weights.weight, hyper), response_weight=drop(weights.response_weight, hyper)
         )
 
-    def _sides(self) -> Iterator[tuple[str, Weights]]:
+    def _sides(self) -> Iterator[tuple[str, GatedParameters]]:
         """(how their names end, weights) of both sides of every layer and direction."""
         for suffix in chain.from_iterable(map(self._suffixes, range(self.num_layers))):
             for side in ("ih", "hh"):
@@ -242,7 +241,7 @@ class HyperLSTM(nn.Module):
 
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
         """½ · mean_b decay[b] ‖W + diag(Gw h[b]) R‖², a scalar, summed over all matrices; biases are not decayed."""
-        h = functional.response_input(hyper, self.weight_ih_l0)
+        h = response_input(hyper, self.weight_ih_l0)
         penalties = [
             functional.weight_decay_penalty(of_side.weight, of_side.response_weight, of_side.weight_gate, h, decay)
             for _, of_side in self._sides()

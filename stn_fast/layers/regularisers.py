@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from stn_fast import functional
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter
-from stn_fast.ops._draw import stream_number
-from stn_fast.ops._transforms import in_function_transform
 from stn_fast.ops.arguments import check_tensor
+from stn_fast.ops.draw import stream_number
+from stn_fast.ops.transforms import in_function_transform
 
 
 class _Regulariser(nn.Module):

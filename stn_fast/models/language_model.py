@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.layers import EmbeddingDropout, HyperEmbedding, HyperLSTM, PerExampleDropout
 from stn_fast.layers.gated import check_sizes
-from stn_fast.ops._linear import linear
+from stn_fast.ops.linear import linear
 
 # What each layer draws from, whatever the space has of the others; the LSTM takes as many from its own as it wants.
 EMBEDDING_STREAM, INPUT_STREAM, OUTPUT_STREAM, LSTM_STREAM = 1, 2, 3, 4

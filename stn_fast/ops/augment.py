@@ -14,10 +14,9 @@ from stn_fast import random
 from stn_fast.checks import real_number, whole_number
 from stn_fast.dispatch import choose
 from stn_fast.errors import did_you_mean
-from stn_fast.ops._draw import check_coordinates, check_stream, check_strength, step_number
-from stn_fast.ops._eager import traced
-from stn_fast.ops._transforms import in_function_transform
+from stn_fast.ops.draw import check_coordinates, check_stream, check_strength, step_number
 from stn_fast.ops.memory import address, own_address, reads_memory
+from stn_fast.ops.transforms import in_function_transform, traced
 
 # The rows of the table that kernels read, in this order; bit k of the mask says that row k is on.
 STRENGTHS = (

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stn_fast import random
-from stn_fast.ops._draw import check_coordinates, check_strength, step_number
-from stn_fast.ops._eager import eager_function, known_sizes, register, traced
-from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.arguments import check_tensor
-from stn_fast.ops.memory import address, own_address, reads_memory
+from stn_fast.ops.draw import check_coordinates, check_strength, step_number
+from stn_fast.ops.memory import address, own_address
+from stn_fast.ops.operation import Operation
 from stn_fast.ops.serving import ELEMENTWISE, serving
+from stn_fast.ops.transforms import in_transform, known_sizes
 
 
 def reference(x: Tensor, rate: Tensor, uniform: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
@@ -47,8 +46,7 @@ def _uniform(
     return torch.from_numpy(draws).to(step.device)
 
 
-@reads_memory
-def _compute(
+def _forward(
     x: Tensor,
     rate: Tensor,
     step: Tensor,
@@ -86,26 +84,21 @@ def _check_sizes(x: Tensor, rate: Tensor, *rest: Any) -> None:
         raise ValueError(f"dropout was traced for x of {sizes} numbers; got {tuple(x.shape)}, rate {tuple(rate.shape)}")
 
 
-_dropout = register("dropout", _compute, _check_sizes)
-
-
-@_dropout.register_fake
-def _(x, rate, step, seed, stream, first_example, sizes, strides):
+def _fake(
+    x: Tensor,
+    rate: Tensor,
+    step: Tensor,
+    seed: int,
+    stream: int,
+    first_example: int,
+    sizes: list[int],
+    strides: list[int],
+) -> Tensor:
     return torch.empty_like(x)
 
 
-def _setup_context(ctx, inputs, output):
-    _, rate, step, *ctx.draw = inputs
-    ctx.save_for_backward(rate, step)
-
-
-def _backward(compute, ctx, dy):
-    # The rate and step inputs never require grad (see `dropout`), so dy is all there is to map back.
-    return compute(dy.contiguous(), *ctx.saved_tensors, *ctx.draw), *[None] * 7
-
-
-_dropout.register_autograd(partial(_backward, _dropout), setup_context=_setup_context)
-_eager = eager_function(_compute, _setup_context, _backward, _compute, _dropout)
+# The rate and the step never require a gradient (see `dropout`), and the mask is the same for x and for dy.
+_operation = Operation("dropout", _forward, outputs=("y",), fake=_fake, check=_check_sizes)
 
 
 def mask_layout(shape: Sequence[int], example_dim: int, shared_dims: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -203,6 +196,4 @@ def dropout(
     draw = (rate.contiguous(), step, seed, stream, first_example)
     if in_transform():
         return reference(x, rate, _uniform(step, seed, stream, first_example, sizes, strides), sizes, strides)
-    if traced(x, rate):
-        return _dropout(x.contiguous(), *draw, known_sizes(sizes), known_sizes(strides))
-    return _eager(x.contiguous(), *draw, sizes, strides)
+    return _operation(x.contiguous(), *draw, known_sizes(sizes), known_sizes(strides))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stn_fast.dispatch import triton_may_serve, use_backend
-from stn_fast.ops._transforms import in_function_transform, in_transform
+from stn_fast.ops.transforms import in_function_transform, in_transform
 
 Result = TypeVar("Result")
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stn_fast import random
-from stn_fast.ops._draw import check_coordinates, check_strength, step_number
-from stn_fast.ops._eager import eager_function, known_sizes, register, traced
-from stn_fast.ops._transforms import in_transform
 from stn_fast.ops.arguments import check_tensor
-from stn_fast.ops.memory import address, own_address, reads_memory
+from stn_fast.ops.draw import check_coordinates, check_strength, step_number
+from stn_fast.ops.memory import address, own_address
+from stn_fast.ops.operation import Operation
 from stn_fast.ops.serving import ELEMENTWISE, serving
+from stn_fast.ops.transforms import in_transform, known_sizes
 
 
 def reference(x: Tensor, scale: Tensor, normal: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -36,8 +35,7 @@ def _normal(step: Tensor, seed: int, stream: int, first_example: int, sizes: Seq
     return torch.from_numpy(draws).to(step.device)
 
 
-@reads_memory
-def _compute(
+def _forward(
     x: Tensor, scale: Tensor, step: Tensor, seed: int, stream: int, first_example: int, sizes: list[int]
 ) -> Tensor:
     if x.numel() == 0:
@@ -67,16 +65,25 @@ def _check_sizes(x: Tensor, scale: Tensor, *rest: Any) -> None:
         raise ValueError(f"noise was traced for x of {sizes} numbers; got {tuple(x.shape)}, scale {tuple(scale.shape)}")
 
 
-_noise = register("noise", _compute, _check_sizes)
-
-
-@_noise.register_fake
-def _(x, scale, step, seed, stream, first_example, sizes):
+def _fake(
+    x: Tensor, scale: Tensor, step: Tensor, seed: int, stream: int, first_example: int, sizes: list[int]
+) -> Tensor:
     return torch.empty_like(x)
 
 
-@reads_memory
-def _compute_backward(dy: Tensor, step: Tensor, seed: int, stream: int, first_example: int, sizes: list[int]) -> Tensor:
+def _backward(
+    d_y: Tensor,
+    step: Tensor,
+    seed: int,
+    stream: int,
+    first_example: int,
+    sizes: list[int],
+    wanted: list[bool],
+) -> list[Tensor]:
+    return [_d_scale(d_y.contiguous(), step, seed, stream, first_example, sizes)]
+
+
+def _d_scale(dy: Tensor, step: Tensor, seed: int, stream: int, first_example: int, sizes: list[int]) -> Tensor:
     """d_scale[b] = Σ dy · ε, float32."""
     if dy.numel() == 0:
         return dy.new_zeros(sizes[1], dtype=torch.float32)
@@ -100,28 +107,23 @@ def _compute_backward(dy: Tensor, step: Tensor, seed: int, stream: int, first_ex
     return (dy.view(tuple(sizes)) * normal).sum((0, 2)).float()
 
 
-_noise_backward = torch.library.custom_op("stn_fast::noise_backward", _compute_backward, mutates_args=())
+def _like(
+    d_y: Tensor, step: Tensor, seed: int, stream: int, first_example: int, sizes: list[int], *_: Any
+) -> list[Tensor]:
+    return [d_y.new_empty(sizes[1], dtype=torch.float32)]
 
 
-@_noise_backward.register_fake
-def _(dy, step, seed, stream, first_example, sizes):
-    return dy.new_empty(sizes[1], dtype=torch.float32)
-
-
-def _setup_context(ctx, inputs, output):
-    _, _, step, *ctx.draw = inputs
-    ctx.save_for_backward(step)
-
-
-def _backward(compute, ctx, dy):
-    (step,) = ctx.saved_tensors
-    need_x, need_scale, *_ = ctx.needs_input_grad
-    d_scale = compute(dy.contiguous(), step, *ctx.draw) if need_scale else None
-    return dy if need_x else None, d_scale, *[None] * 5
-
-
-_noise.register_autograd(partial(_backward, _noise_backward), setup_context=_setup_context)
-_eager = eager_function(_compute, _setup_context, _backward, _compute_backward, _noise_backward)
+_operation = Operation(
+    "noise",
+    _forward,
+    outputs=("y",),
+    fake=_fake,
+    backward=_backward,
+    differentiable=("scale",),
+    check=_check_sizes,
+    fake_backward=_like,
+    passed={"x": "y"},
+)
 
 
 def noise(
@@ -165,5 +167,4 @@ def noise(
     draw = (step, seed, stream, first_example)
     if in_transform():
         return reference(x, scale, _normal(step, seed, stream, first_example, sizes), sizes)
-    operands = (x.contiguous(), scale.contiguous(), *draw)
-    return _noise(*operands, known_sizes(sizes)) if traced(x, scale) else _eager(*operands, sizes)
+    return _operation(x.contiguous(), scale.contiguous(), *draw, known_sizes(sizes))

@@ -1,6 +1,5 @@
 """perturb: every example's own hyperparameters, sampled, constrained and differentiable, in one call."""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,11 +9,11 @@ from torch import Tensor
 from stn_fast import random
 from stn_fast.checks import whole_number
 from stn_fast.hyperparameter import BOTH_BOUNDS, LOWER_BOUND, RAW_SCALE_BOUNDS, UPPER_BOUND
-from stn_fast.ops._draw import Coordinates, check_coordinates, check_randomness, step_number
-from stn_fast.ops._eager import eager_function, traced
-from stn_fast.ops._transforms import in_transform
-from stn_fast.ops.memory import address, own_address, reads_memory
+from stn_fast.ops.draw import Coordinates, check_coordinates, check_randomness, step_number
+from stn_fast.ops.memory import address, own_address
+from stn_fast.ops.operation import Operation
 from stn_fast.ops.serving import serving
+from stn_fast.ops.transforms import in_transform
 
 PERTURBATION_STREAM = 0
 
@@ -73,8 +72,7 @@ def reference(location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor
     return Perturbed(values, response)
 
 
-@reads_memory
-def _compute(
+def _forward(
     location: Tensor,
     raw_scale: Tensor,
     center: Tensor,
@@ -114,18 +112,37 @@ def _compute(
     return values.T, response, noise
 
 
-_perturb = torch.library.custom_op("stn_fast::perturb", _compute, mutates_args=())
-
-
-@_perturb.register_fake
-def _(location, raw_scale, center, table, step, seed, batch_size, first_example, save_noise):
+def _fake(
+    location: Tensor,
+    raw_scale: Tensor,
+    center: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seed: int,
+    batch_size: int,
+    first_example: int,
+    save_noise: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     n = table.shape[0]
     noise = location.new_empty(n, batch_size) if save_noise else location.new_empty(0)
     return location.new_empty(n, batch_size).T, location.new_empty(batch_size, n), noise
 
 
-@reads_memory
-def _compute_backward(
+def _backward(
+    d_values: Tensor | None,
+    d_response: Tensor | None,
+    location: Tensor,
+    raw_scale: Tensor,
+    table: Tensor,
+    noise: Tensor,
+    wanted: list[bool],
+) -> list[Tensor | None]:
+    """Both gradients come from one pass."""
+    both = _both(d_values, d_response, location, raw_scale, table, noise)
+    return [gradient if wants else None for gradient, wants in zip(both, wanted, strict=True)]
+
+
+def _both(
     d_values: Tensor | None,
     d_response: Tensor | None,
     location: Tensor,
@@ -177,32 +194,14 @@ def _backward_reference(
     return upstream.sum(0), (upstream * noise).sum(0) * raw_scale.sigmoid() * inside
 
 
-_perturb_backward = torch.library.custom_op("stn_fast::perturb_backward", _compute_backward, mutates_args=())
-
-
-@_perturb_backward.register_fake
-def _(d_values, d_response, location, raw_scale, table, noise):
-    return torch.empty_like(location), torch.empty_like(raw_scale)
-
-
-def _setup_context(ctx, inputs, output):
-    location, raw_scale, _, table, *_ = inputs
-    _, _, noise = output
-    ctx.save_for_backward(location, raw_scale, noise)
-    ctx.table = table  # a constant of the space
-    ctx.mark_non_differentiable(noise)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(compute, ctx, d_values, d_response, _):
-    location, raw_scale, noise = ctx.saved_tensors
-    d_location, d_raw_scale = compute(d_values, d_response, location, raw_scale, ctx.table, noise)
-    need_location, need_raw_scale, *_ = ctx.needs_input_grad
-    return d_location if need_location else None, d_raw_scale if need_raw_scale else None, *[None] * 7
-
-
-_perturb.register_autograd(partial(_backward, _perturb_backward), setup_context=_setup_context)
-_eager = eager_function(_compute, _setup_context, _backward, _compute_backward, _perturb_backward)
+_operation = Operation(
+    "perturb",
+    _forward,
+    outputs=("values", "response", "noise"),
+    fake=_fake,
+    backward=_backward,
+    differentiable=("location", "raw_scale"),
+)
 
 
 def perturb(
@@ -266,10 +265,9 @@ def perturb_for(
     if in_transform():
         noise = perturbation_noise(table, step, seed, batch_size, first_example)
         return reference(location, raw_scale, center, table, noise), coordinates
-    run = _perturb if traced(location, raw_scale, center) else _eager
     save_noise = torch.is_grad_enabled() and (location.requires_grad or raw_scale.requires_grad)
     draw = (table, step, seed, batch_size, first_example, save_noise)
-    values, response, _ = run(location.contiguous(), raw_scale.contiguous(), center.contiguous(), *draw)
+    values, response, _ = _operation(location.contiguous(), raw_scale.contiguous(), center.contiguous(), *draw)
     return Perturbed(values, response), coordinates
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
+from importlib import import_module
+from types import MappingProxyType, ModuleType
 
 import torch
 from torch import Tensor
@@ -29,3 +30,31 @@ def serving(
     if not x.numel() or not all(map(Tensor.numel, others)):
         return "reference"
     return choose(x.device, x.dtype, takes, without)
+
+
+class Implementations:
+    """The modules of an operation's folder that compute it: ``plain`` for "reference", ``cpu`` for "cpp", ``triton``.
+
+    Each has the same functions. One may say by ``why_not(h)`` why it can't serve tensors that are of the right dtype.
+    """
+
+    def __init__(self, package: str, takes: Mapping[str, tuple[torch.dtype, ...]] = GATED) -> None:
+        self._package, self._takes = package, takes
+        self._loaded: dict[str, ModuleType] = {}
+
+    def serving(self, x: Tensor, *others: Tensor) -> ModuleType:
+        """The module that computes on the device of ``x`` and in its dtype, as `serving` chooses.
+
+        The last of ``others`` is h. Raises RuntimeError where a backend was asked for that can't serve.
+        """
+        name = serving(x, *others, takes=self._takes)
+        module = self._loaded.get(name)
+        if module is None:
+            module = self._loaded[name] = import_module(f"{self._package}.{_FILES[name]}")
+        if (why_not := getattr(module, "why_not", None)) is not None and (reason := why_not(others[-1])):
+            other = serving(x, *others, takes=self._takes, without={name: reason})
+            return import_module(f"{self._package}.{_FILES[other]}")
+        return module
+
+
+_FILES: Mapping[Name, str] = {"reference": "plain", "cpp": "cpu", "triton": "triton"}

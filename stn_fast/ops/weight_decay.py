@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from stn_fast.dispatch import triton_may_serve
-from stn_fast.ops._eager import traced
-from stn_fast.ops._transforms import in_transform
-from stn_fast.ops._uncast import product
 from stn_fast.ops.memory import reads_memory
 from stn_fast.ops.serving import ELEMENTWISE, UP_TO_FLOAT32, serving
+from stn_fast.ops.transforms import in_transform, traced
+from stn_fast.ops.uncast import product
 
 
 def weight_decay_penalty(

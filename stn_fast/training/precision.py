@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from stn_fast.errors import did_you_mean
-from stn_fast.ops._casts import casts_once
+from stn_fast.ops.casts import casts_once
 from stn_fast.training.config import PRECISIONS, Precision
 
 _BACKENDS: Any = torch.backends

@@ -22,8 +22,8 @@ from benchmarks.cost_model import H100, H200, Machine, Work, operations
 from benchmarks.sequence_cases import gated_lstm_inputs, sequence_limit
 from stn_fast.kernels.gated_conv2d_backward import epilogue_partials
 from stn_fast.kernels.gated_conv2d_gates import gates, gates_backward
-from stn_fast.ops import _products
-from stn_fast.ops._gated_linear_plain import Wanted
+from stn_fast.ops import products
+from stn_fast.ops.gates import Wanted
 from stn_fast.training.methods import SelfTuning
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ SHAPE = (5, 4, 16, 40)  # of the language model: T, B, H, words
 @pytest.fixture
 def counted(monkeypatch):
     """`flops_of`, with every product torch's own: those of other libraries are not counted."""
-    monkeypatch.setattr(_products, "library", lambda: "torch.mm")
+    monkeypatch.setattr(products, "library", lambda: "torch.mm")
     return flops_of
 
 

@@ -8,7 +8,7 @@ from gated_lstm_recurrence import operands as recurrence_operands
 from gated_lstm_recurrence import ran
 from numerics import assert_twice_as_good
 
-from stn_fast.functional import Weights, gated_lstm
+from stn_fast.functional import GatedParameters, gated_lstm
 from stn_fast.kernels import autotune
 from stn_fast.kernels import gated_lstm as kernels
 from stn_fast.kernels import gated_lstm_persistent as persistent
@@ -52,7 +52,7 @@ def operands(layer, dtype, seed=0):
 
 def layer_of(function, tensors):
     x, h_0, c_0, *weights, h = tensors
-    y, (_, c_n) = function(x, h_0, c_0, Weights(*weights[:6]), Weights(*weights[6:]), h)
+    y, (_, c_n) = function(x, h_0, c_0, GatedParameters(*weights[:6]), GatedParameters(*weights[6:]), h)
     return y, c_n
 
 

@@ -5,7 +5,7 @@ import torch
 from numerics import assert_twice_as_good, relative_error
 
 import stn_fast as stn
-from stn_fast.ops.gated_conv2d import reference
+from stn_fast.ops import gated_conv2d as operation
 
 SPACE = stn.HyperparameterSpace([stn.Hyperparameter("a", init=0.0), stn.Hyperparameter("b", low=0.0, init=1.0)])
 GEOMETRIES = [
@@ -105,11 +105,7 @@ def test_relu_is_that_of_the_layer_without_it():
     with_relu, without = layer_of(kernel_size=3, relu=True), layer_of(kernel_size=3)
     x, hyper = torch.randn(3, 4, 9, 8), sampled(3)
     assert torch.equal(with_relu(x, hyper), without(x, hyper).relu())
-    parameters = (
-        without.weight, without.bias, without.response_weight, without.response_bias, without.weight_gate,
-        without.bias_gate,
-    )  # fmt: skip
-    assert relative_error(without(x, hyper), reference(x, *parameters, hyper.response)) < 1e-6
+    assert relative_error(without(x, hyper), operation.reference(x, without.gated_parameters, hyper.response)) < 1e-6
 
 
 @pytest.mark.parametrize(

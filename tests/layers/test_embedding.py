@@ -31,7 +31,7 @@ def layer_of(**arguments):
 
 def test_computes_the_formula_with_its_own_parameters():
     layer, hyper, tokens = layer_of(), sampled(4), words(6, 4)
-    want = reference(tokens.flatten(), layer.weight, layer.response_weight, layer.weight_gate, hyper.response, None, 6)
+    want = reference(tokens.flatten(), layer.gated_parameters, hyper.response, None, 6)
     assert relative_error(layer(tokens, hyper, example_dim=1), want.view(6, 4, 8)) < 1e-6
     assert torch.equal(layer(tokens.T, hyper.response), layer(tokens, hyper, example_dim=1).transpose(0, 1))
     shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}

@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import stn_fast as stn
 from stn_fast import functional
-from stn_fast.ops.gated_lstm import Weights, reference
+from stn_fast.ops.gated_lstm import reference
+from stn_fast.ops.gates import GatedParameters
 from stn_fast.training.methods import check_streams
 
 SPACE = stn.HyperparameterSpace(
@@ -49,7 +50,7 @@ def state_of(layer, batch, dtype=torch.float32):
 
 
 def weights_of(layer, side, suffix):
-    return Weights._make(getattr(layer, f"{name}_{side}_{suffix}") for name in Weights._fields)
+    return GatedParameters._make(getattr(layer, f"{name}_{side}_{suffix}") for name in GatedParameters._fields)
 
 
 def results_and_gradients(layer, names, x, state, *hyper, dtype):

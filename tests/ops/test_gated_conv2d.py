@@ -6,12 +6,14 @@ import torch.nn.functional as F
 from flops import flops_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import assert_twice_as_good, relative_error
+from numerics import assert_twice_as_good, relative_error, taking_tensors
 
 from stn_fast.dispatch import use_backend
-from stn_fast.ops import _gated_conv2d_cpu as cpu
-from stn_fast.ops.gated_conv2d import fold, gated_conv2d, reference
+from stn_fast.ops import gated_conv2d as operation
+from stn_fast.ops import gates
+from stn_fast.ops.gated_conv2d import cpu, gated_conv2d
 
+reference, fold = taking_tensors(operation.reference), taking_tensors(gates.fold)
 NAMES = ("x", "weight", "bias", "response_weight", "response_bias", "weight_gate", "bias_gate", "h")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # Drawn alike at every run: a sum of few numbers may cancel to less than its rounding, and pass or fail by chance.
@@ -373,9 +375,9 @@ def test_registration_is_complete(backend, layout, way, options):
     args[1], args[3] = (t.detach().contiguous(memory_format=layout).requires_grad_() for t in (args[1], args[3]))
     geometry = ([2, 1], [1, 1], [1, 1], groups, relu)
     torch.library.opcheck(torch.ops.stn_fast.gated_conv2d.default, (*args, *geometry, True))
-    x, weight, _, response_weight, response_bias, weight_gate, bias_gate, h = (t.detach() for t in args)
+    x, weight, _, *rest = (t.detach() for t in args)
     y, q = torch.ops.stn_fast.gated_conv2d(*(t.detach() for t in args), *geometry, True)
-    kept = (x, weight, response_weight, response_bias, weight_gate, bias_gate, h, y if relu else None, q)
+    kept = (x, weight, None, *rest, y if relu else None, q)
     torch.library.opcheck(
         torch.ops.stn_fast.gated_conv2d_backward.default,
         (torch.randn_like(y), *kept, *geometry, [True] * 8),
@@ -466,5 +468,6 @@ def test_memory_kept_for_backward_is_the_response_alone(relu, way):
 )
 def test_misfits_are_named(change, message):
     arguments = dict(zip(NAMES, operands(), strict=True)) | change
+    arguments["hyper"] = arguments.pop("h")
     with pytest.raises(ValueError, match=message):
         gated_conv2d(**arguments)

@@ -7,12 +7,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import assert_twice_as_good, relative_error
+from numerics import assert_twice_as_good, relative_error, taking_tables
 
 from stn_fast import random
 from stn_fast.dispatch import use_backend
-from stn_fast.ops.gated_embedding import fold, gated_embedding, reference, row_scale
+from stn_fast.ops import gated_embedding as operation
+from stn_fast.ops.gated_embedding import gated_embedding, row_scale
 
+reference, fold = taking_tables(operation.reference), taking_tables(operation.fold)
 NAMES = ("weight", "response_weight", "weight_gate", "h")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DROPPED = dict(seed=2**40 + 3, step=4, stream=2)
@@ -273,7 +275,7 @@ def test_the_mask_is_not_stored():
     tokens, *floats = leaves(operands(300, 5, 2, outer=3))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         gated_embedding(tokens, *floats, example_dim=1, rate=torch.tensor([0.5]), **DROPPED)
-    assert sorted(saved) == sorted([tokens.numel(), *(t.numel() for t in floats[1:]), 1, 1])  # rate and step
+    assert sorted(saved) == sorted([tokens.numel(), *(t.numel() for t in floats), 1, 1])  # rate and step
 
 
 @use_backend("cpp")
@@ -334,14 +336,17 @@ def test_second_derivatives_in_reverse_mode_raise_instead_of_lying():
 def test_registration_is_complete(backend):
     tokens, *floats = leaves(operands(9, 7, 3, outer=2, device=backend))
     draw = (torch.tensor([0.3], device=backend), torch.tensor(4, device=backend), 5, 2)
-    arguments = (tokens.flatten(), *floats, *draw, 2, 1, 3, False)
+    weight, response_weight, weight_gate, h = floats
+    six = (weight, None, response_weight, None, weight_gate, None)
+    arguments = (tokens.flatten(), *six, h, *draw, 2, 1, 3, False)
     torch.library.opcheck(torch.ops.stn_fast.gated_embedding.default, arguments)
     de = torch.randn(6, 7, device=backend)
-    detached = [t.detach() for t in floats[1:]]
+    detached = [None if t is None else t.detach() for t in (*six, h)]
+    wanted = [t is not None for t in detached]
     for sparse in (False, True):
         torch.library.opcheck(
             torch.ops.stn_fast.gated_embedding_backward.default,
-            (de, tokens.flatten(), *detached, *draw, 2, 1, 3, sparse, [True] * 4),
+            (de, tokens.flatten(), *detached, *draw, 2, 1, 3, sparse, wanted),
             test_utils=("test_schema", "test_faketensor"),
         )
 
@@ -410,5 +415,6 @@ def test_torch_s_default_dtype_and_device_don_t_change_what_the_core_reads():
 )
 def test_misfits_are_named(change, message):
     arguments = dict(zip(("tokens", *NAMES), operands(9, 7, 3), strict=True)) | dict(example_dim=1) | change
+    arguments["hyper"] = arguments.pop("h")
     with pytest.raises(ValueError, match=message):
         gated_embedding(**arguments)

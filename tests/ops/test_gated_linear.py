@@ -5,12 +5,14 @@ import torch
 from flops import flops_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import assert_twice_as_good, relative_error
+from numerics import assert_twice_as_good, relative_error, taking_tensors
 
 from stn_fast.dispatch import use_backend
-from stn_fast.ops import _gated_linear_cpu, _products
-from stn_fast.ops.gated_linear import fold, gated_linear, reference
+from stn_fast.ops import gated_linear as operation
+from stn_fast.ops import gates, products
+from stn_fast.ops.gated_linear import cpu, gated_linear
 
+reference, fold = taking_tensors(operation.reference), taking_tensors(gates.fold)
 NAMES = ("x", "weight", "bias", "response_weight", "response_bias", "weight_gate", "bias_gate", "h")
 sizes = st.integers(1, 70)
 # Drawn alike at every run: a sum of one number may cancel to less than its rounding, and pass or fail by chance.
@@ -102,8 +104,8 @@ def test_core_is_right_across_its_tiles_and_chunks(shape):
 @use_backend("cpp")
 def test_core_is_right_however_the_rows_fall_into_blocks(monkeypatch, block, layout):
     """Blocks of one example, of part of a turn through the batch and of several turns, adding up across blocks."""
-    monkeypatch.setattr(_gated_linear_cpu, "_BLOCK", block)
-    monkeypatch.setattr(_gated_linear_cpu, "row_blocks", counted := _Counted(_gated_linear_cpu.row_blocks))
+    monkeypatch.setattr(cpu, "_BLOCK", block)
+    monkeypatch.setattr(cpu, "row_blocks", counted := _Counted(cpu.row_blocks))
     assert_as_good_as_plain_torch(operands(37, 2, 6, 3, **layout))
     assert max(counted.blocks) > 1 or block >= 300
 
@@ -125,7 +127,7 @@ class _Counted:
 )
 def test_blocks_cover_every_row_once_and_name_its_example(outer, batch, inner, most):
     covered = []
-    for rows, examples, turns in _gated_linear_cpu.row_blocks(outer, batch, inner, most):
+    for rows, examples, turns in cpu.row_blocks(outer, batch, inner, most):
         expected = [b for _ in range(turns) for b in range(examples.start, examples.stop) for _ in range(inner)]
         assert [m // inner % batch for m in range(rows.start, rows.stop)] == expected
         covered += range(rows.start, rows.stop)
@@ -191,13 +193,13 @@ def test_subsets_on_every_backend(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_validation_step_computes_no_weight_gradient(dtype, monkeypatch):
     """Frozen parameters: only the products behind dx may run, and small ones with the gates."""
-    monkeypatch.setattr(_products, "library", lambda: "torch.mm")  # the other's are not counted
+    monkeypatch.setattr(products, "library", lambda: "torch.mm")  # the other's are not counted
     batch, inputs, outputs = 32, 48, 40
     tensors = operands(batch, inputs, outputs, 3, dtype=dtype)
     wanted = [name in ("x", "h") for name in NAMES]
     y = apply(gated_linear, leaves(tensors, wanted=wanted))
-    products = 2 * batch * outputs * 2 * inputs
-    assert products <= flops_of(y.sum().backward) <= products + 2 * batch * outputs * 4 * 3
+    large = 2 * batch * outputs * 2 * inputs
+    assert large <= flops_of(y.sum().backward) <= large + 2 * batch * outputs * 4 * 3
 
 
 @pytest.mark.parametrize("empty", ["batch", "positions", "inputs", "outputs"])
@@ -333,10 +335,10 @@ def test_registration_is_complete(backend):
     args = leaves([x.reshape(-1, 5), *rest])
     torch.library.opcheck(torch.ops.stn_fast.gated_linear.default, (*args, 1, 1, True))
     dy, q = torch.randn(4, 6, device=backend), torch.randn(4, 6, device=backend)
-    x, weight, _, response_weight, response_bias, weight_gate, bias_gate, h = (t.detach() for t in args)
+    x, weight, _, *rest = (t.detach() for t in args)
     torch.library.opcheck(
         torch.ops.stn_fast.gated_linear_backward.default,
-        (dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q, 1, 1, [True] * 8),
+        (dy, x, weight, None, *rest, q, 1, 1, [True] * 8),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -404,5 +406,6 @@ def test_memory_kept_for_backward_is_one_activation():
 def test_misfits_are_named(change, message):
     x, *rest = operands(4, 5, 7, 3)
     arguments = dict(zip(NAMES, [x[0, :, 0], *rest], strict=True)) | change
+    arguments["hyper"] = arguments.pop("h")
     with pytest.raises(ValueError, match=message):
         gated_linear(**arguments)

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from numerics import assert_twice_as_good, relative_error
 
 from stn_fast.dispatch import use_backend
-from stn_fast.ops import _products
-from stn_fast.ops.gated_lstm import Weights, fold, gated_lstm, reference
+from stn_fast.ops import products
+from stn_fast.ops.gated_lstm import gated_lstm, reference
+from stn_fast.ops.gates import GatedParameters, fold
 
 SIDE = ("weight", "bias", "response_weight", "response_bias", "weight_gate", "bias_gate")
 SIDES = ("input", "hidden")
@@ -42,7 +43,7 @@ def operands(steps, batch, inputs, hidden, n, *, bias=True, dtype=torch.float32,
 def apply(function, tensors, reverse=False):
     """`function` is gated_lstm or reference: y, h_n, c_n."""
     x, h_0, c_0, *weights, h = tensors
-    y, state = function(x, h_0, c_0, Weights(*weights[:6]), Weights(*weights[6:]), h, reverse=reverse)
+    y, state = function(x, h_0, c_0, GatedParameters(*weights[:6]), GatedParameters(*weights[6:]), h, reverse=reverse)
     return y, *state
 
 
@@ -183,11 +184,11 @@ def test_core_is_right_across_its_tasks_and_threads(shape):
 @use_backend("cpp")
 def test_core_is_right_with_weights_laid_out_beforehand_and_without(packed, monkeypatch):
     """Large weights; where torch lacks the internal products of oneDNN, its public ones do."""
-    if packed and not _products.offers_onednn():
+    if packed and not products.offers_onednn():
         pytest.skip("this torch has no products with packed weights")
-    monkeypatch.setattr(_products, "offers_onednn", lambda: packed)
+    monkeypatch.setattr(products, "offers_onednn", lambda: packed)
     hidden = 370
-    assert 8 * hidden**2 > _products._LARGE
+    assert 8 * hidden**2 > products._LARGE
     assert_as_good_as_plain_torch(operands(3, 5, 4, hidden, 2))
 
 
@@ -276,13 +277,13 @@ def test_reverse_is_the_flipped_sequence():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_validation_step_computes_no_weight_gradient(dtype, monkeypatch):
     """Frozen parameters: of the large products only those behind dx and the hidden states may run."""
-    monkeypatch.setattr(_products, "library", lambda: "torch.mm")  # the other's are not counted
+    monkeypatch.setattr(products, "library", lambda: "torch.mm")  # the other's are not counted
     steps, batch, inputs, hidden, n = 8, 32, 48, 40, 3
     results = apply(gated_lstm, leaves(operands(steps, batch, inputs, hidden, n, dtype=dtype), wanted=VALIDATION))
     found = flops_of(results[0].sum().backward)
     rows, wide = steps * batch, 4 * hidden
-    products = 2 * rows * wide * 2 * (inputs + hidden)
-    assert products - 2 * batch * wide * 2 * hidden <= found <= products + 2 * batch * wide * 6 * n
+    large = 2 * rows * wide * 2 * (inputs + hidden)
+    assert large - 2 * batch * wide * 2 * hidden <= found <= large + 2 * batch * wide * 6 * n
 
 
 @pytest.mark.parametrize("empty", [dict(batch=0), dict(inputs=0), dict(n=0)], ids=str)
@@ -332,7 +333,9 @@ def test_folding_gives_the_plain_lstm_at_one_shared_h():
         shared = apply(gated_lstm, [*tensors, h[0]], reverse)
         for got, want in zip(shared, apply(gated_lstm, [*tensors, h[:1].expand(3, -1)], reverse), strict=True):
             assert relative_error(got, want) < 1e-14
-    (weight_ih, bias_ih), (weight_hh, bias_hh) = (fold(Weights(*side), h[0]) for side in (tensors[3:9], tensors[9:15]))
+    (weight_ih, bias_ih), (weight_hh, bias_hh) = (
+        fold(GatedParameters(*side), h[0]) for side in (tensors[3:9], tensors[9:15])
+    )
     want = plain_lstm(*tensors[:3], [weight_ih, weight_hh], [bias_ih, bias_hh])
     for got, wish in zip(apply(gated_lstm, [*tensors, h[0]]), want, strict=True):
         assert relative_error(got, wish) < 1e-14
@@ -426,7 +429,7 @@ def test_registration_is_complete(backend, bias):
     args = leaves(tensors)
     torch.library.opcheck(torch.ops.stn_fast.gated_lstm.default, (*args, False, True, True))
     y, _, *saved = torch.ops.stn_fast.gated_lstm(*tensors, False, True, True)
-    kept = [t for i, t in enumerate(tensors) if i not in (4, 10)]
+    kept = [None if i in (4, 10) else t for i, t in enumerate(tensors)]
     wanted = [t is not None for t in tensors]
     torch.library.opcheck(
         torch.ops.stn_fast.gated_lstm_backward.default,

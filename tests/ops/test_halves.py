@@ -4,8 +4,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from stn_fast.ops import _gated_conv2d_cpu as cpu
-from stn_fast.ops import _gated_conv2d_driver as driver
-from stn_fast.ops._halves import are_halves, convert, make_halves
+from stn_fast.ops.gated_conv2d.joined import join
+from stn_fast.ops.halves import are_halves, convert, make_halves
 from stn_fast.ops.memory import adjoin, as_one
 
 SHAPE = (6, 4, 3, 2)
@@ -47,7 +47,7 @@ def strangers():
 @layouts
 def test_halves_are_joined_without_a_copy(layout):
     first, second = halves(layout)
-    for joined in (as_one(first, second), driver.join(first, second, 1), cpu._joined(first, second, 1, layout)):
+    for joined in (as_one(first, second), join(first, second, 1), cpu._joined(first, second, 1, layout)):
         assert joined.data_ptr() == first.data_ptr()
         assert torch.equal(joined, torch.cat([first, second]))
         assert joined.is_contiguous(memory_format=layout)
@@ -57,7 +57,7 @@ def test_halves_are_joined_without_a_copy(layout):
 @pytest.mark.parametrize("shape", [(1, 4, 3, 2), (6, 1, 3, 2), (6, 4, 1, 1), (1, 1, 1, 1), (5, 3, 3, 2)], ids=str)
 def test_sizes_of_one_and_odd_ones_are_joined_in_their_order(shape, layout):
     first, second = halves(layout, shape=shape)
-    assert torch.equal(driver.join(first, second, 1), torch.cat([first, second]))
+    assert torch.equal(join(first, second, 1), torch.cat([first, second]))
     assert torch.equal(cpu._joined(first, second, 1, torch.channels_last), torch.cat([first, second]))
 
 
@@ -67,22 +67,22 @@ def test_other_pairs_are_not_taken_for_halves(name):
     assert not adjoin(first, second)
     assert as_one(first, second) is None
     if name not in ("another shape", "another dtype", "one sparse", "on the meta device"):
-        assert torch.equal(driver.join(first, second, 1), torch.cat([first, second]))
+        assert torch.equal(join(first, second, 1), torch.cat([first, second]))
 
 
 def test_groups_are_joined_one_by_one():
     first, second = halves()
-    joined = driver.join(first, second, 2)
+    joined = join(first, second, 2)
     assert torch.equal(joined, torch.cat([first[:3], second[:3], first[3:], second[3:]]))
 
 
 def test_autograd_and_transforms_see_both_halves():
     first, second = (half.detach().requires_grad_() for half in halves())
     assert as_one(first, second) is None
-    driver.join(first, second, 1).square().sum().backward()
+    join(first, second, 1).square().sum().backward()
     assert torch.equal(second.grad, 2 * second.detach())
     stacked = torch.randn(5, 12, *SHAPE[1:])
-    joined = torch.vmap(lambda whole: driver.join(*whole.chunk(2), 1))(stacked)
+    joined = torch.vmap(lambda whole: join(*whole.chunk(2), 1))(stacked)
     assert torch.equal(joined, stacked)
 
 
@@ -165,4 +165,4 @@ def test_parameters_that_are_unlike_each_other_stay_where_they_are():
 
 def test_lazily_negated_halves_are_joined_with_their_sign():
     first, second = (torch._neg_view(half) for half in halves())
-    assert torch.equal(driver.join(first, second, 1), torch.cat([first, second]))
+    assert torch.equal(join(first, second, 1), torch.cat([first, second]))

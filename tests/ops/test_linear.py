@@ -7,17 +7,18 @@ from numerics import assert_twice_as_good
 
 import stn_fast
 from stn_fast.dispatch import use_backend
-from stn_fast.ops import _linear, _products
-from stn_fast.ops._linear import linear
+from stn_fast.ops import linear as module
+from stn_fast.ops import products
+from stn_fast.ops.linear import linear
 
-pytestmark = pytest.mark.skipif(not _products.offers_onednn(), reason="no oneDNN in torch")
+pytestmark = pytest.mark.skipif(not products.offers_onednn(), reason="no oneDNN in torch")
 sizes = st.sampled_from([1, 2, 3, 5, 16, 17, 67, 129])
 
 
 @pytest.fixture(autouse=True)
 def _onednn(monkeypatch):
-    monkeypatch.setattr(_products, "library", lambda: "oneDNN")
-    monkeypatch.setattr(_linear, "SMALL", 1)
+    monkeypatch.setattr(products, "library", lambda: "oneDNN")
+    monkeypatch.setattr(module, "SMALL", 1)
 
 
 def drawn(*shape, seed=0, dtype=torch.float32):
@@ -80,7 +81,7 @@ def test_it_is_onednn_that_computes_float32_on_the_cpu(calls, monkeypatch):
 
 
 def test_small_products_are_left_to_torch(calls, monkeypatch):
-    monkeypatch.setattr(_linear, "SMALL", 3 * 4 * 5 + 1)
+    monkeypatch.setattr(module, "SMALL", 3 * 4 * 5 + 1)
     linear(drawn(3, 4), drawn(5, 4))
     assert calls == []
     linear(drawn(4, 4), drawn(5, 4))

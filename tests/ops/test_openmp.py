@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import stn_fast
-from stn_fast.ops import _products, openmp
+from stn_fast.ops import openmp, products
 
 _C = pytest.importorskip("stn_fast._C")
 
@@ -86,11 +86,11 @@ def test_results_and_gradients_are_whole_whatever_threads_openmp_gives(setting):
 
 
 def test_without_a_full_team_torch_computes_and_backends_says_so(monkeypatch):
-    monkeypatch.setattr(_products, "_prefers_onednn", lambda: True)
-    monkeypatch.setattr(_products, "full_team", lambda: True)
-    assert _products.library() == _products.description() == "oneDNN"
-    monkeypatch.setattr(_products, "full_team", lambda: False)
-    assert _products.library() == "torch.mm"
+    monkeypatch.setattr(products, "_prefers_onednn", lambda: True)
+    monkeypatch.setattr(products, "full_team", lambda: True)
+    assert products.library() == products.description() == "oneDNN"
+    monkeypatch.setattr(products, "full_team", lambda: False)
+    assert products.library() == "torch.mm"
     assert "fewer threads" in str(stn_fast.backends()["cpp"])
 
 
@@ -104,13 +104,13 @@ def test_a_team_that_openmp_cannot_be_asked_about_is_not_full(monkeypatch):
 
 
 def test_torch_s_internal_products_are_called_behind_the_question_alone():
-    """In `_products`, by functions that ask `library` or `full_team`; `offers_onednn` tries them on 12 numbers."""
+    """In `products.py`, by functions that ask `library` or `full_team`; `offers_onednn` tries them on 12 numbers."""
     asked = {"library", "full_team"}
     for path in Path(stn_fast.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and "torch.ops.mkldnn" in ast.unparse(node):
                 calls = {ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
-                assert path.name == "_products.py"
+                assert path.name == "products.py"
                 assert node.name == "offers_onednn" or calls & asked, node.name
 
 

@@ -4,13 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_twice_as_good
 
-from stn_fast.ops import _products
+from stn_fast.ops import products
 
 _C = pytest.importorskip("stn_fast._C")
 
 LIBRARIES = (
     "torch.mm",
-    pytest.param("oneDNN", marks=pytest.mark.skipif(not _products.offers_onednn(), reason="no oneDNN in torch")),
+    pytest.param("oneDNN", marks=pytest.mark.skipif(not products.offers_onednn(), reason="no oneDNN in torch")),
 )
 sizes = st.sampled_from([1, 2, 3, 5, 16, 17, 31, 67, 128])
 
@@ -26,9 +26,9 @@ def test_either_library_computes_the_products(library, rows, inputs, outputs, se
     x, weight, response = (drawn(*s, seed=seed) for s in ((rows, inputs), (outputs, inputs), (outputs, inputs)))
     dy, g = drawn(rows, outputs, seed=seed + 10), drawn(rows, outputs, seed=seed + 20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_products, "library", lambda: library)
-        y = _products.times_transpose(x, weight)
-        dx = _products.sum_of_two(dy, weight, g, response, out=torch.full((rows, inputs), torch.nan))
+        patch.setattr(products, "library", lambda: library)
+        y = products.times_transpose(x, weight)
+        dx = products.sum_of_two(dy, weight, g, response, out=torch.full((rows, inputs), torch.nan))
     exact = x.double() @ weight.double().T
     assert y.is_contiguous()
     assert_twice_as_good(y, x @ weight.T, exact, name="x Wᵀ")
@@ -38,34 +38,34 @@ def test_either_library_computes_the_products(library, rows, inputs, outputs, se
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_rows_of_a_larger_tensor_are_written_in_place(library, monkeypatch):
-    monkeypatch.setattr(_products, "library", lambda: library)
+    monkeypatch.setattr(products, "library", lambda: library)
     whole = torch.zeros(6, 4)
     dy, weight = drawn(2, 3, seed=0), drawn(3, 4, seed=1)
-    assert _products.sum_of_two(dy, weight, dy, weight, out=whole[2:4]).data_ptr() == whole[2:4].data_ptr()
+    assert products.sum_of_two(dy, weight, dy, weight, out=whole[2:4]).data_ptr() == whole[2:4].data_ptr()
     assert torch.allclose(whole[2:4], 2 * dy @ weight)
     assert not whole[:2].any()
     assert not whole[4:].any()
 
 
 def test_what_torch_has_does_not_depend_on_its_default_dtype_and_device():
-    offered = _products.offers_onednn()
+    offered = products.offers_onednn()
     torch.set_default_dtype(torch.float64)
     try:
-        assert _products.offers_onednn.__wrapped__() == offered
+        assert products.offers_onednn.__wrapped__() == offered
     finally:
         torch.set_default_dtype(torch.float32)
     with torch.device("meta"):
-        assert _products.offers_onednn.__wrapped__() == offered
+        assert products.offers_onednn.__wrapped__() == offered
 
 
 def test_the_library_follows_from_the_processor_where_threads_are_as_promised(monkeypatch):
     for vendor, isa, expected in (
-        ("amd", "x86-64-v4", "oneDNN" if _products.offers_onednn() else "torch.mm"),
+        ("amd", "x86-64-v4", "oneDNN" if products.offers_onednn() else "torch.mm"),
         ("amd", "x86-64-v3", "torch.mm"),
         ("intel", "x86-64-v4", "torch.mm"),
         ("other", "baseline", "torch.mm"),
     ):
         monkeypatch.setattr(_C, "vendor", lambda vendor=vendor: vendor)
         monkeypatch.setattr(_C, "isa", lambda isa=isa: isa)
-        _products._prefers_onednn.cache_clear()
-        assert _products.library() == expected
+        products._prefers_onednn.cache_clear()
+        assert products.library() == expected

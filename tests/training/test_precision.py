@@ -15,7 +15,7 @@ from stn_fast.data import Split
 from stn_fast.errors import UserError
 from stn_fast.models import LanguageModel
 from stn_fast.models.mlp import mlp
-from stn_fast.ops._casts import cast, casts_once
+from stn_fast.ops.casts import cast, casts_once
 from stn_fast.recipes import digits
 from stn_fast.training.language import next_word_loss, regularised_next_word_loss
 from stn_fast.training.layering import resolve

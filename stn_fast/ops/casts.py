@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stn_fast.ops._halves import Pair, convert
+from stn_fast.ops.halves import Pair, convert
 
 Optional = TypeVar("Optional", Tensor, Tensor | None)
 

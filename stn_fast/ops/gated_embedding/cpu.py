@@ -5,22 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stn_fast.ops._gated_embedding_plain import Gradients, Wanted
+from stn_fast.ops.gates import GatedParameters, Gradients, Wanted, gate_gradients, gradients
 from stn_fast.ops.memory import address
 
+checks_tokens = False
 
-def forward_core(
+
+def forward(
     tokens: Tensor,
-    weight: Tensor,
-    response_weight: Tensor,
-    weight_gate: Tensor,
+    parameters: GatedParameters,
     h: Tensor,
     scale: Tensor | None,
     outer: int,
     inner: int,
+    padding: int,
 ) -> Tensor:
     from stn_fast import _C
 
+    weight, _, response_weight, _, weight_gate, _ = parameters
     s = h @ weight_gate.T
     e = weight.new_empty(len(tokens), weight.shape[1])
     _C.gated_embedding_forward(
@@ -30,32 +32,34 @@ def forward_core(
     return e
 
 
-def backward_core(
+def backward(
     de: Tensor,
     tokens: Tensor,
-    response_weight: Tensor,
-    weight_gate: Tensor,
+    parameters: GatedParameters,
     h: Tensor,
     scale: Tensor | None,
     outer: int,
     inner: int,
     padding: int,
+    sparse: bool,
     wanted: Wanted,
 ) -> Gradients:
+    """Of the tables as a whole: who wants them `sparse` asks plain torch."""
     from stn_fast import _C
 
+    response_weight, weight_gate = parameters.response_weight, parameters.weight_gate
     s = h @ weight_gate.T
     d_weight = torch.zeros_like(response_weight) if wanted.weight else None
     d_response_weight = torch.zeros_like(response_weight) if wanted.response_weight else None
-    ds = torch.zeros_like(s) if wanted.weight_gate or wanted.h else None
+    d_scale = torch.zeros_like(s) if wanted.scale else None
     _C.gated_embedding_backward(
         address(de), address(tokens), address(response_weight), address(s), address(scale),
-        address(d_weight), address(d_response_weight), address(ds),
+        address(d_weight), address(d_response_weight), address(d_scale),
         len(tokens), len(h), inner, response_weight.shape[1], padding, torch.get_num_threads(),
     )  # fmt: skip
-    return Gradients(
-        d_weight,
-        d_response_weight,
-        ds.T @ h if ds is not None and wanted.weight_gate else None,
-        ds @ weight_gate if ds is not None and wanted.h else None,
+    of_gates = gate_gradients(d_scale, None, parameters, h, wanted)
+    return gradients(
+        of_gates,
+        weight=d_weight,
+        response_weight=d_response_weight,
     )

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from stn_fast.ops._eager import traced
 from stn_fast.ops.memory import adjoin, as_one
+from stn_fast.ops.transforms import traced
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 

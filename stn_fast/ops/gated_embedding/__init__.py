@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from stn_fast.ops._draw import check_coordinates, check_stream
-from stn_fast.ops._eager import eager_function, register, traced
-from stn_fast.ops._gated_embedding_cpu import backward_core, forward_core
-from stn_fast.ops._gated_embedding_plain import Wanted, backward_plain, forward_plain
-from stn_fast.ops._operands import check_operands
-from stn_fast.ops._transforms import in_transform
+from stn_fast.ops.draw import check_coordinates, check_stream
 from stn_fast.ops.dropout import dropout
-from stn_fast.ops.memory import reads_memory
-from stn_fast.ops.serving import serving
+from stn_fast.ops.gated_embedding import plain
+from stn_fast.ops.gates import (
+    GatedParameters,
+    Gradients,
+    Wanted,
+    check_examples,
+    check_operands,
+    contiguous,
+    response_input,
+    shapes,
+)
+from stn_fast.ops.operation import Operation
+from stn_fast.ops.serving import Implementations
+from stn_fast.ops.transforms import in_transform
 
+if TYPE_CHECKING:
+    from stn_fast.hyperparameters import HyperBatch
+
+implementations = Implementations(__name__)
 _NO_PADDING = -1
 
 
 def reference(
     tokens: Tensor,
-    weight: Tensor,
-    response_weight: Tensor,
-    weight_gate: Tensor,
+    parameters: GatedParameters,
     h: Tensor,
     scale: Tensor | None = None,
     outer: int = 1,
@@ -37,12 +45,12 @@ def reference(
 
     tokens (outer·B·inner,) are positions; position m belongs to example (m // inner) mod B of h (B, n).
     """
-    return forward_plain(tokens, weight, response_weight, weight_gate, h, scale, outer, inner, padding)
+    return plain.forward(tokens, parameters, h, scale, outer, inner, padding)
 
 
-def fold(weight: Tensor, response_weight: Tensor, weight_gate: Tensor, h: Tensor) -> Tensor:
+def fold(parameters: GatedParameters, h: Tensor) -> Tensor:
     """The plain table (V, D) that a gated one is at a single h (n,): E + R diag(Gw h)."""
-    return torch.addcmul(weight, response_weight, weight_gate @ h)
+    return torch.addcmul(parameters.weight, parameters.response_weight, parameters.weight_gate @ h)
 
 
 def row_scale(words: int, rate: Tensor, step: Tensor, seed: int, stream: int) -> Tensor:
@@ -65,12 +73,9 @@ def _check_range(tokens: Tensor, words: int) -> None:
         raise IndexError(f"gated_embedding: the table has {words} rows, so tokens are 0 to {words - 1}; got {wrong}")
 
 
-@reads_memory
-def _compute(
+def _forward(
     tokens: Tensor,
-    weight: Tensor,
-    response_weight: Tensor,
-    weight_gate: Tensor,
+    parameters: GatedParameters,
     h: Tensor,
     rate: Tensor | None,
     step: Tensor | None,
@@ -81,38 +86,27 @@ def _compute(
     padding: int,
     sparse: bool,
 ) -> Tensor:
-    backend = serving(weight, tokens, h)
-    if backend != "triton" or not tokens.is_cuda:  # the kernel looks at them itself
-        _check_range(tokens, len(weight))
-    scale = None if rate is None or step is None else row_scale(len(weight), rate, step, seed, stream)
-    operands = (tokens, weight, response_weight, weight_gate, h, scale, outer, inner)
-    if backend == "triton":
-        from stn_fast.kernels import gated_embedding as kernels
-
-        return kernels.forward(*operands)
-    return forward_core(*operands) if backend == "cpp" else forward_plain(*operands, padding)
+    module = implementations.serving(parameters.weight, tokens, h)
+    if not (tokens.is_cuda and module.checks_tokens):
+        _check_range(tokens, len(parameters.weight))
+    scale = None if rate is None or step is None else row_scale(len(parameters.weight), rate, step, seed, stream)
+    return module.forward(tokens, parameters, h, scale, outer, inner, padding)
 
 
-def _check_sizes(tokens: Tensor, *rest: Any) -> None:
-    h, outer, inner = rest[3], *rest[8:10]
+def _check_sizes(tokens: Tensor, parameters: GatedParameters, h: Tensor, *rest: Any) -> None:
+    _, _, _, _, outer, inner, *_ = rest
     if len(tokens) != outer * len(h) * inner:
         raise ValueError(f"gated_embedding: {len(tokens)} tokens are not {outer * inner} for each of {len(h)} examples")
 
 
-_gated_embedding = register("gated_embedding", _compute, _check_sizes)
+def _fake(tokens: Tensor, parameters: GatedParameters, *rest: Any) -> Tensor:
+    return parameters.weight.new_empty(tokens.shape[0], parameters.weight.shape[1])
 
 
-@_gated_embedding.register_fake
-def _(tokens, weight, *rest):
-    return weight.new_empty(tokens.shape[0], weight.shape[1])
-
-
-@reads_memory
-def _compute_backward(
-    de: Tensor,
+def _backward(
+    d_e: Tensor,
     tokens: Tensor,
-    response_weight: Tensor,
-    weight_gate: Tensor,
+    parameters: GatedParameters,
     h: Tensor,
     rate: Tensor | None,
     step: Tensor | None,
@@ -123,52 +117,27 @@ def _compute_backward(
     padding: int,
     sparse: bool,
     wanted: list[bool],
-) -> list[Tensor]:
-    """The wanted gradients, in the order of `Gradients`; `sparse`: of E and R a row for each position."""
-    asked, de = Wanted(*wanted), de.contiguous()
-    scale = None if rate is None or step is None else row_scale(len(response_weight), rate, step, seed, stream)
-    operands = (de, tokens, response_weight, weight_gate, h, scale, outer, inner, padding)
-    if serving(response_weight, tokens, h) == "cpp" and not sparse:
-        gradients = backward_core(*operands, asked)
-    else:
-        # On CUDA too: torch sums the rows of a word in a fixed order and in float32.
-        gradients = backward_plain(*operands, sparse, asked)
-    return [gradient for gradient in gradients if gradient is not None]
+) -> Gradients:
+    """`sparse`: of E and R a row for each position."""
+    scale = None if rate is None or step is None else row_scale(len(parameters.weight), rate, step, seed, stream)
+    module = plain if sparse else implementations.serving(parameters.weight, tokens, h)
+    operands = (d_e.contiguous(), tokens, parameters, h, scale, outer, inner, padding)
+    return module.backward(*operands, sparse, Wanted(False, *wanted))
 
 
-_gated_embedding_backward = torch.library.custom_op(
-    "stn_fast::gated_embedding_backward", _compute_backward, mutates_args=()
-)
+def _like(d_e: Tensor, tokens: Tensor, parameters: GatedParameters, h: Tensor, *rest: Any) -> list[Tensor | None]:
+    *_, sparse, _ = rest
+    table = d_e if sparse else parameters.weight
+    return [table, None, table, None, parameters.weight_gate, None, h]
 
 
-@_gated_embedding_backward.register_fake
-def _(de, tokens, response_weight, weight_gate, h, *rest):
-    *_, sparse, wanted = rest
-    table = de if sparse else response_weight
-    likes = (table, table, weight_gate, h)
-    return [torch.empty_like(like) for like, wants in zip(likes, wanted, strict=True) if wants]
-
-
-_INPUTS = 13
-
-
-def _setup_context(ctx, inputs, output):
-    tokens, _, response_weight, weight_gate, h, rate, step, *ctx.options = inputs
-    ctx.save_for_backward(tokens, response_weight, weight_gate, h, rate, step)
-
-
-def _backward(compute, ctx, de):
-    wanted = list(ctx.needs_input_grad[1:5])
-    if not any(wanted):
-        return (None,) * _INPUTS
-    # Read once: under torch.utils.checkpoint a second look is an error.
-    tokens, response_weight, *_ = saved = ctx.saved_tensors
-    *_, padding, sparse = ctx.options
-    computed = iter(compute(de, *saved, *ctx.options, wanted))
-    gradients = [next(computed) if wants else None for wants in wanted]
+def _finish(gradients: list[Tensor | None], kept: tuple[Tensor, ...], options: list[Any]) -> list[Tensor | None]:
+    """The gradients of the tables as sparse tensors, where they are to be."""
+    tokens, table, *_ = kept
+    *_, padding, sparse = options
     if sparse:
-        gradients[:2] = [_as_sparse(rows, tokens, response_weight, padding) for rows in gradients[:2]]
-    return None, *gradients, *[None] * (_INPUTS - 5)
+        gradients[1], gradients[3] = (_as_sparse(gradients[i], tokens, table, padding) for i in (1, 3))
+    return gradients
 
 
 def _as_sparse(rows: Tensor | None, tokens: Tensor, table: Tensor, padding: int) -> Tensor | None:
@@ -179,8 +148,17 @@ def _as_sparse(rows: Tensor | None, tokens: Tensor, table: Tensor, padding: int)
     return torch.sparse_coo_tensor(tokens[kept][None], rows[kept], tuple(table.shape), check_invariants=False)
 
 
-_gated_embedding.register_autograd(partial(_backward, _gated_embedding_backward), setup_context=_setup_context)
-_eager = eager_function(_compute, _setup_context, _backward, _compute_backward, _gated_embedding_backward)
+_operation = Operation(
+    "gated_embedding",
+    _forward,
+    outputs=("e",),
+    fake=_fake,
+    backward=_backward,
+    differentiable=("parameters", "h"),
+    check=_check_sizes,
+    fake_backward=_like,
+    finish=_finish,
+)
 
 
 def gated_embedding(
@@ -188,7 +166,7 @@ def gated_embedding(
     weight: Tensor,
     response_weight: Tensor,
     weight_gate: Tensor,
-    h: Tensor,
+    hyper: HyperBatch | Tensor,
     *,
     example_dim: int = 0,
     padding_idx: int | None = None,
@@ -211,7 +189,7 @@ def gated_embedding(
             positions of an example.
         weight, response_weight: E, R (V, D).
         weight_gate: Gw (D, n).
-        h: response input, (B, n) with one row an example, or (n,) shared by all of them.
+        hyper: a HyperBatch, or its response input h, (B, n) with one row an example, or (n,) shared by all of them.
         padding_idx: a row that is looked up as any other, and of E and R gets no gradient; as in torch.nn.Embedding.
         sparse: whether the gradients of E and R are sparse tensors, as torch.nn.Embedding's are with sparse=True.
             The optimizer has to take them, and torch.compile does not.
@@ -229,7 +207,10 @@ def gated_embedding(
         ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
         IndexError: a token is no row of the table. On CUDA a device-side assertion stops the process instead.
     """
-    _check(tokens, weight, response_weight, weight_gate, h, example_dim, padding_idx)
+    check_examples("gated_embedding", tokens, hyper, example_dim, range(tokens.ndim))
+    h = response_input(hyper, weight)
+    parameters = GatedParameters(weight, None, response_weight, None, weight_gate, None)
+    _check(tokens, parameters, h, example_dim, padding_idx)
     at = None
     if rate is not None:
         if rate.shape != (1,) or rate.dtype != torch.float32 or rate.requires_grad:
@@ -247,24 +228,15 @@ def gated_embedding(
     rows = tokens.reshape(-1).long()
     if in_transform():
         scale = None if rate is None or at is None else row_scale(len(weight), rate, at, seed, stream)
-        e = reference(rows, weight, response_weight, weight_gate, h, scale, outer, inner, padding)
+        e = reference(rows, parameters, h, scale, outer, inner, padding)
     else:
-        floats = (weight, response_weight, weight_gate, h)
-        run = _gated_embedding if traced(rows, *floats) else _eager
-        operands = (tensor.contiguous() for tensor in floats)
-        e = run(rows.contiguous(), *operands, rate, at, seed, stream, outer, inner, padding, sparse)
+        operands = contiguous(rows, *parameters, h)
+        e = _operation(*operands, rate, at, seed, stream, outer, inner, padding, sparse)
     return e.view(*tokens.shape, weight.shape[1])
 
 
-def _check(
-    tokens: Tensor,
-    weight: Tensor,
-    response_weight: Tensor,
-    weight_gate: Tensor,
-    h: Tensor,
-    example_dim: int,
-    padding_idx: int | None,
-) -> None:
+def _check(tokens: Tensor, parameters: GatedParameters, h: Tensor, example_dim: int, padding_idx: int | None) -> None:
+    weight = parameters.weight
     if tokens.dtype not in (torch.int64, torch.int32) or tokens.ndim < 1 or tokens.device != weight.device:
         raise ValueError(
             f"gated_embedding wants tokens as int64 or int32 of at least one dimension on {weight.device}; "
@@ -281,8 +253,7 @@ def _check(
     if padding_idx is not None and not -words <= padding_idx < words:
         raise ValueError(f"gated_embedding: padding_idx={padding_idx} is no row of weight {tuple(weight.shape)}")
     wanted = {
-        "response_weight": (response_weight, tuple(weight.shape)),
-        "weight_gate": (weight_gate, (weight.shape[1], n)),
+        **shapes("gated_embedding", parameters, weight.shape, weight.shape[1], n),
         "h": (h, (tokens.shape[example_dim], n) if h.ndim == 2 else (n,)),
     }
     check_operands("gated_embedding", wanted, weight, tokens=tokens, weight=weight, h=h, example_dim=example_dim)

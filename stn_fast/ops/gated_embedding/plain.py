@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stn_fast.ops._gated_linear_plain import _examples, _rows
+from stn_fast.ops.gates import GatedParameters, Gradients, Wanted, gate_gradients, gradients, rows_of, sum_of_rows, wide
+
+checks_tokens = False
 
 
-class Gradients(NamedTuple):
-    """One entry for every tensor of `gated_embedding` that has a gradient, in its order; None where not wanted."""
-
-    weight: Tensor | None
-    response_weight: Tensor | None
-    weight_gate: Tensor | None
-    h: Tensor | None
-
-
-class Wanted(NamedTuple):
-    """Which of the `Gradients` to compute."""
-
-    weight: bool
-    response_weight: bool
-    weight_gate: bool
-    h: bool
-
-
-def forward_plain(
+def forward(
     tokens: Tensor,
-    weight: Tensor,
-    response_weight: Tensor,
-    weight_gate: Tensor,
+    parameters: GatedParameters,
     h: Tensor,
     scale: Tensor | None,
     outer: int,
     inner: int,
     padding: int,
 ) -> Tensor:
+    weight, _, response_weight, _, weight_gate, _ = parameters
     plain, response = (F.embedding(tokens, t, padding if padding >= 0 else None) for t in (weight, response_weight))
-    e = plain + _rows(h @ weight_gate.T, outer, inner) * response
+    e = plain + rows_of(h @ weight_gate.T, outer, inner) * response
     if scale is None:
         return e
     factor = scale[tokens].to(e.dtype)[:, None]
     return torch.where(factor == 0, 0, e) * factor
 
 
-def backward_plain(
+def backward(
     de: Tensor,
     tokens: Tensor,
-    response_weight: Tensor,
-    weight_gate: Tensor,
+    parameters: GatedParameters,
     h: Tensor,
     scale: Tensor | None,
     outer: int,
@@ -66,26 +46,24 @@ def backward_plain(
     Rows of E and R add up over the positions of a word. `sparse` leaves that to the caller: their gradients are then
     what each position contributes, (positions, D).
     """
+    response_weight, weight_gate = parameters.response_weight, parameters.weight_gate
     factor = None if scale is None else scale[tokens].to(de.dtype)[:, None]
     g = de if factor is None else de * factor
-    d_weight = d_response_weight = d_weight_gate = dh = None
+    d_scale = None
 
     def summed(rows: Tensor) -> Tensor:
         if sparse:
             return rows
         return torch.ops.aten.embedding_dense_backward(rows, tokens, response_weight.shape[0], padding, False)
 
-    if wanted.weight:
-        d_weight = summed(g)
-    if wanted.response_weight:
-        d_response_weight = summed(g * _rows(h @ weight_gate.T, outer, inner))
-    if wanted.weight_gate or wanted.h:
-        # Sums over positions, then over examples: 16-bit operands would be rounded twice, so these run in float32.
-        wide = torch.promote_types(de.dtype, torch.float32)
+    if wanted.scale:
         response = F.embedding(tokens, response_weight)
         if factor is not None:
             response = torch.where(factor == 0, 0, response)  # 0 · ∞ is no 0, and a dropped row may hold anything
-        ds = _examples(g.to(wide) * response, outer, len(h), inner)
-        d_weight_gate = (ds.T @ h.to(wide)).to(de.dtype) if wanted.weight_gate else None
-        dh = (ds @ weight_gate.to(wide)).to(de.dtype) if wanted.h else None
-    return Gradients(d_weight, d_response_weight, d_weight_gate, dh)
+        d_scale = sum_of_rows(g.to(wide(de.dtype)) * response, outer, len(h), inner)
+    of_gates = gate_gradients(d_scale, None, parameters, h, wanted)
+    return gradients(
+        of_gates,
+        weight=summed(g) if wanted.weight else None,
+        response_weight=summed(g * rows_of(h @ weight_gate.T, outer, inner)) if wanted.response_weight else None,
+    )

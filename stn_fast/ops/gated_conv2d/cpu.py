@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stn_fast.ops import _gated_conv2d_driver as driver
-from stn_fast.ops._gated_conv2d_driver import Geometry
-from stn_fast.ops._gated_linear_plain import Gradients, Wanted
+from stn_fast.ops.gated_conv2d import joined
+from stn_fast.ops.gated_conv2d.joined import Geometry, without_biases
+from stn_fast.ops.gates import GatedParameters, Gradients, Wanted, gate_gradients, gates, gradients
 from stn_fast.ops.memory import address, as_one
 
 _AT_ONCE = 1 << 22  # numbers: P and Q are 16 MiB
@@ -79,8 +79,8 @@ class Plan(NamedTuple):
 
 def plan(x: Tensor, weight: Tensor, geometry: Geometry) -> Plan:
     batch, outputs, kernel = x.shape[0], weight.shape[0], weight.shape[2:]
-    height, width = driver.output_pixels(x, weight, geometry)
-    outer = inner = driver.memory_format(x, weight)
+    height, width = joined.output_pixels(x, weight, geometry)
+    outer = inner = joined.memory_format(x, weight)
     if geometry.groups == 1 and x.shape[2] * x.shape[3] >= _LAST_PIXELS:
         inner = torch.channels_last
     of_example, of_filters = 2 * outputs * height * width, 2 * weight.numel()
@@ -95,22 +95,18 @@ def plan(x: Tensor, weight: Tensor, geometry: Geometry) -> Plan:
 
 def forward(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    response_weight: Tensor,
-    response_bias: Tensor | None,
-    weight_gate: Tensor,
-    bias_gate: Tensor | None,
+    parameters: GatedParameters,
     h: Tensor,
-    *,
     geometry: Geometry,
     save_response: bool,
+    choose: bool,
 ) -> tuple[Tensor, Tensor | None]:
     from stn_fast._C import channel_epilogue_forward
 
     stride, padding, dilation, groups, relu = geometry
+    weight, _, response_weight, *_ = parameters
     layout = plan(x, weight, geometry)
-    scale, shift = driver.gates(bias, response_bias, weight_gate, bias_gate, h)
+    scale, shift = gates(parameters, h)
 
     def convolve(image: Tensor, filters: Tensor) -> Tensor:
         return torch.conv2d(image, filters, None, stride, padding, dilation, groups).contiguous(
@@ -144,11 +140,7 @@ def forward(
 def backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
-    response_weight: Tensor,
-    response_bias: Tensor | None,
-    weight_gate: Tensor,
-    bias_gate: Tensor | None,
+    parameters: GatedParameters,
     h: Tensor,
     y: Tensor | None,
     q: Tensor,
@@ -157,12 +149,12 @@ def backward(
 ) -> Gradients:
     from stn_fast._C import channel_epilogue_backward
 
+    weight, _, response_weight, response_bias, *_ = parameters
     layout, groups = plan(x, weight, geometry), geometry.groups
-    scale, _ = driver.gates(None, None, weight_gate, None, h)
-    wants_scale, wants_shift = driver.wanted_sums(response_bias, wanted)
-    d_scale = torch.empty_like(scale) if wants_scale else None
-    d_shift = torch.empty_like(scale) if wants_shift else None
-    saved = q.flatten(1, 2).contiguous(memory_format=layout.inner) if wants_scale else None
+    scale, _ = gates(without_biases(parameters), h)
+    d_scale = torch.empty_like(scale) if wanted.scale else None
+    d_shift = torch.empty_like(scale) if wanted.shift and response_bias is not None else None
+    saved = q.flatten(1, 2).contiguous(memory_format=layout.inner) if wanted.scale else None
 
     def epilogue(d_p: Tensor | None, d_q: Tensor | None, block: slice) -> None:
         channel_epilogue_backward(
@@ -175,7 +167,8 @@ def backward(
     dx, filters = run(epilogue, dy, x, weight, response_weight, y, layout, geometry, wanted)
     if layout.converts:
         filters = [None if d is None else _put(d, torch.empty_like(weight), layout) for d in filters]
-    return driver.with_gates(dx, filters, d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted)
+    of_gates = gate_gradients(d_scale, d_shift, parameters, h, wanted)
+    return gradients(of_gates, x=dx, weight=filters[0], response_weight=filters[1])
 
 
 _Epilogue = Callable[[Tensor | None, Tensor | None, slice], None]
@@ -210,10 +203,10 @@ def _backward_at_once(
     dx = d_weight = d_response_weight = None
     if wants_p and d_p is not None:
         filters = _laid_out(weight, layout.inner)
-        dx, d_weight = driver.convolution_gradients(d_p, image, filters, geometry, wanted.x, wanted.weight)
+        dx, d_weight = joined.convolution_gradients(d_p, image, filters, geometry, wanted.x, wanted.weight)
     if d_q is not None:
         filters = _laid_out(response_weight, layout.inner)
-        more, d_response_weight = driver.convolution_gradients(
+        more, d_response_weight = joined.convolution_gradients(
             d_q, image, filters, geometry, wanted.x, wanted.response_weight
         )
         dx = dx.add_(more) if dx is not None and more is not None else dx
@@ -250,7 +243,7 @@ def _backward_by_blocks(
             image = _image(x, block, layout)
         else:  # the data gradient asks for the image's shape and layout alone
             image = _empty(x[block].shape, layout.inner)
-        of_x, of_filters = driver.joined_gradients(d_both, image, filters, geometry, wanted)
+        of_x, of_filters = joined.joined_gradients(d_both, image, filters, geometry, wanted)
         if dx is not None and of_x is not None:
             _put(of_x, dx[block], layout)
         for i, part in enumerate(of_filters):

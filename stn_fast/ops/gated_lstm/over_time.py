@@ -2,32 +2,19 @@
 
 The input's share of every step, and every gradient of weights, gates and hyperparameters, are those of a gated linear
 layer whose rows are (T, B) positions of B examples. What is left to do step by step is the recurrence: plain torch in
-`_gated_lstm_plain`, fused kernels elsewhere.
+`plain`, fused kernels elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from stn_fast.ops._gated_linear_plain import Gradients, Wanted
-
-
-class Weights(NamedTuple):
-    """W, b, R, r, Gw, Gb of a gated linear layer with O outputs; b, r and Gb may be None together.
-
-    Shapes: weight, response_weight (O, I); bias, response_bias (O,); weight_gate, bias_gate (O, n).
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    response_weight: Tensor
-    response_bias: Tensor | None
-    weight_gate: Tensor
-    bias_gate: Tensor | None
+from stn_fast.ops.gates import GatedParameters, Gradients, Wanted
 
 
 class Saved(NamedTuple):
@@ -57,18 +44,13 @@ class RecurrenceGradients(NamedTuple):
     d_c_0: Tensor
 
 
-class Kernels(Protocol):
-    """A gated linear layer and the recurrence. Tensors are contiguous."""
+class Backend(Protocol):
+    """A module of this folder: the recurrence, and the gated linear layer that goes with it. Tensors are contiguous."""
 
-    @property
-    def linear_forward(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """As `forward_plain`: y and x Rᵀ, which may be left out where it isn't kept."""
+    def linear(self, h: Tensor) -> ModuleType:
+        """The module of gated_linear that computes the layer's products over all steps."""
 
-    @property
-    def linear_backward(self) -> Callable[..., Gradients]:
-        """As `backward_plain`."""
-
-    def recurrence_forward(
+    def forward(
         self,
         gates: Tensor,
         h_0: Tensor,
@@ -87,7 +69,7 @@ class Kernels(Protocol):
         Cells and responses are kept where `save` and `save_response`.
         """
 
-    def recurrence_backward(
+    def backward(
         self,
         dy: Tensor,
         d_last_cell: Tensor | None,
@@ -100,7 +82,7 @@ class Kernels(Protocol):
         reverse: bool,
         wants_h_0: bool,
     ) -> RecurrenceGradients:
-        """From the gradients of y and c_n and what `recurrence_forward` kept."""
+        """From the gradients of y and c_n and what `forward` kept."""
 
 
 def in_time(steps: int, reverse: bool) -> range:
@@ -109,12 +91,12 @@ def in_time(steps: int, reverse: bool) -> range:
 
 
 def forward(
-    kernels: Kernels,
+    backend: Backend,
     x: Tensor,
     h_0: Tensor,
     c_0: Tensor,
-    from_input: Weights,
-    from_hidden: Weights,
+    from_input: GatedParameters,
+    from_hidden: GatedParameters,
     h: Tensor,
     *,
     reverse: bool,
@@ -123,12 +105,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Saved | None]:
     """(y (T, B, H), last cell state, what backward needs); the responses x Rᵀ are kept where `save_response`."""
     (steps, batch), wide = x.shape[:2], from_hidden.weight.shape[0]
-    both, input_response = kernels.linear_forward(x.flatten(0, 1), *from_input, h, steps, 1)
+    both, input_response = backend.linear(h).forward(x.flatten(0, 1), from_input, h, steps, 1, save_response)
     gates = both.view(steps, batch, wide)
     shift = None
     if from_hidden.bias is not None and from_hidden.response_bias is not None and from_hidden.bias_gate is not None:
         shift = torch.addcmul(from_hidden.bias, h @ from_hidden.bias_gate.T, from_hidden.response_bias)
-    y, c_n, cells, hidden_response = kernels.recurrence_forward(
+    y, c_n, cells, hidden_response = backend.forward(
         gates, h_0, c_0, from_hidden.weight, from_hidden.response_weight, h @ from_hidden.weight_gate.T, shift,
         reverse, save, save_response,
     )  # fmt: skip
@@ -140,14 +122,14 @@ def forward(
 
 
 def backward(
-    kernels: Kernels,
+    backend: Backend,
     dy: Tensor,
     d_last_cell: Tensor | None,
     x: Tensor,
     h_0: Tensor,
     c_0: Tensor,
-    from_input: Weights,
-    from_hidden: Weights,
+    from_input: GatedParameters,
+    from_hidden: GatedParameters,
     h: Tensor,
     y: Tensor,
     saved: Saved,
@@ -157,14 +139,14 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of x, h_0, c_0, all of `from_input`, all of `from_hidden` and h; None where not wanted."""
     wants_x, wants_h_0, wants_c_0, *wants_weights, wants_h = wanted
-    d_gates, d_h_0, d_c_0 = kernels.recurrence_backward(
+    d_gates, d_h_0, d_c_0 = backend.backward(
         dy, d_last_cell, saved.gates, saved.cells, c_0, from_hidden.weight, from_hidden.response_weight,
         h @ from_hidden.weight_gate.T, reverse, wants_h_0,
     )  # fmt: skip
 
-    def linear(weights: Weights, positions: Tensor, response: Tensor, wants: Sequence[bool]) -> Gradients:
-        rows = (d_gates.flatten(0, 1), positions.flatten(0, 1), weights.weight, *weights[2:], h)
-        return kernels.linear_backward(*rows, response.flatten(0, 1), len(x), 1, Wanted._make([*wants, wants_h]))
+    def linear(weights: GatedParameters, positions: Tensor, response: Tensor, wants: Sequence[bool]) -> Gradients:
+        rows = (d_gates.flatten(0, 1), positions.flatten(0, 1), weights, h, response.flatten(0, 1))
+        return backend.linear(h).backward(*rows, len(x), 1, Wanted._make([*wants, wants_h]))
 
     input_side = linear(from_input, x, saved.input_response, [wants_x, *wants_weights[:6]])
     # Only the gradients of W and R read the states before each step.

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stn_fast.ops._eager import traced
 from stn_fast.ops.memory import autocasts
+from stn_fast.ops.transforms import traced
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

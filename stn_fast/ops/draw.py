@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stn_fast.checks import whole_number
-from stn_fast.ops._transforms import in_function_transform
+from stn_fast.ops.transforms import in_function_transform
 
 
 class Coordinates(NamedTuple):

@@ -1,4 +1,4 @@
-"""torch.nn.functional.linear by the library that `_products` chooses: decoders, and gated layers that are folded."""
+"""torch.nn.functional.linear by the library that `products` chooses: decoders, and gated layers that are folded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stn_fast.dispatch import choose
-from stn_fast.ops import _products
-from stn_fast.ops._eager import traced
-from stn_fast.ops._transforms import in_transform
+from stn_fast.ops import products
+from stn_fast.ops.transforms import in_transform, traced
 
 SMALL = 20_000_000  # multiply-adds: below it the way there costs more than the faster product saves
 
@@ -23,7 +22,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wants_x, wants_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
-        return _products.times_transpose(x, weight, bias)
+        return products.times_transpose(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -44,11 +43,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if in_transform() or traced(*tensors) or not all(map(_suits, tensors)) or choose(x.device) != "cpp":
         return F.linear(x, weight, bias)
     fits = weight.ndim == 2 and x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
-    if not fits or x.numel() * len(weight) < SMALL or _products.library() != "oneDNN":
+    if not fits or x.numel() * len(weight) < SMALL or products.library() != "oneDNN":
         return F.linear(x, weight, bias)
     # The library reads a bias, and x where it is one number expanded, as if they were contiguous.
     operands = x.reshape(-1, x.shape[-1]).contiguous(), weight, None if bias is None else bias.contiguous()
-    y = _Linear.apply(*operands) if torch.is_grad_enabled() else _products.times_transpose(*operands)
+    y = _Linear.apply(*operands) if torch.is_grad_enabled() else products.times_transpose(*operands)
     return y.view(*x.shape[:-1], len(weight))
 
 

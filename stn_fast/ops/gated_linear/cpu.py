@@ -7,26 +7,18 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from stn_fast.ops._gated_linear_plain import Gradients, Wanted
-from stn_fast.ops._products import both_times_transpose, sum_of_two
+from stn_fast.ops.gates import GatedParameters, Gradients, Wanted
 from stn_fast.ops.memory import address, own_address
+from stn_fast.ops.products import both_times_transpose, sum_of_two
 
 
-def forward_core(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    response_weight: Tensor,
-    response_bias: Tensor | None,
-    weight_gate: Tensor,
-    bias_gate: Tensor | None,
-    h: Tensor,
-    outer: int,
-    inner: int,
+def forward(
+    x: Tensor, parameters: GatedParameters, h: Tensor, outer: int, inner: int, save_response: bool
 ) -> tuple[Tensor, Tensor]:
     """Two library products, no copy of the weights, then one fused pass over their results."""
     from stn_fast import _C
 
+    weight, bias, response_weight, response_bias, weight_gate, bias_gate = parameters
     y, q = both_times_transpose(x, weight, response_weight)
     _C.gated_epilogue_forward(
         own_address(y), own_address(q), address(h), address(weight_gate),
@@ -36,14 +28,10 @@ def forward_core(
     return y, q
 
 
-def backward_core(
+def backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
-    response_weight: Tensor,
-    response_bias: Tensor | None,
-    weight_gate: Tensor,
-    bias_gate: Tensor | None,
+    parameters: GatedParameters,
     h: Tensor,
     q: Tensor,
     outer: int,
@@ -57,6 +45,8 @@ def backward_core(
     at least twice what dR does, so that adding up dW and dR costs less than g would have.
     """
     from stn_fast import _C
+
+    weight, _, response_weight, response_bias, weight_gate, bias_gate = parameters
 
     def out(like: Tensor | None, wants: bool) -> Tensor | None:
         return torch.empty_like(like) if wants and like is not None else None

@@ -1,0 +1,281 @@
+"""What a change of the code changed: losses bit for bit, compiled kernels by hash, speed by turns.
+
+    python -m benchmarks.compare_commits HEAD~1            a commit with the files as they are
+    python -m benchmarks.compare_commits v1 v2 --ops gated_lstm --json ratios.json
+
+Each commit gets a folder of its own under build/compare, with its C++ core built, and processes of its own. On the CPU.
+The exit status is 1 where losses or kernels differ; ratios are printed, not judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from stn_fast.command_line import Parser, number, run_command, whole_number
+from stn_fast.errors import UserError
+from stn_fast.files import expanded
+from stn_fast.files import replace as replace_file
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ROOT / "build/compare"
+# Validation steps from the first cycle on, and few examples to load.
+RECIPES = {
+    "digits": ["method.warmup_epochs=0"],
+    "fashion-mnist-small": ["method.warmup_epochs=0", "train_fraction=0.5"],
+    "ptb-small": ["method.warmup_epochs=0", "train_fraction=0.5"],
+}
+MAX_CALLS, TURN_MICROSECONDS = 100, 5000.0
+
+
+class Commit:
+    """The files of one commit, or the working tree as it is, ready to run."""
+
+    def __init__(self, name: str | None) -> None:
+        self.label = name or "the working tree"
+        self.folder = ROOT
+        if name is not None:
+            found = _git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+            if found is None:
+                raise UserError(f"{name}: there is no such commit")
+            self.folder = FOLDERS / found[:12]
+            if not self.folder.exists():
+                _check_out(found, self.folder)
+        self.environment = os.environ | {"PYTHONPATH": str(self.folder), "OMP_WAIT_POLICY": "passive"}
+
+    def run(self, *arguments: str) -> str:
+        """What a Python with these arguments prints; its own complaints where it fails."""
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=self.folder, env=self.environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise UserError(f"{self.label}: {arguments[0]} failed: {(done.stderr or done.stdout).strip()[-2000:]}")
+        return done.stdout
+
+    def turns(self) -> subprocess.Popen[str]:
+        """A process that takes turns."""
+        command = [sys.executable, "-c", _one_commit(), "turns"]
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+
+def _git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return None if done.returncode else done.stdout.strip()
+
+
+def _check_out(commit: str, folder: Path) -> None:
+    """The commit's files, with its core built. A build that fails leaves no folder behind."""
+    FOLDERS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=FOLDERS) as temporary:
+        files = Path(temporary) / "files"
+        files.mkdir()
+        archive = subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+        subprocess.run(["tar", "-x", "-C", str(files)], input=archive, check=True)
+        built = subprocess.run(
+            [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=files, capture_output=True, text=True
+        )
+        if built.returncode:
+            raise UserError(f"{commit}: its C++ core can't be built: {built.stderr.strip()[-2000:]}")
+        # Where Python looks first, whatever is installed.
+        (files / "stn_fast/kernels").symlink_to("../kernels")
+        shutil.move(files, folder)
+
+
+def _one_commit() -> str:
+    return (ROOT / "benchmarks/one_commit.py").read_text()
+
+
+def compare_losses(old: Commit, new: Commit, recipe: str, steps: int, repeats: int) -> dict[str, Any]:
+    """Whether the losses of all steps are the same bits, and the time of a step, new to old, over `repeats` runs."""
+    runs: dict[str, list[dict[str, list[Any]]]] = {"old": [], "new": []}
+    for _ in range(repeats):
+        for side, commit in (("old", old), ("new", new)):
+            with tempfile.TemporaryDirectory() as folder:
+                text = commit.run("-c", _one_commit(), "losses", recipe, str(steps), f"{folder}/run", *RECIPES[recipe])
+            runs[side].append(json.loads(text))
+    before, after = runs["old"][0], runs["new"][0]
+    same = sum(pair[0] == pair[1] for pair in zip(before["loss"], after["loss"], strict=False))
+    ratios = [_step(run) / _step(other) for run, other in zip(runs["new"], runs["old"], strict=True)]
+    return {
+        "recipe": recipe,
+        "training_steps": after["kind"].count("train"),
+        "validation_steps": after["kind"].count("valid"),
+        "equal": before["kind"] == after["kind"] and before["loss"] == after["loss"],
+        "same_losses": same,
+        "losses": len(after["loss"]),
+        "first_difference": _first_difference(before["loss"], after["loss"]),
+        "step_new_to_old": round(statistics.median(ratios), 4),
+    }
+
+
+def _step(run: dict[str, list[Any]]) -> float:
+    """Seconds from one differentiated loss to the next."""
+    seconds = run["seconds"]
+    return statistics.median(after - before for before, after in itertools.pairwise(seconds))
+
+
+def _first_difference(before: list[str], after: list[str]) -> str | None:
+    for step, (one, other) in enumerate(zip(before, after, strict=False)):
+        if one != other:
+            return f"step {step}: {float.fromhex(one):.9g} and {float.fromhex(other):.9g}"
+    return None
+
+
+def compare_kernels(old: Commit, new: Commit, only: Sequence[str]) -> dict[str, Any]:
+    """Which of the shipped configurations have other PTX."""
+    found = []
+    for commit in (old, new):
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            options = ["--hashes", file.name, *(["--only", *only] if only else [])]
+            try:
+                commit.run("tests/compile_table.py", *options)
+            except UserError as error:
+                # Exit status 1 also where a configuration may not ship: its hash is written all the same.
+                if not Path(file.name).read_text():
+                    raise UserError(f"{error}\n(tests/compile_table.py writes hashes since this comparison)") from None
+            found.append(json.loads(Path(file.name).read_text()))
+    before, after = found
+    both = before.keys() & after.keys()
+    return {
+        "configurations": len(both),
+        "changed": sorted(label for label in both if before[label] != after[label]),
+        "removed": sorted(before.keys() - after.keys()),
+        "added": sorted(after.keys() - before.keys()),
+    }
+
+
+def compare_speed(old: Commit, new: Commit, ops: Sequence[str], seconds: float) -> list[dict[str, Any]]:
+    """The time of every case, new to old: both take turns, and the one that begins changes every round."""
+    sides = {"old": old.turns(), "new": new.turns()}
+    try:
+        known = [set(_ask(side, {"list": True})) for side in sides.values()]
+        names = [name for name in _ask(sides["new"], {"list": True}) if name in known[0]]
+        rows = []
+        for name in names:
+            if not ops or name.startswith(tuple(ops)):
+                rows.append(_one_case(sides, name, seconds))
+                row = rows[-1]
+                print(
+                    f"  {name:<52} {row['old_us']:>11.1f} µs {row['new_us']:>11.1f} µs {row['new_to_old']:>7.3f}"
+                    f"  ({row['low']:.3f} to {row['high']:.3f}, {row['rounds']} rounds)",
+                    flush=True,
+                )
+        return rows
+    finally:
+        for side in sides.values():
+            if side.stdin is not None:
+                side.stdin.close()
+            side.wait()
+
+
+def _ask(process: subprocess.Popen[str], request: dict[str, Any]) -> Any:
+    to: IO[str] | None = process.stdin
+    answers: IO[str] | None = process.stdout
+    if to is None or answers is None:
+        raise RuntimeError("the process has no pipes")
+    to.write(json.dumps(request) + "\n")
+    to.flush()
+    line = answers.readline()
+    if not line:
+        raise UserError(f"a process that takes turns ended with status {process.wait()} at {request}")
+    return json.loads(line)
+
+
+def _one_case(sides: dict[str, subprocess.Popen[str]], name: str, seconds: float) -> dict[str, Any]:
+    first = [_ask(side, {"case": name}) for side in sides.values()]
+    calls = max(1, min(MAX_CALLS, round(TURN_MICROSECONDS / max(first))))
+    rounds = max(7, min(400, round(seconds * 1e6 / (calls * sum(first)))))
+    times: dict[str, list[float]] = {"old": [], "new": []}
+    for turn in range(rounds):
+        for side in ("old", "new") if turn % 2 == 0 else ("new", "old"):
+            times[side].append(_ask(sides[side], {"calls": calls}))
+    ratios = sorted(new / old for new, old in zip(times["new"], times["old"], strict=True))
+    quartiles = statistics.quantiles(ratios, n=4)
+    return {
+        "case": name,
+        "old_us": round(statistics.median(times["old"]), 2),
+        "new_us": round(statistics.median(times["new"]), 2),
+        "new_to_old": round(quartiles[1], 4),
+        "low": round(quartiles[0], 4),
+        "high": round(quartiles[2], 4),
+        "rounds": rounds,
+    }
+
+
+def print_means(rows: Sequence[dict[str, Any]]) -> None:
+    """Geometric means over the shapes and modes of each operation."""
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row["case"].split()[0], []).append(row["new_to_old"])
+    for op, ratios in groups.items():
+        mean = math.exp(statistics.mean(map(math.log, ratios)))
+        print(f"  {op:<30} geometric mean {mean:.3f}, worst {max(ratios):.3f}, of {len(ratios)} cases")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the command."""
+    parser = Parser("python -m benchmarks.compare_commits", (__doc__ or "").splitlines()[0])
+    parser.add_argument("old", metavar="OLD", help="a commit")
+    parser.add_argument("new", metavar="NEW", nargs="?", help="a commit (default: the files as they are)")
+    parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=list(RECIPES), help="whose losses to compare")
+    parser.add_argument("--steps", type=whole_number, default=20, metavar="N", help="steps of each, both kinds (20)")
+    parser.add_argument("--repeats", type=whole_number, default=3, metavar="N", help="runs whose steps are timed (3)")
+    parser.add_argument("--kernels", action="store_true", help="compile every shipped configuration, compare its PTX")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="of them, only labels with all words")
+    parser.add_argument("--speed", action="store_true", help="time the operations")
+    parser.add_argument("--ops", nargs="+", default=[], metavar="OP", help="of them, only names that begin so")
+    parser.add_argument("--seconds", type=number, default=4.0, metavar="S", help="for each case (4)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results here")
+    return argparse.Namespace(**parser.given(arguments))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    old, new = Commit(options.old), Commit(options.new)
+    results: dict[str, Any] = {"old": old.label, "new": new.label}
+    wrong = 0
+    if options.recipes:
+        print(f"losses of {options.steps} steps, {old.label} and {new.label}")
+        results["losses"] = []
+    for recipe in options.recipes:
+        row = compare_losses(old, new, recipe, options.steps, options.repeats)
+        results["losses"].append(row)
+        wrong += not row["equal"]
+        verdict = "the same bits" if row["equal"] else f"DIFFERENT from {row['first_difference']}"
+        print(
+            f"  {recipe:<22} {row['training_steps']} training and {row['validation_steps']} validation losses: "
+            f"{verdict}; time of a step, new to old, {row['step_new_to_old']:.3f}",
+            flush=True,
+        )
+    if options.kernels:
+        found = results["kernels"] = compare_kernels(old, new, options.only)
+        wrong += bool(found["changed"])
+        print(f"{found['configurations']} configurations of both, {len(found['changed'])} with other PTX")
+        for kind in ("changed", "removed", "added"):
+            for label in found[kind]:
+                print(f"  {kind} {label}")
+    if options.speed:
+        print("operations: old, new, new to old (quartiles)")
+        results["speed"] = compare_speed(old, new, options.ops, options.seconds)
+        print_means(results["speed"])
+    if options.json:
+        path = expanded(options.json, "--json")
+        replace_file(path, (json.dumps(results, indent=1) + "\n").encode())
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

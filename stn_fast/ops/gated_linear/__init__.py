@@ -1,0 +1,163 @@
+"""gated_linear: a linear layer whose weights respond to each example's hyperparameters."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stn_fast.ops.gated_linear import plain
+from stn_fast.ops.gates import (
+    GatedParameters,
+    Gradients,
+    Wanted,
+    check_examples,
+    check_operands,
+    contiguous,
+    fold,
+    response_input,
+    shapes,
+)
+from stn_fast.ops.linear import linear
+from stn_fast.ops.memory import autocast_dtype
+from stn_fast.ops.operation import Operation
+from stn_fast.ops.serving import Implementations
+from stn_fast.ops.transforms import in_transform
+
+if TYPE_CHECKING:
+    from stn_fast.hyperparameters import HyperBatch
+
+implementations = Implementations(__name__)
+
+
+def reference(x: Tensor, parameters: GatedParameters, h: Tensor, outer: int = 1, inner: int = 1) -> Tensor:
+    """The definition, in plain torch. Differentiable in every mode; kernels are tested against it.
+
+    Rows of x (outer·B·inner, I) are positions; row m belongs to example (m // inner) mod B of h (B, n).
+    """
+    return plain.forward(x, parameters, h, outer, inner, True)[0]
+
+
+def _forward(
+    x: Tensor, parameters: GatedParameters, h: Tensor, outer: int, inner: int, save_response: bool
+) -> tuple[Tensor, Tensor]:
+    """(y, q): q = x Rᵀ is what backward needs for the gates, and empty when nobody will ask."""
+    module = implementations.serving(x, parameters.weight, h)
+    y, q = module.forward(x, parameters, h, outer, inner, save_response)
+    return y, q if save_response else x.new_empty(0)
+
+
+def _fake(
+    x: Tensor, parameters: GatedParameters, h: Tensor, outer: int, inner: int, save_response: bool
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], parameters.weight.shape[0])
+    return y, torch.empty_like(y) if save_response else x.new_empty(0)
+
+
+def _backward(
+    d_y: Tensor,
+    x: Tensor,
+    parameters: GatedParameters,
+    h: Tensor,
+    q: Tensor,
+    outer: int,
+    inner: int,
+    wanted: list[bool],
+) -> Gradients:
+    module = implementations.serving(x, parameters.weight, h)
+    return module.backward(d_y.contiguous(), x, parameters, h, q, outer, inner, Wanted(*wanted))
+
+
+def _check_sizes(
+    x: Tensor, parameters: GatedParameters, h: Tensor, outer: int, inner: int, save_response: bool
+) -> None:
+    if len(x) != outer * len(h) * inner:
+        raise ValueError(f"gated_linear: x {tuple(x.shape)} is not {outer} x {inner} positions of h {tuple(h.shape)}")
+
+
+_operation = Operation(
+    "gated_linear",
+    _forward,
+    outputs=("y", "q"),
+    fake=_fake,
+    backward=_backward,
+    differentiable=("x", "parameters", "h"),
+    check=_check_sizes,
+)
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    response_weight: Tensor,
+    response_bias: Tensor | None,
+    weight_gate: Tensor,
+    bias_gate: Tensor | None,
+    hyper: HyperBatch | Tensor,
+    example_dim: int = 0,
+) -> Tensor:
+    """A linear layer whose weights respond to hyperparameters, every example to its own (STN, section 3.1).
+
+    y = x Wᵀ + b + (h Gwᵀ) ⊙ (x Rᵀ) + (h Gbᵀ) ⊙ r
+
+    Args:
+        x: (..., I); dimension `example_dim` counts the B examples, all others are positions of an example.
+        weight, response_weight: W, R (O, I).
+        bias, response_bias: b, r (O,); None for a layer without bias.
+        weight_gate, bias_gate: Gw, Gb (O, n); bias_gate is None when bias is.
+        hyper: a HyperBatch, or its response input h, (B, n) with one row an example, or (n,) shared by all of them:
+            then the layer is folded into plain weights and costs one product instead of two.
+        example_dim: the dimension of x that counts examples.
+
+    All tensors are on one device and of one dtype: float32, float64, bfloat16 or float16. Under autocast each is cast
+    to autocast's, but float64 is left alone, as in torch. Accumulation is in float32 for the 16-bit ones on CUDA.
+    Gradients are computed for those inputs alone that require one. Forward-mode AD and torch.compile are supported;
+    second derivatives in reverse mode are not, and raise.
+
+    Returns:
+        (..., O), on the device of x, of its dtype or of autocast's.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
+    """
+    check_examples("gated_linear", x, hyper, example_dim, range(x.ndim - 1))
+    h = response_input(hyper, weight)
+    parameters = GatedParameters(weight, bias, response_weight, response_bias, weight_gate, bias_gate)
+    if dtype := autocast_dtype(x):
+        x, parameters, h = x.to(dtype), parameters.to(dtype), h.to(dtype)
+    _check(x, parameters, h, example_dim)
+    if h.ndim == 1:
+        implementations.serving(x, parameters.weight, h)  # raises where one was asked for that can't serve
+        return linear(x, *fold(parameters, h))
+    example_dim %= x.ndim
+    outer, inner = math.prod(x.shape[:example_dim]), math.prod(x.shape[example_dim + 1 : -1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if in_transform():
+        y = reference(rows, parameters, h, outer, inner)
+    else:
+        save_response = torch.is_grad_enabled() and (h.requires_grad or parameters.weight_gate.requires_grad)
+        y, _ = _operation(*contiguous(rows, *parameters, h), outer, inner, save_response)
+    return y.view(*x.shape[:-1], parameters.weight.shape[0])
+
+
+def _check(x: Tensor, parameters: GatedParameters, h: Tensor, example_dim: int) -> None:
+    weight = parameters.weight
+    if weight.ndim != 2 or h.ndim not in (1, 2) or x.ndim < 2:
+        raise ValueError(
+            "gated_linear wants x (..., I) of at least two dimensions, weight (O, I) and h (B, n) or (n,); "
+            f"got x {tuple(x.shape)}, weight {tuple(weight.shape)}, h {tuple(h.shape)}"
+        )
+    if not -x.ndim <= example_dim < x.ndim or example_dim % x.ndim == x.ndim - 1:
+        raise ValueError(
+            f"gated_linear: example_dim={example_dim} must name a dimension of x {tuple(x.shape)} other than the last"
+        )
+    (outputs, inputs), n = weight.shape, h.shape[-1]
+    wanted = {
+        "x": (x, (*x.shape[:-1], inputs)),
+        **shapes("gated_linear", parameters, weight.shape, outputs, n),
+        "h": (h, (x.shape[example_dim], n) if h.ndim == 2 else (n,)),
+    }
+    check_operands("gated_linear", wanted, weight, x=x, weight=weight, h=h, example_dim=example_dim)

@@ -1,0 +1,36 @@
+"""gated_linear by the kernels of stn_fast.kernels.gated_linear."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stn_fast.kernels import gated_linear as kernels
+from stn_fast.kernels.gates import MAX_N
+from stn_fast.ops.gates import GatedParameters, Gradients, Wanted
+
+
+def why_not(h: Tensor) -> str | None:
+    """Why kernels don't serve this response input of the right dtype; None where they do."""
+    many = h.shape[-1] > MAX_N
+    return f"its kernels take at most {MAX_N} hyperparameters, and h has {h.shape[-1]}" if many else None
+
+
+def forward(
+    x: Tensor, parameters: GatedParameters, h: Tensor, outer: int, inner: int, save_response: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(y, x Rᵀ where it is to be saved)"""
+    return kernels.forward(x, *parameters, h, outer, inner, save_response)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    parameters: GatedParameters,
+    h: Tensor,
+    q: Tensor,
+    outer: int,
+    inner: int,
+    wanted: Wanted,
+) -> Gradients:
+    weight, _, *rest = parameters
+    return Gradients(*kernels.backward(dy, x, weight, *rest, h, q, outer, inner, wanted))

@@ -1,0 +1,88 @@
+"""The recurrence of gated_lstm by the C++ core: float32 on the CPU, as `over_time.Backend` describes it.
+
+A time step is one product with [W; R] and one pass of the core around it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from stn_fast.ops.gated_linear import cpu as gated_linear_cpu
+from stn_fast.ops.gated_lstm.over_time import Recurrence, RecurrenceGradients, in_time
+from stn_fast.ops.memory import address, own_address
+from stn_fast.ops.products import many_times_transpose
+
+
+def linear(h: Tensor) -> ModuleType:
+    return gated_linear_cpu
+
+
+def forward(
+    gates: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight: Tensor,
+    response_weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    reverse: bool,
+    save: bool,
+    save_response: bool,
+) -> Recurrence:
+    from stn_fast import _C
+
+    (steps, batch, _), hidden, threads = gates.shape, h_0.shape[1], torch.get_num_threads()
+    for given in (gates, h_0, c_0, scale):
+        address(given)  # raises where it can't be read
+    times_weights = many_times_transpose(torch.cat([weight, response_weight]), batch)
+    y = gates.new_empty(steps, batch, hidden)
+    cells = torch.empty_like(y) if save else gates.new_empty(1, batch, hidden).expand_as(y)
+    response = torch.empty_like(gates) if save_response else None
+    h, c = h_0, c_0
+    for t in in_time(steps, reverse):
+        both = times_weights(h)
+        h, c_before, c = y[t], c, cells[t]
+        _C.gated_lstm_cell_forward(
+            own_address(gates[t]), own_address(both), own_address(scale), address(shift), own_address(c_before),
+            own_address(c), own_address(h), own_address(None if response is None else response[t]),
+            batch, hidden, threads,
+        )  # fmt: skip
+    return Recurrence(y, c.clone(), cells if save else None, response)
+
+
+def backward(
+    dy: Tensor,
+    d_last_cell: Tensor | None,
+    gates: Tensor,
+    cells: Tensor,
+    c_0: Tensor,
+    weight: Tensor,
+    response_weight: Tensor,
+    scale: Tensor,
+    reverse: bool,
+    wants_h_0: bool,
+) -> RecurrenceGradients:
+    from stn_fast import _C
+
+    (steps, batch, wide), hidden, threads = gates.shape, c_0.shape[1], torch.get_num_threads()
+    for given in (dy, d_last_cell, gates, cells, c_0, scale):
+        address(given)  # raises where it can't be read
+    d_gates, d_both = torch.empty_like(gates), gates.new_empty(batch, 2 * wide)
+    times_weights = many_times_transpose(torch.cat([weight, response_weight]).T, batch)
+    dc = torch.zeros_like(c_0) if d_last_cell is None else d_last_cell.clone(memory_format=torch.contiguous_format)
+    dh = None
+    order = in_time(steps, reverse)
+    for position in range(steps - 1, -1, -1):
+        t = order[position]
+        c_before = cells[order[position - 1]] if position else c_0
+        _C.gated_lstm_cell_backward(
+            own_address(dy[t]), own_address(dh), own_address(dc), own_address(gates[t]), own_address(cells[t]),
+            own_address(c_before), own_address(scale), own_address(d_gates[t]), own_address(d_both),
+            batch, hidden, threads,
+        )  # fmt: skip
+        if position or wants_h_0:
+            dh = times_weights(d_both)
+    return RecurrenceGradients(d_gates, dh if wants_h_0 else None, dc)

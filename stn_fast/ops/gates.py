@@ -1,0 +1,236 @@
+"""What all gated operations share: their six tensors, the gates and the gradients of these, folding, checks.
+
+Every one of them is y = P + scale ⊙ Q + shift, with P and Q what the plain operation makes of W and of R, and for each
+example scale = h Gwᵀ and shift = b + (h Gbᵀ) ⊙ r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stn_fast.ops.casts import cast
+
+if TYPE_CHECKING:
+    from stn_fast.hyperparameters import HyperBatch
+
+
+class GatedParameters(NamedTuple):
+    """W, b, R, r, Gw, Gb of a gated layer with O outputs and n hyperparameters; b, r and Gb may be None together.
+
+    Shapes: weight, response_weight (O, ...); bias, response_bias (O,); weight_gate, bias_gate (O, n).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    response_weight: Tensor
+    response_bias: Tensor | None
+    weight_gate: Tensor
+    bias_gate: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> GatedParameters:
+        """In another dtype, each cast once a step inside `casts_once`."""
+        return GatedParameters._make([cast(tensor, dtype) for tensor in self])
+
+
+class Gradients(NamedTuple):
+    """Those of a gated operation's input, of its `GatedParameters` and of h; None where not wanted."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    response_weight: Tensor | None
+    response_bias: Tensor | None
+    weight_gate: Tensor | None
+    bias_gate: Tensor | None
+    h: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which of the `Gradients` to compute."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    response_weight: bool
+    response_bias: bool
+    weight_gate: bool
+    bias_gate: bool
+    h: bool
+
+    @property
+    def scale(self) -> bool:
+        """Whether the gradient of h Gwᵀ is needed."""
+        return self.weight_gate or self.h
+
+    @property
+    def shift(self) -> bool:
+        """Whether the gradient of b + (h Gbᵀ) ⊙ r is needed, where there is one."""
+        return self.bias or self.response_bias or self.bias_gate or self.h
+
+
+class GateGradients(NamedTuple):
+    """Those of `Gradients` that follow from the gradients of scale and shift."""
+
+    bias: Tensor | None
+    response_bias: Tensor | None
+    weight_gate: Tensor | None
+    bias_gate: Tensor | None
+    h: Tensor | None
+
+
+def fold(parameters: GatedParameters, h: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The plain layer that a gated one is at a single h (n,): (W + diag(Gw h) R, b + (Gb h) ⊙ r); W, R (O, ...)."""
+    weight, bias, response_weight, response_bias, weight_gate, bias_gate = parameters
+    folded = torch.addcmul(weight, (weight_gate @ h).view(-1, *[1] * (weight.ndim - 1)), response_weight)
+    if bias is None or response_bias is None or bias_gate is None:
+        return folded, None
+    return folded, bias + (bias_gate @ h) * response_bias
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which gates and sums over examples are computed: 16-bit numbers would be rounded twice."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def gates(parameters: GatedParameters, h: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Every example's scale h Gwᵀ and shift b + (h Gbᵀ) ⊙ r, (B, O), in float32 or wider; no shift without bias."""
+    _, bias, _, response_bias, weight_gate, bias_gate = parameters
+    dtype = wide(h.dtype)
+    wide_h = h.to(dtype)
+    scale = wide_h @ weight_gate.to(dtype).T
+    if bias is None or response_bias is None or bias_gate is None:
+        return scale, None
+    return scale, torch.addcmul(bias.to(dtype), wide_h @ bias_gate.to(dtype).T, response_bias.to(dtype))
+
+
+def gate_gradients(
+    d_scale: Tensor | None, d_shift: Tensor | None, parameters: GatedParameters, h: Tensor, wanted: Wanted
+) -> GateGradients:
+    """What follows from the gradients of scale and shift, (B, O) in float32 or wider, None where not needed."""
+    _, _, _, response_bias, weight_gate, bias_gate = parameters
+    dtype = wide(h.dtype)
+    wide_h = h.to(dtype)
+    d_bias = d_response_bias = d_weight_gate = d_bias_gate = dh = None
+    if d_scale is not None:
+        d_weight_gate = d_scale.T @ wide_h if wanted.weight_gate else None
+        dh = d_scale @ weight_gate.to(dtype) if wanted.h else None
+    if d_shift is not None and response_bias is not None and bias_gate is not None:
+        d_bias = d_shift.sum(0) if wanted.bias else None
+        if wanted.response_bias:
+            d_response_bias = (d_shift * (wide_h @ bias_gate.to(dtype).T)).sum(0)
+        if wanted.bias_gate or dh is not None:
+            d_gated = d_shift * response_bias.to(dtype)
+            d_bias_gate = d_gated.T @ wide_h if wanted.bias_gate else None
+            dh = torch.addmm(dh, d_gated, bias_gate.to(dtype)) if dh is not None else None
+
+    def narrow(gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else gradient.to(h.dtype)
+
+    return GateGradients(*map(narrow, (d_bias, d_response_bias, d_weight_gate, d_bias_gate, dh)))
+
+
+def response_input(hyper: HyperBatch | Tensor, like: Tensor) -> Tensor:
+    """What the gates of a layer see: (B, n), or (n,) where a HyperBatch's examples share one row.
+
+    A HyperBatch's float32 response is cast to the dtype of `like`; a tensor is taken as it is.
+    """
+    if isinstance(hyper, Tensor):
+        return hyper
+    response = hyper.response[0] if hyper.shared and len(hyper) else hyper.response
+    return response.to(like.dtype)
+
+
+def check_examples(
+    who: str, x: Tensor, hyper: HyperBatch | Tensor, example_dim: int = 0, others: Iterable[int] = ()
+) -> None:
+    """Raises ValueError where a HyperBatch has another number of examples than x; ``others`` could count them too."""
+    in_range = -x.ndim <= example_dim < x.ndim
+    if not isinstance(hyper, Tensor) and in_range and x.shape[example_dim] != len(hyper):
+        fitting = [dim for dim in others if x.shape[dim] == len(hyper)]
+        hint = f"; example_dim={fitting[0]} fits" if fitting else ""
+        raise ValueError(
+            f"{who}: the HyperBatch has {len(hyper)} examples, but x {tuple(x.shape)} has "
+            f"{x.shape[example_dim]} in dimension {example_dim}{hint}"
+        )
+
+
+def gradients(
+    of_gates: GateGradients,
+    *,
+    x: Tensor | None = None,
+    weight: Tensor | None = None,
+    response_weight: Tensor | None = None,
+) -> Gradients:
+    """All of them."""
+    bias, response_bias, weight_gate, bias_gate, h = of_gates
+    return Gradients(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
+
+
+def rows_of(per_example: Tensor, outer: int, inner: int) -> Tensor:
+    """(B, O) → (outer·B·inner, O): every example's row at each of its positions."""
+    if outer == inner == 1:
+        return per_example
+    batch, outputs = per_example.shape
+    return per_example[None, :, None].expand(outer, batch, inner, outputs).reshape(outer * batch * inner, outputs)
+
+
+def sum_of_rows(per_row: Tensor, outer: int, batch: int, inner: int) -> Tensor:
+    """(outer·B·inner, O) → (B, O): the sum over the positions of every example."""
+    if outer == inner == 1:
+        return per_row
+    return per_row.view(outer, batch, inner, per_row.shape[1]).sum((0, 2))
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Each as kernels read it."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+Shapes = dict[str, tuple[Tensor | None, Sequence[int]]]
+
+
+def shapes(
+    operation: str, parameters: GatedParameters, matrix: Sequence[int], outputs: int, n: int, side: str = ""
+) -> Shapes:
+    """What `check_operands` wants of the parameters; raises ValueError where there is a part of the biases alone."""
+    together = (parameters.bias, parameters.response_bias, parameters.bias_gate)
+    if any(t is None for t in together) and any(t is not None for t in together):
+        raise ValueError(f"{operation}: give bias, response_bias and bias_gate together, or none of them")
+    expected = (matrix, (outputs,), matrix, (outputs,), (outputs, n), (outputs, n))
+    named = zip(GatedParameters._fields, parameters, expected, strict=True)
+    return {f"{side}{name}": (tensor, shape) for name, tensor, shape in named}
+
+
+def check_operands(
+    operation: str,
+    wanted: Mapping[str, tuple[Tensor | None, Sequence[int]]],
+    weight: Tensor,
+    weight_name: str = "weight",
+    /,
+    **beside: Tensor | int,
+) -> None:
+    """Raises ValueError about the first misfit of ``wanted``, {name: (tensor, its shape)}; None is no misfit.
+
+    All are to be of one floating point dtype, that of ``weight``, and on its device. ``beside`` is what the shapes
+    follow from.
+    """
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None:
+            continue
+        if tensor.shape != tuple(shape):
+            given = [f"{key} {tuple(t.shape)}" if isinstance(t, Tensor) else f"{key}={t}" for key, t in beside.items()]
+            raise ValueError(
+                f"{operation}: {name} must be {tuple(shape)} to fit {', '.join(given[:-1])} and {given[-1]}; "
+                f"got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != weight.dtype or tensor.device != weight.device:
+            raise ValueError(
+                f"{operation}: {name} is {tensor.dtype} on {tensor.device}, {weight_name} {weight.dtype} on "
+                f"{weight.device}; they must agree (cast one: {name}.to({weight_name}))"
+            )
+    if not weight.is_floating_point():
+        raise ValueError(f"{operation} wants floating point tensors; got {weight.dtype}")

@@ -1,0 +1,42 @@
+"""What every operation asks before it hands its inputs to a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def in_transform() -> bool:
+    """Whether forward-mode AD (forward_ad.dual_level) or a torch.func transform (grad, jvp, vmap, …) is active.
+
+    A torch.library.custom_op returns a *silent zero tangent* in the first and raises in the others, so the public
+    functions of stn_fast.ops then compute from plain torch operations, which are right in every mode.
+    """
+    return forward_ad._current_level >= 0 or in_function_transform()
+
+
+def in_function_transform() -> bool:
+    """Whether a torch.func transform is active, whose tensors have no memory that a kernel could read."""
+    # Not peek_interpreter_stack: torch.compile takes its answer for True everywhere.
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def traced(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether the registered operation must be called: by a compiler, a tracer, a dispatch mode, a tensor subclass.
+
+    All tensors are on the device of the first; those of the meta device have shapes, which the registration knows.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.jit.is_tracing() or first.is_meta:
+        return True
+    return not _PLAIN.issuperset(map(type, (first, *others)))
+
+
+def known_sizes(sizes: Sequence[int]) -> list[int]:
+    """`sizes` as ints: torch.jit.trace gives tensors, which a registered operation doesn't take in a list."""
+    return [int(size) for size in sizes] if torch.jit.is_tracing() else list(sizes)

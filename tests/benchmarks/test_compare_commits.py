@@ -1,0 +1,85 @@
+"""benchmarks.compare_commits: what two commits compute, compile and how fast."""
+
+import json
+
+import pytest
+from compile_ahead import hash_of
+
+from benchmarks import compare_commits
+from benchmarks.compare_commits import Commit, compare_losses, compare_speed, main
+
+
+@pytest.fixture
+def small_cases(monkeypatch):
+    """The cases of the benchmarks, small."""
+    text = compare_commits._one_commit().replace('torch.device("cpu"))', 'torch.device("cpu"), quick=True)')
+    assert "quick=True" in text
+    monkeypatch.setattr(compare_commits, "_one_commit", lambda: text)
+
+
+def test_the_same_files_give_the_same_bits():
+    row = compare_losses(Commit(None), Commit(None), "digits", steps=6, repeats=1)
+    assert row["equal"]
+    assert (row["training_steps"], row["validation_steps"]) == (4, 2)
+    assert row["same_losses"] == row["losses"] == 6
+
+
+def test_losses_that_differ_in_one_bit_are_told_by_step_and_status(monkeypatch, capsys):
+    whole = compare_commits._one_commit()
+    texts = iter([whole, whole.replace("float(loss.detach())", "float(torch.nextafter(loss.detach(), loss * 2))")])
+    monkeypatch.setattr(compare_commits, "_one_commit", lambda: next(texts))
+    monkeypatch.setattr(compare_commits, "Commit", lambda _: Commit(None))
+    assert main(["HEAD", "--recipes", "digits", "--steps", "3", "--repeats", "1"]) == 1
+    assert "DIFFERENT from step 0" in capsys.readouterr().out
+
+
+def test_operations_take_turns(small_cases, capsys):
+    (row,) = compare_speed(Commit(None), Commit(None), ["gated_linear train"], seconds=0.1)
+    assert row["case"].startswith("gated_linear train 32x64x48")
+    assert row["rounds"] >= 7
+    assert row["low"] <= row["new_to_old"] <= row["high"]
+    assert "gated_linear train" in capsys.readouterr().out
+
+
+def test_a_side_that_ends_is_told(small_cases):
+    commit = Commit(None)
+    process = commit.turns()
+    with pytest.raises(compare_commits.UserError, match="ended with status 1"):
+        compare_commits._ask(process, {"case": "there is no such case"})
+
+
+def test_an_unknown_commit_is_named(capsys):
+    with pytest.raises(compare_commits.UserError, match="0123abcdef: there is no such commit"):
+        main(["0123abcdef"])
+
+
+def test_kernels_that_differ_in_instructions_alone_are_changed(monkeypatch):
+    hashes = iter([{"a": "1", "b": "2", "gone": "3"}, {"a": "1", "b": "other", "new": "4"}])
+
+    def run(self, script, option, path):
+        assert (script, option) == ("tests/compile_table.py", "--hashes")
+        with open(path, "w") as file:
+            json.dump(next(hashes), file)
+
+    monkeypatch.setattr(Commit, "run", run)
+    found = compare_commits.compare_kernels(Commit(None), Commit(None), [])
+    assert found == {"configurations": 2, "changed": ["b"], "removed": ["gone"], "added": ["new"]}
+
+
+def test_a_hash_is_of_instructions_not_of_their_place_in_a_file():
+    ptx = """
+    .visible .entry kernel(
+    {
+$L__func_begin0:
+\t.loc\t1 20 0                           // kernels/gates.py:20:0
+\tmov.u32 \t%r1, %ctaid.x;
+$L__tmp1:
+\t.loc\t1 21 0
+\tret;
+}
+\t.file\t1 "/one/kernels/gates.py"
+\t.section\t.debug_abbrev
+"""
+    moved = ptx.replace("1 20 0", "1 33 0").replace("gates.py:20", "gates.py:33").replace("/one/", "/another/")
+    assert hash_of(moved) == hash_of(ptx)
+    assert hash_of(ptx.replace("%r1", "%r2")) != hash_of(ptx)
