@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import stn_fast as stn
-from stn_fast.ops import _gated_conv2d_cpu as cpu
 from stn_fast.ops.casts import casts_once
+from stn_fast.ops.gated_conv2d import cpu
 from stn_fast.ops.halves import are_halves
 
 RESPONSE = torch.tensor([[0.3, -0.2], [0.1, 0.5], [-0.4, 0.2]])

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from stn_fast.ops import _gated_conv2d_cpu as cpu
+from stn_fast.ops.gated_conv2d import cpu
 from stn_fast.ops.gated_conv2d.joined import join
 from stn_fast.ops.halves import are_halves, convert, make_halves
 from stn_fast.ops.memory import adjoin, as_one
