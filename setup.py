@@ -21,7 +21,7 @@ core = Pybind11Extension(
 )
 
 setup(
-    packages=[*find_packages(include=["stn_fast", "stn_fast.*"]), "stn_fast.kernels"],
+    packages=sorted({*find_packages(include=["stn_fast", "stn_fast.*"]), "stn_fast.kernels"}),
     package_dir={"stn_fast.kernels": "kernels"},
     package_data={"stn_fast": ["py.typed", "*.pyi"], "stn_fast.kernels": ["cuda/*", "tuned/*.json"]},
     ext_modules=[core],

@@ -67,8 +67,8 @@ def dropout(
     seed: int,
     stream: int,
     first_example: int,
-    sizes: tuple[int, int, int, int],
-    strides: tuple[int, int, int],
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
 ) -> Tensor:
     """Drops elements of x, contiguous and seen as (outer, batch, middle, last) = `sizes`. Its own backward, on dy.
 

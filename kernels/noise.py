@@ -49,7 +49,7 @@ def noise_kernel(
         tl.store(p_out + i_x, narrow(b_y, p_out.dtype.element_ty), mask=inside)
 
 
-def _rows(sizes: tuple[int, int, int]) -> Rows:
+def _rows(sizes: tuple[int, ...]) -> Rows:
     outer, batch, inner = sizes
     e_outer = 0 if outer == 1 else inner
     mode = ALIGNED if e_outer % 4 == 0 else SHIFTED
@@ -98,7 +98,7 @@ def noise_forward(
     seed: int,
     stream: int,
     first_example: int,
-    sizes: tuple[int, int, int],
+    sizes: tuple[int, ...],
 ) -> Tensor:
     """y for x contiguous, (outer, batch, inner) = `sizes`, and scale (batch,); element = i_outer * inner + i_inner.
 
@@ -118,7 +118,7 @@ def noise_backward(
     seed: int,
     stream: int,
     first_example: int,
-    sizes: tuple[int, int, int],
+    sizes: tuple[int, ...],
 ) -> Tensor:
     """d_scale (batch,) float32, the noise drawn again. dx is dy itself. Raises as the forward does."""
     refuse_float64("noise", dy=dy)

@@ -59,7 +59,7 @@ class Rows:
         return ceil_div(self.rows, tile.kwargs["ROWS"])
 
 
-def rows_of(sizes: tuple[int, int, int, int], strides: tuple[int, int, int]) -> Rows:
+def rows_of(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Rows:
     """Merges `middle` into `last` where the numbering allows it, so that rows are as long as they can be."""
     outer, batch, middle, last = sizes
     e_outer, e_middle, e_last = strides

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def draw(images: Tensor, mask: int, step: Tensor, seed: int, stream: int, first_
     values, pixels = channels * height * width, height * width
     where = (seed, step_number("augment", step), stream, batch)
 
-    def part(numbers, first: int, count: int, *shape: int) -> Tensor:
+    def part(numbers: Callable[..., Any], first: int, count: int, *shape: int) -> Tensor:
         drawn = numbers(*where, first + count, first_example)[:, first:]
         return torch.from_numpy(drawn).to(images.device).view(batch, *shape)
 
@@ -271,7 +271,7 @@ _augment = torch.library.custom_op("stn_fast::augment", _compute, mutates_args=(
 
 
 @_augment.register_fake
-def _(images, table, step, mask, mean, std, seed, stream, first_example, flip, crop_padding):
+def _(images: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(images, dtype=torch.float32)
 
 

@@ -6,7 +6,7 @@ Both branches are one convolution with the filters [W; R], so that x is read onc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -46,10 +46,11 @@ class GateKernels(Protocol):
 class Epilogues(Protocol):
     """What surrounds the convolution, with P and Q the channels of conv(x, W) and conv(x, R)."""
 
-    def choose_forward(self, *problem: Any, library: Callable[[], Result]) -> Result:
+    @property
+    def choose_forward(self) -> Callable[..., Result]:
         """(y, q) of `library`, one library convolution and `epilogue_forward`, or of something faster.
 
-        The problem is x, W, R, scale, shift, stride, padding, dilation, groups, relu and whether q is to be saved.
+        Called with x, W, R, scale, shift, stride, padding, dilation, groups, relu, whether q is kept, and `library`.
         """
 
     def epilogue_forward(self, both: Tensor, scale: Tensor, shift: Tensor | None, groups: int, relu: bool) -> Tensor:

@@ -32,5 +32,6 @@ def backward(
     inner: int,
     wanted: Wanted,
 ) -> Gradients:
-    weight, _, *rest = parameters
-    return Gradients(*kernels.backward(dy, x, weight, *rest, h, q, outer, inner, wanted))
+    weight, _, response_weight, response_bias, weight_gate, bias_gate = parameters
+    operands = (x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q)
+    return Gradients(*kernels.backward(dy, *operands, outer, inner, wanted))
