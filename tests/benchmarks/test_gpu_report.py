@@ -1,6 +1,8 @@
 """The GPU report: what it would run is checked without a GPU, and its runner survives whatever a part does."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -102,17 +104,20 @@ def test_an_operation_that_no_case_has_is_told():
         gpu_report.dry_run([gpu_report.ratios_part("typo", 10, "train", "gated_lstn")], 2)
 
 
-def test_the_kernels_are_found_where_nothing_is_installed(tmp_path):
+def test_the_kernels_are_found_where_nothing_is_installed_and_links_are_lost(tmp_path):
+    for folder in ("stn_fast", "kernels", "benchmarks/uninstalled"):
+        shutil.copytree(gpu_report.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("kernels", "*.so"))
     code = (
         "import sys\n"
         "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
         "import stn_fast.kernels.tiles as tiles\nprint(tiles.__file__)\n"
     )
+    folders = [str(tmp_path / "benchmarks/uninstalled"), str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-        env=gpu_report.environment(tmp_path, gpu_report.parts(1)[0]),
+        [sys.executable, "-c", code], cwd=tmp_path / "benchmarks", capture_output=True, text=True,
+        env=gpu_report.environment(tmp_path, gpu_report.parts(1)[0]) | {"PYTHONPATH": os.pathsep.join(folders)},
     )  # fmt: skip
-    assert done.stdout.strip() == str(gpu_report.ROOT / "kernels" / "tiles.py"), done.stderr
+    assert done.stdout.strip() == str(tmp_path / "kernels" / "tiles.py"), done.stderr
 
 
 def test_a_recipe_that_does_not_train_is_counted(capsys):
