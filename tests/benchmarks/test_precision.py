@@ -1,15 +1,26 @@
-"""The comparison of bf16 with fp32: the rule, the command, and the recorded runs."""
+"""What a recipe's precision on CUDA rests on: the rule, the command, and that recipes follow the recorded runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import precision
-from stn_fast.recipes import recipe
+from stn_fast.recipes import RECIPES, recipe
 from stn_fast.training.spaces import build_space
 
 RECORDED = json.loads((Path(precision.__file__).parent / "results" / "precision.json").read_text())
+
+
+def test_recipes_take_bf16_on_cuda_where_recorded_runs_hold_their_quality_and_nowhere_else():
+    def recipes_in(taken, device):
+        found = {name: replace(recipe(name).config(), device=device).resolved.precision for name in RECIPES}
+        assert set(found.values()) <= {"fp32", "bf16"}
+        return {name for name in RECIPES if found[name] == taken}
+
+    assert recipes_in("bf16", "cuda") == {name for name, runs in RECORDED.items() if precision.holds(runs)}
+    assert recipes_in("fp32", "cpu") == set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECORDED)
