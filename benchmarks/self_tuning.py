@@ -175,19 +175,38 @@ def comparisons(runs: Mapping[tuple[str, float | None], Sequence[Result]]) -> li
 def parser() -> argparse.ArgumentParser:
     it = argparse.ArgumentParser(prog="python -m benchmarks.self_tuning", description=__doc__.splitlines()[0])
     it.add_argument("recipe", nargs="?", default="digits", choices=list(RECIPES))
-    it.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 (default: 5)")
     it.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     it.add_argument(
         "--guesses", nargs="+", type=float, metavar="RATE",
         help="what every dropout rate starts from; the other hyperparameters keep the recipe's guess (default: recipe)",
     )  # fmt: skip
     it.add_argument("--learning-rate-factor", type=float, default=1.0, help="multiplies both learning rates")
+    add_run_flags(it, seeds=5)
+    return it
+
+
+def add_run_flags(it: argparse.ArgumentParser, seeds: int) -> None:
+    """The flags of a command that makes runs; ``seeds`` is the default number of them."""
+    it.add_argument("--seeds", type=int, default=seeds, help="seeds 0 to N - 1 (default: %(default)s)")
     it.add_argument("--epochs", type=int, help="instead of the recipe's own")
     it.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the CPU's threads (default: 1)")
     it.add_argument("--data-root", metavar="DIR", default=os.environ.get("STN_FAST_DATA"), help="data sets")
-    it.add_argument("--run-dir", metavar="DIR", help="keep the runs here, METHOD-seedN; default: a temporary directory")
+    it.add_argument("--run-dir", metavar="DIR", help="keep the runs here, a folder each (default: nowhere)")
     it.add_argument("--json", metavar="FILE", help="write every result here")
-    return it
+
+
+def check_run_flags(it: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
+    """Ends the command with a message where --jobs or --seeds is not a count."""
+    if flags.jobs < 1 or flags.seeds < 1:
+        it.error(f"--jobs and --seeds must be at least 1; got {flags.jobs} and {flags.seeds}")
+
+
+def sharing(defaults: Config, jobs: int) -> Config:
+    """``defaults`` on no more threads than there are for each of ``jobs`` runs at a time."""
+    if jobs == 1:
+        return defaults
+    share = max(1, (os.cpu_count() or 1) // jobs)
+    return replace(defaults, threads=min(share, defaults.threads or share))
 
 
 def compare(flags: argparse.Namespace, defaults: Config) -> dict[str, list[Result]]:
@@ -219,12 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs and prints; returns 0."""
     it = parser()
     flags = it.parse_args(arguments)
-    if flags.jobs < 1 or flags.seeds < 1:
-        it.error(f"--jobs and --seeds must be at least 1; got {flags.jobs} and {flags.seeds}")
-    defaults = replace(recipe(flags.recipe).config(), data_root=flags.data_root)
-    if flags.jobs > 1:
-        share = max(1, (os.cpu_count() or 1) // flags.jobs)
-        defaults = replace(defaults, threads=min(share, defaults.threads or share))
+    check_run_flags(it, flags)
+    defaults = sharing(replace(recipe(flags.recipe).config(), data_root=flags.data_root), flags.jobs)
     try:
         results = compare(flags, defaults)
     except UserError as error:

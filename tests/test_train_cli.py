@@ -243,6 +243,20 @@ def test_a_configuration_file_names_its_recipe(tmp_path, capsys, name):
     assert part == {**whole, "seed": 4}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "precision"),
+    [
+        ([], "fp32"),
+        (["--device", "cuda"], "bf16"),
+        (["--device", "cuda", "--set", "precision=fp32"], "fp32"),
+        (["cifar10", "--device", "cuda"], "fp32"),
+        (["cifar10", "--device", "cuda", "--set", "precision=auto"], "bf16"),
+    ],
+)
+def test_printing_the_configuration_shows_the_precision_of_the_run(arguments, precision, capsys):
+    assert printed(arguments, capsys)["precision"] == precision
+
+
 def test_a_configuration_file_without_a_recipe_is_for_the_one_that_is_named(tmp_path, capsys):
     file = tmp_path / "config.yaml"
     file.write_text("seed: 4\n")

@@ -6,7 +6,7 @@ imports nothing heavy, so that ``--help`` and ``--print-config`` answer at once.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Literal
 
@@ -109,6 +109,7 @@ MethodName = Literal["stn", "fixed"]
 
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16")
+PrecisionSetting = Literal["auto", "fp32", "tf32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -260,8 +261,9 @@ class Config:
 
     ``precision`` is that of the products of a step: ``fp32``; ``tf32``, which is faster on CUDA and keeps ten bits of
     each factor; ``bf16``, autocast to bfloat16, in which weights, hyperparameters, gradient norms and losses stay in
-    float32. Evaluations are in float32 with any. ``capture`` makes a CUDA graph of each kind of step, which gives the
-    same numbers in less time; it does nothing on the CPU.
+    float32. Evaluations are in float32 with any. ``auto`` is bf16 on CUDA and fp32 on the CPU; it is the default of
+    recipes whose recorded runs in bf16 are as good as in fp32 (``benchmarks/precision.py``). ``capture`` makes a CUDA
+    graph of each kind of step, which gives the same numbers in less time; it does nothing on the CPU.
     """
 
     recipe: str
@@ -274,7 +276,7 @@ class Config:
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None
-    precision: Precision = "fp32"
+    precision: PrecisionSetting = "fp32"
     capture: bool = True
     train_fraction: float = 1.0
     data_root: str | None = None
@@ -292,8 +294,15 @@ class Config:
         _require(0 < share <= 1, "train_fraction", share, "must be above 0 and at most 1")
         devices = ("cpu", "cuda")
         _require(self.device in devices, "device", self.device, did_you_mean(self.device, devices))
-        precision = self.precision
-        _require(precision in PRECISIONS, "precision", precision, did_you_mean(precision, PRECISIONS))
+        precision, settings = self.precision, ("auto", *PRECISIONS)
+        _require(precision in settings, "precision", precision, did_you_mean(precision, settings))
+
+    @property
+    def resolved(self) -> "Config":
+        """The same run, with the precision that ``auto`` is on its device."""
+        if self.precision != "auto":
+            return self
+        return replace(self, precision="bf16" if self.device == "cuda" else "fp32")
 
     @property
     def enabled(self) -> dict[str, HyperparameterConfig]:

@@ -27,7 +27,8 @@ def resolve(
     """``defaults`` under the YAML ``file``, then ``name=value`` ``pairs``, then ``flags`` {dotted key: value}.
 
     ``settings`` are the contents of ``file`` where it has been read already: a pipe can be read only once. A
-    ``data_root`` that none of them names is the environment variable STN_FAST_DATA.
+    ``data_root`` that none of them names is the environment variable STN_FAST_DATA. Precision ``auto`` becomes that
+    of the device.
     """
     tree = asdict(defaults)
     if file is not None:
@@ -48,7 +49,7 @@ def resolve(
             "recipe", tree["recipe"], f"this runs '{defaults.recipe}'; name another as the first argument"
         )
     tree["data_root"] = tree["data_root"] or os.environ.get("STN_FAST_DATA") or None
-    return build(Config, tree)
+    return build(Config, tree).resolved
 
 
 def nested(key: str, value: object) -> Tree:
@@ -142,7 +143,7 @@ def to_yaml(config: Config) -> str:
 
 def differences(saved: Config, asked: Config) -> list[str]:
     """``key: saved -> asked`` for every key that decides results and differs between the two configurations."""
-    old, new = _flatten(asdict(saved)), _flatten(asdict(asked))
+    old, new = _flatten(asdict(saved.resolved)), _flatten(asdict(asked.resolved))
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in {**old, **new}

@@ -462,7 +462,7 @@ def build_method(config: Config, task: Task) -> FixedHyperparameters:
         optimizer=weight_optimizer(config.optimizer),
         clip=config.optimizer.clip,
         seed=config.seed,
-        precision=config.precision,
+        precision=config.resolved.precision,
         allow_unused=task.allow_unused,
     )
     if config.method.name == "fixed":

@@ -47,7 +47,7 @@ def run(
         CannotWrite: the disk is full or refuses; the same command goes on from the last checkpoint.
         Diverged, Interrupted: as ``Trainer.fit``.
     """
-    progress = progress or Progress(quiet=True)
+    config, progress = config.resolved, progress or Progress(quiet=True)
     directory = RunDirectory(config.directory)
     with directory.locked(), using_threads(config.threads):
         checkpoint.recover(directory.checkpoints)
@@ -98,6 +98,7 @@ def _about(config: Config, task: Task, trainer: Trainer) -> str:
     return (
         f"{config.recipe}, {config.method.label}: {train:,} training, {valid:,} validation, {test:,} test "
         f"{task.batching.unit}; {parameters:,} trained parameters; {steps:,} training steps an epoch"
+        + ("" if config.precision == "fp32" else f"; products of a step in {config.precision}")
         + ("" if reason is None else f"; the slow backend {backend!r} computes: {reason}")
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import precision
 from benchmarks.ratios import geometric_mean
 
 ROOT = Path(__file__).parent.parent.parent
@@ -179,3 +180,17 @@ def test_the_machine_and_torch_are_those_of_the_rows():
     for row in json.loads((RESULTS / "cpu.json").read_text()):
         assert row["device"] == f"{said[1]}, {said[2]} threads"
         assert row["versions"]["torch"].startswith(said[3])
+
+
+def test_losses_in_both_precisions_and_the_recipes_that_take_bf16():
+    recorded = json.loads((RESULTS / "precision.json").read_text())
+    shown = table("recipe | fp32 | bf16")
+    assert len(shown) == len(recorded)
+    for name, runs in recorded.items():
+        fp32, bf16 = (precision.losses(runs, each) for each in ("fp32", "bf16"))
+        assert_shown(
+            shown[f"`{name}`, {len(fp32)} seeds"],
+            [statistics.mean(fp32), statistics.mean(bf16), precision.spread(fp32)],
+        )
+    said = re.search(r"takes it on CUDA by default:\n([^.]*)\.", README)[1]
+    assert set(re.findall("`([^`]*)`", said)) == {name for name, runs in recorded.items() if precision.holds(runs)}

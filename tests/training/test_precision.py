@@ -1,7 +1,9 @@
 """One setting decides in which precision the products of a step are computed, and is gone after it."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +19,12 @@ from stn_fast.models import LanguageModel
 from stn_fast.models.mlp import mlp
 from stn_fast.ops.casts import cast, casts_once
 from stn_fast.recipes import digits
+from stn_fast.training.config import Config
 from stn_fast.training.language import next_word_loss, regularised_next_word_loss
-from stn_fast.training.layering import resolve
+from stn_fast.training.layering import differences, read_yaml, resolve
+from stn_fast.training.methods import build_method
 from stn_fast.training.precision import float32_products
+from stn_fast.training.run import run
 from stn_fast.training.streams import Streams
 from stn_fast.training.task import classification_loss, decayed_classification_loss
 
@@ -296,3 +301,50 @@ def test_evaluations_are_in_float32(train, monkeypatch, settings):
     )
     train("precision=tf32", "schedule.max_steps=3")
     assert set(seen) == {("ieee", False)}
+
+
+ALWAYS = {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16"}
+
+
+@pytest.mark.parametrize(("device", "auto"), [("cpu", "fp32"), ("cuda", "bf16")])
+def test_auto_is_the_precision_of_the_device_and_an_explicit_one_stays(device, auto):
+    found = {
+        name: resolve(digits.config(), None, [f"precision={name}"], {"device": device}).precision
+        for name in ("auto", *ALWAYS)
+    }
+    assert found == {"auto": auto, **ALWAYS}
+
+
+def test_one_s_own_configuration_stays_in_float32_on_cuda():
+    ours = digits.config()
+    assert Config(recipe="mine", hyperparameters=ours.hyperparameters, device="cuda").resolved.precision == "fp32"
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "fp32"), ("cuda", "bf16")])
+def test_a_method_is_built_in_the_precision_of_the_device(device, precision):
+    config = digits.config()  # `auto`, as no layer has resolved it
+    assert build_method(replace(config, device=device), digits.build(config)).precision == precision
+
+
+def test_a_run_writes_down_the_precision_that_auto_stood_for(make_config):
+    config = replace(make_config("schedule.max_steps=20"), precision="auto")
+    assert run(config, digits.build)["precision"] == "fp32"
+    directory = Path(config.directory)
+    assert result(directory)["precision"] == read_yaml(str(directory / "config.yaml"))["precision"] == "fp32"
+
+
+def test_auto_goes_on_in_the_same_precision_and_in_no_other(make_config):
+    config = make_config("precision=fp32", "schedule.max_steps=20")
+    done = run(config, digits.build)
+    assert run(replace(config, precision="auto"), digits.build) == done  # finished, and read back
+    run(replace(config, precision="bf16"), digits.build, resume=False)
+    with pytest.raises(UserError, match="precision: bf16 -> fp32"):
+        run(replace(config, precision="auto"), digits.build)
+
+
+def test_configurations_differ_in_the_precision_that_they_resolve_to():
+    config = digits.config()
+    assert config.precision == "auto"
+    assert differences(config, replace(config, precision="fp32")) == []
+    there = replace(config, device="cuda")
+    assert differences(replace(there, precision="fp32"), there) == ["precision: fp32 -> bf16"]

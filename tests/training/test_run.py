@@ -185,6 +185,14 @@ def test_a_run_on_the_backend_that_was_asked_for_says_so(make_config):
     assert "backend" not in progress.said[-1]
 
 
+def test_the_first_line_of_a_run_names_a_precision_below_float32(make_config):
+    progress = Recorder()
+    run(make_config("schedule.max_steps=1", "precision=bf16"), digits.build, progress=progress)
+    assert progress.said[0].endswith("; products of a step in bf16")
+    run(make_config("schedule.max_steps=1", name="fp32"), digits.build, progress=progress)
+    assert "products" not in progress.said[-1]
+
+
 def test_without_a_call_that_tells_the_memory_a_run_ends_well(make_config, without):
     without("resource")
     got = run(make_config("schedule.max_steps=1"), digits.build)
