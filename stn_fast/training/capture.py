@@ -32,7 +32,7 @@ from stn_fast.training.rehearsal import obstacles
 from stn_fast.training.streams import Window, with_state
 
 if TYPE_CHECKING:
-    from stn_fast.training.methods import Batch, FixedHyperparameters, Kind
+    from stn_fast.training.methods import Batch, Kind, Method
 
 Result = TypeVar("Result")
 
@@ -104,9 +104,7 @@ class CapturedSteps:
         reasons: why others were not captured.
     """
 
-    def __init__(
-        self, method: FixedHyperparameters, *, graphs: Graphs | None = None, warn: Callable[[str], None] = warn
-    ) -> None:
+    def __init__(self, method: Method, *, graphs: Graphs | None = None, warn: Callable[[str], None] = warn) -> None:
         device = method.location.device
         self.method, self.replayed, self.reasons, self._warn = method, 0, list[str](), warn
         self.graphs = graphs if graphs is not None or not captures(device) else CudaGraphs(device)

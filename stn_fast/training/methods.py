@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -60,16 +61,12 @@ class Kind(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
-class FixedHyperparameters:
-    """Ordinary training: hyperparameters stay at their first guess and no weight responds to them.
-
-    The response parameters of gated layers (``response_weight``, ``response_bias``, ``weight_gate``,
-    ``bias_gate``, and an LSTM's of each layer, as ``weight_gate_hh_l0``) take no part: they are held, and the response
-    input is zero.
+class Method(ABC):
+    """What all methods are: a training step, and around it state, finite numbers, modes and settings.
 
     Args:
         model: called as ``model(inputs, hyper)``.
-        space: its hyperparameters; their initial values are the ones used.
+        space: its hyperparameters.
         training_objective: descended by ``train_step``.
         optimizer: makes the optimizer from the parameters to train. On CUDA it is set to be capturable, and the
             learning rate of a fused one becomes a tensor.
@@ -107,41 +104,29 @@ class FixedHyperparameters:
         precision: Precision = "fp32",
         allow_unused: bool = False,
     ) -> None:
-        self._prepare(model, space.with_response("shifted"), clip, skip_nonfinite, seed, precision, allow_unused)
-        self.training_objective = training_objective
-        for name, parameter in model.named_parameters():
-            if is_response(name):
-                parameter.requires_grad_(False)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = optimizer(trained)
-        self.location, self.raw_scale = space.initial_state(trained[0].device)
-        self._keep_kinds(train_step=Kind(self._train, self.optimizer))
-
-    def _prepare(
-        self,
-        model: nn.Module,
-        space: HyperparameterSpace,
-        clip: float | None,
-        skip_nonfinite: int,
-        seed: int,
-        precision: Precision,
-        allow_unused: bool,
-    ) -> None:
         who = type(self).__name__
         if clip is not None and not real_number(who, "clip", clip) > 0:
             raise ValueError(f"{who}: clip must be above 0, or None for no limit, got {clip}")
-        self.model, self.space, self.clip = model, space, clip
+        self.model, self.space, self.training_objective, self.clip = model, space, training_objective, clip
         self.seed = whole_number(who, "seed", seed, 0)
         self.precision = check_precision(who, precision)
         self._checks_used = not switch(who, "allow_unused", allow_unused)
         check_streams(model)
         self.guard = Guard(whole_number(who, "skip_nonfinite", skip_nonfinite, 0))
         self._modes, self._buffers = TrainingModes(model), Buffers(model)
+        trained = self._trained()
+        self.optimizer = optimizer(trained)
+        self.location, self.raw_scale = space.initial_state(trained[0].device)
+        self.kinds: dict[str, Kind] = {}
+        self._add_kind("train_step", Kind(self._train, self.optimizer))
 
-    def _keep_kinds(self, **kinds: Kind) -> None:
-        self.kinds = kinds
-        for kind in kinds.values():
-            make_capturable(kind.optimizer)
+    def _trained(self) -> list[nn.Parameter]:
+        """The parameters that training steps update."""
+        return list(self.model.parameters())
+
+    def _add_kind(self, call: str, kind: Kind) -> None:
+        make_capturable(kind.optimizer)
+        self.kinds[call] = kind
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -252,24 +237,25 @@ class FixedHyperparameters:
             raise TypeError(f"{kind}_objective must return a tensor of one number, the mean over examples; got {got}")
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
+    @abstractmethod
     def valid_step(self, batch: Batch, step: int | Tensor) -> Tensor:
-        """Has nothing to do here."""
-        raise RuntimeError(f"{type(self).__name__} does not tune hyperparameters: call only train_step")
+        """Updates the hyperparameters on one validation batch, as ``train_step`` takes it."""
 
     def unperturbed(self, batch_size: int) -> HyperBatch:
         """The current hyperparameters, the same for every example: what to evaluate with."""
         return self.space.at(self.location.detach(), batch_size=batch_size)
 
+    @abstractmethod
     def scales(self) -> Tensor:
         """σ of the perturbation of each hyperparameter, (n,); 0 where there is none."""
-        return torch.zeros_like(self.location)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Trains the weights at ``learning_rate`` from the next step on."""
         set_learning_rate(self.optimizer, learning_rate)
 
+    @abstractmethod
     def _training_hyper(self, batch_size: int, step: int | Tensor) -> HyperBatch:
-        return self.space.at(self.location, batch_size=batch_size, seed=self.seed, step=step)
+        """The hyperparameters of a training step, which get no gradient from it."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next step but the data and the step number."""
@@ -326,7 +312,37 @@ class FixedHyperparameters:
         self.raw_scale.copy_(state["raw_scale"])
 
 
-class SelfTuning(FixedHyperparameters):
+class FixedHyperparameters(Method):
+    """Ordinary training: hyperparameters stay at their first guess and no weight responds to them.
+
+    The response parameters of gated layers (``response_weight``, ``response_bias``, ``weight_gate``,
+    ``bias_gate``, and an LSTM's of each layer, as ``weight_gate_hh_l0``) take no part: they are held, and the response
+    input is zero. Arguments are those of `Method`.
+    """
+
+    def __init__(
+        self, model: nn.Module, space: HyperparameterSpace, training_objective: Objective, **options: Any
+    ) -> None:
+        super().__init__(model, space.with_response("shifted"), training_objective, **options)
+
+    def _trained(self) -> list[nn.Parameter]:
+        for name, parameter in self.model.named_parameters():
+            if is_response(name):
+                parameter.requires_grad_(False)
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def valid_step(self, batch: Batch, step: int | Tensor) -> Tensor:
+        """Has nothing to do here."""
+        raise RuntimeError("FixedHyperparameters does not tune hyperparameters: call only train_step")
+
+    def scales(self) -> Tensor:
+        return torch.zeros_like(self.location)
+
+    def _training_hyper(self, batch_size: int, step: int | Tensor) -> HyperBatch:
+        return self.space.at(self.location, batch_size=batch_size, seed=self.seed, step=step)
+
+
+class SelfTuning(Method):
     """A Self-Tuning Network (MacKay et al., ICLR 2019, algorithm 1).
 
     A training step descends the training objective in all model parameters, each example under its own detached
@@ -335,7 +351,7 @@ class SelfTuning(FixedHyperparameters):
 
     Args:
         model, space, training_objective, optimizer, clip, skip_nonfinite, seed, precision, allow_unused: as for
-            ``FixedHyperparameters``.
+            ``Method``.
         validation_objective: F, without penalties.
         hyper_optimizer: makes the optimizer of location and raw scale.
         entropy_weight: τ.
@@ -350,32 +366,22 @@ class SelfTuning(FixedHyperparameters):
         training_objective: Objective,
         validation_objective: Objective,
         *,
-        optimizer: MakeOptimizer = default_optimizer,
         hyper_optimizer: MakeOptimizer = default_hyper_optimizer,
         entropy_weight: float = 1e-3,
         tune_scales: bool = True,
         freeze: bool = False,
-        clip: float | None = 1.0,
-        skip_nonfinite: int = 0,
-        seed: int = 0,
-        precision: Precision = "fp32",
-        allow_unused: bool = False,
+        **options: Any,
     ) -> None:
-        self._prepare(model, space, clip, skip_nonfinite, seed, precision, allow_unused)
-        self.training_objective, self.validation_objective = training_objective, validation_objective
+        super().__init__(model, space, training_objective, **options)
+        self.validation_objective = validation_objective
         self.entropy_weight = real_number("SelfTuning", "entropy_weight", entropy_weight)
         self.tune_scales = switch("SelfTuning", "tune_scales", tune_scales)
         self.tunes = not switch("SelfTuning", "freeze", freeze)
-        parameters = list(model.parameters())
-        self.optimizer = optimizer(parameters)
-        self.location, self.raw_scale = space.initial_state(parameters[0].device)
         self.tuned = [self.location.requires_grad_()]
         if tune_scales:
             self.tuned.append(self.raw_scale.requires_grad_())
         self.hyper_optimizer = hyper_optimizer(self.tuned)
-        self._keep_kinds(
-            train_step=Kind(self._train, self.optimizer), valid_step=Kind(self._validate, self.hyper_optimizer)
-        )
+        self._add_kind("valid_step", Kind(self._validate, self.hyper_optimizer))
 
     def scales(self) -> Tensor:
         return self.space.scales(self.raw_scale.detach())
@@ -456,7 +462,7 @@ class SelfTuning(FixedHyperparameters):
         make_capturable(self.hyper_optimizer)
 
 
-def build_method(config: Config, task: Task) -> FixedHyperparameters:
+def build_method(config: Config, task: Task) -> Method:
     """The method that ``config.method`` names, on ``task``."""
     given: dict[str, Any] = dict(
         optimizer=weight_optimizer(config.optimizer),

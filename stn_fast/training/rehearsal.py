@@ -20,13 +20,13 @@ from stn_fast.training.finite import is_writable
 from stn_fast.training.parameters import listed
 
 if TYPE_CHECKING:
-    from stn_fast.training.methods import FixedHyperparameters
+    from stn_fast.training.methods import Method
 
 _ATEN = torch.ops.aten
 _TORCH, _HERE = Path(torch.__file__).parent, Path(__file__)
 
 
-def obstacles(method: FixedHyperparameters, run: Callable[[], Any]) -> list[str]:
+def obstacles(method: Method, run: Callable[[], Any]) -> list[str]:
     """The reasons why a CUDA graph cannot repeat ``run``, a step of ``method``; an empty list if it can.
 
     ``run`` is called once, after a step of the same kind. What it has written to weights, gradients, buffers,
@@ -109,7 +109,7 @@ def _caller() -> str:
 class _Memory:
     """All tensors that a step of a method may write to, and their numbers."""
 
-    def __init__(self, method: FixedHyperparameters) -> None:
+    def __init__(self, method: Method) -> None:
         self._states = [optimizer.state for optimizer in method.optimizers]
         self._kept = [(prefix, owner, dict(owner)) for prefix, owner in self._owners(method)]
         self._gradients = [(parameter, parameter.grad) for parameter in method.model.parameters()]
@@ -130,7 +130,7 @@ class _Memory:
         self._known = [set(state) for state in self._states]
 
     @staticmethod
-    def _owners(method: FixedHyperparameters) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _owners(method: Method) -> Iterator[tuple[str, dict[str, Any]]]:
         """Where tensors are kept by name, each with what goes before the name."""
         for name, module in method.model.named_modules():
             for tensors in (module._parameters, module._buffers):

@@ -17,7 +17,7 @@ from stn_fast.training import checkpoint
 from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.config import Config
 from stn_fast.training.finite import NonFiniteError
-from stn_fast.training.methods import FixedHyperparameters
+from stn_fast.training.methods import Method
 from stn_fast.training.metrics import MeanLoss, MetricsLog, describe
 from stn_fast.training.modes import evaluating
 from stn_fast.training.optimizers import captures
@@ -52,7 +52,7 @@ class Trainer:
         self,
         config: Config,
         task: Task,
-        method: FixedHyperparameters,
+        method: Method,
         checkpoints: Path,
         report: Callable[[Row], None] = lambda row: None,
         on_step: Callable[[float], None] = lambda passes: None,
