@@ -89,8 +89,9 @@ def _check_out(commit: str, folder: Path) -> None:
         )
         if built.returncode:
             raise UserError(f"{commit}: its C++ core can't be built: {built.stderr.strip()[-2000:]}")
-        # Where Python looks first, whatever is installed.
-        (files / "stn_fast/kernels").symlink_to("../kernels")
+        # Where Python looks first, whatever is installed. Older commits lack the link.
+        if not (files / "stn_fast/kernels").exists():
+            (files / "stn_fast/kernels").symlink_to("../kernels")
         shutil.move(files, folder)
 
 
@@ -101,22 +102,21 @@ def _one_commit() -> str:
 def compare_losses(old: Commit, new: Commit, recipe: str, steps: int, repeats: int) -> dict[str, Any]:
     """Whether the losses of all steps are the same bits, and the time of a step, new to old, over `repeats` runs."""
     runs: dict[str, list[dict[str, list[Any]]]] = {"old": [], "new": []}
-    for _ in range(repeats):
-        for side, commit in (("old", old), ("new", new)):
+    sides = [("old", old), ("new", new)]
+    for repeat in range(repeats):
+        for side, commit in sides if repeat % 2 == 0 else sides[::-1]:
             with tempfile.TemporaryDirectory() as folder:
                 text = commit.run("-c", _one_commit(), "losses", recipe, str(steps), f"{folder}/run", *RECIPES[recipe])
             runs[side].append(json.loads(text))
-    before, after = runs["old"][0], runs["new"][0]
-    same = sum(pair[0] == pair[1] for pair in zip(before["loss"], after["loss"], strict=False))
+    # Of all runs, so that one that doesn't repeat itself is seen.
+    steps_taken = [list(zip(run["kind"], run["loss"], strict=True)) for run in (*runs["old"], *runs["new"])]
     ratios = [_step(run) / _step(other) for run, other in zip(runs["new"], runs["old"], strict=True)]
     return {
         "recipe": recipe,
-        "training_steps": after["kind"].count("train"),
-        "validation_steps": after["kind"].count("valid"),
-        "equal": before["kind"] == after["kind"] and before["loss"] == after["loss"],
-        "same_losses": same,
-        "losses": len(after["loss"]),
-        "first_difference": _first_difference(before["loss"], after["loss"]),
+        "training_steps": runs["new"][0]["kind"].count("train"),
+        "validation_steps": runs["new"][0]["kind"].count("valid"),
+        "equal": all(taken == steps_taken[0] for taken in steps_taken),
+        "first_difference": next(filter(None, (_difference(steps_taken[0], taken) for taken in steps_taken)), None),
         "step_new_to_old": round(statistics.median(ratios), 4),
     }
 
@@ -127,11 +127,13 @@ def _step(run: dict[str, list[Any]]) -> float:
     return statistics.median(after - before for before, after in itertools.pairwise(seconds))
 
 
-def _first_difference(before: list[str], after: list[str]) -> str | None:
+def _difference(before: Sequence[tuple[str, str]], after: Sequence[tuple[str, str]]) -> str | None:
+    """Where two runs part; steps are (kind, loss)."""
     for step, (one, other) in enumerate(zip(before, after, strict=False)):
         if one != other:
-            return f"step {step}: {float.fromhex(one):.9g} and {float.fromhex(other):.9g}"
-    return None
+            shown = [f"{kind} {float.fromhex(loss):.9g}" for kind, loss in (one, other)]
+            return f"step {step}: {shown[0]} and {shown[1]}"
+    return None if len(before) == len(after) else f"{len(before)} and {len(after)} losses"
 
 
 def compare_kernels(old: Commit, new: Commit, only: Sequence[str]) -> dict[str, Any]:
@@ -148,6 +150,8 @@ def compare_kernels(old: Commit, new: Commit, only: Sequence[str]) -> dict[str, 
                     raise UserError(f"{error}\n(tests/compile_table.py writes hashes since this comparison)") from None
             found.append(json.loads(Path(file.name).read_text()))
     before, after = found
+    if not before and not after:
+        raise UserError(f"--only {' '.join(only)}: no configuration's label has all of these words")
     both = before.keys() & after.keys()
     return {
         "configurations": len(both),
@@ -163,6 +167,8 @@ def compare_speed(old: Commit, new: Commit, ops: Sequence[str], seconds: float) 
     try:
         known = [set(_ask(side, {"list": True})) for side in sides.values()]
         names = [name for name in _ask(sides["new"], {"list": True}) if name in known[0]]
+        if ops and not any(name.startswith(tuple(ops)) for name in names):
+            raise UserError(f"--ops {' '.join(ops)}: no operation of both commits begins so")
         rows = []
         for name in names:
             if not ops or name.startswith(tuple(ops)):
@@ -244,6 +250,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    if options.steps < 2 or options.repeats < 1:
+        raise UserError(f"--steps must be at least 2 and --repeats 1; got {options.steps} and {options.repeats}")
     old, new = Commit(options.old), Commit(options.new)
     results: dict[str, Any] = {"old": old.label, "new": new.label}
     wrong = 0
@@ -254,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row = compare_losses(old, new, recipe, options.steps, options.repeats)
         results["losses"].append(row)
         wrong += not row["equal"]
-        verdict = "the same bits" if row["equal"] else f"DIFFERENT from {row['first_difference']}"
+        verdict = "the same bits" if row["equal"] else f"DIFFERENT at {row['first_difference']}"
         print(
             f"  {recipe:<22} {row['training_steps']} training and {row['validation_steps']} validation losses: "
             f"{verdict}; time of a step, new to old, {row['step_new_to_old']:.3f}",
@@ -262,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if options.kernels:
         found = results["kernels"] = compare_kernels(old, new, options.only)
-        wrong += bool(found["changed"])
+        wrong += any(found[kind] for kind in ("changed", "removed", "added"))
         print(f"{found['configurations']} configurations of both, {len(found['changed'])} with other PTX")
         for kind in ("changed", "removed", "added"):
             for label in found[kind]:

@@ -60,11 +60,11 @@ def read_log(log: str) -> tuple[int, int, int, tuple[str, ...]]:
     return registers, stack, stores + loads, tuple(re.findall(r"\(?(C75\d\d\b.*)", log))
 
 
-def hash_of(ptx: str) -> str:
-    """SHA-256 of the instructions, without what says from which line of which file they come."""
+def hash_of(ptx: str, shared: int = 0) -> str:
+    """SHA-256 of the instructions and the bytes of shared memory, without the files and lines that they come from."""
     instructions = ptx.partition("\t.section\t.debug")[0]
     lines = re.sub(r"^\s*(\.loc|\.file|//|\$L__(tmp|func_begin|func_end)).*\n", "", instructions, flags=re.MULTILINE)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return hashlib.sha256(f"{shared}\n{lines}".encode()).hexdigest()
 
 
 def compile_job(job: Job) -> Usage | str:
@@ -95,7 +95,16 @@ def compile_job(job: Job) -> Usage | str:
     ptx = compiled.asm["ptx"]
     wgmma = ptx.count("wgmma.mma_async")
     tensor_cores = "wgmma" if wgmma else "mma.sync" if "mma.sync" in ptx else ""
-    return Usage(registers, stack, spilled, compiled.metadata.shared, tensor_cores, wgmma, messages, hash_of(ptx))
+    return Usage(
+        registers,
+        stack,
+        spilled,
+        compiled.metadata.shared,
+        tensor_cores,
+        wgmma,
+        messages,
+        hash_of(ptx, compiled.metadata.shared),
+    )
 
 
 def problems(job: Job, usage: Usage | str) -> list[str]:

@@ -24,8 +24,9 @@ class HyperConv2d(GatedLayer):
 
     `weight` and `bias` are named and shaped as in torch.nn.Conv2d, so a plain checkpoint loads into them with
     strict=False. W, R, b, r start uniform in ±1/√fan_in, fan_in = in_channels/groups · kh · kw, and the gates from
-    N(0, 0.01²), as published. With one group, `weight` and `response_weight` are stored as the halves of one tensor, so
-    that no call has to concatenate them.
+    N(0, 0.01²), as published. With one group, `weight` and `response_weight` are stored as the halves of one tensor,
+    so that no call concatenates them, until one is replaced by another parameter. torch.save of one of them alone
+    writes both: save a clone of it.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in
@@ -97,7 +98,7 @@ class HyperConv2d(GatedLayer):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_were_halves": are_halves(*self._filters())}
+        return self.__dict__ | {"_were_halves": are_halves(*self._filters())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """copy.deepcopy and pickle copy each parameter by itself; what were halves become halves again."""

@@ -1,7 +1,7 @@
 """Parameters in the dtype of autocast, each cast once a step.
 
-torch's autocast remembers its own casts, and offers that to nobody else. Without `casts_once`, an operation casts its
-weights at every call.
+torch's autocast remembers its own casts, but operations from outside torch can't use that. Without `casts_once`, an
+operation casts its weights at every call.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def cast_pair(first: Tensor, second: Tensor, dtype: torch.dtype, layout: torch.m
 
 
 def _copies_of(*tensors: Tensor) -> _Copies | None:
-    """The casts that `casts_once` keeps, None outside of it and where one of the tensors is none that it keeps."""
+    """What keeps casts inside `casts_once`; None outside of it, and for tensors that are not parameters."""
     if torch.compiler.is_compiling():
         return None
     kept = all(isinstance(tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors)

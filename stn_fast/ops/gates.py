@@ -6,7 +6,7 @@ example scale = h Gwᵀ and shift = b + (h Gbᵀ) ⊙ r.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ class GatedParameters(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Those of a gated operation's input, of its `GatedParameters` and of h; None where not wanted."""
+    """The gradients of a gated operation: of x, of its `GatedParameters` and of h; None where not wanted."""
 
     x: Tensor | None
     weight: Tensor | None
@@ -73,7 +73,7 @@ class Wanted(NamedTuple):
 
 
 class GateGradients(NamedTuple):
-    """Those of `Gradients` that follow from the gradients of scale and shift."""
+    """The gradients that follow from those of scale and shift."""
 
     bias: Tensor | None
     response_bias: Tensor | None
@@ -112,25 +112,23 @@ def gate_gradients(
 ) -> GateGradients:
     """What follows from the gradients of scale and shift, (B, O) in float32 or wider, None where not needed."""
     _, _, _, response_bias, weight_gate, bias_gate = parameters
-    dtype = wide(h.dtype)
-    wide_h = h.to(dtype)
+    given, dtype = h.dtype, wide(h.dtype)
+    if dtype != given:
+        h, weight_gate = h.to(dtype), weight_gate.to(dtype)
+        response_bias, bias_gate = (None if t is None else t.to(dtype) for t in (response_bias, bias_gate))
     d_bias = d_response_bias = d_weight_gate = d_bias_gate = dh = None
     if d_scale is not None:
-        d_weight_gate = d_scale.T @ wide_h if wanted.weight_gate else None
-        dh = d_scale @ weight_gate.to(dtype) if wanted.h else None
+        d_weight_gate = d_scale.T @ h if wanted.weight_gate else None
+        dh = d_scale @ weight_gate if wanted.h else None
     if d_shift is not None and response_bias is not None and bias_gate is not None:
         d_bias = d_shift.sum(0) if wanted.bias else None
-        if wanted.response_bias:
-            d_response_bias = (d_shift * (wide_h @ bias_gate.to(dtype).T)).sum(0)
+        d_response_bias = (d_shift * (h @ bias_gate.T)).sum(0) if wanted.response_bias else None
         if wanted.bias_gate or dh is not None:
-            d_gated = d_shift * response_bias.to(dtype)
-            d_bias_gate = d_gated.T @ wide_h if wanted.bias_gate else None
-            dh = torch.addmm(dh, d_gated, bias_gate.to(dtype)) if dh is not None else None
-
-    def narrow(gradient: Tensor | None) -> Tensor | None:
-        return None if gradient is None else gradient.to(h.dtype)
-
-    return GateGradients(*map(narrow, (d_bias, d_response_bias, d_weight_gate, d_bias_gate, dh)))
+            d_gated = d_shift * response_bias
+            d_bias_gate = d_gated.T @ h if wanted.bias_gate else None
+            dh = torch.addmm(dh, d_gated, bias_gate) if dh is not None else None
+    found = GateGradients(d_bias, d_response_bias, d_weight_gate, d_bias_gate, dh)
+    return found if dtype == given else GateGradients(*(None if d is None else d.to(given) for d in found))
 
 
 def response_input(hyper: HyperBatch | Tensor, like: Tensor) -> Tensor:
@@ -140,6 +138,10 @@ def response_input(hyper: HyperBatch | Tensor, like: Tensor) -> Tensor:
     """
     if isinstance(hyper, Tensor):
         return hyper
+    if not hasattr(hyper, "response"):
+        raise TypeError(
+            f"a gated operation takes a HyperBatch, or its response as a tensor; got {type(hyper).__name__}"
+        )
     response = hyper.response[0] if hyper.shared and len(hyper) else hyper.response
     return response.to(like.dtype)
 
@@ -165,7 +167,7 @@ def gradients(
     weight: Tensor | None = None,
     response_weight: Tensor | None = None,
 ) -> Gradients:
-    """All of them."""
+    """`Gradients` from those of the gates and those of the large tensors."""
     bias, response_bias, weight_gate, bias_gate, h = of_gates
     return Gradients(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
 
@@ -190,44 +192,55 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-Shapes = dict[str, tuple[Tensor | None, Sequence[int]]]
+# (name, tensor, its shape)
+Expected = tuple[str, Tensor | None, Sequence[int]]
 
 
-def shapes(
-    operation: str, parameters: GatedParameters, matrix: Sequence[int], outputs: int, n: int, side: str = ""
-) -> Shapes:
-    """What `check_operands` wants of the parameters; raises ValueError where there is a part of the biases alone."""
-    together = (parameters.bias, parameters.response_bias, parameters.bias_gate)
-    if any(t is None for t in together) and any(t is not None for t in together):
+_NAMES = {side: tuple(side + name for name in GatedParameters._fields) for side in ("", "from_input.", "from_hidden.")}
+
+
+def check_parameters(operation: str, parameters: GatedParameters, side: str = "") -> None:
+    """Raises ValueError where one is missing; the biases' may be, all three together. ``side`` begins their names."""
+    weight, bias, response_weight, response_bias, weight_gate, bias_gate = parameters
+    if weight is None or response_weight is None or weight_gate is None:
+        missing = [name for name, tensor in zip(_NAMES[side][::2], parameters[::2], strict=True) if tensor is None]
+        raise ValueError(f"{operation}: {missing[0]} must be a tensor, got None")
+    if (bias is None) != (response_bias is None) or (bias is None) != (bias_gate is None):
         raise ValueError(f"{operation}: give bias, response_bias and bias_gate together, or none of them")
-    expected = (matrix, (outputs,), matrix, (outputs,), (outputs, n), (outputs, n))
-    named = zip(GatedParameters._fields, parameters, expected, strict=True)
-    return {f"{side}{name}": (tensor, shape) for name, tensor, shape in named}
+
+
+def expected(
+    parameters: GatedParameters, matrix: Sequence[int], outputs: int, n: int, side: str = ""
+) -> list[Expected]:
+    """What `check_operands` compares, for W and R of shape ``matrix``."""
+    vector, gate = (outputs,), (outputs, n)
+    return list(zip(_NAMES[side], parameters, (matrix, vector, matrix, vector, gate, gate), strict=True))
 
 
 def check_operands(
     operation: str,
-    wanted: Mapping[str, tuple[Tensor | None, Sequence[int]]],
+    operands: Iterable[Expected],
     weight: Tensor,
     weight_name: str = "weight",
     /,
     **beside: Tensor | int,
 ) -> None:
-    """Raises ValueError about the first misfit of ``wanted``, {name: (tensor, its shape)}; None is no misfit.
+    """Raises ValueError about the first of ``operands`` that doesn't fit; one that is None does.
 
     All are to be of one floating point dtype, that of ``weight``, and on its device. ``beside`` is what the shapes
     follow from.
     """
-    for name, (tensor, shape) in wanted.items():
+    dtype, device = weight.dtype, weight.device
+    for name, tensor, shape in operands:
         if tensor is None:
             continue
-        if tensor.shape != tuple(shape):
+        if tensor.shape != shape:
             given = [f"{key} {tuple(t.shape)}" if isinstance(t, Tensor) else f"{key}={t}" for key, t in beside.items()]
             raise ValueError(
                 f"{operation}: {name} must be {tuple(shape)} to fit {', '.join(given[:-1])} and {given[-1]}; "
                 f"got {tuple(tensor.shape)}"
             )
-        if tensor.dtype != weight.dtype or tensor.device != weight.device:
+        if tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
                 f"{operation}: {name} is {tensor.dtype} on {tensor.device}, {weight_name} {weight.dtype} on "
                 f"{weight.device}; they must agree (cast one: {name}.to({weight_name}))"

@@ -22,11 +22,15 @@ def are_halves(first: nn.Parameter | None, second: nn.Parameter | None) -> bool:
 
 
 def make_halves(first: nn.Parameter | None, second: nn.Parameter | None) -> None:
-    """Moves two parameters into the halves of one new tensor, unless they are stored so or are unlike each other."""
+    """Moves two parameters into the halves of one new tensor, unless they are stored so or are unlike each other.
+
+    Those in memory that other processes share, or that is pinned, stay there.
+    """
     if type(first) is not nn.Parameter or type(second) is not nn.Parameter or adjoin(first, second):
         return
     alike = (first.dtype, first.device, first.shape) == (second.dtype, second.device, second.shape)
-    if alike and first.layout == second.layout == torch.strided:
+    ordinary = not any((half.is_shared() and not half.is_cuda) or half.is_pinned() for half in (first, second))
+    if alike and ordinary and first.layout == second.layout == torch.strided:
         first.data, second.data = torch.cat([first.data, second.data]).chunk(2)
 
 

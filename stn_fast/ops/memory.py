@@ -51,7 +51,7 @@ def reads_memory(compute: Callable[..., Result]) -> Callable[..., Result]:
 
     def on_copies(arguments: tuple[Any, ...], options: dict[str, Any]) -> Result:
         arguments = tuple(value.clone() if _is_lazy(value) else value for value in arguments)
-        if not in_function_transform():
+        if not in_function_transform() and not any(map(_is_batched, arguments)):
             return compute(*arguments, **options)
         with use_backend("reference"):
             return compute(*arguments, **options)
@@ -65,6 +65,11 @@ _autocasts_anywhere = torch._C._is_any_autocast_enabled  # one question in place
 def _is_lazy(value: Any) -> bool:
     """Whether this is a tensor whose sign torch keeps apart, or whose zeros it doesn't keep at all."""
     return isinstance(value, Tensor) and (value.is_neg() or value._is_zerotensor())
+
+
+def _is_batched(value: Any) -> bool:
+    """Whether this is a gradient of torch.autograd.grad(..., is_grads_batched=True)."""
+    return isinstance(value, Tensor) and torch._C._functorch.is_legacy_batchedtensor(value)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -95,7 +100,7 @@ def address_to_compare(tensor: Tensor) -> int:
 
 
 def owns_storage(tensor: Tensor) -> bool:
-    """Whether no other tensor can lie in the same storage, as parts of a larger one do."""
+    """Whether its storage holds nothing else, as that of a part of a larger tensor does."""
     return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 

@@ -136,20 +136,8 @@ def _backward(
     table: Tensor,
     noise: Tensor,
     wanted: list[bool],
-) -> list[Tensor | None]:
-    """Both gradients come from one pass."""
-    both = _both(d_values, d_response, location, raw_scale, table, noise)
-    return [gradient if wants else None for gradient, wants in zip(both, wanted, strict=True)]
-
-
-def _both(
-    d_values: Tensor | None,
-    d_response: Tensor | None,
-    location: Tensor,
-    raw_scale: Tensor,
-    table: Tensor,
-    noise: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    """Both come from one pass."""
     backend = serving(location)
     if backend == "reference":
         return _backward_reference(d_values, d_response, location, raw_scale, table, noise.T)

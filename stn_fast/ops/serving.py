@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from types import MappingProxyType, ModuleType
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from stn_fast.dispatch import Name, choose
+
+WhyNot = Callable[[Tensor], str | None]
 
 # The kernels accumulate in float32, so float64 is left to plain torch.
 UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,7 +42,7 @@ class Implementations:
 
     def __init__(self, package: str, takes: Mapping[str, tuple[torch.dtype, ...]] = GATED) -> None:
         self._package, self._takes = package, takes
-        self._loaded: dict[str, ModuleType] = {}
+        self._loaded: dict[str, tuple[ModuleType, WhyNot | None]] = {}
 
     def serving(self, x: Tensor, *others: Tensor) -> ModuleType:
         """The module that computes on the device of ``x`` and in its dtype, as `serving` chooses.
@@ -48,13 +50,21 @@ class Implementations:
         The last of ``others`` is h. Raises RuntimeError where a backend was asked for that can't serve.
         """
         name = serving(x, *others, takes=self._takes)
-        module = self._loaded.get(name)
-        if module is None:
-            module = self._loaded[name] = import_module(f"{self._package}.{_FILES[name]}")
-        if (why_not := getattr(module, "why_not", None)) is not None and (reason := why_not(others[-1])):
+        module, why_not = self._loaded.get(name) or self._load(name)
+        if why_not is not None and (reason := why_not(others[-1])):
             other = serving(x, *others, takes=self._takes, without={name: reason})
-            return import_module(f"{self._package}.{_FILES[other]}")
+            return self._load(other)[0]
         return module
 
+    def check(self, x: Tensor, *others: Tensor) -> None:
+        """Raises where a backend was asked for that can't serve, though none of them computes here."""
+        if not torch.compiler.is_compiling():
+            self.serving(x, *others)
 
-_FILES: Mapping[Name, str] = {"reference": "plain", "cpp": "cpu", "triton": "triton"}
+    def _load(self, name: str) -> tuple[ModuleType, WhyNot | None]:
+        module = import_module(f"{self._package}.{_FILES[name]}")
+        self._loaded[name] = module, getattr(module, "why_not", None)
+        return self._loaded[name]
+
+
+_FILES: Mapping[str, str] = {"reference": "plain", "cpp": "cpu", "triton": "triton"}

@@ -1,6 +1,7 @@
 """benchmarks.compare_commits: what two commits compute, compile and how fast."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from compile_ahead import hash_of
@@ -21,7 +22,6 @@ def test_the_same_files_give_the_same_bits():
     row = compare_losses(Commit(None), Commit(None), "digits", steps=6, repeats=1)
     assert row["equal"]
     assert (row["training_steps"], row["validation_steps"]) == (4, 2)
-    assert row["same_losses"] == row["losses"] == 6
 
 
 def test_losses_that_differ_in_one_bit_are_told_by_step_and_status(monkeypatch, capsys):
@@ -30,7 +30,7 @@ def test_losses_that_differ_in_one_bit_are_told_by_step_and_status(monkeypatch, 
     monkeypatch.setattr(compare_commits, "_one_commit", lambda: next(texts))
     monkeypatch.setattr(compare_commits, "Commit", lambda _: Commit(None))
     assert main(["HEAD", "--recipes", "digits", "--steps", "3", "--repeats", "1"]) == 1
-    assert "DIFFERENT from step 0" in capsys.readouterr().out
+    assert "DIFFERENT at step 0: train" in capsys.readouterr().out
 
 
 def test_operations_take_turns(small_cases, capsys):
@@ -83,3 +83,39 @@ $L__tmp1:
     moved = ptx.replace("1 20 0", "1 33 0").replace("gates.py:20", "gates.py:33").replace("/one/", "/another/")
     assert hash_of(moved) == hash_of(ptx)
     assert hash_of(ptx.replace("%r1", "%r2")) != hash_of(ptx)
+
+
+def test_a_commit_gets_a_folder_where_its_own_kernels_are_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare_commits, "FOLDERS", tmp_path)
+    run, built = compare_commits.subprocess.run, []
+
+    def without_building(command, **options):
+        if "setup.py" in command:
+            built.append(command)
+            return SimpleNamespace(returncode=0)
+        return run(command, **options)
+
+    monkeypatch.setattr(compare_commits.subprocess, "run", without_building)
+    for commit in ("HEAD", "HEAD"):  # the second time it is there
+        folder = Commit(commit).folder
+    code = "import stn_fast.kernels.gates as gates; print(gates.__file__)"
+    assert Commit("HEAD").run("-c", code).strip() == str(folder / "stn_fast/kernels/gates.py")
+    assert len(built) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ([("train", "0x1p+0")], [("train", "0x1p+0")], None),
+        ([("train", "0x1p+0")], [("valid", "0x1p+0")], "step 0: train 1 and valid 1"),
+        ([("train", "0x1p+0")] * 2, [("train", "0x1p+0")], "2 and 1 losses"),
+    ],
+)
+def test_runs_part_where_a_kind_a_loss_or_their_number_differs(before, after, told):
+    assert compare_commits._difference(before, after) == told
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "1"], ["--repeats", "0"]])
+def test_too_few_steps_to_compare_are_refused(arguments):
+    with pytest.raises(compare_commits.UserError, match="at least 2"):
+        main(["HEAD", *arguments])

@@ -358,3 +358,44 @@ def test_forward_and_backward_of_an_operation_pass_the_gate(module, monkeypatch)
         with pytest.raises(ZeroDivisionError):
             function(torch.ones(1))
     assert len(passed) == len(made.functions()) >= 2
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_batched_gradients_are_computed_as_one_by_one(backend, monkeypatch):
+    """torch.autograd.grad(..., is_grads_batched=True), whose tensors have no memory either."""
+    monkeypatch.undo()  # they can't be filled with NaN
+    x, weight, response_weight, h = (torch.randn(size, requires_grad=True) for size in ((4, 5), (5, 5), (5, 5), (4, 2)))
+    gate, tokens = torch.randn(5, 2, requires_grad=True), torch.randint(5, (4, 3))
+    with stn.use_backend(backend):
+        results = {
+            "linear": (SF.gated_linear(x, weight, None, response_weight, None, gate, None, h), (x, weight, gate, h)),
+            "embedding": (SF.gated_embedding(tokens, weight, response_weight, gate, h), (weight, response_weight, h)),
+            "dropout": (SF.dropout(x, torch.full((4,), 0.5), seed=0, step=0, stream=1), (x,)),
+        }
+        for name, (y, inputs) in results.items():
+            dy = torch.randn(3, *y.shape)
+            batched = torch.autograd.grad(y, inputs, dy, is_grads_batched=True, retain_graph=True)
+            for k in range(3):
+                for got, want in zip(batched, torch.autograd.grad(y, inputs, dy[k], retain_graph=True), strict=True):
+                    assert relative_error(got[k], want) < 1e-5, name
+
+
+def test_a_missing_tensor_is_named_instead_of_read():
+    x, weight, gate, h = (torch.ones(size) for size in ((4, 5), (5, 5), (5, 2), (4, 2)))
+    tokens = torch.zeros(4, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="gated_linear: response_weight must be a tensor, got None"):
+        SF.gated_linear(x, weight, None, None, None, gate, None, h)
+    with pytest.raises(ValueError, match="gated_embedding: response_weight must be a tensor, got None"):
+        SF.gated_embedding(tokens, weight, None, gate, h)
+    with pytest.raises(TypeError, match="HyperBatch, or its response as a tensor; got NoneType"):
+        SF.gated_linear(x, weight, None, weight, None, gate, None, None)
+
+
+def test_an_embeddings_own_table_may_change_between_forward_and_backward():
+    """It isn't kept: only its response is."""
+    table, response, gate, h = (torch.randn(size, requires_grad=True) for size in ((6, 4), (6, 4), (4, 2), (3, 2)))
+    e = SF.gated_embedding(torch.tensor([[0, 1], [2, 3], [4, 5]]), table, response, gate, h)
+    with torch.no_grad():
+        table.mul_(2)
+    e.sum().backward()
+    assert torch.equal(table.grad, torch.ones(6, 4))

@@ -18,10 +18,11 @@ from stn_fast.ops.gates import (
     Wanted,
     check_examples,
     check_operands,
+    check_parameters,
     contiguous,
+    expected,
     fold,
     response_input,
-    shapes,
 )
 from stn_fast.ops.halves import convert
 from stn_fast.ops.memory import autocast_dtype, plain_strides
@@ -185,7 +186,7 @@ def gated_conv2d(
         relu: whether ReLU is applied, in the same pass over the result.
 
     All tensors are on one device and of one dtype: float32, float64, bfloat16 or float16. Under autocast each is cast
-    to autocast's, but float64 is left alone, as in torch. Gradients are computed for those inputs alone that require
+    to autocast's, but float64 is left alone, as in torch. Gradients are computed only for inputs that require
     one. Forward-mode AD and torch.compile are supported; second derivatives in reverse mode are not, and raise.
 
     Returns:
@@ -194,9 +195,10 @@ def gated_conv2d(
     Raises:
         ValueError: shapes, dtypes, devices or arguments do not fit together; the message names the argument.
     """
-    check_examples("gated_conv2d", x, hyper)
-    h = response_input(hyper, weight)
     parameters = GatedParameters(weight, bias, response_weight, response_bias, weight_gate, bias_gate)
+    check_parameters("gated_conv2d", parameters)
+    h = response_input(hyper, weight)
+    check_examples("gated_conv2d", x, hyper)
     if dtype := autocast_dtype(x):
         x = x.to(dtype)
         if x.ndim == weight.ndim == response_weight.ndim == 4 and not in_transform():
@@ -210,7 +212,7 @@ def gated_conv2d(
     if h.ndim == 1 and misled(x):
         h = h.expand(len(x), -1)
     if h.ndim == 1:
-        implementations.serving(x, parameters.weight, h)  # raises where one was asked for that can't serve
+        implementations.check(x, parameters.weight, h)
         y = F.conv2d(x, *fold(parameters, h), stride, padding, dilation, groups)
         if not in_transform():
             watch(y)
@@ -275,9 +277,9 @@ def _check(x: Tensor, parameters: GatedParameters, h: Tensor, groups: int) -> No
             f"gated_conv2d: groups={groups} must be at least 1 and divide the {outputs} output channels of weight "
             f"{tuple(weight.shape)}"
         )
-    wanted = {
-        "x": (x, (x.shape[0], weight.shape[1] * groups, *x.shape[2:])),
-        **shapes("gated_conv2d", parameters, weight.shape, outputs, n),
-        "h": (h, (x.shape[0], n) if h.ndim == 2 else (n,)),
-    }
-    check_operands("gated_conv2d", wanted, weight, x=x, weight=weight, h=h, groups=groups)
+    operands = (
+        ("x", x, (x.shape[0], weight.shape[1] * groups, *x.shape[2:])),
+        *expected(parameters, weight.shape, outputs, n),
+        ("h", h, (x.shape[0], n) if h.ndim == 2 else (n,)),
+    )
+    check_operands("gated_conv2d", operands, weight, x=x, weight=weight, h=h, groups=groups)

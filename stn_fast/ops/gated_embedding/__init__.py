@@ -13,13 +13,13 @@ from stn_fast.ops.dropout import dropout
 from stn_fast.ops.gated_embedding import plain
 from stn_fast.ops.gates import (
     GatedParameters,
-    Gradients,
     Wanted,
     check_examples,
     check_operands,
+    check_parameters,
     contiguous,
+    expected,
     response_input,
-    shapes,
 )
 from stn_fast.ops.operation import Operation
 from stn_fast.ops.serving import Implementations
@@ -117,23 +117,24 @@ def _backward(
     padding: int,
     sparse: bool,
     wanted: list[bool],
-) -> Gradients:
-    """`sparse`: of E and R a row for each position."""
-    scale = None if rate is None or step is None else row_scale(len(parameters.weight), rate, step, seed, stream)
-    module = plain if sparse else implementations.serving(parameters.weight, tokens, h)
+) -> tuple[Tensor | None, ...]:
+    """Of the tables where they are `sparse`: a row for each position."""
+    words = len(parameters.response_weight)
+    scale = None if rate is None or step is None else row_scale(words, rate, step, seed, stream)
+    module = plain if sparse else implementations.serving(parameters.response_weight, tokens, h)
     operands = (d_e.contiguous(), tokens, parameters, h, scale, outer, inner, padding)
-    return module.backward(*operands, sparse, Wanted(False, *wanted))
+    return module.backward(*operands, sparse, Wanted(False, *wanted))[1:]
 
 
 def _like(d_e: Tensor, tokens: Tensor, parameters: GatedParameters, h: Tensor, *rest: Any) -> list[Tensor | None]:
     *_, sparse, _ = rest
-    table = d_e if sparse else parameters.weight
+    table = d_e if sparse else parameters.response_weight
     return [table, None, table, None, parameters.weight_gate, None, h]
 
 
 def _finish(gradients: list[Tensor | None], kept: tuple[Tensor, ...], options: list[Any]) -> list[Tensor | None]:
     """The gradients of the tables as sparse tensors, where they are to be."""
-    tokens, table, *_ = kept
+    tokens, _, _, table, *_ = kept
     *_, padding, sparse = options
     if sparse:
         gradients[1], gradients[3] = (_as_sparse(gradients[i], tokens, table, padding) for i in (1, 3))
@@ -156,6 +157,7 @@ _operation = Operation(
     backward=_backward,
     differentiable=("parameters", "h"),
     check=_check_sizes,
+    unread=("weight", "bias"),
     fake_backward=_like,
     finish=_finish,
 )
@@ -197,7 +199,7 @@ def gated_embedding(
         seed, step, stream: fix the draw of u; step may be a 0-dim int64 tensor. They matter where there is a rate.
 
     All floating point tensors are of one dtype: float32, float64, bfloat16 or float16; autocast leaves them alone, as
-    it does torch.nn.Embedding. Gradients are computed for those inputs alone that require one. Forward-mode AD and
+    it does torch.nn.Embedding. Gradients are computed only for inputs that require one. Forward-mode AD and
     torch.compile are supported; second derivatives in reverse mode are not, and raise.
 
     Returns:
@@ -207,9 +209,10 @@ def gated_embedding(
         ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
         IndexError: a token is no row of the table. On CUDA a device-side assertion stops the process instead.
     """
-    check_examples("gated_embedding", tokens, hyper, example_dim, range(tokens.ndim))
-    h = response_input(hyper, weight)
     parameters = GatedParameters(weight, None, response_weight, None, weight_gate, None)
+    check_parameters("gated_embedding", parameters)
+    h = response_input(hyper, weight)
+    check_examples("gated_embedding", tokens, hyper, example_dim, range(tokens.ndim))
     _check(tokens, parameters, h, example_dim, padding_idx)
     at = None
     if rate is not None:
@@ -252,8 +255,8 @@ def _check(tokens: Tensor, parameters: GatedParameters, h: Tensor, example_dim: 
     words, n = weight.shape[0], h.shape[-1]
     if padding_idx is not None and not -words <= padding_idx < words:
         raise ValueError(f"gated_embedding: padding_idx={padding_idx} is no row of weight {tuple(weight.shape)}")
-    wanted = {
-        **shapes("gated_embedding", parameters, weight.shape, weight.shape[1], n),
-        "h": (h, (tokens.shape[example_dim], n) if h.ndim == 2 else (n,)),
-    }
-    check_operands("gated_embedding", wanted, weight, tokens=tokens, weight=weight, h=h, example_dim=example_dim)
+    operands = (
+        *expected(parameters, weight.shape, weight.shape[1], n),
+        ("h", h, (tokens.shape[example_dim], n) if h.ndim == 2 else (n,)),
+    )
+    check_operands("gated_embedding", operands, weight, tokens=tokens, weight=weight, h=h, example_dim=example_dim)

@@ -44,7 +44,7 @@ def backward(
     sparse: bool,
     wanted: Wanted,
 ) -> Gradients:
-    """Of the tables as a whole: who wants them `sparse` asks plain torch."""
+    """Gradients of the tables are dense; sparse ones are left to `plain`."""
     from stn_fast import _C
 
     response_weight, weight_gate = parameters.response_weight, parameters.weight_gate

@@ -15,10 +15,11 @@ from stn_fast.ops.gates import (
     Wanted,
     check_examples,
     check_operands,
+    check_parameters,
     contiguous,
+    expected,
     fold,
     response_input,
-    shapes,
 )
 from stn_fast.ops.linear import linear
 from stn_fast.ops.memory import autocast_dtype
@@ -114,7 +115,7 @@ def gated_linear(
 
     All tensors are on one device and of one dtype: float32, float64, bfloat16 or float16. Under autocast each is cast
     to autocast's, but float64 is left alone, as in torch. Accumulation is in float32 for the 16-bit ones on CUDA.
-    Gradients are computed for those inputs alone that require one. Forward-mode AD and torch.compile are supported;
+    Gradients are computed only for inputs that require one. Forward-mode AD and torch.compile are supported;
     second derivatives in reverse mode are not, and raise.
 
     Returns:
@@ -123,14 +124,15 @@ def gated_linear(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
     """
-    check_examples("gated_linear", x, hyper, example_dim, range(x.ndim - 1))
-    h = response_input(hyper, weight)
     parameters = GatedParameters(weight, bias, response_weight, response_bias, weight_gate, bias_gate)
+    check_parameters("gated_linear", parameters)
+    h = response_input(hyper, weight)
+    check_examples("gated_linear", x, hyper, example_dim, range(x.ndim - 1))
     if dtype := autocast_dtype(x):
         x, parameters, h = x.to(dtype), parameters.to(dtype), h.to(dtype)
     _check(x, parameters, h, example_dim)
     if h.ndim == 1:
-        implementations.serving(x, parameters.weight, h)  # raises where one was asked for that can't serve
+        implementations.check(x, parameters.weight, h)
         return linear(x, *fold(parameters, h))
     example_dim %= x.ndim
     outer, inner = math.prod(x.shape[:example_dim]), math.prod(x.shape[example_dim + 1 : -1])
@@ -155,9 +157,9 @@ def _check(x: Tensor, parameters: GatedParameters, h: Tensor, example_dim: int) 
             f"gated_linear: example_dim={example_dim} must name a dimension of x {tuple(x.shape)} other than the last"
         )
     (outputs, inputs), n = weight.shape, h.shape[-1]
-    wanted = {
-        "x": (x, (*x.shape[:-1], inputs)),
-        **shapes("gated_linear", parameters, weight.shape, outputs, n),
-        "h": (h, (x.shape[example_dim], n) if h.ndim == 2 else (n,)),
-    }
-    check_operands("gated_linear", wanted, weight, x=x, weight=weight, h=h, example_dim=example_dim)
+    operands = (
+        ("x", x, (*x.shape[:-1], inputs)),
+        *expected(parameters, weight.shape, outputs, n),
+        ("h", h, (x.shape[example_dim], n) if h.ndim == 2 else (n,)),
+    )
+    check_operands("gated_linear", operands, weight, x=x, weight=weight, h=h, example_dim=example_dim)

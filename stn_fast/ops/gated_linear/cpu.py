@@ -47,6 +47,7 @@ def backward(
     from stn_fast import _C
 
     weight, _, response_weight, response_bias, weight_gate, bias_gate = parameters
+    address(dy)  # raises where it can't be read
 
     def out(like: Tensor | None, wants: bool) -> Tensor | None:
         return torch.empty_like(like) if wants and like is not None else None
@@ -61,7 +62,6 @@ def backward(
     needs_g = wanted.x or wanted.response_weight
     buffer = dy.new_empty(min(len(dy), max(most, inner)), outputs) if needs_g else None
 
-    address(dy)  # raises where it can't be read
     sums = tuple(own_address(t) for t in (d_weight_gate, d_bias, d_response_bias, d_bias_gate))
     constants = (address(weight_gate), address(response_bias), address(bias_gate))
     epilogue: Callable[..., None] = _C.gated_epilogue_backward

@@ -12,13 +12,13 @@ from stn_fast.ops.gated_lstm import over_time
 from stn_fast.ops.gated_lstm.over_time import Saved
 from stn_fast.ops.gates import (
     GatedParameters,
-    Shapes,
     check_examples,
     check_operands,
+    check_parameters,
     contiguous,
+    expected,
     fold,
     response_input,
-    shapes,
 )
 from stn_fast.ops.memory import autocast_dtype
 from stn_fast.ops.openmp import misled, watch
@@ -158,7 +158,7 @@ def gated_lstm(
         reverse: whether time runs from the last step to the first; y stays in the order of x.
 
     All tensors are on one device and of one dtype: float32, float64, bfloat16 or float16. Under autocast each is cast
-    to autocast's, but float64 is left alone, as in torch. Gradients are computed for those inputs alone that require
+    to autocast's, but float64 is left alone, as in torch. Gradients are computed only for inputs that require
     one. Forward-mode AD and torch.compile are supported; second derivatives in reverse mode are not, and raise where
     h has rows.
 
@@ -168,8 +168,10 @@ def gated_lstm(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
     """
-    check_examples("gated_lstm", x, hyper, example_dim=1)
+    check_parameters("gated_lstm", from_input, "from_input.")
+    check_parameters("gated_lstm", from_hidden, "from_hidden.")
     h = response_input(hyper, from_input.weight)
+    check_examples("gated_lstm", x, hyper, example_dim=1)
     if dtype := autocast_dtype(x):
         x, h_0, c_0, h = (tensor.to(dtype) for tensor in (x, h_0, c_0, h))
         from_input, from_hidden = from_input.to(dtype), from_hidden.to(dtype)
@@ -180,7 +182,7 @@ def gated_lstm(
     if h.ndim == 1 and misled(x):
         h = h.expand(x.shape[1], -1)
     if h.ndim == 1:
-        implementations.serving(x, h_0, h)  # raises where a backend was asked for that can't serve
+        implementations.check(x, h_0, h)
         return _folded(x, h_0, c_0, fold(from_input, h), fold(from_hidden, h), reverse)
     tensors = (x, h_0, c_0, *from_input, *from_hidden, h)
     needed = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -232,17 +234,16 @@ def _check(
             f"got x {tuple(x.shape)}, h_0 {tuple(h_0.shape)}, h {tuple(h.shape)}"
         )
     (_, batch, inputs), hidden, n = x.shape, h_0.shape[1], h.shape[-1]
-    absent = [t is None for side in (from_input, from_hidden) for t in (side.bias, side.response_bias, side.bias_gate)]
-    if any(absent) and not all(absent):
+    if (from_input.bias is None) != (from_hidden.bias is None):
         raise ValueError(
             "gated_lstm: give bias, response_bias and bias_gate of both from_input and from_hidden, or none of them"
         )
-    wanted: Shapes = {
-        "x": (x, tuple(x.shape)),
-        "h_0": (h_0, (batch, hidden)),
-        "c_0": (c_0, (batch, hidden)),
-        "h": (h, (batch, n) if h.ndim == 2 else (n,)),
-        **shapes("gated_lstm", from_input, (4 * hidden, inputs), 4 * hidden, n, "from_input."),
-        **shapes("gated_lstm", from_hidden, (4 * hidden, hidden), 4 * hidden, n, "from_hidden."),
-    }
-    check_operands("gated_lstm", wanted, from_input.weight, "from_input.weight", x=x, h_0=h_0, h=h)
+    operands = (
+        ("x", x, x.shape),
+        ("h_0", h_0, (batch, hidden)),
+        ("c_0", c_0, (batch, hidden)),
+        ("h", h, (batch, n) if h.ndim == 2 else (n,)),
+        *expected(from_input, (4 * hidden, inputs), 4 * hidden, n, "from_input."),
+        *expected(from_hidden, (4 * hidden, hidden), 4 * hidden, n, "from_hidden."),
+    )
+    check_operands("gated_lstm", operands, from_input.weight, "from_input.weight", x=x, h_0=h_0, h=h)
