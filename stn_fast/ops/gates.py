@@ -206,7 +206,8 @@ def check_parameters(operation: str, parameters: GatedParameters, side: str = ""
         missing = [name for name, tensor in zip(_NAMES[side][::2], parameters[::2], strict=True) if tensor is None]
         raise ValueError(f"{operation}: {missing[0]} must be a tensor, got None")
     if (bias is None) != (response_bias is None) or (bias is None) != (bias_gate is None):
-        raise ValueError(f"{operation}: give bias, response_bias and bias_gate together, or none of them")
+        whose = "of both from_input and from_hidden" if side else "together"
+        raise ValueError(f"{operation}: give bias, response_bias and bias_gate {whose}, or none of them")
 
 
 def expected(
