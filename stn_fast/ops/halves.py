@@ -29,8 +29,9 @@ def make_halves(first: nn.Parameter | None, second: nn.Parameter | None) -> None
     if type(first) is not nn.Parameter or type(second) is not nn.Parameter or adjoin(first, second):
         return
     alike = (first.dtype, first.device, first.shape) == (second.dtype, second.device, second.shape)
-    ordinary = not any((half.is_shared() and not half.is_cuda) or half.is_pinned() for half in (first, second))
-    if alike and ordinary and first.layout == second.layout == torch.strided:
+    if not alike or not first.layout == second.layout == torch.strided:
+        return
+    if not any((half.is_shared() and not half.is_cuda) or half.is_pinned() for half in (first, second)):
         first.data, second.data = torch.cat([first.data, second.data]).chunk(2)
 
 

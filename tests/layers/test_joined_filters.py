@@ -325,3 +325,10 @@ def test_per_sample_gradients_are_those_of_each_filter():
     layer(x, RESPONSE).square().sum().backward()
     for name, parameter in parameters.items():
         torch.testing.assert_close(found[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_filters_in_shared_memory_stay_there():
+    layer = layer_of()
+    layer._apply(lambda tensor: tensor.detach().clone().share_memory_())
+    assert layer.weight.is_shared()
+    assert layer.response_weight.is_shared()

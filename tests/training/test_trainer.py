@@ -11,7 +11,7 @@ from run_files import result, rows
 from stn_fast.errors import UserError
 from stn_fast.recipes import digits
 from stn_fast.training import checkpoint
-from stn_fast.training.methods import FixedHyperparameters, build_method
+from stn_fast.training.methods import Method, build_method
 from stn_fast.training.progress import Progress
 from stn_fast.training.run import run, using_threads
 from stn_fast.training.task import classification_loss
@@ -207,10 +207,8 @@ def test_an_only_checkpoint_caught_between_two_names_is_resumed(train, same_run)
 def test_a_checkpoint_of_another_network_is_refused_by_name(train, monkeypatch):
     directory = train("schedule.max_steps=5")
     last = checkpoint.steps(directory / "checkpoints")[-1]
-    load = FixedHyperparameters.load_state_dict
-    monkeypatch.setattr(
-        FixedHyperparameters, "load_state_dict", lambda method, state: load(method, {**state, "model": {}})
-    )
+    load = Method.load_state_dict
+    monkeypatch.setattr(Method, "load_state_dict", lambda method, state: load(method, {**state, "model": {}}))
     says = rf"step-{last:08d} does not fit this network or trainer \(RuntimeError.*--no-resume"
     with pytest.raises(UserError, match=says) as caught:
         train()
