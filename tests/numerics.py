@@ -4,8 +4,6 @@ from math import isfinite
 
 import torch
 
-from stn_fast.ops.gates import GatedParameters
-
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """Relative Frobenius norm of the difference; a NaN or a wrong shape counts as infinite."""
@@ -24,26 +22,3 @@ def assert_twice_as_good(kernel: torch.Tensor, plain: torch.Tensor, exact: torch
     assert isfinite(ours), f"{name}: NaN, infinite or of the wrong shape"
     assert isfinite(theirs), f"{name}: plain torch is NaN, infinite or of the wrong shape; nothing to compare with"
     assert ours <= 2 * theirs + 1e-6, f"{name}: relative error {ours:.3g}, plain torch {theirs:.3g}"
-
-
-def taking_tensors(definition):
-    """`reference` or `fold` of a gated operation, taking the six tensors of its parameters one by one, after x."""
-
-    def flat(*tensors, **options):
-        first = 0 if definition.__name__ == "fold" else 1
-        parameters = GatedParameters(*tensors[first : first + 6])
-        return definition(*tensors[:first], parameters, *tensors[first + 6 :], **options)
-
-    return flat
-
-
-def taking_tables(definition):
-    """`reference` or `fold` of gated_embedding, taking E, R and Gw one by one, after the tokens."""
-
-    def flat(*tensors, **options):
-        first = 0 if definition.__name__ == "fold" else 1
-        weight, response_weight, weight_gate = tensors[first : first + 3]
-        parameters = GatedParameters(weight, None, response_weight, None, weight_gate, None)
-        return definition(*tensors[:first], parameters, *tensors[first + 3 :], **options)
-
-    return flat
