@@ -200,7 +200,10 @@ def _gate_gradients(
         d_scale, d_shift = (None if parts is None else parts.sum(0) for parts in (d_scale, d_shift))
         return gate_gradients(d_scale, d_shift, parameters, h, wanted)
     *_, response_bias, weight_gate, bias_gate = parameters
-    return GateGradients(*kernels.gates_backward(d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted))
+    found = kernels.gates_backward(d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted)
+    # Kernels compute some of these together.
+    wants = (wanted.bias, wanted.response_bias, wanted.weight_gate, wanted.bias_gate, wanted.h)
+    return GateGradients(*(gradient if w else None for gradient, w in zip(found, wants, strict=True)))
 
 
 def joined_gradients(
