@@ -78,7 +78,8 @@ def test_reverse_is_the_flipped_sequence():
     x, *rest = problem.operands.values()
     y, *state = reverse.call(x, *rest)
     flipped, *wanted = problem.call(x.flip(0), *rest)
-    assert all(map(torch.equal, (y, *state), (flipped.flip(0), *wanted)))
+    for got, want in zip((y, *state), (flipped.flip(0), *wanted), strict=True):
+        assert relative_error(got, want) < 1e-6  # the library may round rows in another place otherwise
 
 
 @pytest.mark.parametrize("wanted", [True, False])
