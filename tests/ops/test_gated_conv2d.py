@@ -86,7 +86,7 @@ def test_sizes_decide_between_blocks_and_one_go():
 @pytest.mark.parametrize("groups", [1, 2])
 def test_any_gradients_may_be_wanted_either_way(groups, layout, way):
     problem = CONV2D.problem(inputs=2, outputs=3, groups=groups, layout=layout, padding=1, relu=groups == 1)
-    assert_gradients_do_not_depend_on_what_else_is_wanted(CONV2D, problem, few=True)
+    assert_gradients_do_not_depend_on_what_else_is_wanted(CONV2D, problem)
 
 
 @pytest.mark.parametrize("wanted", [("x", "h"), FILTERS_AND_GATES, ("h",), ("bias", "bias_gate")], ids=str)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from contract import LINEAR
-from contract_checks import assert_as_good_as_plain_torch, numbers_saved
+from contract_checks import assert_as_good_as_plain_torch, leaves, numbers_saved
+from flops import flops_of
 from numerics import relative_error
 
 from stn_fast.dispatch import use_backend
+from stn_fast.ops import products
 from stn_fast.ops.gated_linear import cpu, gated_linear
 
 
@@ -26,6 +28,17 @@ def test_core_is_right_however_the_rows_fall_into_blocks(monkeypatch, block, lay
     monkeypatch.setattr(cpu, "row_blocks", counted := _Counted(cpu.row_blocks))
     assert_as_good_as_plain_torch(LINEAR.problem(batch=37, inputs=2, outputs=6, **layout))
     assert max(counted.blocks) > 1 or block >= 300
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_validation_step_computes_no_weight_gradient(dtype, monkeypatch):
+    """Frozen parameters: only the products behind dx may run, and small ones with the gates."""
+    monkeypatch.setattr(products, "library", lambda: "torch.mm")  # the other's are not counted
+    batch, inputs, outputs = 32, 48, 40
+    problem = LINEAR.problem(dtype, batch=batch, inputs=inputs, outputs=outputs, n=3)
+    (y,) = problem.call(*leaves(problem.operands, ["x", "h"]).values())
+    large = 2 * batch * outputs * 2 * inputs
+    assert large <= flops_of(y.sum().backward) <= large + 2 * batch * outputs * 4 * 3
 
 
 class _Counted:
