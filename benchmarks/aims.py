@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import Any
 
 from benchmarks.image_cases import GATED_CONV2D_SHAPES
 from benchmarks.language_steps import SHAPES as LANGUAGE_SHAPES
-from benchmarks.ratios import geometric_mean
 
 Row = dict[str, Any]
 

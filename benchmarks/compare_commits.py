@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import shutil
 import statistics
@@ -23,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from benchmarks.timing import calls_in_a_turn
 from stn_fast.command_line import Parser, number, run_command, whole_number
 from stn_fast.errors import UserError
 from stn_fast.files import expanded
@@ -36,7 +36,7 @@ RECIPES = {
     "fashion-mnist-small": ["method.warmup_epochs=0", "train_fraction=0.5"],
     "ptb-small": ["method.warmup_epochs=0", "train_fraction=0.5"],
 }
-MAX_CALLS, TURN_MICROSECONDS = 100, 5000.0
+TURN_MICROSECONDS = 5000.0  # what a request takes on its way to a process is little beside it
 
 
 class Commit:
@@ -202,7 +202,7 @@ def _ask(process: subprocess.Popen[str], request: dict[str, Any]) -> Any:
 
 def _one_case(sides: dict[str, subprocess.Popen[str]], name: str, seconds: float) -> dict[str, Any]:
     first = [_ask(side, {"case": name}) for side in sides.values()]
-    calls = max(1, min(MAX_CALLS, round(TURN_MICROSECONDS / max(first))))
+    calls = calls_in_a_turn(max(first), TURN_MICROSECONDS)
     rounds = max(7, min(400, round(seconds * 1e6 / (calls * sum(first)))))
     times: dict[str, list[float]] = {"old": [], "new": []}
     for turn in range(rounds):
@@ -227,7 +227,7 @@ def print_means(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         groups.setdefault(row["case"].split()[0], []).append(row["new_to_old"])
     for op, ratios in groups.items():
-        mean = math.exp(statistics.mean(map(math.log, ratios)))
+        mean = statistics.geometric_mean(ratios)
         print(f"  {op:<30} geometric mean {mean:.3f}, worst {max(ratios):.3f}, of {len(ratios)} cases")
 
 
@@ -252,6 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.steps < 2 or options.repeats < 1:
         raise UserError(f"--steps must be at least 2 and --repeats 1; got {options.steps} and {options.repeats}")
+    path = None if options.json is None else expanded(options.json, "--json")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     old, new = Commit(options.old), Commit(options.new)
     results: dict[str, Any] = {"old": old.label, "new": new.label}
     wrong = 0
@@ -279,8 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("operations: old, new, new to old (quartiles)")
         results["speed"] = compare_speed(old, new, options.ops, options.seconds)
         print_means(results["speed"])
-    if options.json:
-        path = expanded(options.json, "--json")
+    if path is not None:
         replace_file(path, (json.dumps(results, indent=1) + "\n").encode())
     return int(wrong > 0)
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -155,10 +155,6 @@ def print_means(rows: Sequence[Row]) -> None:
             for key in ("ratio_to_limit", "ratio_to_eager")
         ]
         print(f"  {op} {mode} {dtype}: " + ", ".join("-" if mean is None else f"{mean:.3f}" for mean in means))
-
-
-def geometric_mean(ratios: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:

@@ -104,9 +104,9 @@ class CpuClock:
         return (time.perf_counter_ns() - start) / 1e3 / calls
 
 
-def calls_in_a_turn(microseconds: float) -> int:
-    """How many calls that take so long fill a turn."""
-    return max(1, min(MAX_CALLS, round(TURN_MICROSECONDS / max(microseconds, 1e-3))))
+def calls_in_a_turn(microseconds: float, turn: float = TURN_MICROSECONDS) -> int:
+    """How many calls that take so long fill a turn of so many microseconds."""
+    return max(1, min(MAX_CALLS, round(turn / max(microseconds, 1e-3))))
 
 
 def clock_of(device: torch.device) -> Clock:

@@ -87,7 +87,7 @@ class HyperLSTM(nn.Module):
             inputs = input_size if layer == 0 else hidden_size * (2 if bidirectional else 1)
             for suffix in self._suffixes(layer):
                 for side, columns in (("ih", inputs), ("hh", hidden_size)):
-                    shapes = ((wide, columns), (wide,), (wide, columns), (wide,), (wide, n), (wide, n))
+                    shapes = GatedParameters.shapes((wide, columns), wide, n)
                     for name, shape in zip(GatedParameters._fields, shapes, strict=True):
                         absent = "bias" in name and not bias
                         parameter = None if absent else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

@@ -31,6 +31,12 @@ class GatedParameters(NamedTuple):
     weight_gate: Tensor
     bias_gate: Tensor | None
 
+    @staticmethod
+    def shapes(matrix: Sequence[int], outputs: int, n: int) -> tuple[Sequence[int], ...]:
+        """Those of all six, for W and R of shape ``matrix``."""
+        vector, gate = (outputs,), (outputs, n)
+        return matrix, vector, matrix, vector, gate, gate
+
     def to(self, dtype: torch.dtype) -> GatedParameters:
         """In another dtype, each cast once a step inside `casts_once`."""
         return GatedParameters._make([cast(tensor, dtype) for tensor in self])
@@ -206,16 +212,14 @@ def check_parameters(operation: str, parameters: GatedParameters, side: str = ""
         missing = [name for name, tensor in zip(_NAMES[side][::2], parameters[::2], strict=True) if tensor is None]
         raise ValueError(f"{operation}: {missing[0]} must be a tensor, got None")
     if (bias is None) != (response_bias is None) or (bias is None) != (bias_gate is None):
-        whose = "of both from_input and from_hidden" if side else "together"
-        raise ValueError(f"{operation}: give bias, response_bias and bias_gate {whose}, or none of them")
+        raise ValueError(f"{operation}: give bias, response_bias and bias_gate together, or none of them")
 
 
 def expected(
     parameters: GatedParameters, matrix: Sequence[int], outputs: int, n: int, side: str = ""
 ) -> list[Expected]:
     """What `check_operands` compares, for W and R of shape ``matrix``."""
-    vector, gate = (outputs,), (outputs, n)
-    return list(zip(_NAMES[side], parameters, (matrix, vector, matrix, vector, gate, gate), strict=True))
+    return list(zip(_NAMES[side], parameters, GatedParameters.shapes(matrix, outputs, n), strict=True))
 
 
 def check_operands(

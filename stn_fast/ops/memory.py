@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stn_fast.dispatch import triton_may_serve, use_backend
-from stn_fast.ops.transforms import in_function_transform, in_transform
+from stn_fast.ops.transforms import in_function_transform, in_transform, plain
 
 Result = TypeVar("Result")
 
@@ -113,7 +113,7 @@ def adjoin(first: Tensor, second: Tensor) -> bool:
     if second.storage_offset() != first.storage_offset() + first.shape[0] * first.stride(0):
         return False
     # A tensor of a transform may have more dimensions than it shows, and a subclass other numbers than its memory.
-    if not _PLAIN.issuperset((type(first), type(second))) or first.is_neg() != second.is_neg() or in_transform():
+    if not plain(first, second) or first.is_neg() != second.is_neg() or in_transform():
         return False
     # No address is asked for: that copies a lazily cloned tensor, and is 0 for every tensor of the meta device.
     return first.untyped_storage()._cdata == second.untyped_storage()._cdata
@@ -125,9 +125,6 @@ def as_one(first: Tensor, second: Tensor) -> Tensor | None:
     if recorded or not adjoin(first, second):
         return None
     return first.as_strided((2 * first.shape[0], *first.shape[1:]), first.stride())
-
-
-_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def autocasts(device_type: str) -> bool:

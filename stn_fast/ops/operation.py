@@ -134,7 +134,7 @@ class Operation:
         inputs = self._inputs = _Signature(forward)
         self._name, self._count = name, len(inputs.kinds)
         self._compute = _reaching_memory(inputs.grouped(forward), library)
-        in_trace = _reaching_memory(inputs.grouped(promised or forward), library)
+        in_trace = self._compute if promised is None else _reaching_memory(inputs.grouped(promised), library)
         checks = inputs.grouped(check) if check is not None else None
 
         def run(*arguments: Any) -> Any:
@@ -151,13 +151,14 @@ class Operation:
         self._places = inputs.places | {output: [self._count + i] for i, output in enumerate(outputs)}
         self._none = self._count + len(outputs)
         self._passed = [(inputs.places[key][0], outputs.index(of)) for key, of in passed.items()]
-        self._flags = [(key, inputs.places[flag][0]) for key, flag in kept_if.items()]
         self._finish = finish
         if backward is None:
             self._transpose()
         else:
             self._differentiate_by(backward, outputs, differentiable, unread, fake_backward, library)
-        self._flagged = [(self._kept.index(self._places[key][0]), flag) for key, flag in self._flags]
+        self._flagged = [
+            (self._kept.index(self._places[key][0]), inputs.places[flag][0]) for key, flag in kept_if.items()
+        ]
         self.registered.register_autograd(
             partial(self._backward, self._registered_backward, False), setup_context=self._keep
         )
@@ -210,12 +211,13 @@ class Operation:
 
         def like_inputs(*arguments: Any) -> list[Tensor]:
             kept = dict(zip(self._kept, arguments[len(self._of_outputs) :], strict=False))
-            return [kept[place] if place in kept else _like(place, kept) for place in self._wanted]
 
-        def _like(place: int, kept: Mapping[int, Tensor]) -> Tensor:
-            """Like a bias, of which nothing is kept."""
-            weight = kept[place - GatedParameters._fields.index("bias")]
-            return weight.new_empty(weight.shape[0])
+            def bias(place: int) -> Tensor:
+                """Of a bias nothing is kept; its weight, which is, stands before it."""
+                weight = kept[place - 1]
+                return weight.new_empty(weight.shape[0])
+
+            return [kept[place] if place in kept else bias(place) for place in self._wanted]
 
         likes = taken.grouped(fake_backward) if fake_backward is not None else like_inputs
 
@@ -234,10 +236,6 @@ class Operation:
         if traced(*arguments[: self._inputs.tensors]):
             return self.registered(*arguments)
         return self._eager(*arguments) if torch.is_grad_enabled() else self._compute(*arguments)
-
-    def functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """What computes the outputs and the gradients where nobody traces."""
-        return self._compute, self._compute_backward
 
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """What backward is given, in the order in which it takes it."""

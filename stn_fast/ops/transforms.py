@@ -27,6 +27,11 @@ def in_function_transform() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether each is a tensor or a parameter, or None, and none of a subclass, whose numbers may be elsewhere."""
+    return _PLAIN.issuperset(map(type, tensors))
+
+
 def traced(first: Tensor, *others: Tensor | None) -> bool:
     """Whether the registered operation must be called: by a compiler, a tracer, a dispatch mode, a tensor subclass.
 
@@ -34,7 +39,7 @@ def traced(first: Tensor, *others: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.jit.is_tracing() or first.is_meta:
         return True
-    return not _PLAIN.issuperset(map(type, (first, *others)))
+    return not plain(first, *others)
 
 
 def known_sizes(sizes: Sequence[int]) -> list[int]:

@@ -4,11 +4,11 @@ import json
 import re
 import statistics
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 
 from benchmarks import precision
-from benchmarks.ratios import geometric_mean
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()

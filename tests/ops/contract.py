@@ -92,8 +92,7 @@ class GatedOperation:
 
 
 def _parameters(draw: Draw, matrix: Sequence[int], n: int, bias: bool, scale: float = 1.0) -> dict[str, Tensor]:
-    outputs = matrix[0]
-    shapes = (matrix, (outputs,), matrix, (outputs,), (outputs, n), (outputs, n))
+    shapes = GatedParameters.shapes(matrix, matrix[0], n)
     drawn = {
         name: draw(*shape, scale=scale if shape is matrix else 1.0)
         for name, shape in zip(GatedParameters._fields, shapes, strict=True)

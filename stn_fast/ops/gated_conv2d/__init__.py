@@ -28,7 +28,7 @@ from stn_fast.ops.halves import convert
 from stn_fast.ops.memory import autocast_dtype, plain_strides
 from stn_fast.ops.openmp import misled, watch
 from stn_fast.ops.operation import Operation
-from stn_fast.ops.serving import Implementations
+from stn_fast.ops.serving import Implementations, serving
 from stn_fast.ops.transforms import in_transform
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _fake(x: Tensor, parameters: GatedParameters, h: Tensor, *rest: Any) -> tupl
     y = x.new_empty(batch, outputs, *pixels).contiguous(memory_format=layout)
     if not save_response:
         return y, x.new_empty(0)
-    if implementations.serving(x, weight, h).__name__.endswith(".cpu"):
+    if serving(x, weight, h) == "cpp":
         from stn_fast.ops.gated_conv2d import cpu
 
         q = x.new_empty(y.shape).contiguous(memory_format=cpu.plan(x, weight, geometry).inner)

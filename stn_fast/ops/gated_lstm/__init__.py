@@ -168,6 +168,11 @@ def gated_lstm(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
     """
+    absent = [t is None for side in (from_input, from_hidden) for t in (side.bias, side.response_bias, side.bias_gate)]
+    if any(absent) and not all(absent):
+        raise ValueError(
+            "gated_lstm: give bias, response_bias and bias_gate of both from_input and from_hidden, or none of them"
+        )
     check_parameters("gated_lstm", from_input, "from_input.")
     check_parameters("gated_lstm", from_hidden, "from_hidden.")
     h = response_input(hyper, from_input.weight)
@@ -234,10 +239,6 @@ def _check(
             f"got x {tuple(x.shape)}, h_0 {tuple(h_0.shape)}, h {tuple(h.shape)}"
         )
     (_, batch, inputs), hidden, n = x.shape, h_0.shape[1], h.shape[-1]
-    if (from_input.bias is None) != (from_hidden.bias is None):
-        raise ValueError(
-            "gated_lstm: give bias, response_bias and bias_gate of both from_input and from_hidden, or none of them"
-        )
     operands = (
         ("x", x, x.shape),
         ("h_0", h_0, (batch, hidden)),
