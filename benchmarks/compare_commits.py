@@ -240,9 +240,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=whole_number, default=20, metavar="N", help="steps of each, both kinds (20)")
     parser.add_argument("--repeats", type=whole_number, default=3, metavar="N", help="runs whose steps are timed (3)")
     parser.add_argument("--kernels", action="store_true", help="compile every shipped configuration, compare its PTX")
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="of them, only labels with all words")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="--kernels, but only labels with all words"
+    )
     parser.add_argument("--speed", action="store_true", help="time the operations")
-    parser.add_argument("--ops", nargs="+", default=[], metavar="OP", help="of them, only names that begin so")
+    parser.add_argument("--ops", nargs="+", default=[], metavar="OP", help="--speed, but only names that begin so")
     parser.add_argument("--seconds", type=number, default=4.0, metavar="S", help="for each case (4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results here")
     return argparse.Namespace(**parser.given(arguments))
@@ -271,14 +273,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{verdict}; time of a step, new to old, {row['step_new_to_old']:.3f}",
             flush=True,
         )
-    if options.kernels:
+    if options.kernels or options.only:
         found = results["kernels"] = compare_kernels(old, new, options.only)
         wrong += any(found[kind] for kind in ("changed", "removed", "added"))
         print(f"{found['configurations']} configurations of both, {len(found['changed'])} with other PTX")
         for kind in ("changed", "removed", "added"):
             for label in found[kind]:
                 print(f"  {kind} {label}")
-    if options.speed:
+    if options.speed or options.ops:
         print("operations: old, new, new to old (quartiles)")
         results["speed"] = compare_speed(old, new, options.ops, options.seconds)
         print_means(results["speed"])

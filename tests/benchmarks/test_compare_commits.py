@@ -119,3 +119,13 @@ def test_runs_part_where_a_kind_a_loss_or_their_number_differs(before, after, to
 def test_too_few_steps_to_compare_are_refused(arguments):
     with pytest.raises(compare_commits.UserError, match="at least 2"):
         main(["HEAD", *arguments])
+
+
+def test_a_choice_of_operations_or_kernels_asks_for_them(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(compare_commits, "Commit", lambda name: Commit(None))
+    monkeypatch.setattr(compare_commits, "compare_speed", lambda old, new, ops, seconds: asked.append(ops) or [])
+    same = dict(configurations=1, changed=[], removed=[], added=[])
+    monkeypatch.setattr(compare_commits, "compare_kernels", lambda old, new, only: asked.append(only) or same)
+    assert main(["HEAD", "--recipes", "--ops", "perturb", "--only", "sm90"]) == 0
+    assert asked == [["sm90"], ["perturb"]]
