@@ -13,9 +13,9 @@ constexpr std::int64_t kUnits = 256;         // hidden units of a task
 
 struct Forward {
     float* gates;
-    const float *both, *scale, *shift, *c_before;
+    const float *p, *q, *scale, *shift, *c_before;
     float *c, *h, *response;
-    std::int64_t hidden;
+    std::int64_t p_row, q_row, hidden;
 };
 
 // Hidden units [first, first + count) of one example.
@@ -23,7 +23,8 @@ STN_FAST_CLONES void forward_units(const Forward& t, std::int64_t example, std::
     const std::int64_t at = example * t.hidden + first, wide = 4 * example * t.hidden + first, next = t.hidden;
     for (int k = 0; k < 4; ++k) {
         float* gate = t.gates + wide + k * next;
-        const float *p = t.both + wide + (4 * example + k) * next, *q = p + 4 * next, *scale = t.scale + wide + k * next;
+        const float *p = t.p + example * t.p_row + first + k * next, *q = t.q + example * t.q_row + first + k * next;
+        const float* scale = t.scale + wide + k * next;
         if (t.shift) {
             const float* shift = t.shift + wide + k * next;
 #pragma omp simd
@@ -52,8 +53,8 @@ struct Backward {
     const float *dy, *dh;
     float* dc;
     const float *gates, *c, *c_before, *scale;
-    float *d_gates, *d_both;
-    std::int64_t hidden;
+    float *d_gates, *d_p, *d_q;
+    std::int64_t p_row, q_row, hidden;
 };
 
 STN_FAST_CLONES void backward_units(const Backward& t, std::int64_t example, std::int64_t first, std::int64_t count) {
@@ -81,7 +82,7 @@ STN_FAST_CLONES void backward_units(const Backward& t, std::int64_t example, std
     }
     for (int k = 0; k < 4; ++k) {
         const float *d_gate = t.d_gates + wide + k * next, *scale = t.scale + wide + k * next;
-        float *d_p = t.d_both + wide + (4 * example + k) * next, *d_q = d_p + 4 * next;
+        float *d_p = t.d_p + example * t.p_row + first + k * next, *d_q = t.d_q + example * t.q_row + first + k * next;
         std::copy_n(d_gate, count, d_p);
 #pragma omp simd
         for (std::int64_t j = 0; j < count; ++j) d_q[j] = d_gate[j] * scale[j];
@@ -100,15 +101,18 @@ void over_units(const Task& task, void (*units)(const Task&, std::int64_t, std::
 
 }  // namespace
 
-void gated_lstm_cell_forward(float* gates, const float* both, const float* scale, const float* shift, const float* c_before,
-                             float* c, float* h, float* response, std::int64_t batch, std::int64_t hidden, int threads) {
-    over_units(Forward{gates, both, scale, shift, c_before, c, h, response, hidden}, forward_units, batch, hidden, threads);
+void gated_lstm_cell_forward(float* gates, const float* p, const float* q, const float* scale, const float* shift,
+                             const float* c_before, float* c, float* h, float* response, std::int64_t p_row, std::int64_t q_row,
+                             std::int64_t batch, std::int64_t hidden, int threads) {
+    const Forward task{gates, p, q, scale, shift, c_before, c, h, response, p_row, q_row, hidden};
+    over_units(task, forward_units, batch, hidden, threads);
 }
 
 void gated_lstm_cell_backward(const float* dy, const float* dh, float* dc, const float* gates, const float* c,
-                              const float* c_before, const float* scale, float* d_gates, float* d_both, std::int64_t batch,
-                              std::int64_t hidden, int threads) {
-    over_units(Backward{dy, dh, dc, gates, c, c_before, scale, d_gates, d_both, hidden}, backward_units, batch, hidden, threads);
+                              const float* c_before, const float* scale, float* d_gates, float* d_p, float* d_q,
+                              std::int64_t p_row, std::int64_t q_row, std::int64_t batch, std::int64_t hidden, int threads) {
+    const Backward task{dy, dh, dc, gates, c, c_before, scale, d_gates, d_p, d_q, p_row, q_row, hidden};
+    over_units(task, backward_units, batch, hidden, threads);
 }
 
 }  // namespace stn_fast

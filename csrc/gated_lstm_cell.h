@@ -8,15 +8,16 @@ namespace stn_fast {
 
 // gates holds what the input contributes on entry, and sigmoid(i), sigmoid(f), tanh(g), sigmoid(o) of
 //     gates + p + scale * q + shift
-// on return; then c = f * c_before + i * g and h = o * tanh(c). Rows of `both`, (batch, 8 hidden), are p = h_before W^T and
-// then q = h_before R^T, which is copied to `response` unless that is null. shift may be null.
-void gated_lstm_cell_forward(float* gates, const float* both, const float* scale, const float* shift, const float* c_before,
-                             float* c, float* h, float* response, std::int64_t batch, std::int64_t hidden, int threads);
+// on return; then c = f * c_before + i * g and h = o * tanh(c). p = h_before W^T and q = h_before R^T have rows that begin
+// p_row and q_row numbers apart; q is copied to `response` unless that is null. shift may be null.
+void gated_lstm_cell_forward(float* gates, const float* p, const float* q, const float* scale, const float* shift,
+                             const float* c_before, float* c, float* h, float* response, std::int64_t p_row, std::int64_t q_row,
+                             std::int64_t batch, std::int64_t hidden, int threads);
 
 // From the gradient of h, which is dy plus dh (null: zero), and that of c: d_gates, that of what the activations were applied to;
-// again in d_both, (batch, 8 hidden), each row followed by d_gates * scale; and in place of dc that of c_before.
+// again as d_p; d_q = d_gates * scale; and in place of dc that of c_before. Rows of d_p and d_q begin p_row and q_row apart.
 void gated_lstm_cell_backward(const float* dy, const float* dh, float* dc, const float* gates, const float* c,
-                              const float* c_before, const float* scale, float* d_gates, float* d_both, std::int64_t batch,
-                              std::int64_t hidden, int threads);
+                              const float* c_before, const float* scale, float* d_gates, float* d_p, float* d_q,
+                              std::int64_t p_row, std::int64_t q_row, std::int64_t batch, std::int64_t hidden, int threads);
 
 }  // namespace stn_fast

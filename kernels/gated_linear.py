@@ -129,15 +129,20 @@ def forward(
     inner: int,
     save_response: bool,
     config: Choice | None = None,
+    projection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(y, q): x (outer·B·inner, I) of examples h (B, n), contiguous and of one dtype; q = x Rᵀ where it is to be saved.
+
+    With a projection B the response is R = A B and response_weight is A. Then u = x Bᵀ is what is saved, and the library
+    computes all products, which A and B make small.
 
     config fixes "library", a configuration's name or a configuration; by default the autotuner chooses.
     """
     problem = _problem(x, weight, h, inner, isinstance(config, triton.Config))
 
     def library() -> tuple[Tensor, Tensor]:
-        y, q = torch.mm(x, weight.T), torch.mm(x, response_weight.T)
+        u = x if projection is None else torch.mm(x, projection.T)
+        y, q = torch.mm(x, weight.T), torch.mm(u, response_weight.T)
         tile = EPILOGUE_CONFIG.kwargs
         grid = (ceil_div(problem.M, tile["BLOCK_M"]) * ceil_div(problem.O, tile["BLOCK_N"]),)
         gated_linear_epilogue_fwd_kernel[grid](
@@ -145,7 +150,7 @@ def forward(
             problem.M, problem.O, problem.n, problem.batch, inner,
             HAS_BIAS=bias is not None, **problem.pass_options(EPILOGUE_CONFIG),
         )  # fmt: skip
-        return y, q
+        return y, q if projection is None else u
 
     def fused(name: str) -> tuple[Tensor, Tensor | None]:
         y = x.new_empty(problem.M, problem.O)
@@ -162,7 +167,9 @@ def forward(
         return library() if name == LIBRARY else fused(name)
 
     with device_guard(x):
-        if config is None:
+        if config is None and projection is not None:
+            config = LIBRARY
+        elif config is None:
             tuned = problem.tuned("forward", f"bias={bias is not None}", f"save={save_response}")
             config = tuner.choose(tuned, (LIBRARY, *problem.configs), run, LIBRARY, x.device)
         y, q = run(problem.named(config))
@@ -184,15 +191,20 @@ class _Backward:
         h: Tensor,
         q: Tensor | None,
         problem: _Problem,
+        projection: Tensor | None = None,
     ) -> None:
         self.dy, self.x, self.weight, self.response_weight = dy, x, weight, response_weight
+        self.projection = projection
         self.response_bias, self.weight_gate, self.bias_gate = response_bias, weight_gate, bias_gate
         self.h, self.q, self.problem = h, q, problem
         self.s: Tensor | None = None
         self.g: Tensor | None = None
+        self.d_u: Tensor | None = None
 
     def dx(self, name: str) -> Tensor:
         problem = self.problem
+        if self.projection is not None:
+            return torch.mm(self.dy, self.weight).addmm_(self.du(), self.projection)
         if name == LIBRARY or not problem.O:  # kernels assume that there is something to sum
             return torch.mm(self.dy, self.weight).addmm_(self.gated_dy(), self.response_weight)
         dx = torch.empty_like(self.x)
@@ -219,6 +231,12 @@ class _Backward:
         if self.s is None:
             self.s, _ = gate_tables(self.h, self.weight_gate, None, None, None, self.problem.precision, self.dy.dtype)
         return self.s
+
+    def du(self) -> Tensor:
+        """The gradient of u, with a projection."""
+        if self.d_u is None:
+            self.d_u = torch.mm(self.gated_dy(), self.response_weight)
+        return self.d_u
 
     def gated_dy(self) -> Tensor:
         if self.g is None:
@@ -332,23 +350,31 @@ def backward(
     inner: int,
     wanted: Sequence[bool],
     config: Choice | tuple[Choice, Choice] | None = None,
+    projection: Tensor | None = None,
 ) -> Gradients:
-    """(dx, dW, db, dR, dr, dGw, dGb, dh), None where `wanted`, in the same order, says so. q is needed for dGw and dh.
+    """(dx, dW, db, dR, dr, dGw, dGb, dh), None where `wanted`, in the same order, says so; q as `forward` saves it.
+
+    q is needed for dGw and dh. With a projection B it is u, which dA needs too, dA is in the place of dR, and dB is the
+    ninth.
 
     config fixes how dx, and how dW with dR, are computed, as in `forward`; a pair fixes each.
     """
-    want_x, want_w, want_b, want_r, want_rb, want_gw, want_gb, want_h = wanted
+    want_x, want_w, want_b, want_r, want_rb, want_gw, want_gb, want_h, *rest = wanted
+    want_p = any(rest)
     pair = config if isinstance(config, tuple) else (config or LIBRARY, config or LIBRARY)
     problem = _problem(x, weight, h, inner, any(isinstance(choice, triton.Config) for choice in pair))
     name_x, name_w = (problem.named(choice) for choice in pair)
-    run = _Backward(dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q, problem)
-    pair_w = want_w and want_r
+    u = q
+    if projection is not None and q is not None:
+        q = torch.mm(q, response_weight.T) if want_gw or want_h else None
+    run = _Backward(dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q, problem, projection)
+    pair_w = want_w and want_r and projection is None
     want_c = want_b or want_rb or want_gb
     needs_gates = want_gw or want_c
     with device_guard(x):
-        if config is None and (want_x or pair_w):
+        if config is None and projection is None and (want_x or pair_w):
             name_x, name_w = _choose(run, want_x, pair_w, needs_gates or want_h)
-        needs_g = (want_x and name_x == LIBRARY) or (want_r and (name_w == LIBRARY or not pair_w))
+        needs_g = (want_x and name_x == LIBRARY) or (want_r and (name_w == LIBRARY or not pair_w)) or want_p
 
         d_bias = d_response_bias = d_weight_gate = d_bias_gate = dh = None
         if needs_gates:
@@ -359,11 +385,15 @@ def backward(
         d_weight = d_response_weight = None
         if pair_w:
             d_weight, d_response_weight = run.dw(name_w)
-        elif want_w:
-            d_weight = torch.mm(dy.T, x)
-        elif want_r:
-            d_response_weight = torch.mm(run.gated_dy().T, x)
-    return (
+        else:
+            if want_w:
+                d_weight = torch.mm(dy.T, x)
+            if want_r:
+                source = x if projection is None else u
+                assert source is not None
+                d_response_weight = torch.mm(run.gated_dy().T, source)
+        d_projection = torch.mm(run.du().T, x) if want_p else None
+    found = (
         dx,
         d_weight,
         d_bias if want_b else None,
@@ -373,3 +403,4 @@ def backward(
         d_bias_gate if want_gb else None,
         dh,
     )
+    return found if projection is None else (*found, d_projection)

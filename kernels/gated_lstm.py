@@ -70,14 +70,22 @@ def forward(
     reverse: bool,
     save: bool,
     save_response: bool,
+    projection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(y (T, B, H), c_n (B, H), cell states (T, B, H) with `save`, Q = h_{t−1} Rᵀ (T, B, 4H) with `save_response`).
 
     gates (T, B, 4H) hold x's share on entry and, where `save`, are activated in place. h_0, c_0 (B, H); W, R (4H, H);
     scale, shift (B, 4H), the gates of hyperparameters h Gwᵀ and b + (h Gbᵀ) ⊙ r. All are contiguous and of one dtype.
     The cell state is float32 from step to step.
+
+    With a projection B (k, H) the response is R = A B, response_weight is A (4H, k), and u = h_{t−1} Bᵀ (T, B, k) is
+    kept in the place of Q. Steps alone serve it.
     """
     operands = (gates, h_0, c_0, weight, response_weight, scale, shift, reverse, save, save_response)
+    if projection is not None:
+        _check_steps_alone(gates)
+        with device_guard(gates):
+            return steps.forward(*operands, projection)
     with device_guard(gates):
         return WAYS[_way("forward", gates, operands)].forward(*operands)
 
@@ -93,23 +101,42 @@ def backward(
     scale: Tensor,
     reverse: bool,
     want_h_0: bool,
+    projection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(d_gates (T, B, 4H), before the activations, dh_0 (B, H) where wanted, dc_0 (B, H) in float32).
 
     From what `forward` kept and the gradients of y and c_n.
     """
     operands = (dy, d_last_cell, gates, cells, c_0, weight, response_weight, scale, reverse, want_h_0)
+    if projection is not None:
+        _check_steps_alone(gates)
+        with device_guard(gates):
+            return steps.backward(*operands, projection)
     with device_guard(gates):
         return WAYS[_way("backward", gates, operands)].backward(*operands)
+
+
+def _check_gates(gates: Tensor) -> None:
+    _, batch, wide = gates.shape
+    refuse_float64("gated_lstm", gates=gates)
+    if 8 * batch * (wide // 4 + steps.ROW) > 2**31 - 1024:
+        raise ValueError(f"gated_lstm: the numbers of a step are counted in 32 bits; got gates {tuple(gates.shape)}")
+
+
+def _check_steps_alone(gates: Tensor) -> None:
+    """Of a response of low rank, which the persistent recurrence doesn't compute."""
+    _check_gates(gates)
+    if _asked_for == PERSISTENT:
+        raise RuntimeError(
+            "the persistent recurrence of gated_lstm was asked for and can't be used: the response is of low rank"
+        )
 
 
 def _way(direction: str, gates: Tensor, operands: tuple[Any, ...]) -> str:
     """The way to take: what was asked for, or the one that is fastest and known to be right."""
     (length, batch, wide), dtype, device = gates.shape, gates.dtype, gates.device
     hidden = wide // 4
-    refuse_float64("gated_lstm", gates=gates)
-    if 8 * batch * (hidden + steps.ROW) > 2**31 - 1024:
-        raise ValueError(f"gated_lstm: the numbers of a step are counted in 32 bits; got gates {tuple(gates.shape)}")
+    _check_gates(gates)
     if _asked_for == STEPS:
         return STEPS
     reason = persistent.why_not(batch, hidden, dtype, device)

@@ -2,8 +2,9 @@
 
 Gates are in torch's order, i, f, g, o; pre = x's share + P + s ⊙ Q + shift with [P, Q] = h_{t−1} [W; R]ᵀ.
 
-Tensors of the sequence are contiguous. In private buffers, h, dh, the products and d_both, H hidden units take `row`
-numbers. A program is BLOCK units of (B, row), those of the padding among them.
+Tensors of the sequence are contiguous. In private buffers, h, dh, P, Q and their gradients, H hidden units take `row`
+numbers; rows of P and Q begin `p_row` and `q_row` numbers apart. A program is BLOCK units of (B, row), those of the
+padding among them.
 """
 
 import triton
@@ -90,7 +91,8 @@ def store_gates(p_gates, b_i, b_f, b_g, b_o, i_gate, inside, row):
 @triton.jit(do_not_specialize=["t"])
 def gated_lstm_fwd_step_kernel(
     p_gates,
-    p_products,
+    p_p,
+    p_q,
     p_scale,
     p_shift,
     p_cell,
@@ -102,12 +104,14 @@ def gated_lstm_fwd_step_kernel(
     batch,
     H,
     row,
+    p_row,
+    q_row,
     HAS_SHIFT: tl.constexpr,
     SAVE: tl.constexpr,
     SAVE_RESPONSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Step t of gates (T, B, 4H), y and cells (T, B, H), Q like gates; products (B, 8·row), cell (B, H), h (B, row).
+    """Step t of gates (T, B, 4H), y and cells (T, B, H), Q like gates; P and Q (B, 4·row), cell (B, H), h (B, row).
 
     gates hold x's share on entry and the activated gates after it where SAVE; Q is kept where SAVE_RESPONSE. The state,
     `p_cell` in float32 and `p_h`, which the next product reads, is replaced.
@@ -123,9 +127,8 @@ def gated_lstm_fwd_step_kernel(
     if SAVE_RESPONSE:
         p_response += 4 * i_step
 
-    i_p = i_example * (8 * row) + i_unit
-    b_pi, b_pf, b_pg, b_po = load_gates(p_products, i_p, inside, row)
-    b_qi, b_qf, b_qg, b_qo = load_gates(p_products, i_p + 4 * row, inside, row)
+    b_pi, b_pf, b_pg, b_po = load_gates(p_p, i_example * p_row + i_unit, inside, row)
+    b_qi, b_qf, b_qg, b_qo = load_gates(p_q, i_example * q_row + i_unit, inside, row)
     i_f, i_g, i_o = i_gate + H, i_gate + 2 * H, i_gate + 3 * H
     b_i = gate(b_pi, b_qi, p_gates, p_scale, p_shift, p_response, i_gate, inside, HAS_SHIFT, SAVE_RESPONSE)
     b_f = gate(b_pf, b_qf, p_gates, p_scale, p_shift, p_response, i_f, inside, HAS_SHIFT, SAVE_RESPONSE)
@@ -153,18 +156,21 @@ def gated_lstm_bwd_step_kernel(
     p_dc,
     p_scale,
     p_d_gates,
-    p_d_both,
+    p_d_p,
+    p_d_q,
     t,
     t_before,
     batch,
     H,
     row,
+    p_row,
+    q_row,
     BLOCK: tl.constexpr,
 ):
     """Step t, which came after step t_before, or -1; dy, cells (T, B, H), gates, d_gates (T, B, 4H), c_0, dc (B, H).
 
     d_gates come from dh (B, row), what the later step's product gave, and from dc in float32, which becomes the step
-    before's. The next product reads d_both (B, 8·row), whose padding stays as it is.
+    before's. The next product reads the gradients of P and Q (B, 4·row), whose padding stays as it is.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     i_example, i_unit = i // row, i % row
@@ -186,7 +192,7 @@ def gated_lstm_bwd_step_kernel(
 
     tl.store(p_dc + i_state, b_dc, mask=inside)
     store_gates(p_d_gates + 4 * i_step, b_di, b_df, b_dg, b_do, i_gate, inside, H)
-    i_p = i_example * (8 * row) + i_unit
-    store_gates(p_d_both, b_di, b_df, b_dg, b_do, i_p, inside, row)
+    store_gates(p_d_p, b_di, b_df, b_dg, b_do, i_example * p_row + i_unit, inside, row)
     b_si, b_sf, b_sg, b_so = load_gates(p_scale, i_gate, inside, H)
-    store_gates(p_d_both, b_di * b_si, b_df * b_sf, b_dg * b_sg, b_do * b_so, i_p + 4 * row, inside, row)
+    i_q = i_example * q_row + i_unit
+    store_gates(p_d_q, b_di * b_si, b_df * b_sf, b_dg * b_sg, b_do * b_so, i_q, inside, row)

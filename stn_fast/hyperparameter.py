@@ -18,6 +18,7 @@ RAW_SCALE_BOUNDS = (-4.0, 3.0)
 NO_BOUND, LOWER_BOUND, UPPER_BOUND, BOTH_BOUNDS = range(4)
 
 Response = Literal["shifted", "raw", "value"]
+ResponseRank = int | Literal["auto"] | None
 
 
 def inverse_softplus(y: float) -> float:

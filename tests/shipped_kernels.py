@@ -32,7 +32,7 @@ POINTERS = [
     *["p_x", "p_y", "p_q", "p_h", "p_dy", "p_dx", "p_g", "p_out", "p_weight", "p_bias", "p_response_weight"],
     *["p_response_bias", "p_weight_gate", "p_bias_gate", "p_d_weight", "p_d_bias", "p_d_response_weight"],
     *["p_d_response_bias", "p_d_weight_gate", "p_d_bias_gate", "p_both", "p_d_both"],
-    *["p_gates", "p_d_gates", "p_cells", "p_h_0", "p_c_0", "p_weights", "p_products", "p_response"],
+    *["p_gates", "p_d_gates", "p_cells", "p_h_0", "p_c_0", "p_weights", "p_p", "p_response", "p_d_p", "p_d_q"],
 ]
 PARTIAL = dict.fromkeys(["p_dh_partial", "p_s_partial", "p_c_partial", "p_bias_partial"], "*fp32")
 TABLES = dict.fromkeys(["p_scale", "p_shift", "p_scale_partial", "p_shift_partial"], "*fp32")
@@ -184,10 +184,10 @@ def lstm_step_jobs():
                 f"stn_fast.kernels.gated_lstm_cell:gated_lstm_{name}_kernel",
                 f"lstm_{name}-sm{capability}-{floats}{'-aligned' if aligned else ''}",
                 capability,
-                typed(floats, "t", "t_before", "batch", "H", "row", **own),
+                typed(floats, "t", "t_before", "batch", "H", "row", "p_row", "q_row", **own),
                 constants,
                 STEP_CONFIG.num_warps,
-                divisible=frozenset({"H", "row"}) if aligned else frozenset(),
+                divisible=frozenset({"H", "row", "p_row", "q_row"}) if aligned else frozenset(),
             )
 
 

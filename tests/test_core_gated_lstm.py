@@ -12,9 +12,11 @@ from stn_fast import _C
 def cell_forward(gates, p, q, scale, shift, c_before, threads=1):
     """Activated gates, c and h."""
     gates, c, h = gates.clone(), torch.full_like(c_before, math.nan), torch.full_like(c_before, math.nan)
-    both, response = torch.cat([p, q], dim=1), torch.full_like(q, math.nan)
-    tensors = gates, both, scale, shift, c_before, c, h, response
-    _C.gated_lstm_cell_forward(*(0 if t is None else t.data_ptr() for t in tensors), *c.shape, threads)
+    # Rows of P are followed by others, as those of [P, u] are.
+    p, response = torch.cat([p, torch.full((len(p), 3), math.nan)], dim=1), torch.full_like(q, math.nan)
+    tensors = gates, p, q, scale, shift, c_before, c, h, response
+    rows = p.stride(0), q.stride(0)
+    _C.gated_lstm_cell_forward(*(0 if t is None else t.data_ptr() for t in tensors), *rows, *c.shape, threads)
     assert torch.equal(response, q)
     return gates, c, h
 
@@ -22,11 +24,12 @@ def cell_forward(gates, p, q, scale, shift, c_before, threads=1):
 def cell_backward(dy, dh, dc, gates, c, c_before, scale, threads=1):
     """d_gates, d_gates ⊙ scale and the gradient of c_before."""
     d_c, d_gates = dc.clone(), torch.full_like(gates, math.nan)
-    d_both = torch.cat([d_gates, d_gates], dim=1)
-    tensors = dy, dh, d_c, gates, c, c_before, scale, d_gates, d_both
-    _C.gated_lstm_cell_backward(*(0 if t is None else t.data_ptr() for t in tensors), *c.shape, threads)
-    again, d_q = d_both.chunk(2, dim=1)
-    assert torch.equal(again, d_gates)
+    wide = gates.shape[1]
+    d_p, d_q = torch.full((len(gates), wide + 3), math.nan), torch.full_like(gates, math.nan)
+    tensors = dy, dh, d_c, gates, c, c_before, scale, d_gates, d_p, d_q
+    rows = d_p.stride(0), d_q.stride(0)
+    _C.gated_lstm_cell_backward(*(0 if t is None else t.data_ptr() for t in tensors), *rows, *c.shape, threads)
+    assert torch.equal(d_p[:, :wide], d_gates) and d_p[:, wide:].isnan().all()
     return d_gates, d_q, d_c
 
 

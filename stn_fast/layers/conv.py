@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stn_fast import functional
+from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch
-from stn_fast.layers.gated import GatedLayer, check_sizes, check_switches, give_parameters
+from stn_fast.layers.gated import Factors, GatedLayer, check_sizes, check_switches, give_parameters, rank_to_use
 from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gated_conv2d import pair
 from stn_fast.ops.halves import are_halves, make_halves
@@ -33,8 +35,14 @@ class HyperConv2d(GatedLayer):
             torch.nn.Conv2d: padding also "same" or "valid", padding_mode "zeros", "reflect", "replicate", "circular".
         num_hyperparameters: n, at least 1.
         relu: whether ReLU is applied to the result, in the same pass.
+        response_rank: k of a response of rank k in each group: B convolves to k channels as W does, and A is a 1 x 1
+            convolution of these; "auto" for the largest k that adds at most 5 % to the multiplications, at least 1; None
+            for a full response. A layer whose full response would cost no more than one of rank k keeps that, and its own
+            response_rank is None.
 
-    Shapes: weight, response_weight (O, I/groups, kh, kw); bias, response_bias (O,); weight_gate, bias_gate (O, n).
+    Shapes: weight, response_weight (O, I/groups, kh, kw); bias, response_bias (O,); weight_gate, bias_gate (O, n). Of low
+    rank response_weight is A (O, k, 1, 1) and response_projection B (groups·k, I/groups, kh, kw); the entries of R start
+    with the variance of a full one.
 
     Raises:
         ValueError: an argument is out of its range; the message names it.
@@ -54,6 +62,7 @@ class HyperConv2d(GatedLayer):
         *,
         num_hyperparameters: int,
         relu: bool = False,
+        response_rank: ResponseRank = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -72,7 +81,10 @@ class HyperConv2d(GatedLayer):
             raise ValueError(f"HyperConv2d wants padding_mode as one of {get_args(PaddingMode)}; got {padding_mode!r}")
         kernel = _pair("kernel_size", kernel_size, 1)
         shape = (out_channels, in_channels // groups, *kernel)
-        super().__init__(shape, bias, num_hyperparameters, device, dtype)
+        of_output, outputs = math.prod(shape[1:]), out_channels // groups
+        rank = rank_to_use("HyperConv2d", response_rank, of_output * outputs, of_output + outputs)
+        factors = None if rank is None else Factors(rank, (out_channels, rank, 1, 1), (groups * rank, *shape[1:]))
+        super().__init__(shape, bias, num_hyperparameters, device, dtype, factors=factors)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = kernel
         self.stride, self.dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
@@ -82,7 +94,7 @@ class HyperConv2d(GatedLayer):
             raise ValueError(f"HyperConv2d wants padding as numbers, 'same' or 'valid'; got {padding!r}")
         if self.padding == "same" and self.stride != (1, 1):
             raise ValueError(f"HyperConv2d: padding='same' wants stride 1, as in torch; got stride={stride}")
-        if groups == 1:
+        if groups == 1 and rank is None:
             make_halves(*self._filters())
 
     def _filters(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
@@ -115,15 +127,17 @@ class HyperConv2d(GatedLayer):
         padding: str | tuple[int, int] = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._pads(), mode=self.padding_mode), (0, 0)
+        *six, projection = self.gated_parameters
         return functional.gated_conv2d(
             x,
-            *self.gated_parameters,
+            *six,
             hyper,
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,
             groups=self.groups,
             relu=self.relu,
+            response_projection=projection,
         )
 
     def _pads(self) -> tuple[int, int, int, int]:

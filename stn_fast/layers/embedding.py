@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stn_fast import functional
+from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter
-from stn_fast.layers.gated import GatedLayer, check_folding, check_sizes, check_switches
+from stn_fast.layers.gated import (
+    Factors,
+    GatedLayer,
+    check_folding,
+    check_sizes,
+    check_switches,
+    rank_to_use,
+    start_response,
+)
 from stn_fast.layers.regularisers import _PerBatchRegulariser, check_rate
 from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gated_embedding import fold
@@ -27,8 +37,12 @@ class HyperEmbedding(GatedLayer):
         padding_idx: a row that gets no gradient; -1 is the last.
         sparse: whether the gradients of E and R are sparse tensors, as for torch.nn.Embedding.
         num_hyperparameters: n, at least 1.
+        response_rank: k of a response of rank k, a table of width k and a matrix from there to D; "auto" for the largest
+            k whose numbers are at most 5 % of E's, at least 1; None for a full response. A layer whose full response has
+            no more numbers than one of rank k keeps that, and its own response_rank is None.
 
-    Shapes: weight, response_weight (V, D); weight_gate (D, n).
+    Shapes: weight, response_weight (V, D); weight_gate (D, n). Of low rank response_weight is A (D, k) and
+    response_projection B (V, k), R being B Aᵀ; the entries of R start with the variance of a full one.
 
     Raises:
         ValueError: a size is below 1, or padding_idx is no row; the message names it.
@@ -41,6 +55,7 @@ class HyperEmbedding(GatedLayer):
         padding_idx: int | None = None,
         *,
         num_hyperparameters: int,
+        response_rank: ResponseRank = None,
         sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -56,15 +71,23 @@ class HyperEmbedding(GatedLayer):
             raise ValueError(f"HyperEmbedding wants padding_idx as one of {num_embeddings} rows; got {padding_idx}")
         self.num_embeddings, self.embedding_dim, self.sparse = num_embeddings, embedding_dim, sparse
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
-        super().__init__((num_embeddings, embedding_dim), False, num_hyperparameters, device, dtype, gated_dim=1)
+        sizes = num_embeddings, embedding_dim
+        rank = rank_to_use("HyperEmbedding", response_rank, math.prod(sizes), sum(sizes))
+        factors = None if rank is None else Factors(rank, (embedding_dim, rank), (num_embeddings, rank))
+        super().__init__(sizes, False, num_hyperparameters, device, dtype, gated_dim=1, factors=factors)
 
     def reset_parameters(self) -> None:
-        for table in (self.weight, self.response_weight):
-            nn.init.uniform_(table, -0.1, 0.1)
-            if self.padding_idx is not None:
-                with torch.no_grad():
+        nn.init.uniform_(self.weight, -0.1, 0.1)
+        start_response(self.response_weight, self.response_projection, 0.1)
+        if self.padding_idx is not None:
+            with torch.no_grad():
+                for table in (self.weight, self._response_table):
                     table[self.padding_idx].zero_()
         nn.init.normal_(self.weight_gate, std=0.01)
+
+    @property
+    def _response_table(self) -> nn.Parameter:
+        return self.response_weight if self.response_projection is None else self.response_projection
 
     def forward(self, tokens: Tensor, hyper: HyperBatch | Tensor, example_dim: int = 0, **dropped: Any) -> Tensor:
         """Tokens (...) → (..., D); `hyper` is a HyperBatch or its response, `example_dim` counts the examples.
@@ -82,13 +105,17 @@ class HyperEmbedding(GatedLayer):
             example_dim=example_dim,
             padding_idx=self.padding_idx,
             sparse=self.sparse,
+            response_projection=self.response_projection,
             **dropped,
         )
 
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
         """½ · mean_b decay[b] ‖E + R diag(Gw h[b])‖², a scalar."""
         h = response_input(hyper, self.weight)
-        return functional.weight_decay_penalty(self.weight.T, self.response_weight.T, self.weight_gate, h, decay)
+        if self.response_projection is None:
+            return functional.weight_decay_penalty(self.weight.T, self.response_weight.T, self.weight_gate, h, decay)
+        factors = self.response_weight, self.response_projection.T
+        return functional.weight_decay_penalty(self.weight.T, factors[0], self.weight_gate, h, decay, factors[1])
 
     @torch.no_grad()
     def fold(self, response: Tensor) -> nn.Embedding:
@@ -105,7 +132,7 @@ class HyperEmbedding(GatedLayer):
         given = [f"padding_idx={self.padding_idx}"] if self.padding_idx is not None else []
         given += ["sparse=True"] if self.sparse else []
         sizes = [f"{self.num_embeddings}, {self.embedding_dim}", *given]
-        return ", ".join([*sizes, f"num_hyperparameters={self.num_hyperparameters}"])
+        return ", ".join([*sizes, *self._response_repr])
 
 
 class EmbeddingDropout(_PerBatchRegulariser):

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from stn_fast import functional
+from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch
-from stn_fast.layers.gated import GatedLayer, check_sizes, check_switches, give_parameters
+from stn_fast.layers.gated import Factors, GatedLayer, check_sizes, check_switches, give_parameters, rank_to_use
 from stn_fast.ops.arguments import check_tensor
 
 
@@ -21,8 +22,12 @@ class HyperLinear(GatedLayer):
         in_features, out_features: I, O.
         bias: whether to have b, and with it r and Gb.
         num_hyperparameters: n, at least 1.
+        response_rank: k of a response R = A B of rank k, which adds k (I + O) multiplications to a position's I O instead
+            of as many again; "auto" for the largest k that adds at most 5 %, at least 1; None for a full response. A
+            layer whose full response would cost no more than one of rank k keeps that, and its own response_rank is None.
 
-    Shapes: weight, response_weight (O, I); bias, response_bias (O,); weight_gate, bias_gate (O, n).
+    Shapes: weight, response_weight (O, I); bias, response_bias (O,); weight_gate, bias_gate (O, n). Of low rank
+    response_weight is A (O, k) and response_projection B (k, I); the entries of R start with the variance of a full one.
     """
 
     def __init__(
@@ -32,6 +37,7 @@ class HyperLinear(GatedLayer):
         bias: bool = True,
         *,
         num_hyperparameters: int,
+        response_rank: ResponseRank = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -42,7 +48,9 @@ class HyperLinear(GatedLayer):
             num_hyperparameters=num_hyperparameters,
         )
         check_switches("HyperLinear", bias=bias)
-        super().__init__((out_features, in_features), bias, num_hyperparameters, device, dtype)
+        rank = rank_to_use("HyperLinear", response_rank, in_features * out_features, in_features + out_features)
+        factors = None if rank is None else Factors(rank, (out_features, rank), (rank, in_features))
+        super().__init__((out_features, in_features), bias, num_hyperparameters, device, dtype, factors=factors)
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x: Tensor, hyper: HyperBatch | Tensor, example_dim: int = 0) -> Tensor:
@@ -51,7 +59,8 @@ class HyperLinear(GatedLayer):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"HyperLinear has in_features={self.in_features}; got x {tuple(x.shape)}")
         self._check_response(hyper)
-        return functional.gated_linear(x, *self.gated_parameters, hyper, example_dim)
+        *six, projection = self.gated_parameters
+        return functional.gated_linear(x, *six, hyper, example_dim, response_projection=projection)
 
     def fold(self, response: Tensor) -> nn.Linear:
         """The plain layer this one is at one response input (n,)."""
@@ -61,7 +70,5 @@ class HyperLinear(GatedLayer):
         return plain
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
-            f"num_hyperparameters={self.num_hyperparameters}"
-        )
+        sizes = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+        return ", ".join([sizes, *self._response_repr])

@@ -5,15 +5,23 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from itertools import chain, count
+from itertools import chain, count, zip_longest
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from stn_fast import functional
+from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch
-from stn_fast.layers.gated import check_folding, check_response, check_sizes, check_switches
+from stn_fast.layers.gated import (
+    check_folding,
+    check_response,
+    check_sizes,
+    check_switches,
+    rank_to_use,
+    start_response,
+)
 from stn_fast.layers.regularisers import DropConnect, PerExampleDropout
 from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gates import GatedParameters, check_examples, fold, response_input
@@ -38,13 +46,16 @@ class HyperLSTM(nn.Module):
             none.
         proj_size: 0; projections are not supported.
         num_hyperparameters: n, at least 1.
+        response_rank: k of the responses of all matrices, each R = A B of rank k, as of `HyperLinear`; "auto" for the
+            largest k that adds at most 5 % to the multiplications, of each matrix; None for full responses.
         recurrent_dropout: name of the hyperparameter that is the rate of DropConnect on the hidden-to-hidden matrices,
-            W and R under the same mask, one for the batch. It must have per_example=False. None for none.
+            W and R under the same mask, one for the batch; of a response of low rank W alone. It must have per_example=False. None for none.
         stream: the first of the streams that the two draw from, at least 1: num_layers − 1 of them, then one for every
             layer and direction. Wanted where there is either.
 
     Shapes, of layer k: weight_ih, response_weight_ih (4H, I), I being input_size or, for k > 0, H times the directions;
-    weight_hh, response_weight_hh (4H, H); biases and their responses (4H,); gates (4H, n).
+    weight_hh, response_weight_hh (4H, H); biases and their responses (4H,); gates (4H, n). Of low rank response_weight is A
+    (4H, k) and response_projection B (k, I) or (k, H); the entries of R start with the variance of full ones.
 
     Raises:
         ValueError: an argument is out of its range; the message names it.
@@ -64,6 +75,7 @@ class HyperLSTM(nn.Module):
         proj_size: int = 0,
         *,
         num_hyperparameters: int,
+        response_rank: ResponseRank = None,
         recurrent_dropout: str | None = None,
         stream: int | None = None,
         device: torch.device | str | None = None,
@@ -82,14 +94,17 @@ class HyperLSTM(nn.Module):
         super().__init__()
         self.input_size, self.hidden_size, self.num_layers, self.bias = input_size, hidden_size, num_layers, bias
         self.batch_first, self.bidirectional, self.num_hyperparameters = batch_first, bidirectional, num_hyperparameters
+        self.response_rank = response_rank
         wide, n = 4 * hidden_size, num_hyperparameters
         for layer in range(num_layers):
             inputs = input_size if layer == 0 else hidden_size * (2 if bidirectional else 1)
             for suffix in self._suffixes(layer):
                 for side, columns in (("ih", inputs), ("hh", hidden_size)):
-                    shapes = GatedParameters.shapes((wide, columns), wide, n)
-                    for name, shape in zip(GatedParameters._fields, shapes, strict=True):
-                        absent = "bias" in name and not bias
+                    rank = rank_to_use("HyperLSTM", response_rank, wide * columns, wide + columns)
+                    factors = None if rank is None else ((wide, rank), (rank, columns))
+                    shapes = GatedParameters.shapes((wide, columns), wide, n, factors)
+                    for name, shape in zip_longest(GatedParameters._fields, shapes):
+                        absent = shape is None or ("bias" in name and not bias)
                         parameter = None if absent else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                         self.register_parameter(f"{name}_{side}_{suffix}", parameter)
         self._add_regularisers(dropout, recurrent_dropout, stream)
@@ -129,9 +144,12 @@ class HyperLSTM(nn.Module):
     def reset_parameters(self) -> None:
         bound = 1 / math.sqrt(self.hidden_size)
         for name, parameter in self.named_parameters():
+            projection = getattr(self, name.replace("response_weight", "response_projection"), None)
             if "gate" in name:
                 nn.init.normal_(parameter, std=0.01)
-            else:
+            elif name.startswith("response_weight"):
+                start_response(parameter, projection, bound)
+            elif not name.startswith("response_projection"):
                 nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor, hyper: HyperBatch | Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -229,9 +247,10 @@ class HyperLSTM(nn.Module):
         if suffix not in self.drop_connects:
             return weights
         drop = self.drop_connects[suffix]
-        return weights._replace(
-            weight=drop(weights.weight, hyper), response_weight=drop(weights.response_weight, hyper)
-        )
+        weights = weights._replace(weight=drop(weights.weight, hyper))
+        if weights.response_projection is not None:
+            return weights
+        return weights._replace(response_weight=drop(weights.response_weight, hyper))
 
     def _sides(self) -> Iterator[tuple[str, GatedParameters]]:
         """(how their names end, weights) of both sides of every layer and direction."""
@@ -243,7 +262,14 @@ class HyperLSTM(nn.Module):
         """½ · mean_b decay[b] ‖W + diag(Gw h[b]) R‖², a scalar, summed over all matrices; biases are not decayed."""
         h = response_input(hyper, self.weight_ih_l0)
         penalties = [
-            functional.weight_decay_penalty(of_side.weight, of_side.response_weight, of_side.weight_gate, h, decay)
+            functional.weight_decay_penalty(
+                of_side.weight,
+                of_side.response_weight,
+                of_side.weight_gate,
+                h,
+                decay,
+                of_side.response_projection,
+            )
             for _, of_side in self._sides()
         ]
         return torch.stack(penalties).sum()
@@ -272,4 +298,5 @@ class HyperLSTM(nn.Module):
             f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, bias={self.bias}, "
             f"batch_first={self.batch_first}, bidirectional={self.bidirectional}, "
             f"num_hyperparameters={self.num_hyperparameters}"
+            f"{'' if self.response_rank is None else f', response_rank={self.response_rank!r}'}"
         )

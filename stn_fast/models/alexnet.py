@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.layers import HyperConv2d
 from stn_fast.models.convnet import ConvBlock, ConvNet, Dropouts, head
@@ -12,13 +15,21 @@ POOLED = (True, True, False, False, True)
 HIDDEN = (4096, 4096)
 
 
-def alexnet(space: HyperparameterSpace, *, in_channels: int = 3, image_size: int = 32, classes: int = 10) -> ConvNet:
+def alexnet(
+    space: HyperparameterSpace,
+    *,
+    in_channels: int = 3,
+    image_size: int = 32,
+    classes: int = 10,
+    response_rank: ResponseRank = None,
+) -> ConvNet:
     """Convolutions 3-64-192-384-256-256 (3 x 3, padding 1, the first of stride 2, max-pooling behind the first, second
     and fifth), fully connected 1024-4096-4096-10, all gated (STN, section 4.2).
 
     `conv_dropout_1` … `conv_dropout_5` drop whole channels behind the convolutions, `conv_dropout` behind those whose
     own name the space lacks; `fc_dropout_1`, `fc_dropout_2`, `last_dropout` drop inputs of the three layers after.
-    With n hyperparameters it has 46,544,532 + 18,708·n parameters.
+    `response_rank` is that of `HyperConv2d` and
+    `HyperLinear`. With n hyperparameters and full responses it has 46,544,532 + 18,708·n parameters.
 
     Raises:
         ValueError: the images are too small for four halvings.
@@ -27,10 +38,11 @@ def alexnet(space: HyperparameterSpace, *, in_channels: int = 3, image_size: int
     if side < 1:
         raise ValueError(f"alexnet halves its images four times and wants image_size >= 15; got {image_size}")
     dropouts = Dropouts(space)
+    gated: dict[str, Any] = dict(num_hyperparameters=len(space), response_rank=response_rank)
     blocks = []
     for i, (channels, stride, pooled) in enumerate(zip(CHANNELS, STRIDES, POOLED, strict=True), start=1):
-        conv = HyperConv2d(in_channels, channels, 3, stride, 1, num_hyperparameters=len(space), relu=True)
+        conv = HyperConv2d(in_channels, channels, 3, stride, 1, **gated, relu=True)
         dropout = dropouts.of_channels(f"conv_dropout_{i}", "conv_dropout")
         blocks.append(ConvBlock(conv, pool=pooled, dropout=dropout))
         in_channels = channels
-    return ConvNet(blocks, head(space, (in_channels * side**2, *HIDDEN, classes), dropouts))
+    return ConvNet(blocks, head(space, (in_channels * side**2, *HIDDEN, classes), dropouts, response_rank))

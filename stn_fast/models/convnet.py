@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count, pairwise
+from itertools import count
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.layers import (
     HyperBatchNorm2d,
     HyperConv2d,
-    HyperLinear,
     PerExampleAugmentation,
     PerExampleDropout,
     PerExampleDropout2d,
 )
-from stn_fast.models.mlp import MLP
+from stn_fast.models.mlp import MLP, gated_layers
 from stn_fast.ops.augment import STRENGTHS
 
 AUGMENTATION_STREAM = 1
@@ -137,12 +137,14 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def head(space: HyperparameterSpace, sizes: Sequence[int], dropouts: Dropouts) -> MLP:
+def head(
+    space: HyperparameterSpace, sizes: Sequence[int], dropouts: Dropouts, response_rank: ResponseRank = None
+) -> MLP:
     """Gated fully connected layers with ReLU between them, from features `sizes[0]` to logits `sizes[-1]`.
 
     `fc_dropout_1`, `fc_dropout_2`, … are the rates of dropout before each layer, `last_dropout` that before the last.
     """
-    layers = [HyperLinear(i, o, num_hyperparameters=len(space)) for i, o in pairwise(sizes)]
+    layers = gated_layers(space, sizes, response_rank)
     names = [[f"fc_dropout_{i}"] for i in range(1, len(sizes))]
     names[-1].append("last_dropout")
     return MLP(layers, [dropouts.of_elements(*of_place) for of_place in names], noise=None)

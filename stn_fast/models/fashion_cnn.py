@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.layers import HyperConv2d
 from stn_fast.models.convnet import ConvBlock, ConvNet, Dropouts, head
@@ -16,12 +19,13 @@ def fashion_cnn(
     image_size: int = 28,
     hidden: int = 1568,
     classes: int = 10,
+    response_rank: ResponseRank = None,
 ) -> ConvNet:
     """Convolutions 1-16-32 (5 x 5, padding 2), each followed by max-pooling, fully connected 1568-hidden-10, all gated.
 
     `conv_dropout_1` and `conv_dropout_2` drop whole channels behind the convolutions, `conv_dropout` behind those whose
     own name the space lacks; `fc_dropout_1` drops inputs of the hidden layer and `last_dropout` those of the last.
-    With n hyperparameters it has 4,978,260 + 3,252·n parameters, and 834,964 + 628·n where hidden is 256.
+    `response_rank` is that of `HyperConv2d` and `HyperLinear`. With n hyperparameters and full responses it has 4,978,260 + 3,252·n parameters, and 834,964 + 628·n where hidden is 256.
 
     Raises:
         ValueError: the images are too small for two halvings.
@@ -30,10 +34,11 @@ def fashion_cnn(
     if side < 1:
         raise ValueError(f"fashion_cnn halves its images twice and wants image_size >= 4; got {image_size}")
     dropouts = Dropouts(space)
+    gated: dict[str, Any] = dict(num_hyperparameters=len(space), response_rank=response_rank)
     blocks = []
     for i, channels in enumerate(CHANNELS, start=1):
-        conv = HyperConv2d(in_channels, channels, 5, padding=2, num_hyperparameters=len(space), relu=True)
+        conv = HyperConv2d(in_channels, channels, 5, padding=2, **gated, relu=True)
         dropout = dropouts.of_channels(f"conv_dropout_{i}", "conv_dropout")
         blocks.append(ConvBlock(conv, pool=True, dropout=dropout))
         in_channels = channels
-    return ConvNet(blocks, head(space, (in_channels * side**2, hidden, classes), dropouts))
+    return ConvNet(blocks, head(space, (in_channels * side**2, hidden, classes), dropouts, response_rank))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.layers import EmbeddingDropout, HyperEmbedding, HyperLSTM, PerExampleDropout
 from stn_fast.layers.gated import check_sizes
@@ -46,6 +47,7 @@ class LanguageModel(nn.Module):
         words: size of the vocabulary.
         embedding, hidden: width of a word's vector and of the LSTM's layers; they must agree, as the decoder is tied.
         layers: of the LSTM.
+        response_rank: that of `HyperEmbedding` and `HyperLSTM`.
 
     Raises:
         ValueError: embedding and hidden differ, a size is below 1, or the space has a `hidden_dropout` and the LSTM
@@ -53,7 +55,14 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(
-        self, space: HyperparameterSpace, words: int, embedding: int = 650, hidden: int = 650, layers: int = 2
+        self,
+        space: HyperparameterSpace,
+        words: int,
+        embedding: int = 650,
+        hidden: int = 650,
+        layers: int = 2,
+        *,
+        response_rank: ResponseRank = None,
     ):
         super().__init__()
         check_sizes("LanguageModel", words=words, embedding=embedding, hidden=hidden, layers=layers)
@@ -72,7 +81,7 @@ class LanguageModel(nn.Module):
         def locked(name: str, stream: int) -> PerExampleDropout | None:
             return PerExampleDropout(name, stream=stream, shared_dims=(0,)) if name in names else None
 
-        self.embedding = HyperEmbedding(words, embedding, num_hyperparameters=n)
+        self.embedding = HyperEmbedding(words, embedding, num_hyperparameters=n, response_rank=response_rank)
         self.embedding_dropout: EmbeddingDropout | None = None
         if "embedding_dropout" in names:
             self.embedding_dropout = EmbeddingDropout("embedding_dropout", stream=EMBEDDING_STREAM)
@@ -84,6 +93,7 @@ class LanguageModel(nn.Module):
             dropout=named("hidden_dropout"),
             recurrent_dropout=named("recurrent_dropout"),
             num_hyperparameters=n,
+            response_rank=response_rank,
             stream=LSTM_STREAM,
         )
         self.output_dropout = locked("output_dropout", OUTPUT_STREAM)

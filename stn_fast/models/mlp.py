@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.layers import HyperLinear, PerExampleDropout, PerExampleNoise
 
@@ -37,7 +39,17 @@ class MLP(nn.Module):
         return x
 
 
-def mlp(space: HyperparameterSpace, sizes: Sequence[int] = (64, 256, 256, 10)) -> MLP:
+def gated_layers(
+    space: HyperparameterSpace, sizes: Sequence[int], response_rank: ResponseRank = None
+) -> list[HyperLinear]:
+    """From sizes[0] to sizes[-1]."""
+    gated: dict[str, Any] = dict(num_hyperparameters=len(space), response_rank=response_rank)
+    return [HyperLinear(i, o, **gated) for i, o in pairwise(sizes)]
+
+
+def mlp(
+    space: HyperparameterSpace, sizes: Sequence[int] = (64, 256, 256, 10), *, response_rank: ResponseRank = None
+) -> MLP:
     """An MLP whose regularisers are those that `space` names.
 
     `input_noise` is the standard deviation of noise on the input, `input_dropout` the rate of dropout on it, and
@@ -47,13 +59,14 @@ def mlp(space: HyperparameterSpace, sizes: Sequence[int] = (64, 256, 256, 10)) -
     Args:
         space: the hyperparameters.
         sizes: widths from input to logits.
+        response_rank: that of `HyperLinear`.
 
     Raises:
         ValueError: fewer than two sizes.
     """
     if len(sizes) < 2:
         raise ValueError(f"mlp wants at least two sizes, input and output; got {tuple(sizes)}")
-    layers = [HyperLinear(i, o, num_hyperparameters=len(space)) for i, o in pairwise(sizes)]
+    layers = gated_layers(space, sizes, response_rank)
     rates = ["input_dropout", *(f"hidden_dropout_{i}" for i in range(1, len(layers)))]
     dropouts = [PerExampleDropout(name, stream=i) if name in space else None for i, name in enumerate(rates, start=2)]
     noise = PerExampleNoise("input_noise", stream=1) if "input_noise" in space else None

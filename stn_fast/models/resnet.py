@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.layers import HyperBatchNorm2d, HyperConv2d, PerExampleDropout
 from stn_fast.models.convnet import Dropouts, head
@@ -20,21 +22,30 @@ class ResidualBlock(nn.Module):
         in_channels, channels, stride: of the first convolution; the second keeps what it makes.
         n: number of hyperparameters.
         dropout: between the two convolutions.
+        response_rank: of the convolutions.
         normed: channels that the first norm sees.
     """
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, n: int, dropout: PerExampleDropout | None, normed: int
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        n: int,
+        dropout: PerExampleDropout | None,
+        response_rank: ResponseRank,
+        normed: int,
     ):
         super().__init__()
         self.norm1 = HyperBatchNorm2d(normed, num_hyperparameters=n)
-        self.conv1 = HyperConv2d(in_channels, channels, 3, stride, 1, bias=False, num_hyperparameters=n)
+        gated: dict[str, Any] = dict(bias=False, num_hyperparameters=n, response_rank=response_rank)
+        self.conv1 = HyperConv2d(in_channels, channels, 3, stride, 1, **gated)
         self.norm2 = HyperBatchNorm2d(channels, num_hyperparameters=n)
-        self.conv2 = HyperConv2d(channels, channels, 3, 1, 1, bias=False, num_hyperparameters=n)
+        self.conv2 = HyperConv2d(channels, channels, 3, 1, 1, **gated)
         self.dropout = dropout
         self.projection: HyperConv2d | None = None
         if stride != 1 or in_channels != channels:
-            self.projection = HyperConv2d(in_channels, channels, 1, stride, bias=False, num_hyperparameters=n)
+            self.projection = HyperConv2d(in_channels, channels, 1, stride, **gated)
 
     def _dropped(self, x: Tensor, hyper: HyperBatch) -> Tensor:
         return x if self.dropout is None else self.dropout(x, hyper)
@@ -43,8 +54,16 @@ class ResidualBlock(nn.Module):
 class BasicBlock(ResidualBlock):
     """Norm behind each convolution, ReLU behind the sum (He et al., CVPR 2016)."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, n: int, dropout: PerExampleDropout | None):
-        super().__init__(in_channels, channels, stride, n, dropout, normed=channels)
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        n: int,
+        dropout: PerExampleDropout | None,
+        response_rank: ResponseRank = None,
+    ):
+        super().__init__(in_channels, channels, stride, n, dropout, response_rank, normed=channels)
         self.projection_norm: HyperBatchNorm2d | None = None
         if self.projection is not None:
             self.projection_norm = HyperBatchNorm2d(channels, num_hyperparameters=n)
@@ -61,8 +80,16 @@ class BasicBlock(ResidualBlock):
 class PreActivationBlock(ResidualBlock):
     """Norm and ReLU before each convolution (He et al., ECCV 2016), as in WideResNets."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, n: int, dropout: PerExampleDropout | None):
-        super().__init__(in_channels, channels, stride, n, dropout, normed=in_channels)
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        n: int,
+        dropout: PerExampleDropout | None,
+        response_rank: ResponseRank = None,
+    ):
+        super().__init__(in_channels, channels, stride, n, dropout, response_rank, normed=in_channels)
 
     def forward(self, x: Tensor, hyper: HyperBatch) -> Tensor:
         """(B, in_channels, H, W) → (B, channels, H/stride, W/stride)."""
@@ -105,24 +132,32 @@ class ResNet(nn.Module):
         return self.head(x.mean((2, 3)), hyper)
 
 
-def resnet18(space: HyperparameterSpace, *, in_channels: int = 3, classes: int = 10) -> ResNet:
+def resnet18(
+    space: HyperparameterSpace, *, in_channels: int = 3, classes: int = 10, response_rank: ResponseRank = None
+) -> ResNet:
     """ResNet-18 for small images: a 3 x 3 convolution of stride 1 and no max-pooling, then four stages of two basic
     blocks with 64, 128, 256 and 512 channels. All layers are gated, norms too.
 
     `block_dropout_1` … `block_dropout_8` are rates of dropout between the convolutions of each block, `block_dropout`
     for those whose own name the space lacks, `last_dropout` of that before the last layer.
-    With n hyperparameters it has 22,347,924 + 14,420·n parameters.
+    `response_rank` is that of `HyperConv2d` and `HyperLinear`. With n hyperparameters and full responses it has 22,347,924 + 14,420·n parameters.
     """
-    return _resnet(space, BasicBlock, 64, (64, 128, 256, 512), 2, in_channels, classes)
+    return _resnet(space, BasicBlock, 64, (64, 128, 256, 512), 2, in_channels, classes, response_rank)
 
 
 def wide_resnet(
-    space: HyperparameterSpace, depth: int = 28, width: int = 10, *, in_channels: int = 3, classes: int = 10
+    space: HyperparameterSpace,
+    depth: int = 28,
+    width: int = 10,
+    *,
+    in_channels: int = 3,
+    classes: int = 10,
+    response_rank: ResponseRank = None,
 ) -> ResNet:
     """WRN-depth-width (Zagoruyko and Komodakis, 2016): three stages of (depth − 4)/6 pre-activation blocks with 16, 32
     and 64 times `width` channels. All layers are gated, norms too. Dropouts as in `resnet18`.
 
-    With n hyperparameters WRN-28-10 has 72,958,388 + 28,068·n parameters.
+    `response_rank` is that of `HyperConv2d` and `HyperLinear`. With n hyperparameters and full responses WRN-28-10 has 72,958,388 + 28,068·n parameters.
 
     Raises:
         ValueError: depth is not 6·k + 4 with k at least 1, or width is below 1.
@@ -132,7 +167,7 @@ def wide_resnet(
     if width < 1:
         raise ValueError(f"wide_resnet wants width >= 1; got {width}")
     channels = [16 * width, 32 * width, 64 * width]
-    return _resnet(space, PreActivationBlock, 16, channels, (depth - 4) // 6, in_channels, classes)
+    return _resnet(space, PreActivationBlock, 16, channels, (depth - 4) // 6, in_channels, classes, response_rank)
 
 
 def _resnet(
@@ -143,19 +178,21 @@ def _resnet(
     blocks_in_a_stage: int,
     in_channels: int,
     classes: int,
+    response_rank: ResponseRank,
 ) -> ResNet:
     """Every stage but the first halves the image in its first block."""
     dropouts, n = Dropouts(space), len(space)
-    conv = HyperConv2d(in_channels, stem, 3, padding=1, bias=False, num_hyperparameters=n)
+    gated: dict[str, Any] = dict(num_hyperparameters=n, response_rank=response_rank)
+    conv = HyperConv2d(in_channels, stem, 3, padding=1, bias=False, **gated)
     blocks: list[ResidualBlock] = []
     before = stem
     for number, channels in enumerate(stages):
         for position in range(blocks_in_a_stage):
             stride = 2 if number and not position else 1
             dropout = dropouts.of_elements(f"block_dropout_{len(blocks) + 1}", "block_dropout")
-            blocks.append(make_block(before, channels, stride, n, dropout))
+            blocks.append(make_block(before, channels, stride, n, dropout, response_rank))
             before = channels
-    classifier = head(space, (before, classes), dropouts)
+    classifier = head(space, (before, classes), dropouts, response_rank)
     if make_block is PreActivationBlock:
         return ResNet(conv, blocks, classifier, last_norm=HyperBatchNorm2d(before, num_hyperparameters=n))
     return ResNet(conv, blocks, classifier, first_norm=HyperBatchNorm2d(stem, num_hyperparameters=n))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.layers import HyperBatchNorm2d, HyperConv2d
 from stn_fast.models.convnet import ConvBlock, ConvNet, Dropouts, head
@@ -10,13 +11,20 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 HIDDEN = (512, 512)
 
 
-def vgg16(space: HyperparameterSpace, *, in_channels: int = 3, image_size: int = 32, classes: int = 10) -> ConvNet:
+def vgg16(
+    space: HyperparameterSpace,
+    *,
+    in_channels: int = 3,
+    image_size: int = 32,
+    classes: int = 10,
+    response_rank: ResponseRank = None,
+) -> ConvNet:
     """Thirteen 3 x 3 convolutions in five stages (Simonyan and Zisserman, 2015), batch norm behind each, max-pooling
     behind each stage; fully connected 512-512-512-10 as in Δ-STN's experiments. All layers are gated, norms too.
 
     `conv_dropout_1` … `conv_dropout_13` drop whole channels behind the convolutions, `conv_dropout` behind those whose
     own name the space lacks; `fc_dropout_1`, `fc_dropout_2`, `last_dropout` drop inputs of the three layers after.
-    With n hyperparameters it has 30,498,708 + 14,740·n parameters.
+    `response_rank` is that of `HyperConv2d` and `HyperLinear`. With n hyperparameters and full responses it has 30,498,708 + 14,740·n parameters.
 
     Raises:
         ValueError: the images are too small for five halvings.
@@ -28,9 +36,11 @@ def vgg16(space: HyperparameterSpace, *, in_channels: int = 3, image_size: int =
     blocks: list[ConvBlock] = []
     for stage in STAGES:
         for i, channels in enumerate(stage, start=1):
-            conv = HyperConv2d(in_channels, channels, 3, padding=1, bias=False, num_hyperparameters=n)
+            conv = HyperConv2d(
+                in_channels, channels, 3, padding=1, bias=False, num_hyperparameters=n, response_rank=response_rank
+            )
             norm = HyperBatchNorm2d(channels, num_hyperparameters=n)
             dropout = dropouts.of_channels(f"conv_dropout_{len(blocks) + 1}", "conv_dropout")
             blocks.append(ConvBlock(conv, norm=norm, pool=i == len(stage), dropout=dropout))
             in_channels = channels
-    return ConvNet(blocks, head(space, (in_channels * side**2, *HIDDEN, classes), dropouts))
+    return ConvNet(blocks, head(space, (in_channels * side**2, *HIDDEN, classes), dropouts, response_rank))

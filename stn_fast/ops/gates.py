@@ -1,7 +1,8 @@
-"""What all gated operations share: their six tensors, the gates and the gradients of these, folding, checks.
+"""What all gated operations share: their tensors, the gates and the gradients of these, folding, checks.
 
 Every one of them is y = P + scale ⊙ Q + shift, with P and Q what the plain operation makes of W and of R, and for each
-example scale = h Gwᵀ and shift = b + (h Gbᵀ) ⊙ r.
+example scale = h Gwᵀ and shift = b + (h Gbᵀ) ⊙ r. A response of low rank is R = A B: the plain operation makes u of B,
+which has few rows, and Q = A u.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
 class GatedParameters(NamedTuple):
     """W, b, R, r, Gw, Gb of a gated layer with O outputs and n hyperparameters; b, r and Gb may be None together.
 
-    Shapes: weight, response_weight (O, ...); bias, response_bias (O,); weight_gate, bias_gate (O, n).
+    A response of rank k is R = A B, with A as `response_weight` and B as `response_projection`, which is None where
+    `response_weight` is R itself.
+
+    Shapes: weight, R (O, ...); bias, response_bias (O,); weight_gate, bias_gate (O, n). A and B are (O, k) and (k, I) of
+    a linear layer; (O, k, 1, 1) and (groups·k, I/groups, kh, kw) of a convolution; of an embedding, whose R is B Aᵀ,
+    (D, k) and (V, k).
     """
 
     weight: Tensor
@@ -30,16 +36,33 @@ class GatedParameters(NamedTuple):
     response_bias: Tensor | None
     weight_gate: Tensor
     bias_gate: Tensor | None
+    response_projection: Tensor | None = None
 
     @staticmethod
-    def shapes(matrix: Sequence[int], outputs: int, n: int) -> tuple[Sequence[int], ...]:
-        """Those of all six, for W and R of shape ``matrix``."""
+    def shapes(
+        matrix: Sequence[int], outputs: int, n: int, factors: tuple[Sequence[int], Sequence[int]] | None = None
+    ) -> tuple[Sequence[int], ...]:
+        """Those of all, for W and R of shape ``matrix``, or with A and B of the shapes ``factors``.
+
+        Where there are no factors, there is no response_projection, and no shape of it.
+        """
         vector, gate = (outputs,), (outputs, n)
-        return matrix, vector, matrix, vector, gate, gate
+        response, *projection = factors or (matrix,)
+        return matrix, vector, response, vector, gate, gate, *projection
 
     def to(self, dtype: torch.dtype) -> GatedParameters:
         """In another dtype, each cast once a step inside `casts_once`."""
         return GatedParameters._make([cast(tensor, dtype) for tensor in self])
+
+    @property
+    def whole_response(self) -> Tensor:
+        """R, of the shape of W: A B, of each group, where it is of low rank. An embedding's is another."""
+        factor, projection = self.response_weight, self.response_projection
+        if projection is None:
+            return factor
+        groups = len(projection) // factor.shape[1]
+        of_groups = factor.flatten(1).unflatten(0, (groups, -1)) @ projection.flatten(1).unflatten(0, (groups, -1))
+        return of_groups.view(self.weight.shape)
 
 
 class Gradients(NamedTuple):
@@ -52,6 +75,7 @@ class Gradients(NamedTuple):
     response_bias: Tensor | None
     weight_gate: Tensor | None
     bias_gate: Tensor | None
+    response_projection: Tensor | None
     h: Tensor | None
 
 
@@ -65,6 +89,7 @@ class Wanted(NamedTuple):
     response_bias: bool
     weight_gate: bool
     bias_gate: bool
+    response_projection: bool
     h: bool
 
     @property
@@ -90,8 +115,9 @@ class GateGradients(NamedTuple):
 
 def fold(parameters: GatedParameters, h: Tensor) -> tuple[Tensor, Tensor | None]:
     """The plain layer that a gated one is at a single h (n,): (W + diag(Gw h) R, b + (Gb h) ⊙ r); W, R (O, ...)."""
-    weight, bias, response_weight, response_bias, weight_gate, bias_gate = parameters
-    folded = torch.addcmul(weight, (weight_gate @ h).view(-1, *[1] * (weight.ndim - 1)), response_weight)
+    weight, bias, _, response_bias, weight_gate, bias_gate, _ = parameters
+    scale = (weight_gate @ h).view(-1, *[1] * (weight.ndim - 1))
+    folded = torch.addcmul(weight, scale, parameters.whole_response)
     if bias is None or response_bias is None or bias_gate is None:
         return folded, None
     return folded, bias + (bias_gate @ h) * response_bias
@@ -104,7 +130,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def gates(parameters: GatedParameters, h: Tensor) -> tuple[Tensor, Tensor | None]:
     """Every example's scale h Gwᵀ and shift b + (h Gbᵀ) ⊙ r, (B, O), in float32 or wider; no shift without bias."""
-    _, bias, _, response_bias, weight_gate, bias_gate = parameters
+    _, bias, _, response_bias, weight_gate, bias_gate, _ = parameters
     dtype = wide(h.dtype)
     wide_h = h.to(dtype)
     scale = wide_h @ weight_gate.to(dtype).T
@@ -117,7 +143,7 @@ def gate_gradients(
     d_scale: Tensor | None, d_shift: Tensor | None, parameters: GatedParameters, h: Tensor, wanted: Wanted
 ) -> GateGradients:
     """What follows from the gradients of scale and shift, (B, O) in float32 or wider, None where not needed."""
-    _, _, _, response_bias, weight_gate, bias_gate = parameters
+    _, _, _, response_bias, weight_gate, bias_gate, _ = parameters
     given, dtype = h.dtype, wide(h.dtype)
     if dtype != given:
         h, weight_gate = h.to(dtype), weight_gate.to(dtype)
@@ -172,10 +198,11 @@ def gradients(
     x: Tensor | None = None,
     weight: Tensor | None = None,
     response_weight: Tensor | None = None,
+    response_projection: Tensor | None = None,
 ) -> Gradients:
     """`Gradients` from those of the gates and those of the large tensors."""
     bias, response_bias, weight_gate, bias_gate, h = of_gates
-    return Gradients(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, h)
+    return Gradients(x, weight, bias, response_weight, response_bias, weight_gate, bias_gate, response_projection, h)
 
 
 def rows_of(per_example: Tensor, outer: int, inner: int) -> Tensor:
@@ -207,19 +234,38 @@ _NAMES = {side: tuple(side + name for name in GatedParameters._fields) for side 
 
 def check_parameters(operation: str, parameters: GatedParameters, side: str = "") -> None:
     """Raises ValueError where one is missing; the biases' may be, all three together. ``side`` begins their names."""
-    weight, bias, response_weight, response_bias, weight_gate, bias_gate = parameters
+    weight, bias, response_weight, response_bias, weight_gate, bias_gate, projection = parameters
     if weight is None or response_weight is None or weight_gate is None:
-        missing = [name for name, tensor in zip(_NAMES[side][::2], parameters[::2], strict=True) if tensor is None]
+        missing = [name for name, tensor in zip(_NAMES[side][:6:2], parameters[:6:2], strict=True) if tensor is None]
         raise ValueError(f"{operation}: {missing[0]} must be a tensor, got None")
+    if projection is not None and projection.ndim != weight.ndim:
+        raise ValueError(
+            f"{operation}: {side}response_projection must have as many dimensions as {side}weight {tuple(weight.shape)}; "
+            f"got {tuple(projection.shape)}"
+        )
     if (bias is None) != (response_bias is None) or (bias is None) != (bias_gate is None):
         raise ValueError(f"{operation}: give bias, response_bias and bias_gate together, or none of them")
 
 
 def expected(
-    parameters: GatedParameters, matrix: Sequence[int], outputs: int, n: int, side: str = ""
+    parameters: GatedParameters,
+    matrix: Sequence[int],
+    outputs: int,
+    n: int,
+    side: str = "",
+    factors: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> list[Expected]:
-    """What `check_operands` compares, for W and R of shape ``matrix``."""
-    return list(zip(_NAMES[side], parameters, GatedParameters.shapes(matrix, outputs, n), strict=True))
+    """What `check_operands` compares, for W and R of shape ``matrix``, or for R of ``factors`` of these shapes."""
+    shapes = GatedParameters.shapes(matrix, outputs, n, factors)
+    return list(zip(_NAMES[side], parameters, shapes, strict=False))
+
+
+def factors(parameters: GatedParameters, matrix: Sequence[int]) -> tuple[Sequence[int], Sequence[int]] | None:
+    """The shapes of A and B that fit W (O, I) of shape ``matrix``, the rank as B says; None without B."""
+    if parameters.response_projection is None:
+        return None
+    (outputs, inputs), rank = matrix, len(parameters.response_projection)
+    return (outputs, rank), (rank, inputs)
 
 
 def check_operands(

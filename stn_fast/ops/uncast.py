@@ -16,7 +16,7 @@ from stn_fast.ops.transforms import traced
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b of matrices, differentiable in every mode."""
+    """a b of matrices, or of stacks of as many, differentiable in every mode."""
     if traced(a, b) or not torch.is_grad_enabled() or not (a.requires_grad or b.requires_grad):
         return _product(a, b)  # a compiled backward pass is traced without autocast
     return _Product.apply(a, b)

@@ -13,7 +13,12 @@ from stn_fast.ops.uncast import product
 
 
 def weight_decay_penalty(
-    weight: Tensor, response_weight: Tensor, weight_gate: Tensor, h: Tensor, decay: Tensor
+    weight: Tensor,
+    response_weight: Tensor,
+    weight_gate: Tensor,
+    h: Tensor,
+    decay: Tensor,
+    response_projection: Tensor | None = None,
 ) -> Tensor:
     """½ · mean over examples of decay[b] · ‖W + diag(Gw h[b]) R‖², without building any example's weights.
 
@@ -26,6 +31,8 @@ def weight_decay_penalty(
         weight_gate: (O, n).
         h: (B, n), or (n,) shared by all examples.
         decay: (B,), in torch's convention: the gradient of the penalty to W is decay · W.
+        response_projection: B (groups·k, ...) of a response of low rank, R = A B in each of the groups, with response_weight
+            as A (O, k, ...). R is not built: ⟨W_o, R_o⟩ = ⟨A_o, B W_o⟩ and ‖R_o‖² = ⟨A_o, B Bᵀ A_o⟩.
 
     Returns:
         Scalar, float32 (float64 for a float64 weight), differentiable to every argument; under autocast too.
@@ -35,21 +42,42 @@ def weight_decay_penalty(
     """
     outputs, n = weight_gate.shape
     h = h.expand(decay.shape[0], n) if h.ndim == 1 else h
-    if weight.shape != response_weight.shape or weight.shape[0] != outputs or h.shape != (decay.shape[0], n):
+    fits = _responds(weight, response_weight, response_projection)
+    if not fits or weight.shape[0] != outputs or h.shape != (decay.shape[0], n):
+        factor = "" if response_projection is None else f", response_projection {tuple(response_projection.shape)}"
         raise ValueError(
             "weight_decay_penalty wants weight and response_weight (O, ...), weight_gate (O, n), h (B, n) and "
             f"decay (B,); got {tuple(weight.shape)}, {tuple(response_weight.shape)}, {tuple(weight_gate.shape)}, "
-            f"{tuple(h.shape)}, {tuple(decay.shape)}"
+            f"{tuple(h.shape)}, {tuple(decay.shape)}{factor}"
         )
     if len(decay) == 0:
         raise ValueError("weight_decay_penalty wants at least one example; got an empty batch")
+    if response_projection is not None:
+        return _plain(weight, response_weight, weight_gate, h, decay, response_projection)
     if _kernels_serve(weight, response_weight, weight_gate, h, decay):
         rows = weight.flatten(1).contiguous(), response_weight.flatten(1).contiguous()
         return _Penalty.apply(*rows, *(t.contiguous() for t in (weight_gate, h, decay)))
     return _plain(weight, response_weight, weight_gate, h, decay)
 
 
-def _plain(weight: Tensor, response_weight: Tensor, weight_gate: Tensor, h: Tensor, decay: Tensor) -> Tensor:
+def _responds(weight: Tensor, response_weight: Tensor, projection: Tensor | None) -> bool:
+    """Whether the response is of the shape of W, or made of factors that fit it."""
+    if projection is None:
+        return weight.shape == response_weight.shape
+    outputs, rank = len(response_weight), response_weight.flatten(1).shape[1]
+    groups, rest = divmod(len(projection), max(rank, 1))
+    fits = outputs == len(weight) and not rest and groups > 0 and outputs % groups == 0
+    return fits and projection.flatten(1).shape[1] == weight.flatten(1).shape[1]
+
+
+def _plain(
+    weight: Tensor,
+    response_weight: Tensor,
+    weight_gate: Tensor,
+    h: Tensor,
+    decay: Tensor,
+    projection: Tensor | None = None,
+) -> Tensor:
     batch = len(decay)
     # Sums of many squares and of few examples: 16-bit tensors are widened.
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -58,12 +86,20 @@ def _plain(weight: Tensor, response_weight: Tensor, weight_gate: Tensor, h: Tens
     weighted = decay[:, None] * h
     mean_gate = (weight_gate * weighted.sum(0)).sum(1) / batch
     mean_square_gate = (product(weight_gate, product(h.T, weighted)) * weight_gate).sum(1) / batch
-    per_output = (
-        decay.mean() * weight.square().sum(1)
-        + 2 * mean_gate * (weight * response_weight).sum(1)
-        + mean_square_gate * response_weight.square().sum(1)
-    )
+    if projection is None:
+        inner, square = (weight * response_weight).sum(1), response_weight.square().sum(1)
+    else:
+        inner, square = _of_factors(weight, response_weight, projection.flatten(1).to(dtype))
+    per_output = decay.mean() * weight.square().sum(1) + 2 * mean_gate * inner + mean_square_gate * square
     return 0.5 * torch.sum(per_output)
+
+
+def _of_factors(weight: Tensor, factor: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
+    """⟨W_o, R_o⟩ and ‖R_o‖² of every output o, R = A B in each group; W (O, I), A (O, k), B (groups·k, I)."""
+    groups = len(projection) // factor.shape[1]
+    w, a, b = (tensor.unflatten(0, (groups, -1)) for tensor in (weight, factor, projection))
+    inner, square = a * product(w, b.mT), a * product(a, product(b, b.mT))
+    return inner.sum(2).flatten(), square.sum(2).flatten()
 
 
 def _kernels_serve(*tensors: Tensor) -> bool:

@@ -54,7 +54,7 @@ def build(config: Config) -> Task:
     data = data._replace(train=fraction(data.train, config.train_fraction, seed=0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = mlp(space, SIZES).to(config.device)
+        model = mlp(space, SIZES, response_rank=config.method.response_rank).to(config.device)
     return task.Task(
         space=space,
         model=model,

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stn_fast.data import Images
-    from stn_fast.hyperparameters import HyperparameterSpace
     from stn_fast.training.task import Task
 
 VALID_SIZES = {"cifar10": 10_000, "fashion-mnist": 9_000, "fashion-mnist-small": 5_000}
@@ -119,7 +118,7 @@ def _fashion_mnist_small() -> Config:
 def build_task(
     config: Config,
     images: Images,
-    make_network: Callable[[HyperparameterSpace], nn.Module],
+    make_network: Callable[..., nn.Module],
     *,
     valid_size: int,
     train_size: int | None = None,
@@ -127,6 +126,7 @@ def build_task(
     """Classification of ``images`` by an augmented network; its weights are drawn from ``config.seed``.
 
     Args:
+        make_network: called with the space of hyperparameters and the keyword ``response_rank``, as `alexnet` is.
         valid_size: images set aside for validation, out of those for training.
         train_size: how many of the others are trained on; None for all. ``config.train_fraction`` is a share of them.
 
@@ -145,7 +145,7 @@ def build_task(
     train = fraction(Split(*(part[:train_size] for part in train)), config.train_fraction, SPLIT_SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = make_network(space)
+        network = make_network(space, response_rank=config.method.response_rank)
     side = min(train.inputs.shape[-2:])
     model = ImageClassifier(space, network, mean=images.mean, std=images.std, image_size=side)
     return task.Task(

@@ -126,7 +126,8 @@ def build_task(config: Config, load: Callable[..., Corpus]) -> Task:
     corpus = load(config.data_root, min_count=text.min_count, train_fraction=config.train_fraction)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = LanguageModel(space, len(corpus.words), text.width, text.width, text.layers)
+        rank = config.method.response_rank
+        model = LanguageModel(space, len(corpus.words), text.width, text.width, text.layers, response_rank=rank)
     return task.Task(
         space=space,
         model=model.to(config.device),

@@ -12,7 +12,7 @@ from typing import Literal
 
 from stn_fast.errors import UserError, did_you_mean
 from stn_fast.files import expanded
-from stn_fast.hyperparameter import Hyperparameter, Response, WrongHyperparameter
+from stn_fast.hyperparameter import Hyperparameter, Response, ResponseRank, WrongHyperparameter
 
 # Keys that have a flag of their own on the command line.
 FLAGS = {
@@ -120,6 +120,9 @@ class MethodConfig:
     that separates the tuning from the extra parameters. After ``warmup_epochs`` of only training, ``valid_steps``
     validation steps follow every ``train_steps`` training steps. ``response`` is what the gates see: the shift from
     the first location (``shifted``), the unconstrained sample (``raw``) or its constrained value (``value``).
+
+    ``response_rank`` is the rank of the response of every layer's weights: a whole number; ``auto`` for the largest that
+    adds 5 % to a layer's arithmetic; null for full responses, which double it.
     """
 
     name: MethodName = "stn"
@@ -130,6 +133,7 @@ class MethodConfig:
     tune_scales: bool = True
     entropy_weight: float = 1e-3
     response: Response = "shifted"
+    response_rank: ResponseRank = None
 
     def __post_init__(self) -> None:
         _require(self.name != "delta-stn", "name", self.name, "is not available yet; use stn or fixed")
@@ -147,6 +151,9 @@ class MethodConfig:
         _require(entropy_is_right, "entropy_weight", self.entropy_weight, "must be finite and at least 0")
         responses = ("shifted", "raw", "value")
         _require(self.response in responses, "response", self.response, did_you_mean(self.response, responses))
+        rank = self.response_rank
+        is_rank = rank is None or rank == "auto" or (isinstance(rank, int) and rank >= 1)
+        _require(is_rank, "response_rank", rank, "must be a whole number of at least 1, auto or null")
 
     @property
     def tunes(self) -> bool:

@@ -97,7 +97,10 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     """``value`` as the annotated type ``hint``."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return None if value is None else convert(arguments[0], value, key)
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        # A word that one of several kinds lists, as "auto" beside numbers.
+        listing = next((kind for kind in kinds if get_origin(kind) is Literal and isinstance(value, str)), kinds[0])
+        return None if value is None else convert(listing, value, key)
     if origin is Literal:
         return convert(str, value, key)
     if is_dataclass(hint) and isinstance(hint, type):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.regularisers import _Regulariser
 
-RESPONSE_PARAMETERS = ("response_weight", "response_bias", "weight_gate", "bias_gate")
+RESPONSE_PARAMETERS = ("response_weight", "response_projection", "response_bias", "weight_gate", "bias_gate")
 
 
 def is_response(name: str) -> bool:

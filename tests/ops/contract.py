@@ -61,6 +61,7 @@ class GatedOperation:
         by_core: what the core computes at such sizes, where no product of the library takes part.
         large: sizes at which products with the weights are nearly all of the arithmetic; None without such products.
         casts: whether autocast casts it.
+        composed: whether other operations compute it where its response is of low rank.
     """
 
     module: ModuleType
@@ -74,6 +75,12 @@ class GatedOperation:
     by_core: Sequence[str]
     large: Mapping[str, int] | None = None
     casts: bool = True
+    composed: bool = False
+
+    @property
+    def registered(self) -> Mapping[str, Mapping[str, Any]]:
+        """Those of the modes that reach its own registered operation."""
+        return {name: changes for name, changes in self.modes.items() if not (self.composed and "rank" in changes)}
 
     @property
     def name(self) -> str:
@@ -91,21 +98,35 @@ class GatedOperation:
         return self.build(draw, device, **changes)
 
 
-def _parameters(draw: Draw, matrix: Sequence[int], n: int, bias: bool, scale: float = 1.0) -> dict[str, Tensor]:
-    shapes = GatedParameters.shapes(matrix, matrix[0], n)
+Factors = tuple[Sequence[int], Sequence[int]]
+
+
+def _parameters(
+    draw: Draw, matrix: Sequence[int], n: int, bias: bool, scale: float = 1.0, factors: Factors | None = None
+) -> dict[str, Tensor]:
+    shapes = GatedParameters.shapes(matrix, matrix[0], n, factors)
+    matrices = ("weight", "response_weight" if factors is None else "response_projection")
     drawn = {
-        name: draw(*shape, scale=scale if shape is matrix else 1.0)
-        for name, shape in zip(GatedParameters._fields, shapes, strict=True)
+        name: draw(*shape, scale=scale if name in matrices else 1.0)
+        for name, shape in zip(GatedParameters._fields, shapes, strict=False)
     }
     return {name: tensor for name, tensor in drawn.items() if bias or "bias" not in name}
 
 
 def _grouped(tensors: Sequence[Tensor]) -> GatedParameters:
-    """All six, or W, R and Gw of an operation without bias."""
-    if len(tensors) == 6:
+    """All six or, of an operation without bias, W, R and Gw; then B of a response of low rank."""
+    if len(tensors) >= 6:
         return GatedParameters(*tensors)
-    weight, response_weight, weight_gate = tensors
-    return GatedParameters(weight, None, response_weight, None, weight_gate, None)
+    weight, response_weight, weight_gate, *projection = tensors
+    return GatedParameters(weight, None, response_weight, None, weight_gate, None, *projection)
+
+
+def _called(
+    parameters: GatedParameters, h: Tensor, operation: Callable[..., Tensor], *before: Tensor, **options: Any
+) -> Results:
+    """A public function of one layer, which takes the six one by one and B by name."""
+    *six, projection = parameters
+    return (operation(*before, *six, h, response_projection=projection, **options),)
 
 
 def _rows(h: Tensor, batch: int) -> Tensor:
@@ -115,21 +136,25 @@ def _rows(h: Tensor, batch: int) -> Tensor:
 
 def _own_weights(parameters: GatedParameters, h: Tensor) -> tuple[Tensor, Tensor | None]:
     """W + diag(Gw h) R and b + (Gb h) ⊙ r of one example, h (n,)."""
-    weight, bias, response_weight, response_bias, weight_gate, bias_gate = parameters
-    own = weight + torch.einsum("o,o...->o...", weight_gate @ h, response_weight)
+    weight, bias, response, response_bias, weight_gate, bias_gate, projection = parameters
+    if projection is not None:
+        groups = len(projection) // response.shape[1]
+        of_groups = response.flatten(1).unflatten(0, (groups, -1)), projection.unflatten(0, (groups, -1))
+        response = torch.einsum("gok,gk...->go...", *of_groups).flatten(0, 1)
+    own = weight + torch.einsum("o,o...->o...", weight_gate @ h, response)
     return own, None if bias is None else bias + (bias_gate @ h) * response_bias
 
 
 def _linear(
     draw: Draw, device: str, *, batch: int = 17, inputs: int = 19, outputs: int = 23, n: int = 3, outer: int = 1,
-    inner: int = 1, bias: bool = True,
+    inner: int = 1, bias: bool = True, rank: int | None = None,
 ) -> Problem:  # fmt: skip
     """x (outer, batch, inner, I)"""
     x = draw(outer, batch, inner, inputs)
 
     def call(x: Tensor, *rest: Tensor) -> Results:
         *parameters, h = rest
-        return (gated_linear.gated_linear(x, *_grouped(parameters), h, example_dim=1),)
+        return _called(_grouped(parameters), h, gated_linear.gated_linear, x, example_dim=1)
 
     def definition(x: Tensor, *rest: Tensor) -> Results:
         *parameters, h = rest
@@ -140,14 +165,15 @@ def _linear(
         *parameters, h = rest
         return (F.linear(x[:, b], *_own_weights(_grouped(parameters), h[b])),)
 
-    operands = {"x": x, **_parameters(draw, (outputs, inputs), n, bias), "h": draw(batch, n)}
+    factors = None if rank is None else ((outputs, rank), (rank, inputs))
+    operands = {"x": x, **_parameters(draw, (outputs, inputs), n, bias, factors=factors), "h": draw(batch, n)}
     return Problem(operands, {"y": 1}, call, definition, alone)
 
 
 def _conv2d(
     draw: Draw, device: str, *, batch: int = 3, inputs: int = 4, outputs: int = 10, size: tuple[int, int] = (7, 5),
     kernel: int = 3, n: int = 3, bias: bool = True, layout: torch.memory_format = torch.contiguous_format,
-    groups: int = 1, **options: Any,
+    groups: int = 1, rank: int | None = None, **options: Any,
 ) -> Problem:  # fmt: skip
     """x (batch, groups·I, *size) in a layout"""
     options["groups"] = groups
@@ -155,7 +181,7 @@ def _conv2d(
 
     def call(x: Tensor, *rest: Tensor) -> Results:
         *parameters, h = rest
-        return (gated_conv2d.gated_conv2d(x, *_grouped(parameters), h, **options),)
+        return _called(_grouped(parameters), h, gated_conv2d.gated_conv2d, x, **options)
 
     def definition(x: Tensor, *rest: Tensor) -> Results:
         *parameters, h = rest
@@ -168,13 +194,14 @@ def _conv2d(
         return (y.relu() if options.get("relu") else y,)
 
     matrix = (groups * outputs, inputs, kernel, kernel)
-    operands = {"x": x, **_parameters(draw, matrix, n, bias), "h": draw(batch, n)}
+    factors = None if rank is None else ((groups * outputs, rank, 1, 1), (groups * rank, *matrix[1:]))
+    operands = {"x": x, **_parameters(draw, matrix, n, bias, factors=factors), "h": draw(batch, n)}
     return Problem(operands, {"y": 0}, call, definition, alone)
 
 
 def _lstm(
     draw: Draw, device: str, *, steps: int = 3, batch: int = 7, inputs: int = 11, hidden: int = 13, n: int = 3,
-    bias: bool = True, reverse: bool = False,
+    bias: bool = True, reverse: bool = False, rank: int | None = None,
 ) -> Problem:  # fmt: skip
     """x (T, batch, I)"""
 
@@ -198,7 +225,8 @@ def _lstm(
 
     operands = {"x": draw(steps, batch, inputs), "h_0": draw(batch, hidden), "c_0": draw(batch, hidden)}
     for side, columns in (("from_input", inputs), ("from_hidden", hidden)):
-        drawn = _parameters(draw, (4 * hidden, columns), n, bias, max(columns, 1) ** -0.5)
+        factors = None if rank is None else ((4 * hidden, rank), (rank, columns))
+        drawn = _parameters(draw, (4 * hidden, columns), n, bias, max(columns, 1) ** -0.5, factors)
         operands |= {f"{side}.{name}": tensor for name, tensor in drawn.items()}
     operands["h"] = draw(batch, n)
     results = {"y": 1, "h_n": 0, "c_n": 0}
@@ -227,7 +255,7 @@ def scale_of(words: int, rate: float) -> Tensor:
 
 def _embedding(
     draw: Draw, device: str, *, words: int = 11, width: int = 37, n: int = 3, outer: int = 1, batch: int = 3,
-    inner: int = 1, rate: float | None = None, padding: int | None = None, **options: Any,
+    inner: int = 1, rate: float | None = None, padding: int | None = None, rank: int | None = None, **options: Any,
 ) -> Problem:  # fmt: skip
     """tokens (outer, batch, inner)"""
     tokens = torch.randint(max(words, 1), (outer, batch, inner), generator=torch.Generator().manual_seed(0)).to(device)
@@ -235,7 +263,10 @@ def _embedding(
     if rate is not None:
         options |= dict(DROPPED, rate=torch.tensor([rate], device=device, dtype=torch.float32))
 
-    def call(*floats: Tensor) -> Results:
+    def call(weight: Tensor, response_weight: Tensor, weight_gate: Tensor, *rest: Tensor) -> Results:
+        *projection, h = rest
+        options["response_projection"] = projection[0] if projection else None
+        floats = weight, response_weight, weight_gate, h
         return (gated_embedding.gated_embedding(tokens, *floats, example_dim=1, padding_idx=padding, **options),)
 
     def definition(*floats: Tensor) -> Results:
@@ -244,11 +275,16 @@ def _embedding(
         e = gated_embedding.reference(tokens.flatten(), _grouped(tables), _rows(h, batch), scale, *among)
         return (e.view(outer, batch, inner, width),)
 
-    def alone(b: int, weight: Tensor, response_weight: Tensor, weight_gate: Tensor, h: Tensor) -> Results:
-        own = weight + response_weight @ torch.diag(weight_gate @ h[b])
+    def alone(b: int, weight: Tensor, response_weight: Tensor, weight_gate: Tensor, *rest: Tensor) -> Results:
+        *projection, h = rest
+        response = projection[0] @ response_weight.T if projection else response_weight
+        own = weight + response @ torch.diag(weight_gate @ h[b])
         return (F.embedding(tokens[:, b], own if scale is None else own * scale[:, None].to(own.dtype)),)
 
     shapes = {"weight": (words, width), "response_weight": (words, width), "weight_gate": (width, n), "h": (batch, n)}
+    if rank is not None:
+        h = shapes.pop("h")
+        shapes |= {"response_weight": (width, rank), "response_projection": (words, rank), "h": h}
     return Problem({name: draw(*shape) for name, shape in shapes.items()}, {"e": 1}, call, definition, alone)
 
 
@@ -265,8 +301,14 @@ OPERATIONS = (
             "rows without bias": dict(bias=False),
             "positions": dict(outer=3, inner=2),
             "positions without bias": dict(outer=3, inner=2, bias=False),
+            "low rank": dict(rank=5),
+            "low rank, positions without bias": dict(rank=2, outer=3, inner=2, bias=False),
         },
-        modes={"positions": dict(outer=3, inner=2), "rows without bias": dict(bias=False)},
+        modes={
+            "positions": dict(outer=3, inner=2),
+            "rows without bias": dict(bias=False),
+            "low rank": dict(rank=5, outer=3, inner=2),
+        },
         tiny=dict(batch=2, inputs=3, outputs=2, n=2),
         any_size=dict(
             batch=_up_to(70),
@@ -276,10 +318,13 @@ OPERATIONS = (
             outer=_up_to(3),
             inner=_up_to(3),
             bias=st.booleans(),
+            rank=st.sampled_from([None, 1, 6]),
             seed=st.integers(0, 9),
         ),
         edges={
             "no batch": dict(batch=0),
+            "no batch, low rank": dict(batch=0, rank=2),
+            "no rank": dict(rank=0),
             "no positions": dict(outer=0),
             "no inputs": dict(inputs=0),
             "no outputs": dict(outputs=0),
@@ -301,11 +346,18 @@ OPERATIONS = (
                 groups=2, inputs=2, outputs=5, relu=True, bias=False, layout=LAST
             ),
             "strided, dilated": dict(stride=(2, 1), padding=(0, 2), dilation=(1, 2), relu=True),
+            "low rank": dict(rank=2, padding=1),
+            "low rank, groups, relu, without bias, channels_last": dict(
+                rank=2, groups=2, inputs=2, outputs=5, relu=True, bias=False, layout=LAST
+            ),
+            "low rank, strided, dilated": dict(rank=3, stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
         },
         modes={
             "padded, channels_last": dict(padding="same", layout=LAST),
             "groups, relu": dict(groups=2, inputs=2, outputs=5, relu=True),
             "large image": dict(batch=2, size=(17, 16)),  # which goes to the library pixel by pixel
+            "low rank, groups, relu": dict(rank=2, groups=2, inputs=2, outputs=5, relu=True),
+            "low rank, large image": dict(rank=2, batch=2, size=(17, 16)),
         },
         tiny=dict(batch=2, inputs=2, outputs=2, size=(4, 3), n=2),
         any_size=dict(
@@ -319,11 +371,13 @@ OPERATIONS = (
             n=_up_to(17),
             bias=st.booleans(),
             relu=st.booleans(),
+            rank=st.sampled_from([None, 1, 3]),
             layout=st.sampled_from([torch.contiguous_format, LAST]),
             seed=st.integers(0, 9),
         ),
         edges={
             "no batch": dict(batch=0, padding=1),
+            "no batch, low rank": dict(batch=0, padding=1, rank=2),
             "no hyperparameters": dict(n=0, padding=1),
             "one of each": dict(batch=1, inputs=1, outputs=1, size=(1, 1), kernel=1, n=1),
         },
@@ -340,8 +394,14 @@ OPERATIONS = (
             "reverse": dict(steps=5, batch=17, inputs=19, hidden=23, reverse=True),
             "reverse without bias": dict(steps=5, batch=17, inputs=19, hidden=23, reverse=True, bias=False),
             "many hyperparameters": dict(n=33),
+            "low rank": dict(steps=5, batch=17, inputs=19, hidden=23, rank=4),
+            "low rank, reverse without bias": dict(inputs=19, hidden=24, rank=8, reverse=True, bias=False),
         },
-        modes={"reverse": dict(reverse=True), "forward without bias": dict(bias=False)},
+        modes={
+            "reverse": dict(reverse=True),
+            "forward without bias": dict(bias=False),
+            "low rank": dict(rank=4),
+        },
         tiny=dict(steps=3, batch=2, inputs=3, hidden=2, n=2),
         any_size=dict(
             steps=_up_to(6),
@@ -351,6 +411,7 @@ OPERATIONS = (
             hidden=st.sampled_from([1, 2, 3, 7, 13, 16, 17, 31, 37]),
             bias=st.booleans(),
             reverse=st.booleans(),
+            rank=st.sampled_from([None, 1, 5]),
             seed=st.integers(0, 9),
         ),
         edges={
@@ -373,8 +434,13 @@ OPERATIONS = (
             "time first, words dropped": dict(outer=5, rate=0.4, padding=2),
             "positions around, words dropped": dict(outer=3, inner=2, rate=0.4),
             "many hyperparameters": dict(words=9, width=20, n=70, outer=3),
+            "low rank": dict(rank=4),
+            "low rank, time first, words dropped": dict(rank=4, outer=5, rate=0.4, padding=2),
         },
-        modes={"time first, words dropped": dict(outer=5, rate=0.4, padding=2)},
+        modes={
+            "time first, words dropped": dict(outer=5, rate=0.4, padding=2),
+            "low rank, time first, words dropped": dict(rank=4, outer=5, rate=0.4, padding=2),
+        },
         tiny=dict(words=5, width=3, n=2, padding=None),  # padding gets no gradient though it is looked up
         any_size=dict(
             words=_up_to(90),
@@ -384,6 +450,7 @@ OPERATIONS = (
             batch=_up_to(7),
             inner=_up_to(4),
             rate=st.sampled_from([None, 0.0, 0.5, 0.95]),
+            rank=st.sampled_from([None, 1, 5]),
             padding=st.sampled_from([None, 0]),
         ),
         edges={
@@ -394,6 +461,7 @@ OPERATIONS = (
         many=dict(words=300, width=130, n=7, outer=40, batch=9, rate=0.2),
         by_core=("e", "d_weight", "d_response_weight"),
         casts=False,
+        composed=True,
     ),
 )
 LINEAR, CONV2D, LSTM, EMBEDDING = OPERATIONS

@@ -107,10 +107,14 @@ def test_float64_is_exact(operation, changes, device):
     assert_same(compute(problem, problem.call), compute(problem, problem.definition), 1e-13)
 
 
-@each_operation
-def test_exactly_the_wanted_gradients_are_computed_and_are_the_same_numbers(operation, backend):
+@pytest.mark.parametrize(
+    ("operation", "rank"),
+    [(operation, rank) for operation in OPERATIONS for rank in (None, 2) if not (rank and operation.composed)],
+    ids=lambda value: getattr(value, "name", value and f"rank {value}"),
+)
+def test_exactly_the_wanted_gradients_are_computed_and_are_the_same_numbers(operation, rank, backend):
     interpreted = choose(torch.device(backend)) == "triton"
-    problem = operation.problem(device=backend, **(operation.tiny if interpreted else {}))
+    problem = operation.problem(device=backend, rank=rank, **(operation.tiny if interpreted else {}))
     assert_gradients_do_not_depend_on_what_else_is_wanted(operation, problem, few=interpreted)
 
 
@@ -355,6 +359,6 @@ def test_second_derivatives_in_reverse_mode_raise_instead_of_lying(operation, po
         torch.autograd.grad(sum(gradient.sum() for gradient in first), inputs, allow_unused=True)
 
 
-@in_every_mode
+@each("registered")
 def test_registration_is_complete(operation, changes, backend):
     assert_registration_is_complete(operation, operation.problem(device=backend, **changes))

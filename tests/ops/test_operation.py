@@ -159,15 +159,15 @@ def test_parameters_are_grouped_and_what_backward_does_not_read_is_not_kept():
 
     def backward(d_y: Tensor, parameters: GatedParameters, x: Tensor, wanted: list[bool]):
         seen["parameters"] = parameters
-        return [d_y * x, None, d_y, None, None, None]
+        return [d_y * x, None, d_y, None, None, None, None]
 
     operation = Operation(
         name(), forward, outputs=("y",), fake=fake, backward=backward, differentiable=("parameters",),
         unread=("weight", "bias"),
     )  # fmt: skip
     x, weight, response = torch.randn(3), torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
-    six = (weight, torch.ones(3), response, None, torch.ones(3), None)
-    y = operation(x, *six, 1)
+    seven = (weight, torch.ones(3), response, None, torch.ones(3), None, None)
+    y = operation(x, *seven, 1)
     with torch.no_grad():
         weight.mul_(2)  # is not kept, so this is allowed
     y.sum().backward()

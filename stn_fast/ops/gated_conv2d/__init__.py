@@ -51,9 +51,13 @@ def reference(
     relu: bool = False,
 ) -> Tensor:
     """The definition, in plain torch. Differentiable in every mode; kernels are tested against it."""
-    weight, bias, response_weight, response_bias, weight_gate, bias_gate = parameters
+    weight, bias, response_weight, response_bias, weight_gate, bias_gate, projection = parameters
     convolve = partial(F.conv2d, stride=stride, padding=padding, dilation=dilation, groups=groups)
-    y = convolve(x, weight, bias) + (h @ weight_gate.T)[:, :, None, None] * convolve(x, response_weight)
+    if projection is None:
+        q = convolve(x, response_weight)
+    else:
+        q = F.conv2d(convolve(x, projection), response_weight, groups=groups)
+    y = convolve(x, weight, bias) + (h @ weight_gate.T)[:, :, None, None] * q
     if response_bias is not None and bias_gate is not None:
         y = y + ((h @ bias_gate.T) * response_bias)[:, :, None, None]
     return y.relu() if relu else y
@@ -62,15 +66,24 @@ def reference(
 def _laid_out(x: Tensor, parameters: GatedParameters, layout: torch.memory_format) -> tuple[Tensor, GatedParameters]:
     """Images and filters with the strides that this layout prescribes."""
     weight, response_weight = (plain_strides(t, layout) for t in (parameters.weight, parameters.response_weight))
-    return plain_strides(x, layout), parameters._replace(weight=weight, response_weight=response_weight)
+    projection = parameters.response_projection
+    laid_out = parameters._replace(
+        weight=weight,
+        response_weight=response_weight,
+        response_projection=None if projection is None else plain_strides(projection, layout),
+    )
+    return plain_strides(x, layout), laid_out
 
 
 def _run(
     x: Tensor, parameters: GatedParameters, h: Tensor, geometry: Geometry, save_response: bool, choose: bool
 ) -> tuple[Tensor, Tensor]:
-    """(y, q): q = conv(x, R) is what backward needs for the gates, and empty when nobody will ask."""
+    """(y, q): q = conv(x, R) is what backward needs for the gates, and empty when nobody will ask.
+
+    Of a response of low rank, u = conv(x, B) is in the place of q.
+    """
     x, parameters = _laid_out(x, parameters, joined.memory_format(x, parameters.weight))
-    module = implementations.serving(x, parameters.weight, h)
+    module = implementations.serving(x, parameters.weight, parameters.response_weight, h)
     y, q = module.forward(x, parameters, h, geometry, save_response, choose)
     return y, q if q is not None else x.new_empty(0)
 
@@ -108,6 +121,9 @@ def _fake(x: Tensor, parameters: GatedParameters, h: Tensor, *rest: Any) -> tupl
     y = x.new_empty(batch, outputs, *pixels).contiguous(memory_format=layout)
     if not save_response:
         return y, x.new_empty(0)
+    if parameters.response_projection is not None:
+        u = x.new_empty(batch, len(parameters.response_projection), *pixels)
+        return y, u.contiguous(memory_format=layout)
     if serving(x, weight, h) == "cpp":
         from stn_fast.ops.gated_conv2d import cpu
 
@@ -134,7 +150,7 @@ def _backward(
     layout = joined.memory_format(x, parameters.weight)
     x, parameters = _laid_out(x, parameters, layout)
     d_y = plain_strides(d_y.contiguous(memory_format=layout), layout)
-    module = implementations.serving(x, parameters.weight, h)
+    module = implementations.serving(x, parameters.weight, parameters.response_weight, h)
     return module.backward(
         d_y, x, parameters, h, y, q, Geometry(stride, padding, dilation, groups, relu), Wanted(*wanted)
     )
@@ -169,6 +185,7 @@ def gated_conv2d(
     dilation: IntOrPair = 1,
     groups: int = 1,
     relu: bool = False,
+    response_projection: Tensor | None = None,
 ) -> Tensor:
     """A 2-D convolution whose filters respond to hyperparameters, every example to its own (STN, section 3.1).
 
@@ -184,6 +201,8 @@ def gated_conv2d(
             then the layer is folded into plain filters and costs one convolution instead of two.
         stride, padding, dilation, groups: as in torch.nn.functional.conv2d; padding also "same" or "valid".
         relu: whether ReLU is applied, in the same pass over the result.
+        response_projection: B (groups·k, I/groups, kh, kw) of a response of rank k in each group, conv(x, R) =
+            conv(conv(x, B), A), and then response_weight is A (O, k, 1, 1). None where response_weight is R.
 
     All tensors are on one device and of one dtype: float32, float64, bfloat16 or float16. Under autocast each is cast
     to autocast's, but float64 is left alone, as in torch. Gradients are computed only for inputs that require
@@ -195,13 +214,16 @@ def gated_conv2d(
     Raises:
         ValueError: shapes, dtypes, devices or arguments do not fit together; the message names the argument.
     """
-    parameters = GatedParameters(weight, bias, response_weight, response_bias, weight_gate, bias_gate)
+    parameters = GatedParameters(
+        weight, bias, response_weight, response_bias, weight_gate, bias_gate, response_projection
+    )
     check_parameters("gated_conv2d", parameters)
     h = response_input(hyper, weight)
     check_examples("gated_conv2d", x, hyper)
     if dtype := autocast_dtype(x):
         x = x.to(dtype)
-        if x.ndim == weight.ndim == response_weight.ndim == 4 and not in_transform():
+        pair_of_filters = x.ndim == weight.ndim == response_weight.ndim == 4 and response_projection is None
+        if pair_of_filters and not in_transform():
             filters = cast_pair(weight, response_weight, dtype, joined.memory_format(x, weight))
             parameters = parameters._replace(weight=filters[0], response_weight=filters[1])
         parameters, h = parameters.to(dtype), h.to(dtype)
@@ -219,12 +241,20 @@ def gated_conv2d(
         return y.relu() if relu else y
     if in_transform():
         return reference(x, parameters, h, stride=stride, padding=padding, dilation=dilation, groups=groups, relu=relu)
-    save_response = torch.is_grad_enabled() and (h.requires_grad or parameters.weight_gate.requires_grad)
     layout = joined.memory_format(x, parameters.weight)
-    weight, bias, response_weight, response_bias, weight_gate, bias_gate = parameters
-    weight, response_weight = convert(weight, response_weight, weight.dtype, layout)
-    bias, response_bias, *gates_and_h = contiguous(bias, response_bias, weight_gate, bias_gate, h)
-    operands = (x.contiguous(memory_format=layout), weight, bias, response_weight, response_bias, *gates_and_h)
+    weight, bias, response_weight, response_bias, weight_gate, bias_gate, projection = parameters
+    readers = [h, weight_gate]
+    if projection is None:
+        weight, response_weight = convert(weight, response_weight, weight.dtype, layout)
+    else:
+        readers.append(response_weight)
+        weight, response_weight, projection = (
+            filters.contiguous(memory_format=layout) for filters in (weight, response_weight, projection)
+        )
+    save_response = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in readers)
+    bias, response_bias, *gates = contiguous(bias, response_bias, weight_gate, bias_gate)
+    filters_and_gates = (weight, bias, response_weight, response_bias, *gates, projection)
+    operands = (x.contiguous(memory_format=layout), *filters_and_gates, h.contiguous())
     return _operation(*operands, stride, padding, dilation, groups, relu, save_response)[0]
 
 
@@ -264,6 +294,14 @@ def _check_image(x: Tensor, weight: Tensor, padding: list[int], dilation: list[i
             )
 
 
+def _factors(parameters: GatedParameters, groups: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The shapes of A and B that fit W, the rank as B says; None without B."""
+    if parameters.response_projection is None:
+        return None
+    rank, (outputs, *of_filter) = len(parameters.response_projection) // groups, parameters.weight.shape
+    return (outputs, rank, 1, 1), (groups * rank, *of_filter)
+
+
 def _check(x: Tensor, parameters: GatedParameters, h: Tensor, groups: int) -> None:
     weight = parameters.weight
     if weight.ndim != 4 or h.ndim not in (1, 2) or x.ndim != 4:
@@ -279,7 +317,7 @@ def _check(x: Tensor, parameters: GatedParameters, h: Tensor, groups: int) -> No
         )
     operands = (
         ("x", x, (x.shape[0], weight.shape[1] * groups, *x.shape[2:])),
-        *expected(parameters, weight.shape, outputs, n),
+        *expected(parameters, weight.shape, outputs, n, factors=_factors(parameters, groups)),
         ("h", h, (x.shape[0], n) if h.ndim == 2 else (n,)),
     )
     check_operands("gated_conv2d", operands, weight, x=x, weight=weight, h=h, groups=groups)

@@ -8,6 +8,8 @@ Two ways, by the size of P and Q, which lie between the convolutions and the epi
 - Small ones, or those of filters still larger, come from two convolutions, which take the filters as they are, and
   the epilogue overwrites P with y.
 
+Of a response of low rank P and Q come from convolutions of their own either way.
+
 The library is given large images pixel by pixel (channels_last) whatever the caller's layout is: it would convert
 them itself, at greater cost than the epilogues, which read one layout and write the other.
 """
@@ -55,11 +57,16 @@ class Plan(NamedTuple):
     inner: torch.memory_format  # the library's
     step: int  # examples of a block
     output: tuple[int, int, int, int]  # (B, O, Ho, Wo)
+    low_rank: bool
+
+    @property
+    def by_blocks(self) -> bool:
+        return self.step < self.output[0]
 
     @property
     def joined(self) -> bool:
-        """Whether both branches are one convolution, by blocks."""
-        return self.step < self.output[0]
+        """Whether both branches are one convolution."""
+        return self.by_blocks and not self.low_rank
 
     @property
     def converts(self) -> bool:
@@ -77,7 +84,7 @@ class Plan(NamedTuple):
         return block.stop - block.start, groups, outputs // groups, height * width, self.joined, *lasts
 
 
-def plan(x: Tensor, weight: Tensor, geometry: Geometry) -> Plan:
+def plan(x: Tensor, weight: Tensor, geometry: Geometry, low_rank: bool = False) -> Plan:
     batch, outputs, kernel = x.shape[0], weight.shape[0], weight.shape[2:]
     height, width = joined.output_pixels(x, weight, geometry)
     outer = inner = joined.memory_format(x, weight)
@@ -90,7 +97,7 @@ def plan(x: Tensor, weight: Tensor, geometry: Geometry) -> Plan:
         most = max(_BLOCK, 2 * of_filters) // of_example
         most = max(most, _LEAST_1X1 if tuple(kernel) == (1, 1) else 1)
         step = -(-batch // -(-batch // most))
-    return Plan(outer, inner, step, (batch, outputs, height, width))
+    return Plan(outer, inner, step, (batch, outputs, height, width), low_rank)
 
 
 def forward(
@@ -103,15 +110,14 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     from stn_fast._C import channel_epilogue_forward
 
-    stride, padding, dilation, groups, relu = geometry
-    weight, _, response_weight, *_ = parameters
-    layout = plan(x, weight, geometry)
+    groups, relu = geometry.groups, geometry.relu
+    weight, response_weight, projection = parameters.weight, parameters.response_weight, parameters.response_projection
+    layout = plan(x, weight, geometry, projection is not None)
     scale, shift = gates(parameters, h)
 
-    def convolve(image: Tensor, filters: Tensor) -> Tensor:
-        return torch.conv2d(image, filters, None, stride, padding, dilation, groups).contiguous(
-            memory_format=layout.inner
-        )
+    def convolve(image: Tensor, filters: Tensor, how: Geometry) -> Tensor:
+        y = torch.conv2d(image, filters, None, how.stride, how.padding, how.dilation, groups)
+        return y.contiguous(memory_format=layout.inner)
 
     def epilogue(p: Tensor, q: Tensor, y: Tensor, q_copy: Tensor | None, block: slice) -> None:
         channel_epilogue_forward(
@@ -119,22 +125,42 @@ def forward(
             *layout.core(block, groups), relu, torch.get_num_threads(),
         )  # fmt: skip
 
+    if layout.by_blocks:
+        _keep_freed_memory()
+    if projection is not None:
+        of_w, of_a, of_b = (_laid_out(filters, layout.inner) for filters in (weight, response_weight, projection))
+        y = _empty(layout.output, layout.outer) if layout.by_blocks or layout.converts else None
+        kept: list[Tensor] = []
+        for block in layout.blocks():
+            image = _image(x, block, layout)
+            p, u = convolve(image, of_w, geometry), convolve(image, of_b, geometry)
+            y = p if y is None else y
+            epilogue(p, convolve(u, of_a, joined.pointwise(geometry)), y[block], None, block)
+            if save_response:
+                kept.append(u)
+        assert y is not None
+        return y, _one(kept, layout.outer) if save_response else None
+
     if not layout.joined:
         everything = slice(0, len(x))
         image = _image(x, everything, layout)
-        p, q = (convolve(image, _laid_out(filters, layout.inner)) for filters in (weight, response_weight))
+        p, q = (convolve(image, _laid_out(filters, layout.inner), geometry) for filters in (weight, response_weight))
         y = _empty(layout.output, layout.outer) if layout.converts else p
         epilogue(p, q, y, None, everything)
         return y, q.unflatten(1, (groups, -1)) if save_response else None
 
-    _keep_freed_memory()
     filters = _joined(weight, response_weight, groups, layout.inner)
     y = _empty(layout.output, layout.outer)
     saved = _empty(layout.output, layout.inner) if save_response else None
     for block in layout.blocks():
-        both = convolve(_image(x, block, layout), filters)
+        both = convolve(_image(x, block, layout), filters, geometry)
         epilogue(both, _second(both, groups), y[block], _part(saved, block), block)
     return y, None if saved is None else saved.unflatten(1, (groups, -1))
+
+
+def _one(parts: list[Tensor], layout: torch.memory_format) -> Tensor:
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole.contiguous(memory_format=layout)
 
 
 def backward(
@@ -149,45 +175,46 @@ def backward(
 ) -> Gradients:
     from stn_fast._C import channel_epilogue_backward
 
-    weight, _, response_weight, response_bias, *_ = parameters
-    layout, groups = plan(x, weight, geometry), geometry.groups
+    layout = plan(x, parameters.weight, geometry, parameters.response_projection is not None)
+    groups = geometry.groups
     scale, _ = gates(without_biases(parameters), h)
     d_scale = torch.empty_like(scale) if wanted.scale else None
-    d_shift = torch.empty_like(scale) if wanted.shift and response_bias is not None else None
-    saved = q.flatten(1, 2).contiguous(memory_format=layout.inner) if wanted.scale else None
+    d_shift = torch.empty_like(scale) if wanted.shift and parameters.response_bias is not None else None
 
-    def epilogue(d_p: Tensor | None, d_q: Tensor | None, block: slice) -> None:
+    def epilogue(of_q: Tensor | None, d_p: Tensor | None, d_q: Tensor | None, block: slice) -> None:
         channel_epilogue_backward(
-            address(dy[block]), address(_part(y, block)), address(_part(saved, block)), address(scale[block]),
+            address(dy[block]), address(_part(y, block)), address(of_q), address(scale[block]),
             address(d_p), address(d_q), address(_part(d_scale, block)), address(_part(d_shift, block)),
             *layout.core(block, groups), torch.get_num_threads(),
         )  # fmt: skip
 
-    run = _backward_by_blocks if layout.joined else _backward_at_once
-    dx, filters = run(epilogue, dy, x, weight, response_weight, y, layout, geometry, wanted)
-    if layout.converts:
-        filters = [None if d is None else _put(d, torch.empty_like(weight), layout) for d in filters]
+    run = _backward_of_low_rank if layout.low_rank else _backward_by_blocks if layout.joined else _backward_at_once
+    dx, filters = run(epilogue, dy, x, parameters, q, y, layout, geometry, wanted)
+    of_filters = {
+        name: d if d is None or not layout.converts else _put(d, torch.empty_like(getattr(parameters, name)), layout)
+        for name, d in zip(("weight", "response_weight", "response_projection"), filters, strict=False)
+    }
     of_gates = gate_gradients(d_scale, d_shift, parameters, h, wanted)
-    return gradients(of_gates, x=dx, weight=filters[0], response_weight=filters[1])
+    return gradients(of_gates, x=dx, **of_filters)
 
 
-_Epilogue = Callable[[Tensor | None, Tensor | None, slice], None]
-_Products = tuple[Tensor | None, list[Tensor | None]]  # dx and (dW, dR), these in the library's layout
+_Epilogue = Callable[[Tensor | None, Tensor | None, Tensor | None, slice], None]
+_Products = tuple[Tensor | None, list[Tensor | None]]  # dx and (dW, dR) or (dW, dA, dB) in the library's layout
 
 
 def _backward_at_once(
     epilogue: _Epilogue,
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
-    response_weight: Tensor,
+    parameters: GatedParameters,
+    q: Tensor,
     y: Tensor | None,
     layout: Plan,
     geometry: Geometry,
     wanted: Wanted,
 ) -> _Products:
     """From two convolutions; where dy lies as P does and no ReLU follows, it is the gradient of P."""
-    everything = slice(0, len(x))
+    everything, saved = slice(0, len(x)), _saved(q, layout, wanted)
     wants_p, wants_q = wanted.x or wanted.weight, wanted.x or wanted.response_weight
     as_it_is = y is None and not layout.converts
 
@@ -196,16 +223,16 @@ def _backward_at_once(
 
     d_p = empty() if wants_p and not as_it_is else None
     d_q = empty() if wants_q else None
-    epilogue(d_p, d_q, everything)
+    epilogue(saved, d_p, d_q, everything)
     if as_it_is:
         d_p = dy
     image = _image(x, everything, layout) if wants_p or wants_q else x
     dx = d_weight = d_response_weight = None
     if wants_p and d_p is not None:
-        filters = _laid_out(weight, layout.inner)
+        filters = _laid_out(parameters.weight, layout.inner)
         dx, d_weight = joined.convolution_gradients(d_p, image, filters, geometry, wanted.x, wanted.weight)
     if d_q is not None:
-        filters = _laid_out(response_weight, layout.inner)
+        filters = _laid_out(parameters.response_weight, layout.inner)
         more, d_response_weight = joined.convolution_gradients(
             d_q, image, filters, geometry, wanted.x, wanted.response_weight
         )
@@ -219,37 +246,105 @@ def _backward_by_blocks(
     epilogue: _Epilogue,
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
-    response_weight: Tensor,
+    parameters: GatedParameters,
+    q: Tensor,
     y: Tensor | None,
     layout: Plan,
     geometry: Geometry,
     wanted: Wanted,
 ) -> _Products:
     """From the joined convolution; dW and dR add up over the blocks."""
+    saved = _saved(q, layout, wanted)
     if not (wanted.x or wanted.weight or wanted.response_weight):
         for block in layout.blocks():
-            epilogue(None, None, block)
+            epilogue(_part(saved, block), None, None, block)
         return None, [None, None]
     _, outputs, *pixels = layout.output
-    filters = _joined(weight, response_weight, geometry.groups, layout.inner)
+    filters = _joined(parameters.weight, parameters.response_weight, geometry.groups, layout.inner)
     memory = _empty((layout.step, 2 * outputs, *pixels), layout.inner)
     dx = torch.empty_like(x) if wanted.x else None
     totals: list[Tensor | None] = [None, None]
     for block in layout.blocks():
         d_both = memory[: block.stop - block.start]
-        epilogue(d_both, _second(d_both, geometry.groups), block)
-        if wanted.weight or wanted.response_weight:
-            image = _image(x, block, layout)
-        else:  # the data gradient asks for the image's shape and layout alone
-            image = _empty(x[block].shape, layout.inner)
+        epilogue(_part(saved, block), d_both, _second(d_both, geometry.groups), block)
+        image = _image_for(wanted.weight or wanted.response_weight, x, block, layout)
         of_x, of_filters = joined.joined_gradients(d_both, image, filters, geometry, wanted)
         if dx is not None and of_x is not None:
             _put(of_x, dx[block], layout)
-        for i, part in enumerate(of_filters):
-            total = totals[i]
-            totals[i] = part if total is None or part is None else total.add_(part)
+        _add(totals, of_filters)
     return dx, totals
+
+
+def _backward_of_low_rank(
+    epilogue: _Epilogue,
+    dy: Tensor,
+    x: Tensor,
+    parameters: GatedParameters,
+    u: Tensor,
+    y: Tensor | None,
+    layout: Plan,
+    geometry: Geometry,
+    wanted: Wanted,
+) -> _Products:
+    """From the convolutions with W, A and B, by blocks where images are large; a block's Q is made again from u."""
+    names = ("weight", "response_weight", "response_projection")
+    filters = {name: _laid_out(getattr(parameters, name), layout.inner) for name in names}
+    parameters = parameters._replace(**filters)
+    groups = geometry.groups
+    of_response = wanted.x or wanted.response_weight or wanted.response_projection
+    reads_u, reads_x = wanted.scale or wanted.response_weight, wanted.weight or wanted.response_projection
+    as_it_is = y is None and not layout.converts
+    _, *of_image = layout.output
+    d_p = d_q = None
+    if (wanted.x or wanted.weight) and not as_it_is:
+        d_p = _empty((layout.step, *of_image), layout.inner)
+    if of_response:
+        d_q = _empty((layout.step, *of_image), layout.inner)
+    in_place = not (layout.by_blocks or layout.converts)
+    dx = torch.empty_like(x) if wanted.x and not in_place else None
+    totals: list[Tensor | None] = [None, None, None]
+    for block in layout.blocks():
+        examples = slice(0, block.stop - block.start)
+        of_u = _image(u, block, layout) if reads_u else u
+        of_q = None
+        if wanted.scale:
+            of_q = torch.conv2d(of_u, parameters.response_weight, groups=groups)
+            of_q = of_q.contiguous(memory_format=layout.inner)
+        to_p, to_q = _part(d_p, examples), _part(d_q, examples)
+        epilogue(of_q, to_p, to_q, block)
+        of_x = d_weight = None
+        image = _image_for(reads_x, x, block, layout)
+        if wanted.x or wanted.weight:
+            of_p = dy[block] if to_p is None else to_p
+            of_x, d_weight = joined.convolution_gradients(
+                of_p, image, parameters.weight, geometry, wanted.x, wanted.weight
+            )
+        if to_q is not None:
+            more, *of_factors = joined.response_gradients(to_q, image, of_u, parameters, geometry, wanted)
+            of_x = of_x.add_(more) if of_x is not None and more is not None else of_x
+            _add(totals, (d_weight, *of_factors))
+        else:
+            _add(totals, (d_weight,))
+        if in_place:
+            dx = of_x
+        elif dx is not None and of_x is not None:
+            _put(of_x, dx[block], layout)
+    return dx, totals
+
+
+def _saved(q: Tensor, layout: Plan, wanted: Wanted) -> Tensor | None:
+    return q.flatten(1, 2).contiguous(memory_format=layout.inner) if wanted.scale else None
+
+
+def _image_for(reads: bool, x: Tensor, block: slice, layout: Plan) -> Tensor:
+    """A block of x in the library's layout; the data gradient asks for its shape and layout alone, and nothing reads it."""
+    return _image(x, block, layout) if reads else _empty(x[block].shape, layout.inner)
+
+
+def _add(totals: list[Tensor | None], parts: Sequence[Tensor | None]) -> None:
+    for i, part in enumerate(parts):
+        total = totals[i]
+        totals[i] = part if total is None or part is None else total.add_(part)
 
 
 def _joined(weight: Tensor, response_weight: Tensor, groups: int, layout: torch.memory_format) -> Tensor:

@@ -1,6 +1,7 @@
 """gated_conv2d around one library convolution, in plain torch for any dtype and device, and with fused epilogues.
 
 Both branches are one convolution with the filters [W; R], so that x is read once; what surrounds it is an epilogue.
+A response of low rank is two small convolutions of its own, u = conv(x, B) and Q = conv(u, A).
 """
 
 from __future__ import annotations
@@ -74,6 +75,17 @@ class Epilogues(Protocol):
         """
 
 
+def projected(x: Tensor, projection: Tensor, geometry: Geometry) -> Tensor:
+    """u = conv(x, B) (B, groups·k, Ho, Wo): it moves over the image as W does."""
+    stride, padding, dilation, groups, _ = geometry
+    return torch.conv2d(x, projection, None, stride, padding, dilation, groups)
+
+
+def pointwise(geometry: Geometry) -> Geometry:
+    """How A (O, k, 1, 1) moves over u."""
+    return Geometry([1, 1], [0, 0], [1, 1], geometry.groups, False)
+
+
 def join(weight: Tensor, response_weight: Tensor, groups: int) -> Tensor:
     """[W; R], and for groups the filters of each group so: (2·O, I/groups, kh, kw).
 
@@ -130,11 +142,19 @@ def forward(
     save_response: bool,
     choose: bool,
 ) -> Result:
-    """(y, q), q None where nobody will ask; unless the epilogues may `choose`, q is as `response_half` gives it."""
+    """(y, q), q None where nobody will ask; unless the epilogues may `choose`, q is as `response_half` gives it.
+
+    Of a response of low rank, u is in the place of q.
+    """
     stride, padding, dilation, groups, relu = geometry
-    weight, _, response_weight, *_ = parameters
+    weight, response_weight, projection = parameters.weight, parameters.response_weight, parameters.response_projection
     layout = memory_format(x, weight)
     scale, shift = _gates(gate_kernels, parameters, h)
+    if projection is not None:
+        u = projected(x, projection, geometry).contiguous(memory_format=layout)
+        p = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+        both = side_by_side(p, torch.conv2d(u, response_weight, groups=groups), groups, layout)
+        return epilogues.epilogue_forward(both, scale, shift, groups, relu), u if save_response else None
 
     def library() -> Result:
         both = torch.conv2d(x, join(weight, response_weight, groups), None, stride, padding, dilation, groups)
@@ -161,19 +181,62 @@ def backward(
     wanted: Wanted,
 ) -> Gradients:
     """One pass over dy and q, then a data and a weight gradient of the joined convolution, each where wanted."""
-    groups, relu = geometry.groups, geometry.relu
-    wants_both = wanted.x or wanted.weight or wanted.response_weight
+    groups, relu, projection = geometry.groups, geometry.relu, parameters.response_projection
+    wants_both = wanted.x or wanted.weight or wanted.response_weight or wanted.response_projection
+    u = q
+    if projection is not None and wanted.scale:
+        q = torch.conv2d(u, parameters.response_weight, groups=groups).unflatten(1, (groups, -1))
     wants_shift = wanted.shift and parameters.response_bias is not None
     scale, _ = _gates(gate_kernels, without_biases(parameters), h)
     d_both, d_scale, d_shift = epilogues.epilogue_partials(
         dy, y, q, scale, groups, relu, wants_both, wanted.scale, wants_shift
     )
-    dx = d_weight = d_response_weight = None
-    if d_both is not None:
+    dx = d_weight = d_response_weight = d_projection = None
+    if d_both is not None and projection is not None:
+        d_p, d_q = apart(d_both, groups)
+        dx, d_weight = convolution_gradients(d_p, x, parameters.weight, geometry, wanted.x, wanted.weight)
+        of_x, d_response_weight, d_projection = response_gradients(d_q, x, u, parameters, geometry, wanted)
+        dx = dx + of_x if dx is not None and of_x is not None else None
+    elif d_both is not None:
         filters = join(parameters.weight, parameters.response_weight, groups)
         dx, (d_weight, d_response_weight) = joined_gradients(d_both, x, filters, geometry, wanted)
     of_gates = _gate_gradients(gate_kernels, d_scale, d_shift, parameters, h, wanted)
-    return gradients(of_gates, x=dx, weight=d_weight, response_weight=d_response_weight)
+    return gradients(
+        of_gates, x=dx, weight=d_weight, response_weight=d_response_weight, response_projection=d_projection
+    )
+
+
+def response_gradients(
+    d_q: Tensor, x: Tensor, u: Tensor, parameters: GatedParameters, geometry: Geometry, wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dA, dB) of conv(conv(x, B), A), where wanted."""
+    projection = parameters.response_projection
+    assert projection is not None
+    needs_u = wanted.x or wanted.response_projection
+    if wanted.response_weight or needs_u:
+        # The data gradient asks for the shape and the layout of its images alone, and u may not have been kept.
+        images = u if u.numel() else d_q.new_empty(len(d_q), len(projection), *d_q.shape[2:])
+        du, d_factor = convolution_gradients(
+            d_q, images, parameters.response_weight, pointwise(geometry), needs_u, wanted.response_weight
+        )
+        if du is not None:
+            dx, d_projection = convolution_gradients(du, x, projection, geometry, wanted.x, wanted.response_projection)
+            return dx, d_factor, d_projection
+        return None, d_factor, None
+    return None, None, None
+
+
+def side_by_side(p: Tensor, q: Tensor, groups: int, layout: torch.memory_format) -> Tensor:
+    """P and Q (B, O, Ho, Wo) as the joined convolution leaves them, (B, 2·O, Ho, Wo)."""
+    halves = [branch.unflatten(1, (groups, -1)) for branch in (p, q)]
+    return torch.stack(halves, dim=2).flatten(1, 3).contiguous(memory_format=layout)
+
+
+def apart(both: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """P and Q of `side_by_side`, each in memory of its own and in the layout of both."""
+    layout = memory_format(both, both)
+    p, q = both.unflatten(1, (groups, 2, -1)).unbind(2)
+    return p.flatten(1, 2).contiguous(memory_format=layout), q.flatten(1, 2).contiguous(memory_format=layout)
 
 
 def without_biases(parameters: GatedParameters) -> GatedParameters:
@@ -184,7 +247,7 @@ def without_biases(parameters: GatedParameters) -> GatedParameters:
 def _gates(kernels: GateKernels | None, parameters: GatedParameters, h: Tensor) -> tuple[Tensor, Tensor | None]:
     if kernels is None or h.shape[1] > kernels.MAX_N:
         return gates(parameters, h)
-    _, bias, _, response_bias, weight_gate, bias_gate = parameters
+    _, bias, _, response_bias, weight_gate, bias_gate, _ = parameters
     return kernels.gates(bias, response_bias, weight_gate, bias_gate, h)
 
 
@@ -199,7 +262,7 @@ def _gate_gradients(
     if kernels is None or h.shape[1] > kernels.MAX_N:
         d_scale, d_shift = (None if parts is None else parts.sum(0) for parts in (d_scale, d_shift))
         return gate_gradients(d_scale, d_shift, parameters, h, wanted)
-    *_, response_bias, weight_gate, bias_gate = parameters
+    *_, response_bias, weight_gate, bias_gate, _ = parameters
     found = kernels.gates_backward(d_scale, d_shift, response_bias, weight_gate, bias_gate, h, wanted)
     # Kernels compute some of these together.
     wants = (wanted.bias, wanted.response_bias, wanted.weight_gate, wanted.bias_gate, wanted.h)

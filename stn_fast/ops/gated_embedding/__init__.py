@@ -6,11 +6,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stn_fast.ops.draw import check_coordinates, check_stream
 from stn_fast.ops.dropout import dropout
 from stn_fast.ops.gated_embedding import plain
+from stn_fast.ops.gated_linear import gated_linear
 from stn_fast.ops.gates import (
     GatedParameters,
     Wanted,
@@ -23,7 +25,7 @@ from stn_fast.ops.gates import (
 )
 from stn_fast.ops.operation import Operation
 from stn_fast.ops.serving import Implementations
-from stn_fast.ops.transforms import in_transform
+from stn_fast.ops.transforms import in_transform, traced
 
 if TYPE_CHECKING:
     from stn_fast.hyperparameters import HyperBatch
@@ -50,7 +52,10 @@ def reference(
 
 def fold(parameters: GatedParameters, h: Tensor) -> Tensor:
     """The plain table (V, D) that a gated one is at a single h (n,): E + R diag(Gw h)."""
-    return torch.addcmul(parameters.weight, parameters.response_weight, parameters.weight_gate @ h)
+    response, projection = parameters.response_weight, parameters.response_projection
+    if projection is not None:
+        response = projection @ response.T
+    return torch.addcmul(parameters.weight, response, parameters.weight_gate @ h)
 
 
 def row_scale(words: int, rate: Tensor, step: Tensor, seed: int, stream: int) -> Tensor:
@@ -129,7 +134,7 @@ def _backward(
 def _like(d_e: Tensor, tokens: Tensor, parameters: GatedParameters, h: Tensor, *rest: Any) -> list[Tensor | None]:
     *_, sparse, _ = rest
     table = d_e if sparse else parameters.response_weight
-    return [table, None, table, None, parameters.weight_gate, None, h]
+    return [table, None, table, None, parameters.weight_gate, None, None, h]
 
 
 def _finish(gradients: list[Tensor | None], kept: tuple[Tensor, ...], options: list[Any]) -> list[Tensor | None]:
@@ -177,6 +182,7 @@ def gated_embedding(
     seed: int = 0,
     step: Tensor | int = 0,
     stream: int = 1,
+    response_projection: Tensor | None = None,
 ) -> Tensor:
     """Word vectors that respond to hyperparameters, every example to its own (MacKay et al., 2019).
 
@@ -197,6 +203,8 @@ def gated_embedding(
             The optimizer has to take them, and torch.compile does not.
         rate: (1,) float32 in [0, 1]; not looked at, which would wait for the device.
         seed, step, stream: fix the draw of u; step may be a 0-dim int64 tensor. They matter where there is a rate.
+        response_projection: B (V, k) of a response of rank k, R = B Aᵀ, and then response_weight is A (D, k). None where
+            response_weight is R. Padding, dropout and sparse gradients are those of the rows of E and B.
 
     All floating point tensors are of one dtype: float32, float64, bfloat16 or float16; autocast leaves them alone, as
     it does torch.nn.Embedding. Gradients are computed only for inputs that require one. Forward-mode AD and
@@ -209,7 +217,7 @@ def gated_embedding(
         ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
         IndexError: a token is no row of the table. On CUDA a device-side assertion stops the process instead.
     """
-    parameters = GatedParameters(weight, None, response_weight, None, weight_gate, None)
+    parameters = GatedParameters(weight, None, response_weight, None, weight_gate, None, response_projection)
     check_parameters("gated_embedding", parameters)
     h = response_input(hyper, weight)
     check_examples("gated_embedding", tokens, hyper, example_dim, range(tokens.ndim))
@@ -232,10 +240,42 @@ def gated_embedding(
     if in_transform():
         scale = None if rate is None or at is None else row_scale(len(weight), rate, at, seed, stream)
         e = reference(rows, parameters, h, scale, outer, inner, padding)
+    elif response_projection is not None:
+        if not traced(rows, weight):
+            _check_range(rows, len(weight))
+        scale = None if rate is None or at is None else row_scale(len(weight), rate, at, seed, stream)
+        e = _of_low_rank(rows, parameters, h, scale, outer, inner, padding, sparse)
     else:
         operands = contiguous(rows, *parameters, h)
         e = _operation(*operands, rate, at, seed, stream, outer, inner, padding, sparse)
     return e.view(*tokens.shape, weight.shape[1])
+
+
+def _of_low_rank(
+    tokens: Tensor,
+    parameters: GatedParameters,
+    h: Tensor,
+    scale: Tensor | None,
+    outer: int,
+    inner: int,
+    padding: int,
+    sparse: bool,
+) -> Tensor:
+    """Two lookups, E[t] and u = B[t], and a gated linear layer of u that has no W: (h Gwᵀ) ⊙ (u Aᵀ)."""
+    _, _, factor, _, weight_gate, _, projection = parameters
+    assert projection is not None
+    rows = [
+        F.embedding(tokens, t, None if padding < 0 else padding, sparse=sparse) for t in (parameters.weight, projection)
+    ]
+    if scale is not None:
+        of_row = scale[tokens].to(rows[0].dtype)[:, None]
+        rows = [torch.where(of_row == 0, 0, row) * of_row for row in rows]
+    e, u = rows
+    with torch.autocast(e.device.type, enabled=False):
+        response = gated_linear(
+            u.view(outer, len(h), inner, -1), torch.zeros_like(factor), None, factor, None, weight_gate, None, h, 1
+        )
+    return e + response.view_as(e)
 
 
 def _check(tokens: Tensor, parameters: GatedParameters, h: Tensor, example_dim: int, padding_idx: int | None) -> None:
@@ -255,8 +295,12 @@ def _check(tokens: Tensor, parameters: GatedParameters, h: Tensor, example_dim: 
     words, n = weight.shape[0], h.shape[-1]
     if padding_idx is not None and not -words <= padding_idx < words:
         raise ValueError(f"gated_embedding: padding_idx={padding_idx} is no row of weight {tuple(weight.shape)}")
+    factors = None
+    if parameters.response_projection is not None:
+        rank = parameters.response_projection.shape[1]
+        factors = (weight.shape[1], rank), (words, rank)
     operands = (
-        *expected(parameters, weight.shape, weight.shape[1], n),
+        *expected(parameters, weight.shape, weight.shape[1], n, factors=factors),
         ("h", h, (tokens.shape[example_dim], n) if h.ndim == 2 else (n,)),
     )
     check_operands("gated_embedding", operands, weight, tokens=tokens, weight=weight, h=h, example_dim=example_dim)

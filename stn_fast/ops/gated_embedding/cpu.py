@@ -22,7 +22,7 @@ def forward(
 ) -> Tensor:
     from stn_fast import _C
 
-    weight, _, response_weight, _, weight_gate, _ = parameters
+    weight, response_weight, weight_gate = parameters.weight, parameters.response_weight, parameters.weight_gate
     s = h @ weight_gate.T
     e = weight.new_empty(len(tokens), weight.shape[1])
     _C.gated_embedding_forward(

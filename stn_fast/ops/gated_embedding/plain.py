@@ -20,9 +20,12 @@ def forward(
     inner: int,
     padding: int,
 ) -> Tensor:
-    weight, _, response_weight, _, weight_gate, _ = parameters
-    plain, response = (F.embedding(tokens, t, padding if padding >= 0 else None) for t in (weight, response_weight))
-    e = plain + rows_of(h @ weight_gate.T, outer, inner) * response
+    weight, _, response_weight, _, weight_gate, _, projection = parameters
+    table = response_weight if projection is None else projection
+    e, response = (F.embedding(tokens, t, padding if padding >= 0 else None) for t in (weight, table))
+    if projection is not None:
+        response = response @ response_weight.T
+    e = e + rows_of(h @ weight_gate.T, outer, inner) * response
     if scale is None:
         return e
     factor = scale[tokens].to(e.dtype)[:, None]

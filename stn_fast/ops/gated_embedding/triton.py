@@ -22,5 +22,5 @@ def forward(
     inner: int,
     padding: int,
 ) -> Tensor:
-    weight, _, response_weight, _, weight_gate, _ = parameters
+    weight, response_weight, weight_gate = parameters.weight, parameters.response_weight, parameters.weight_gate
     return kernels.forward(tokens, weight, response_weight, weight_gate, h, scale, outer, inner)

@@ -18,6 +18,7 @@ from stn_fast.ops.gates import (
     check_parameters,
     contiguous,
     expected,
+    factors,
     fold,
     response_input,
 )
@@ -44,17 +45,20 @@ def reference(x: Tensor, parameters: GatedParameters, h: Tensor, outer: int = 1,
 def _forward(
     x: Tensor, parameters: GatedParameters, h: Tensor, outer: int, inner: int, save_response: bool
 ) -> tuple[Tensor, Tensor]:
-    """(y, q): q = x Rᵀ is what backward needs for the gates, and empty when nobody will ask."""
-    module = implementations.serving(x, parameters.weight, h)
-    y, q = module.forward(x, parameters, h, outer, inner, save_response)
-    return y, q if save_response else x.new_empty(0)
+    """(y, saved): x Rᵀ, or u = x Bᵀ of a response of low rank, is what backward needs; empty when nobody will ask."""
+    module = implementations.serving(x, parameters.weight, parameters.response_weight, h)
+    y, saved = module.forward(x, parameters, h, outer, inner, save_response)
+    return y, saved if save_response else x.new_empty(0)
 
 
 def _fake(
     x: Tensor, parameters: GatedParameters, h: Tensor, outer: int, inner: int, save_response: bool
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape[0], parameters.weight.shape[0])
-    return y, torch.empty_like(y) if save_response else x.new_empty(0)
+    if not save_response:
+        return y, x.new_empty(0)
+    projection = parameters.response_projection
+    return y, torch.empty_like(y) if projection is None else x.new_empty(x.shape[0], projection.shape[0])
 
 
 def _backward(
@@ -62,13 +66,13 @@ def _backward(
     x: Tensor,
     parameters: GatedParameters,
     h: Tensor,
-    q: Tensor,
+    saved: Tensor,
     outer: int,
     inner: int,
     wanted: list[bool],
 ) -> Gradients:
-    module = implementations.serving(x, parameters.weight, h)
-    return module.backward(d_y.contiguous(), x, parameters, h, q, outer, inner, Wanted(*wanted))
+    module = implementations.serving(x, parameters.weight, parameters.response_weight, h)
+    return module.backward(d_y.contiguous(), x, parameters, h, saved, outer, inner, Wanted(*wanted))
 
 
 def _check_sizes(
@@ -81,7 +85,7 @@ def _check_sizes(
 _operation = Operation(
     "gated_linear",
     _forward,
-    outputs=("y", "q"),
+    outputs=("y", "saved"),
     fake=_fake,
     backward=_backward,
     differentiable=("x", "parameters", "h"),
@@ -99,6 +103,8 @@ def gated_linear(
     bias_gate: Tensor | None,
     hyper: HyperBatch | Tensor,
     example_dim: int = 0,
+    *,
+    response_projection: Tensor | None = None,
 ) -> Tensor:
     """A linear layer whose weights respond to hyperparameters, every example to its own (STN, section 3.1).
 
@@ -112,6 +118,8 @@ def gated_linear(
         hyper: a HyperBatch, or its response input h, (B, n) with one row an example, or (n,) shared by all of them:
             then the layer is folded into plain weights and costs one product instead of two.
         example_dim: the dimension of x that counts examples.
+        response_projection: B (k, I) of a response of rank k, R = A B, and then response_weight is A (O, k); its product
+            costs k (I + O) multiplications a position instead of I O. None where response_weight is R.
 
     All tensors are on one device and of one dtype: float32, float64, bfloat16 or float16. Under autocast each is cast
     to autocast's, but float64 is left alone, as in torch. Accumulation is in float32 for the 16-bit ones on CUDA.
@@ -124,7 +132,9 @@ def gated_linear(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together; the message names the argument.
     """
-    parameters = GatedParameters(weight, bias, response_weight, response_bias, weight_gate, bias_gate)
+    parameters = GatedParameters(
+        weight, bias, response_weight, response_bias, weight_gate, bias_gate, response_projection
+    )
     check_parameters("gated_linear", parameters)
     h = response_input(hyper, weight)
     check_examples("gated_linear", x, hyper, example_dim, range(x.ndim - 1))
@@ -140,7 +150,10 @@ def gated_linear(
     if in_transform():
         y = reference(rows, parameters, h, outer, inner)
     else:
-        save_response = torch.is_grad_enabled() and (h.requires_grad or parameters.weight_gate.requires_grad)
+        readers = [h, parameters.weight_gate]
+        if response_projection is not None:
+            readers.append(parameters.response_weight)
+        save_response = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in readers)
         y, _ = _operation(*contiguous(rows, *parameters, h), outer, inner, save_response)
     return y.view(*x.shape[:-1], parameters.weight.shape[0])
 
@@ -159,7 +172,7 @@ def _check(x: Tensor, parameters: GatedParameters, h: Tensor, example_dim: int) 
     (outputs, inputs), n = weight.shape, h.shape[-1]
     operands = (
         ("x", x, (*x.shape[:-1], inputs)),
-        *expected(parameters, weight.shape, outputs, n),
+        *expected(parameters, weight.shape, outputs, n, factors=factors(parameters, weight.shape)),
         ("h", h, (x.shape[example_dim], n) if h.ndim == 2 else (n,)),
     )
     check_operands("gated_linear", operands, weight, x=x, weight=weight, h=h, example_dim=example_dim)

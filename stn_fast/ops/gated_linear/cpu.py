@@ -15,17 +15,32 @@ from stn_fast.ops.products import both_times_transpose, sum_of_two
 def forward(
     x: Tensor, parameters: GatedParameters, h: Tensor, outer: int, inner: int, save_response: bool
 ) -> tuple[Tensor, Tensor]:
-    """Two library products, no copy of the weights, then one fused pass over their results."""
+    """Two library products, no copy of the weights, then one fused pass over their results.
+
+    Of a response of low rank Q = u Aᵀ, u = x Bᵀ, is made block by block of rows, and used while it is in the cache.
+    """
     from stn_fast import _C
 
-    weight, bias, response_weight, response_bias, weight_gate, bias_gate = parameters
-    y, q = both_times_transpose(x, weight, response_weight)
-    _C.gated_epilogue_forward(
-        own_address(y), own_address(q), address(h), address(weight_gate),
-        address(bias), address(response_bias), address(bias_gate),
-        outer, h.shape[0], inner, weight.shape[0], h.shape[1], torch.get_num_threads(),
-    )  # fmt: skip
-    return y, q
+    weight, bias, response_weight, response_bias, weight_gate, bias_gate, projection = parameters
+
+    def epilogue(y: Tensor, q: Tensor, h: Tensor, turns: int) -> None:
+        _C.gated_epilogue_forward(
+            own_address(y), own_address(q), address(h), address(weight_gate),
+            address(bias), address(response_bias), address(bias_gate),
+            turns, len(h), inner, weight.shape[0], h.shape[1], torch.get_num_threads(),
+        )  # fmt: skip
+
+    if projection is None:
+        y, q = both_times_transpose(x, weight, response_weight)
+        epilogue(y, q, h, outer)
+        return y, q
+    y, u = both_times_transpose(x, weight, projection)
+    most = _BLOCK // len(weight)
+    buffer = y.new_empty(min(len(y), max(most, inner)), len(weight))
+    for rows, examples, turns in row_blocks(outer, len(h), inner, most):
+        of_y = y[rows]
+        epilogue(of_y, torch.mm(u[rows], response_weight.T, out=buffer[: len(of_y)]), h[examples], turns)
+    return y, u
 
 
 def backward(
@@ -33,12 +48,14 @@ def backward(
     x: Tensor,
     parameters: GatedParameters,
     h: Tensor,
-    q: Tensor,
+    saved: Tensor,
     outer: int,
     inner: int,
     wanted: Wanted,
 ) -> Gradients:
-    """Block by block of rows, one fused pass over dy and q and then the products that use them.
+    """Block by block of rows, one fused pass over dy and Q and then the products that use them.
+
+    `saved` is Q, or of a response of low rank u, from which Q is made again.
 
     A block's dy, g = dy ⊙ s, x and dx are used again while they are in the cache, and g never fills memory of its
     own: as a whole it is fresh pages every time, whose faults cost more than the arithmetic on them. A block holds
@@ -46,7 +63,7 @@ def backward(
     """
     from stn_fast import _C
 
-    weight, _, response_weight, response_bias, weight_gate, bias_gate = parameters
+    weight, _, response_weight, response_bias, weight_gate, bias_gate, projection = parameters
     address(dy)  # raises where it can't be read
 
     def out(like: Tensor | None, wants: bool) -> Tensor | None:
@@ -58,16 +75,28 @@ def backward(
     d_weight_gate, d_bias_gate = out(weight_gate, wanted.weight_gate), out(bias_gate, wanted.bias_gate)
     d_response_bias, d_h = out(response_bias, wanted.response_bias), out(h, wanted.h)
     dx, d_weight = out(x, wanted.x), out(weight, wanted.weight)
-    d_response_weight = out(response_weight, wanted.response_weight)
-    needs_g = wanted.x or wanted.response_weight
-    buffer = dy.new_empty(min(len(dy), max(most, inner)), outputs) if needs_g else None
+    d_response_weight, d_projection = (
+        out(response_weight, wanted.response_weight),
+        out(projection, wanted.response_projection),
+    )
+    needs_u = wanted.x or wanted.response_projection
+    needs_g = needs_u or wanted.response_weight
+    needs_q = wanted.scale and projection is not None
+
+    def block(wants: bool) -> Tensor | None:
+        return dy.new_empty(min(len(dy), max(most, inner)), outputs) if wants else None
+
+    of_g, of_remade = block(needs_g), block(needs_q)
 
     sums = tuple(own_address(t) for t in (d_weight_gate, d_bias, d_response_bias, d_bias_gate))
     constants = (address(weight_gate), address(response_bias), address(bias_gate))
     epilogue: Callable[..., None] = _C.gated_epilogue_backward
     for rows, examples, turns in row_blocks(outer, len(h), inner, most):
-        of_dy, of_x, of_h, of_q = dy[rows], x[rows], h[examples], q[rows]
-        g = None if buffer is None else buffer[: len(of_dy)]
+        of_dy, of_x, of_h, of_saved = dy[rows], x[rows], h[examples], saved[rows]
+        g = None if of_g is None else of_g[: len(of_dy)]
+        of_q = of_saved
+        if of_remade is not None:
+            of_q = torch.mm(of_saved, response_weight.T, out=of_remade[: len(of_dy)])
         inputs = (address(of_dy), address(of_q), address(of_h), *constants)
         sizes = (turns, len(of_h), inner, outputs, h.shape[1])
         if g is not None or any(sums):
@@ -75,11 +104,16 @@ def backward(
         if d_h is not None:  # apart from the sums, which would crowd its tiles out of the cache
             again = rows.start >= len(h) * inner
             epilogue(*inputs, 0, 0, 0, 0, 0, own_address(d_h[examples]), *sizes, again, torch.get_num_threads())
-        if dx is not None and g is not None:
-            sum_of_two(of_dy, weight, g, response_weight, out=dx[rows])
-        for total, factor in ((d_weight, of_dy), (d_response_weight, g)):
+        # The branch of the response: its input, the gradient of what that is multiplied with, and by what.
+        du, back, source = g, response_weight, of_x
+        if projection is not None:
+            du, back, source = g @ response_weight if g is not None and needs_u else None, projection, of_saved
+        if dx is not None and du is not None:
+            sum_of_two(of_dy, weight, du, back, out=dx[rows])
+        sums_of_products = ((d_weight, of_dy, of_x), (d_response_weight, g, source), (d_projection, du, of_x))
+        for total, factor, factor_x in sums_of_products:
             if total is not None and factor is not None:
-                torch.addmm(total, factor.T, of_x, beta=rows.start > 0, out=total)
+                torch.addmm(total, factor.T, factor_x, beta=rows.start > 0, out=total)
     return Gradients(
         x=dx,
         weight=d_weight,
@@ -88,6 +122,7 @@ def backward(
         response_bias=d_response_bias,
         weight_gate=d_weight_gate,
         bias_gate=d_bias_gate,
+        response_projection=d_projection,
         h=d_h,
     )
 

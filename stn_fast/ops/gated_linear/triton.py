@@ -18,8 +18,9 @@ def why_not(h: Tensor) -> str | None:
 def forward(
     x: Tensor, parameters: GatedParameters, h: Tensor, outer: int, inner: int, save_response: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, x Rᵀ where it is to be saved)"""
-    return kernels.forward(x, *parameters, h, outer, inner, save_response)
+    """(y, x Rᵀ where it is to be saved), or of a response of low rank (y, u), u = x Bᵀ"""
+    *six, projection = parameters
+    return kernels.forward(x, *six, h, outer, inner, save_response, projection=projection)
 
 
 def backward(
@@ -27,11 +28,15 @@ def backward(
     x: Tensor,
     parameters: GatedParameters,
     h: Tensor,
-    q: Tensor,
+    saved: Tensor,
     outer: int,
     inner: int,
     wanted: Wanted,
 ) -> Gradients:
-    weight, _, response_weight, response_bias, weight_gate, bias_gate = parameters
-    operands = (x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q)
-    return Gradients(*kernels.backward(dy, *operands, outer, inner, wanted))
+    weight, _, response_weight, response_bias, weight_gate, bias_gate, projection = parameters
+    operands = (x, weight, response_weight, response_bias, weight_gate, bias_gate, h, saved)
+    asked = wanted._asdict()
+    last = asked.pop("response_projection")
+    found = kernels.backward(dy, *operands, outer, inner, (*asked.values(), last), projection=projection)
+    *others, d_h = found[:8]
+    return Gradients(*others, found[8] if projection is not None else None, d_h)

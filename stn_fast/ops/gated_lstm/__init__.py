@@ -17,6 +17,7 @@ from stn_fast.ops.gates import (
     check_parameters,
     contiguous,
     expected,
+    factors,
     fold,
     response_input,
 )
@@ -76,6 +77,11 @@ def _forward(
     return y, c_n, *saved
 
 
+def _response_width(weights: GatedParameters) -> int:
+    """Of what is kept of a response: x Rᵀ, or of low rank x Bᵀ."""
+    return len(weights.weight if weights.response_projection is None else weights.response_projection)
+
+
 def _check_sizes(x: Tensor, h_0: Tensor, c_0: Tensor, *rest: Any) -> None:
     h = rest[2]
     if not x.shape[1] == len(h_0) == len(c_0) == len(h):
@@ -84,14 +90,18 @@ def _check_sizes(x: Tensor, h_0: Tensor, c_0: Tensor, *rest: Any) -> None:
         )
 
 
-def _fake(x: Tensor, h_0: Tensor, c_0: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake(
+    x: Tensor, h_0: Tensor, c_0: Tensor, from_input: GatedParameters, from_hidden: GatedParameters, *rest: Any
+) -> tuple[Tensor, ...]:
     *_, save, save_response = rest
     (steps, batch), hidden = x.shape[:2], h_0.shape[1]
 
     def kept(width: int, wants: bool) -> Tensor:
         return x.new_empty(steps if wants else 0, batch, width)
 
-    saved = kept(4 * hidden, save), kept(hidden, save), *(kept(4 * hidden, save and save_response) for _ in range(2))
+    # Of no time step, every response is as wide as gates are.
+    widths = [_response_width(side) if save and save_response else 4 * hidden for side in (from_input, from_hidden)]
+    saved = kept(4 * hidden, save), kept(hidden, save), *(kept(width, save and save_response) for width in widths)
     return kept(hidden, True), torch.empty_like(c_0), *saved
 
 
@@ -152,7 +162,8 @@ def gated_lstm(
     Args:
         x: (T, B, I), at least one time step.
         h_0, c_0: the state before the first step, (B, H).
-        from_input, from_hidden: `GatedParameters` of 4H outputs, of I and of H inputs.
+        from_input, from_hidden: `GatedParameters` of 4H outputs, of I and of H inputs, each with a response of full or of
+            low rank.
         hyper: a HyperBatch, or its response input h, (B, n) with one row an example, or (n,) shared by all of them:
             then the layer is folded into a plain LSTM and costs half the products.
         reverse: whether time runs from the last step to the first; y stays in the order of x.
@@ -191,8 +202,9 @@ def gated_lstm(
         return _folded(x, h_0, c_0, fold(from_input, h), fold(from_hidden, h), reverse)
     tensors = (x, h_0, c_0, *from_input, *from_hidden, h)
     needed = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    gates = (h, from_input.weight_gate, from_hidden.weight_gate)
-    save_response = needed and any(tensor.requires_grad for tensor in gates)
+    readers = [h, from_input.weight_gate, from_hidden.weight_gate]
+    readers += [side.response_weight for side in (from_input, from_hidden) if side.response_projection is not None]
+    save_response = needed and any(tensor.requires_grad for tensor in readers)
     y, c_n, *_ = _operation(*contiguous(*tensors), reverse, needed, save_response)
     return y, (y[0 if reverse else -1], c_n)
 
@@ -239,12 +251,13 @@ def _check(
             f"got x {tuple(x.shape)}, h_0 {tuple(h_0.shape)}, h {tuple(h.shape)}"
         )
     (_, batch, inputs), hidden, n = x.shape, h_0.shape[1], h.shape[-1]
+    wide = 4 * hidden
     operands = (
         ("x", x, x.shape),
         ("h_0", h_0, (batch, hidden)),
         ("c_0", c_0, (batch, hidden)),
         ("h", h, (batch, n) if h.ndim == 2 else (n,)),
-        *expected(from_input, (4 * hidden, inputs), 4 * hidden, n, "from_input."),
-        *expected(from_hidden, (4 * hidden, hidden), 4 * hidden, n, "from_hidden."),
+        *expected(from_input, (wide, inputs), wide, n, "from_input.", factors(from_input, (wide, inputs))),
+        *expected(from_hidden, (wide, hidden), wide, n, "from_hidden.", factors(from_hidden, (wide, hidden))),
     )
     check_operands("gated_lstm", operands, from_input.weight, "from_input.weight", x=x, h_0=h_0, h=h)

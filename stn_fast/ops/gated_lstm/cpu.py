@@ -1,6 +1,7 @@
 """The recurrence of gated_lstm by the C++ core: float32 on the CPU, as `over_time.Backend` describes it.
 
-A time step is one product with [W; R] and one pass of the core around it.
+A time step is one product with [W; R] and one pass of the core around it. Of a response of low rank it is one with
+[W; B], whose last columns are u, and a small one of u with A.
 """
 
 from __future__ import annotations
@@ -31,24 +32,35 @@ def forward(
     reverse: bool,
     save: bool,
     save_response: bool,
+    projection: Tensor | None,
 ) -> Recurrence:
     from stn_fast import _C
 
-    (steps, batch, _), hidden, threads = gates.shape, h_0.shape[1], torch.get_num_threads()
+    (steps, batch, wide), hidden, threads = gates.shape, h_0.shape[1], torch.get_num_threads()
     for given in (gates, h_0, c_0, scale):
         address(given)  # raises where it can't be read
-    times_weights = many_times_transpose(torch.cat([weight, response_weight]), batch)
+    second = response_weight if projection is None else projection
+    times_weights = many_times_transpose(torch.cat([weight, second]), batch)
     y = gates.new_empty(steps, batch, hidden)
     cells = torch.empty_like(y) if save else gates.new_empty(1, batch, hidden).expand_as(y)
-    response = torch.empty_like(gates) if save_response else None
+    response = gates.new_empty(steps, batch, len(second)) if save_response else None
+    times_factor = None if projection is None else gates.new_empty(batch, wide)
     h, c = h_0, c_0
     for t in in_time(steps, reverse):
         both = times_weights(h)
+        kept = None if response is None else response[t]
+        q, q_row = both[:, wide:], both.shape[1]
+        if times_factor is not None:
+            u, q_row = q, wide
+            q = torch.mm(u, response_weight.T, out=times_factor)
+            if kept is not None:
+                kept.copy_(u)
+                kept = None
         h, c_before, c = y[t], c, cells[t]
         _C.gated_lstm_cell_forward(
-            own_address(gates[t]), own_address(both), own_address(scale), address(shift), own_address(c_before),
-            own_address(c), own_address(h), own_address(None if response is None else response[t]),
-            batch, hidden, threads,
+            own_address(gates[t]), own_address(both), own_address(q), own_address(scale), address(shift),
+            own_address(c_before), own_address(c), own_address(h), own_address(kept),
+            both.shape[1], q_row, batch, hidden, threads,
         )  # fmt: skip
     return Recurrence(y, c.clone(), cells if save else None, response)
 
@@ -64,14 +76,18 @@ def backward(
     scale: Tensor,
     reverse: bool,
     wants_h_0: bool,
+    projection: Tensor | None,
 ) -> RecurrenceGradients:
     from stn_fast import _C
 
     (steps, batch, wide), hidden, threads = gates.shape, c_0.shape[1], torch.get_num_threads()
     for given in (dy, d_last_cell, gates, cells, c_0, scale):
         address(given)  # raises where it can't be read
-    d_gates, d_both = torch.empty_like(gates), gates.new_empty(batch, 2 * wide)
-    times_weights = many_times_transpose(torch.cat([weight, response_weight]).T, batch)
+    second = response_weight if projection is None else projection
+    d_gates, d_both = torch.empty_like(gates), gates.new_empty(batch, wide + len(second))
+    d_second = d_both[:, wide:]
+    d_q = d_second if projection is None else gates.new_empty(batch, wide)
+    times_weights = many_times_transpose(torch.cat([weight, second]).T, batch)
     dc = torch.zeros_like(c_0) if d_last_cell is None else d_last_cell.clone(memory_format=torch.contiguous_format)
     dh = None
     order = in_time(steps, reverse)
@@ -80,9 +96,11 @@ def backward(
         c_before = cells[order[position - 1]] if position else c_0
         _C.gated_lstm_cell_backward(
             own_address(dy[t]), own_address(dh), own_address(dc), own_address(gates[t]), own_address(cells[t]),
-            own_address(c_before), own_address(scale), own_address(d_gates[t]), own_address(d_both),
-            batch, hidden, threads,
+            own_address(c_before), own_address(scale), own_address(d_gates[t]), own_address(d_both), own_address(d_q),
+            d_both.shape[1], d_q.stride(0), batch, hidden, threads,
         )  # fmt: skip
         if position or wants_h_0:
+            if projection is not None:
+                torch.mm(d_q, response_weight, out=d_second)
             dh = times_weights(d_both)
     return RecurrenceGradients(d_gates, dh if wants_h_0 else None, dc)

@@ -19,7 +19,8 @@ from stn_fast.ops.gates import GatedParameters, Gradients, Wanted
 
 class Saved(NamedTuple):
     """What backward needs of forward: activated gates i, f, g, o (T, B, 4H), cell states (T, B, H), and both responses
-    x Rᵀ (T, B, 4H), of no time step where nobody wants the gradient of a gate or of the hyperparameters."""
+    x Rᵀ (T, B, 4H), of no time step where nobody wants the gradient of a gate or of the hyperparameters; of responses
+    of low rank u = x Bᵀ (T, B, k), which the gradient of A reads too."""
 
     gates: Tensor
     cells: Tensor
@@ -28,7 +29,8 @@ class Saved(NamedTuple):
 
 
 class Recurrence(NamedTuple):
-    """y (T, B, H), c_n (B, H), and where kept the cell states (T, B, H) and the responses h_{t−1} Rᵀ (T, B, 4H)."""
+    """y (T, B, H), c_n (B, H), and where kept the cell states (T, B, H) and the responses h_{t−1} Rᵀ (T, B, 4H), or of
+    low rank h_{t−1} Bᵀ (T, B, k)."""
 
     y: Tensor
     c_n: Tensor
@@ -62,11 +64,13 @@ class Backend(Protocol):
         reverse: bool,
         save: bool,
         save_response: bool,
+        projection: Tensor | None,
     ) -> Recurrence:
         """gates (T, B, 4H) hold the input's share on entry and, where `save`, activated i, f, g, o on return.
 
         They are of gates[t] + h_{t−1} Wᵀ + scale ⊙ h_{t−1} Rᵀ + shift with W, R (4H, H) and scale, shift (B, 4H).
-        Cells and responses are kept where `save` and `save_response`.
+        Cells and responses are kept where `save` and `save_response`. With a projection B (k, H), R is A B and
+        response_weight is A (4H, k).
         """
 
     def backward(
@@ -81,6 +85,7 @@ class Backend(Protocol):
         scale: Tensor,
         reverse: bool,
         wants_h_0: bool,
+        projection: Tensor | None,
     ) -> RecurrenceGradients:
         """From the gradients of y and c_n and what `forward` kept."""
 
@@ -112,13 +117,13 @@ def forward(
         shift = torch.addcmul(from_hidden.bias, h @ from_hidden.bias_gate.T, from_hidden.response_bias)
     y, c_n, cells, hidden_response = backend.forward(
         gates, h_0, c_0, from_hidden.weight, from_hidden.response_weight, h @ from_hidden.weight_gate.T, shift,
-        reverse, save, save_response,
+        reverse, save, save_response, from_hidden.response_projection,
     )  # fmt: skip
     if cells is None:
         return y, c_n, None
     if input_response is None or hidden_response is None:
         return y, c_n, Saved(gates, cells, *(x.new_empty(0, batch, wide) for _ in range(2)))
-    return y, c_n, Saved(gates, cells, input_response.view_as(gates), hidden_response)
+    return y, c_n, Saved(gates, cells, input_response.unflatten(0, (steps, batch)), hidden_response)
 
 
 def backward(
@@ -141,25 +146,28 @@ def backward(
     wants_x, wants_h_0, wants_c_0, *wants_weights, wants_h = wanted
     d_gates, d_h_0, d_c_0 = backend.backward(
         dy, d_last_cell, saved.gates, saved.cells, c_0, from_hidden.weight, from_hidden.response_weight,
-        h @ from_hidden.weight_gate.T, reverse, wants_h_0,
+        h @ from_hidden.weight_gate.T, reverse, wants_h_0, from_hidden.response_projection,
     )  # fmt: skip
 
     def linear(weights: GatedParameters, positions: Tensor, response: Tensor, wants: Sequence[bool]) -> Gradients:
         rows = (d_gates.flatten(0, 1), positions.flatten(0, 1), weights, h, response.flatten(0, 1))
         return backend.linear(h).backward(*rows, len(x), 1, Wanted._make([*wants, wants_h]))
 
-    input_side = linear(from_input, x, saved.input_response, [wants_x, *wants_weights[:6]])
-    # Only the gradients of W and R read the states before each step.
+    of_side = len(GatedParameters._fields)
+    wants_input, wants_hidden = [wants_x, *wants_weights[:of_side]], [False, *wants_weights[of_side:]]
+    input_side = linear(from_input, x, saved.input_response, wants_input)
+    # Only the gradients of W and R, or of B, read the states before each step.
     before = y
-    if wants_weights[6] or wants_weights[8]:
+    wants = Wanted._make([*wants_hidden, wants_h])
+    if wants.weight or wants.response_weight or wants.response_projection:
         before = torch.cat([y[1:], h_0[None]] if reverse else [h_0[None], y[:-1]])
-    hidden_side = linear(from_hidden, before, saved.hidden_response, [False, *wants_weights[6:]])
+    hidden_side = linear(from_hidden, before, saved.hidden_response, wants_hidden)
     d_h = None if input_side.h is None or hidden_side.h is None else input_side.h + hidden_side.h
     return [
         None if input_side.x is None else input_side.x.view_as(x),
         d_h_0,
         d_c_0.to(c_0.dtype) if wants_c_0 else None,
-        *input_side[1:7],
-        *hidden_side[1:7],
+        *input_side[1:-1],
+        *hidden_side[1:-1],
         d_h,
     ]

@@ -30,14 +30,17 @@ def forward(
     reverse: bool,
     save: bool,
     save_response: bool,
+    projection: Tensor | None,
 ) -> Recurrence:
     exact = wide(gates.dtype)
     y = gates.new_empty(*gates.shape[:2], h_0.shape[1])
     cells = torch.empty_like(y) if save else None
-    response = torch.empty_like(gates) if save_response else None
+    width = len(response_weight) if projection is None else len(projection)
+    response = gates.new_empty(*gates.shape[:2], width) if save_response else None
     hidden, cell = h_0, c_0
     for t in in_time(len(gates), reverse):
-        q = hidden @ response_weight.T
+        u = hidden if projection is None else hidden @ projection.T
+        q = u @ response_weight.T
         before = torch.addcmul(gates[t].to(exact) + hidden @ weight.T, scale.to(exact), q.to(exact))
         i, f, g, o = (before if shift is None else before + shift).chunk(4, -1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
@@ -47,7 +50,7 @@ def forward(
             cells[t] = cell
             gates[t] = torch.cat([i, f, g, o], dim=-1)
         if response is not None:
-            response[t] = q
+            response[t] = q if projection is None else u
     return Recurrence(y, cell, cells, response)
 
 
@@ -62,6 +65,7 @@ def backward(
     scale: Tensor,
     reverse: bool,
     wants_h_0: bool,
+    projection: Tensor | None,
 ) -> RecurrenceGradients:
     # The gradient of the cell state is handed from step to step, a sum of many terms: in float32 at least.
     exact = wide(gates.dtype)
@@ -81,5 +85,7 @@ def backward(
         d_gates[t] = before.to(gates.dtype)
         dc = d_c * f
         if position or wants_h_0:
-            dh = torch.addmm(d_gates[t] @ weight, (before * scale).to(dh.dtype), response_weight)
+            dq = (before * scale).to(dh.dtype)
+            du, back = (dq, response_weight) if projection is None else (dq @ response_weight, projection)
+            dh = torch.addmm(d_gates[t] @ weight, du, back)
     return RecurrenceGradients(torch.stack(d_gates), dh if wants_h_0 else None, dc)

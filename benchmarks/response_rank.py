@@ -1,0 +1,194 @@
+"""How well a recipe tunes by its response's rank, its cycle and its validation batch, over several seeds.
+
+    python -m benchmarks.response_rank digits --seeds 5 --out results/response-rank.jsonl
+    python -m benchmarks.response_rank ptb-small --variants full rank-16 factors-dropped --seeds 3 --out FILE
+
+A row is appended to FILE as each run ends, and a run whose row is there already is not made again: the command can be
+ended at any time and goes on where it was. Seeds are the outer loop, so that a table of the rows so far compares like
+with like. Then it prints for each recipe the mean and the range over seeds of what each variant came to.
+
+full           the recipe as it is: a full response
+rank-K, auto   ``method.response_rank``
+frozen         the control: a full response, location and scale held still
+cycle-N        rank 16, N training steps to one validation step
+half-batch     rank 16, half the recipe's validation batch
+factors-dropped  rank 16, DropConnect on the factors of a recurrent response too, not on W alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from benchmarks.self_tuning import Result, score
+from stn_fast.command_line import run_command
+from stn_fast.errors import UserError
+from stn_fast.files import expanded
+from stn_fast.hyperparameters import HyperBatch
+from stn_fast.layers import HyperLSTM
+from stn_fast.ops.gates import GatedParameters
+from stn_fast.recipes import RECIPES, recipe
+from stn_fast.training.config import Config
+from stn_fast.training.task import Task
+
+RANK = 16
+RANKS = (1, 4, 16, 64)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    **{f"rank-{rank}": {"response_rank": rank} for rank in RANKS},
+    "auto": {"response_rank": "auto"},
+    "frozen": {"freeze": True},
+    "cycle-5": {"response_rank": RANK, "train_steps": 5},
+    "cycle-10": {"response_rank": RANK, "train_steps": 10},
+    "half-batch": {"response_rank": RANK},
+    "factors-dropped": {"response_rank": RANK},
+}
+DEFAULT = ("full", *(f"rank-{rank}" for rank in RANKS), "frozen")
+KEPT = (
+    "valid_loss", "test_loss", "test_accuracy", "test_perplexity", "hyperparameters", "best_step", "steps", "wall_seconds",
+)  # fmt: skip
+
+
+class FactorsDropped(HyperLSTM):
+    """DropConnect on W, A and B of the hidden-to-hidden matrices."""
+
+    def _connected(self, suffix: str, hyper: HyperBatch | Tensor) -> GatedParameters:
+        weights = super()._connected(suffix, hyper)
+        drop = self.drop_connects[suffix]
+        projection = weights.response_projection
+        assert projection is not None and isinstance(hyper, HyperBatch)
+        return weights._replace(
+            response_weight=drop(weights.response_weight, hyper), response_projection=drop(projection, hyper)
+        )
+
+
+def build(config: Config) -> Task:
+    """The task, and in a run named so the LSTM that drops factors."""
+    task = recipe(config.recipe).build(config)
+    if "factors-dropped" in (config.run_dir or ""):
+        _drop_factors(task.model)
+    return task
+
+
+def _drop_factors(model: nn.Module) -> None:
+    layers = [module for module in model.modules() if isinstance(module, HyperLSTM) and module.drop_connects]
+    if not layers:
+        raise UserError("factors-dropped is for a recipe whose network has an LSTM with recurrent_dropout")
+    for layer in layers:
+        layer.__class__ = FactorsDropped
+
+
+def configure(name: str, variant: str, seed: int, run_dir: Path, flags: argparse.Namespace) -> Config:
+    defaults = replace(recipe(name).config(), data_root=flags.data_root)
+    schedule = replace(defaults.schedule, epochs=flags.epochs or defaults.schedule.epochs)
+    if variant == "half-batch":
+        schedule = replace(schedule, valid_batch_size=max(1, schedule.valid_batch_size // 2))
+    method = replace(defaults.method, **VARIANTS[variant])
+    return replace(
+        defaults, method=method, schedule=schedule, seed=seed, run_dir=str(run_dir / f"{name}-{variant}-{seed}")
+    )
+
+
+def measure(config: Config) -> Result:
+    """What a run came to; ``diverged`` says how it failed."""
+    from stn_fast.training.run import run
+    from stn_fast.training.trainer import Diverged
+
+    try:
+        result = run(config, build, resume=False)
+    except Diverged as error:
+        return {"diverged": str(error)}
+    return {key: result[key] for key in KEPT if key in result} | {"diverged": None}
+
+
+def rows(path: Path) -> list[Result]:
+    """What the file holds so far.
+
+    Raises:
+        UserError: a line of it is no row.
+    """
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise UserError(f"--out {path}: a line is not JSON ({error}); name another file or mend it") from None
+
+
+def key(row: Mapping[str, Any]) -> tuple[str, str, int, int | None]:
+    return row["recipe"], row["variant"], row["seed"], row["epochs"]
+
+
+def table(name: str, made: Iterable[Result]) -> str:
+    """A line for each variant: mean (smallest to largest) over its seeds."""
+    by_variant: dict[str, list[Result]] = {}
+    for row in made:
+        by_variant.setdefault(row["variant"], []).append(row)
+
+    def cell(of_variant: Sequence[Result], column: str) -> str:
+        values = [score(row, column) for row in of_variant]
+        return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+
+    lines = [f"{name:>20}  {'best validation loss':<28} {'test loss there':<28} seeds"]
+    for variant in sorted(by_variant, key=list(VARIANTS).index):
+        of_variant = by_variant[variant]
+        cells = "  ".join(f"{cell(of_variant, column):<27}" for column in ("valid_loss", "test_loss"))
+        lines.append(f"{variant:>20}  {cells}  {len(of_variant)}")
+        finite = [row for row in of_variant if not row["diverged"]]
+        for parameter in finite[0]["hyperparameters"] if finite else ():
+            values = [row["hyperparameters"][parameter] for row in finite]
+            middle = statistics.mean(values)
+            lines.append(f"{'':>22}{parameter:<28}{middle:.4g} ({min(values):.4g} to {max(values):.4g})")
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    it = argparse.ArgumentParser(prog="python -m benchmarks.response_rank", description=(__doc__ or "").splitlines()[0])
+    it.add_argument("recipes", nargs="+", metavar="RECIPE", choices=list(RECIPES), help=", ".join(RECIPES))
+    it.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(DEFAULT))
+    it.add_argument("--out", metavar="FILE", required=True, help="JSON lines, to which a row is added for each run")
+    it.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 (default: %(default)s)")
+    it.add_argument("--epochs", type=int, help="instead of the recipe's own")
+    it.add_argument("--data-root", metavar="DIR", default=os.environ.get("STN_FAST_DATA"), help="data sets")
+    it.add_argument("--run-dir", metavar="DIR", help="keep the runs here, a folder each (default: nowhere)")
+    return it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what is not in the file yet, and prints what then is; returns 0."""
+    it = parser()
+    flags = it.parse_args(arguments)
+    if flags.seeds < 1:
+        it.error(f"--seeds must be at least 1; got {flags.seeds}")
+    out = expanded(flags.out, "--out")
+    try:
+        done = {key(row) for row in rows(out)}
+        with tempfile.TemporaryDirectory() as scratch:
+            for seed in range(flags.seeds):
+                for name in flags.recipes:
+                    for variant in flags.variants:
+                        row = {"recipe": name, "variant": variant, "seed": seed, "epochs": flags.epochs}
+                        if key(row) in done:
+                            continue
+                        config = configure(name, variant, seed, Path(flags.run_dir or scratch), flags)
+                        with out.open("a") as file:
+                            file.write(json.dumps(row | measure(config)) + "\n")
+        for name in flags.recipes:
+            asked = [row for row in rows(out) if row["recipe"] == name and row["epochs"] == flags.epochs]
+            print(table(name, [row for row in asked if row["variant"] in flags.variants]) + "\n", flush=True)
+    except UserError as error:
+        it.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
