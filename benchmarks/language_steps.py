@@ -11,8 +11,9 @@ faster.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -22,12 +23,13 @@ from benchmarks.published_language import Trainer
 from benchmarks.timing import Clock, Provider
 from benchmarks.whole_steps import Makers, steps_of
 from stn_fast.command_line import run_command
+from stn_fast.hyperparameter import ResponseRank
 from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.config import Precision
-from stn_fast.training.methods import SelfTuning
+from stn_fast.training.methods import Method
 
 MODES = ("train", "valid", "cycle")
-PROVIDERS = ("stn_fast", "stn_fast_captured", "plain", "plain_captured", "published")
+PROVIDERS = ("stn_fast", "stn_fast_captured", *whole_steps.RANKS, "fixed", "plain", "plain_captured", "published")
 LAYERS = 2
 CLIP = 0.25
 # T words of B streams, H units, and the vocabulary: the recipes ptb and ptb-small.
@@ -35,6 +37,7 @@ SHAPES = {"ptb": (70, 40, 650, 10_000), "ptb-small": (35, 20, 200, 3_141)}
 # Of a pass, as many as Penn Treebank's: the first of each has no state, and is no step like the others.
 WINDOWS = 331
 
+self_tuning = partial(whole_steps.self_tuning, tune_scales=False)
 sgd = partial(torch.optim.SGD, lr=0.1, fused=True)
 
 
@@ -64,20 +67,20 @@ def makers(
 
     fixed = streams(0)[0]
 
-    def method() -> SelfTuning:
+    def method(rank: ResponseRank = None, make: Callable[..., Any] = self_tuning) -> Any:
         torch.manual_seed(0)
-        model = LanguageModel(space, words, width, width, LAYERS).to(device)
+        model = LanguageModel(space, words, width, width, LAYERS, response_rank=rank).to(device)
         losses = language.regularised_next_word_loss, language.next_word_loss
-        return whole_steps.self_tuning(model, space, losses, precision, optimizer=sgd, tune_scales=False, clip=CLIP)
+        return make(model, space, losses, precision, optimizer=sgd, clip=CLIP)
 
-    def stn_fast(of: SelfTuning | CapturedSteps) -> Provider:
+    def stn_fast(of: Method | CapturedSteps, tunes: bool = True) -> Provider:
         count, (to_train, to_valid) = iter(range(10**9)), ((streams(k), iter(range(10**9))) for k in range(2))
 
         def step(take: whole_steps.TakeStep, read: Streams, windows: Iterator[int]) -> object:
             return take(read[next(windows)], next(count))
 
         train, valid = (lambda: step(of.train_step, *to_train)), (lambda: step(of.valid_step, *to_valid))
-        return steps_of(mode, train, valid, getattr(of, "reasons", None))
+        return steps_of(mode, train, valid if tunes else None, getattr(of, "reasons", None))
 
     def training() -> plain.Training:
         torch.manual_seed(0)
@@ -113,6 +116,8 @@ def makers(
 
     found: Makers = {
         "stn_fast": lambda: stn_fast(method()),
+        **{name: partial(lambda rank: stn_fast(method(rank)), rank) for name, rank in whole_steps.RANKS.items()},
+        "fixed": lambda: stn_fast(method(make=whole_steps.fixed), tunes=False),
         "published": of_paper,
         "plain": lambda: reading(training().step),
     }

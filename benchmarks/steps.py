@@ -11,7 +11,9 @@ take turns in one process; ratios below 1 are faster.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +24,13 @@ from benchmarks.baselines import Range
 from benchmarks.timing import Clock, Provider
 from benchmarks.whole_steps import Makers, steps_of
 from stn_fast.command_line import run_command
+from stn_fast.hyperparameter import ResponseRank
 from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.config import Precision
-from stn_fast.training.methods import SelfTuning
+from stn_fast.training.methods import Method
 
 MODES = ("train", "valid", "cycle", "train_with_data")
-PROVIDERS = ("stn_fast", "stn_fast_captured", "plain", "plain_captured", "published")
+PROVIDERS = ("stn_fast", "stn_fast_captured", *whole_steps.RANKS, "fixed", "plain", "plain_captured", "published")
 CLIP = 1.0
 
 
@@ -52,20 +55,20 @@ def makers(mode: str, batch: int, device: torch.device, precision: Precision, gr
     # The published steps perturb, augment and read images as their authors' code does.
     contiguous = images.contiguous()
 
-    def method() -> SelfTuning:
+    def method(rank: ResponseRank = None, make: Callable[..., Any] = whole_steps.self_tuning) -> Any:
         torch.manual_seed(0)
-        network = alexnet(space)
+        network = alexnet(space, response_rank=rank)
         model = ImageClassifier(space, network, mean=MEAN, std=STD, image_size=32) if with_data else network
         losses = task.classification_loss, task.classification_loss
         # Without the data the augmentation is left out, and its strengths regulate nothing.
         options = dict(seed=0, clip=CLIP, allow_unused=not with_data)
-        return whole_steps.self_tuning(model.to(device), space, losses, precision, **options)
+        return make(model.to(device), space, losses, precision, **options)
 
-    def stn_fast(of: SelfTuning | CapturedSteps) -> Provider:
+    def stn_fast(of: Method | CapturedSteps, tunes: bool = True) -> Provider:
         count = iter(range(10**9))
         pair: tuple[Tensor, Tensor] = images, targets
         train, valid = (lambda: of.train_step(pair, next(count))), (lambda: of.valid_step(pair, next(count)))
-        return steps_of(mode, train, valid, getattr(of, "reasons", None))
+        return steps_of(mode, train, valid if tunes else None, getattr(of, "reasons", None))
 
     def training() -> plain.Training:
         torch.manual_seed(0)
@@ -85,7 +88,12 @@ def makers(mode: str, batch: int, device: torch.device, precision: Precision, gr
             lambda: theirs.valid_step(contiguous, targets, cast),
         )
 
-    found: Makers = {"stn_fast": lambda: stn_fast(method()), "published": of_paper}
+    found: Makers = {
+        "stn_fast": lambda: stn_fast(method()),
+        **{name: partial(lambda rank: stn_fast(method(rank)), rank) for name, rank in whole_steps.RANKS.items()},
+        "fixed": lambda: stn_fast(method(make=whole_steps.fixed), tunes=False),
+        "published": of_paper,
+    }
     if graphs is not None:
         found = {**found, "stn_fast_captured": lambda: stn_fast(method().captured())}
     if not with_data:

@@ -1,6 +1,7 @@
 """What the commands for whole steps share: modes, precision, rows, and turns of everyone who takes part.
 
-A step is what a user waits for, host included. In mode `cycle` a self-tuning provider takes two training steps and one
+A step is what a user waits for, host included. `fixed` is the package's own training without a response, `plain` that of
+a network without regularisers; `stn_fast_rank16` and others have responses of low rank. In mode `cycle` a self-tuning provider takes two training steps and one
 validation step, whose batch is as large as that of a training step, and a plain one two training steps: the ratio of
 the two is what a 2:1 cycle costs in units of plain training. In the other modes it is one step against one plain step.
 """
@@ -22,9 +23,14 @@ from benchmarks.cuda_timing import Cuda
 from benchmarks.ratios import Row, device_name, ratio, times, versions, without_cuda, write
 from benchmarks.timing import Clock, Provider, Timings, interleave, peak_bytes
 from stn_fast.training.config import Precision
-from stn_fast.training.methods import SelfTuning
+from stn_fast.hyperparameter import ResponseRank
+from stn_fast.training.methods import FixedHyperparameters, Method, SelfTuning
 from stn_fast.training.precision import float32_products
 
+# Providers of the package's step with responses of these ranks.
+RANKS: dict[str, ResponseRank] = {
+    "stn_fast_rank4": 4, "stn_fast_rank16": 16, "stn_fast_rank64": 64, "stn_fast_auto": "auto",
+}  # fmt: skip
 PRECISIONS: dict[Precision, str] = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}
 TRAIN_STEPS, VALID_STEPS = 2, 1
 
@@ -48,6 +54,13 @@ def self_tuning(
     """The package's method; ``losses`` are the training and the validation objective."""
     training, validation = losses
     return SelfTuning(model, space, training, validation, precision=precision, **options)
+
+
+def fixed(
+    model: nn.Module, space: Any, losses: Sequence[Any], precision: Precision, **options: Any
+) -> FixedHyperparameters:
+    """Training of the same network through the same code, at hyperparameters that nothing perturbs or tunes."""
+    return FixedHyperparameters(model, space, losses[0], precision=precision, **options)
 
 
 def graphs_of(device: str) -> plain.Graphs | None:
@@ -95,6 +108,7 @@ def rows_of(
             "ratio_to_limit": None,
             "ratio_to_eager": ratio(timings, name, "published"),
             "ratio_to_plain": ratio(timings, name, plain_of(name)),
+            "ratio_to_fixed": ratio(timings, name, "fixed"),
             # A graph's memory is set aside when it is captured.
             "peak_bytes": None if name.endswith("_captured") else peak_bytes(providers[name], device),
             "device": device_name(device),
@@ -162,7 +176,7 @@ def print_steps(
     for row in rows:
         compared = [
             f"ratio to {of} {row[key]:.3f}"
-            for of, key in (("plain", "ratio_to_plain"), ("published", "ratio_to_eager"))
+            for of, key in (("plain", "ratio_to_plain"), ("fixed", "ratio_to_fixed"), ("published", "ratio_to_eager"))
             if row[key] is not None and of != row["provider"].removesuffix("_captured")
         ]
         host = "" if row["host_us"] is None else f"   host {row['host_us'] / 1e3:8.2f} ms"
