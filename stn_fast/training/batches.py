@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,6 +12,67 @@ from torch.utils import _pytree as pytree
 
 from stn_fast.data import Split
 from stn_fast.training.staging import Staging
+
+
+@runtime_checkable
+class Batch(Protocol):
+    """What steps and evaluations need of a batch, beside the inputs and targets that objectives read.
+
+    A batch may start from a state that the one before it left, as the windows of a text do. Steps and evaluations give
+    it all that an objective returns, and need not know what it keeps of that.
+    """
+
+    @property
+    def examples(self) -> int:
+        """B, the number of examples: each has its own draw of the hyperparameters."""
+
+    def finish(self, outcome: Any) -> Any:
+        """What an objective returned; a state beside it is removed, and kept for the next batch.
+
+        Raises:
+            TypeError: there is a state, and such batches don't keep one.
+        """
+
+    def undo(self, where: Tensor | None) -> None:
+        """Clears what ``finish`` kept, as the step is left out: always, or where a scalar tensor of bools is true."""
+
+    @property
+    def begins(self) -> bool:
+        """Whether it lacks the state that the batches after it start from: no CUDA graph of those can take it."""
+
+    def parts(self) -> Any:
+        """All that a step reads of the batch, a pytree of tensors."""
+
+    def like(self, parts: Any) -> Batch:
+        """A batch of these parts, for a CUDA graph. It shares nothing with this one."""
+
+    def finish_as(self, other: Any) -> None:
+        """Keeps for the next batch a copy of what ``other``, a batch made by ``like``, has kept."""
+
+
+class Examples(Split):
+    """A batch of independent examples: nothing is kept for the next one."""
+
+    begins = False
+
+    def finish(self, outcome: Any) -> Any:
+        if isinstance(outcome, tuple):
+            raise TypeError(
+                "the objective returns a state, which no batch but a Window of Streams carries to the next one"
+            )
+        return outcome
+
+    def undo(self, where: Tensor | None) -> None:
+        pass
+
+    def parts(self) -> Any:
+        return self.inputs, self.targets
+
+    def like(self, parts: Any) -> Examples:
+        return Examples(*parts)
+
+    def finish_as(self, other: Any) -> None:
+        pass
 
 
 class BatchSequence(Protocol):
@@ -116,9 +177,10 @@ class Batches:
         return torch.from_numpy(order).to(self.split.inputs.device)
 
 
-def as_split(batch: Any, device: torch.device) -> Split:
-    """The inputs and targets of a batch as a DataLoader gives it; NumPy arrays become tensors on ``device``.
+def as_batch(batch: Any, device: torch.device) -> Batch:
+    """A batch as a DataLoader gives it, as a `Batch`; NumPy arrays become tensors on ``device``.
 
+    - A `Batch`, such as a ``Window`` of a text, is returned as it is.
     - (inputs, targets), a tuple or a list, is that; of three and more the last are the targets, and the inputs are a
       tuple of the others.
     - A dict, or a named tuple, has its `targets`; the inputs are its `inputs` where they are all that is left, else a
@@ -131,6 +193,8 @@ def as_split(batch: Any, device: torch.device) -> Split:
         TypeError: it is something else, or the targets count no examples.
     """
     if isinstance(batch, Split) and isinstance(batch.inputs, Tensor) and isinstance(batch.targets, Tensor):
+        return Examples(*batch)
+    if isinstance(batch, Batch):
         return batch
     if "targets" in getattr(batch, "_fields", ()):
         batch = batch._asdict()
@@ -147,13 +211,13 @@ def as_split(batch: Any, device: torch.device) -> Split:
             "a batch must be (inputs, targets), (input, ..., targets), or a dict with 'targets' and the inputs; "
             f"got {got}"
         )
-    split = Split(
+    examples = Examples(
         *pytree.tree_map_only(np.ndarray, lambda array: torch.tensor(array, device=device), (inputs, targets))
     )
-    counted = next(iter(pytree.tree_leaves(split.targets)), None)
+    counted = next(iter(pytree.tree_leaves(examples.targets)), None)
     if not isinstance(counted, Tensor) or counted.ndim == 0:
         shown = "a tensor without dimensions" if isinstance(counted, Tensor) else type(counted).__name__
         raise TypeError(
             f"the targets of a batch must be tensors whose first dimension counts the examples, got {shown}"
         )
-    return split
+    return examples

@@ -21,18 +21,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stn_fast.data import Split
 from stn_fast.dispatch import choose
 from stn_fast.ops.memory import address_to_compare
+from stn_fast.training.batches import Batch
 from stn_fast.training.finite import Recorded, can_skip_on_device
 from stn_fast.training.optimizers import captures
 from stn_fast.training.parameters import listed
 from stn_fast.training.precision import float32_products
 from stn_fast.training.rehearsal import obstacles
-from stn_fast.training.streams import Window, with_state
 
 if TYPE_CHECKING:
-    from stn_fast.training.methods import Batch, Kind, Method
+    from stn_fast.training.methods import Kind, Method
 
 Result = TypeVar("Result")
 
@@ -82,7 +81,7 @@ class CapturedSteps:
 
     A step is taken one by one, as the method itself would, where it can't be captured or where a graph would not do:
 
-    - the first steps of each kind, and the first window of a text or of a pass, which has no state;
+    - the first steps of each kind, and a batch that ``begins``, as the first window of a text does;
     - a batch of other shapes than those of the captured one, such as a last one that is smaller;
     - for good, where the step reads numbers back to the host, makes tensors from numbers on the host, has sparse
       gradients, or has an optimizer that keeps its state on the host.
@@ -110,11 +109,11 @@ class CapturedSteps:
         self.graphs = graphs if graphs is not None or not captures(device) else CudaGraphs(device)
         self._training, self._validation = _Step(self, "train_step"), _Step(self, "valid_step")
 
-    def train_step(self, batch: Batch, step: int | Tensor) -> Tensor:
+    def train_step(self, batch: Any, step: int | Tensor) -> Tensor:
         """As the method's, errors included."""
         return self._training.take(batch, step)
 
-    def valid_step(self, batch: Batch, step: int | Tensor) -> Tensor:
+    def valid_step(self, batch: Any, step: int | Tensor) -> Tensor:
         """As the method's, errors included."""
         return self._validation.take(batch, step)
 
@@ -134,7 +133,7 @@ class _Captured:
     inputs: list[Tensor | None]
     step: Tensor
     loss: Tensor
-    state: Any
+    batch: Batch
     recorded: Recorded
     gradients: list[tuple[Tensor, Tensor | None]]
     replay: Callable[[], None]
@@ -153,16 +152,16 @@ class _Step:
         self._never = name not in steps.method.kinds
         self._other_shapes = f"{name}: batches differ in shape, and those unlike the captured one are taken one by one"
 
-    def take(self, batch: Batch, step: int | Tensor) -> Tensor:
+    def take(self, batch: Any, step: int | Tensor) -> Tensor:
         method, graphs = self._method, self._steps.graphs
         if not self._never and graphs is None:
             self._give_up(f"CUDA graphs are made on a CUDA device, and the model is on {method.location.device}")
         if self._never or graphs is None:
             return self._one_by_one(batch, step)
         batch = method.begin(self._name, batch)
-        if isinstance(batch, Window) and batch.begins:
+        if batch.begins:
             return self._one_by_one(batch, step)
-        inputs, structure = pytree.tree_flatten(_parts(batch))
+        inputs, structure = pytree.tree_flatten(batch.parts())
         signature, settings = (structure, list(map(_input_signature, inputs))), self._settings()
         if self._captured is not None and self._captured.settings != settings:
             self._changed.update(dict.fromkeys(_changes(self._captured.settings, settings)))
@@ -190,7 +189,7 @@ class _Step:
     def _kind(self) -> Kind:
         return self._method.kinds[self._name]
 
-    def _one_by_one(self, batch: Batch, step: int | Tensor) -> Tensor:
+    def _one_by_one(self, batch: Any, step: int | Tensor) -> Tensor:
         return getattr(self._method, self._name)(batch, step)
 
     def _settings(self) -> dict[str, Any]:
@@ -216,7 +215,7 @@ class _Step:
     def _capture(
         self,
         graphs: Graphs,
-        batch: Split | Window,
+        batch: Batch,
         inputs: list[Any],
         step: int | Tensor,
         signature: Any,
@@ -230,13 +229,12 @@ class _Step:
             return f"it has been captured {MAX_CAPTURES} times, as these settings changed: {listed([*self._changed])}"
         if not all(isinstance(one, Tensor | None) for one in inputs):
             return "its batch holds more than tensors"
-        own = [None if one is None else one.clone() for one in inputs]
+        own, structure = [None if one is None else one.clone() for one in inputs], pytree.tree_structure(batch.parts())
         number = torch.zeros((), dtype=torch.int64, device=method.location.device).fill_(step)
 
-        def run() -> tuple[Tensor, Any]:
-            given = _with_inputs(batch, own)
-            loss = kind.body(given, number)
-            return loss, given.carrier.state_for(given.index + 1) if isinstance(given, Window) else None
+        def run() -> tuple[Tensor, Batch]:
+            given = batch.like(pytree.tree_unflatten(own, structure))
+            return kind.body(given, number), given
 
         with float32_products(method.precision):
             with graphs.on_capture_stream():
@@ -245,15 +243,15 @@ class _Step:
                 return listed(found)
             try:
                 with method.guard.recording() as recorded:
-                    (loss, state), replay = graphs.capture(run)
+                    (loss, given), replay = graphs.capture(run)
             except RuntimeError as error:
                 first = error.__context__ or error  # ending a capture that has failed is an error too
                 return f"CUDA refused it: {str(first).splitlines()[0]}"
         self._times += 1
         gradients = [(p, p.grad) for group in kind.optimizer.param_groups for p in group["params"]]
-        return _Captured(signature, settings, own, number, loss, state, recorded[0], gradients, replay)
+        return _Captured(signature, settings, own, number, loss, given, recorded[0], gradients, replay)
 
-    def _replay(self, captured: _Captured, batch: Split | Window, inputs: list[Any], step: int | Tensor) -> Tensor:
+    def _replay(self, captured: _Captured, batch: Batch, inputs: list[Any], step: int | Tensor) -> Tensor:
         for own, given in zip(captured.inputs, inputs, strict=True):
             if own is not None:
                 own.copy_(given, non_blocking=True)
@@ -264,20 +262,8 @@ class _Step:
         self._steps.replayed += 1
         attempt, numbers = captured.recorded
         self._method.guard.send(replace(attempt, step=step), numbers)
-        if isinstance(batch, Window):  # the next replay writes over what this one left
-            batch.carry(pytree.tree_map_only(Tensor, Tensor.clone, captured.state))
+        batch.finish_as(captured.batch)  # a copy, as the next replay writes over what this one left
         return captured.loss.clone()
-
-
-def _parts(batch: Split | Window) -> tuple[Any, Any, Any]:
-    """All that a step reads of its batch, the state before a window included."""
-    return batch.inputs, batch.targets, batch.state if isinstance(batch, Window) else None
-
-
-def _with_inputs(batch: Split | Window, tensors: list[Tensor | None]) -> Split | Window:
-    """A batch like this one, of these tensors."""
-    inputs, targets, state = pytree.tree_unflatten(tensors, pytree.tree_structure(_parts(batch)))
-    return with_state(inputs, targets, state) if isinstance(batch, Window) else Split(inputs, targets)
 
 
 def _input_signature(part: Any) -> Any:

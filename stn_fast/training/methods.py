@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from stn_fast.checks import real_number, switch, whole_number
-from stn_fast.data import Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
-from stn_fast.training.batches import as_split
+from stn_fast.training.batches import Batch, as_batch
 from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.config import Config, Precision
 from stn_fast.training.finite import Attempt, Buffers, Guard, gradient_norms
@@ -47,17 +46,13 @@ from stn_fast.training.parameters import (
     parameter_names,
 )
 from stn_fast.training.precision import autocasting, check_precision, float32_products
-from stn_fast.training.streams import Window, without_state
 from stn_fast.training.task import Objective, Task
-
-# (inputs, targets) and what else `stn_fast.training.batches.as_split` takes, or a window of a text.
-Batch = Any
 
 
 class Kind(NamedTuple):
     """One kind of step: ``body`` is called with a batch and a number, and steps ``optimizer``."""
 
-    body: Callable[[Split | Window, int | Tensor], Tensor]
+    body: Callable[[Batch, int | Tensor], Tensor]
     optimizer: torch.optim.Optimizer
 
 
@@ -82,8 +77,8 @@ class Method(ABC):
             step that looks up some, as ``hyper["name"]`` does, and not others is an error, as only the entropy would
             move those; one that looks up none is a warning. True where the objective reads ``hyper.values`` itself.
 
-    A step that is not finite changes no weight, no hyperparameter, no optimizer's state and no running statistics; the
-    next window of a text starts from zero. On CUDA the device leaves it out, and the host, which does not wait, reports
+    A step that is not finite changes no weight, no hyperparameter, no optimizer's state and no running statistics, and
+    `Batch.undo` of its batch is called. On CUDA the device leaves it out, and the host, which does not wait, reports
     it a step or so later: the error comes at a later call, or at ``check_finite``, which waits for all steps. Only at
     the first step does the host wait, and at each where an optimizer of many numbers is not fused (``fused=True``).
     Those that ``captured`` takes are counted too; those of a CUDA graph of your own are left out and not counted.
@@ -160,18 +155,17 @@ class Method(ABC):
         """
         self.guard.look(wait=True)
 
-    def train_step(self, batch: Batch, step: int | Tensor) -> Tensor:
-        """Updates the weights on one training batch: (inputs, targets), as a DataLoader gives it, or a ``Window``.
+    def train_step(self, batch: Any, step: int | Tensor) -> Tensor:
+        """Updates the weights on one training batch: (inputs, targets), as a DataLoader gives it, or a `Batch`.
 
         A model in training mode is left as it is, submodules that are in evaluation mode included. One in evaluation
         mode is put back into the modes that it had when it was last in training mode at a step, or into training mode.
 
         Args:
-            batch: what `stn_fast.training.batches.as_split` takes; the objective sees its ``inputs`` and ``targets``.
+            batch: what `stn_fast.training.batches.as_batch` takes; the objective sees its ``inputs`` and ``targets``.
             step: the number that fixes the step's random draws together with the seed.
 
-        Returns the loss, a detached scalar on the device. What state the objective returns beside it goes to the next
-        window.
+        Returns the loss, a detached scalar on the device.
 
         Raises:
             NonFiniteError: the loss or a gradient is not finite, on CUDA of an earlier step.
@@ -183,7 +177,7 @@ class Method(ABC):
         with float32_products(self.precision):
             return self._train(batch, step)
 
-    def _train(self, batch: Split | Window, step: int | Tensor) -> Tensor:
+    def _train(self, batch: Batch, step: int | Tensor) -> Tensor:
         """The step itself: after the first one nothing in it waits for a CUDA device."""
         put_back = self._buffers.keep()
         hyper = self._training_hyper(batch.examples, step)
@@ -206,8 +200,7 @@ class Method(ABC):
 
         def undo(where: Tensor | None) -> None:
             put_back(where)
-            if isinstance(batch, Window):
-                batch.carrier.forget(where)
+            batch.undo(where)
 
         def update() -> None:
             if self.clip is not None:
@@ -218,7 +211,7 @@ class Method(ABC):
         self.guard.take(Attempt("training", step, loss, norms, norm, name), self.optimizer, update, undo)
         return loss.detach()
 
-    def begin(self, call: str, batch: Batch) -> Split | Window:
+    def begin(self, call: str, batch: Any) -> Batch:
         """What the host does before a step: looks at earlier ones, at the batch, and at the modes of the modules."""
         self.guard.look()
         if not torch.is_grad_enabled():
@@ -227,18 +220,18 @@ class Method(ABC):
             )
         if call == "train_step":
             self._modes.resume()
-        return batch if isinstance(batch, Window) else as_split(batch, self.location.device)
+        return as_batch(batch, self.location.device)
 
-    def _loss(self, kind: str, objective: Objective, batch: Split | Window, hyper: HyperBatch) -> Tensor:
+    def _loss(self, kind: str, objective: Objective, batch: Batch, hyper: HyperBatch) -> Tensor:
         with autocasting(self.precision, self.location.device):
-            loss = without_state(objective(self.model, batch, hyper), batch)
+            loss = batch.finish(objective(self.model, batch, hyper))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"{kind}_objective must return a tensor of one number, the mean over examples; got {got}")
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
     @abstractmethod
-    def valid_step(self, batch: Batch, step: int | Tensor) -> Tensor:
+    def valid_step(self, batch: Any, step: int | Tensor) -> Tensor:
         """Updates the hyperparameters on one validation batch, as ``train_step`` takes it."""
 
     def unperturbed(self, batch_size: int) -> HyperBatch:
@@ -331,7 +324,7 @@ class FixedHyperparameters(Method):
                 parameter.requires_grad_(False)
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def valid_step(self, batch: Batch, step: int | Tensor) -> Tensor:
+    def valid_step(self, batch: Any, step: int | Tensor) -> Tensor:
         """Has nothing to do here."""
         raise RuntimeError("FixedHyperparameters does not tune hyperparameters: call only train_step")
 
@@ -400,7 +393,7 @@ class SelfTuning(Method):
     def _perturbed(self, batch_size: int, step: int | Tensor) -> HyperBatch:
         return self.space.sample(self.location, self.raw_scale, batch_size=batch_size, seed=self.seed, step=step)
 
-    def valid_step(self, batch: Batch, step: int | Tensor) -> Tensor:
+    def valid_step(self, batch: Any, step: int | Tensor) -> Tensor:
         """Updates location and raw scale on one validation batch, as ``train_step`` takes it.
 
         Returns F without its entropy term, a detached scalar on the device. Weights, their ``.grad`` and the modes of
@@ -417,7 +410,7 @@ class SelfTuning(Method):
         with float32_products(self.precision):
             return self._validate(batch, step)
 
-    def _validate(self, batch: Split | Window, step: int | Tensor) -> Tensor:
+    def _validate(self, batch: Batch, step: int | Tensor) -> Tensor:
         """The step itself: after the first one nothing in it waits for a CUDA device."""
         size = batch.examples
         with evaluating(self.model), hold_parameters(self.model.parameters()):
@@ -435,10 +428,6 @@ class SelfTuning(Method):
             objective = loss - self.entropy_weight * self.space.entropy(self.raw_scale)
             gradients = torch.autograd.grad(objective, self.tuned)
 
-        def undo(where: Tensor | None) -> None:
-            if isinstance(batch, Window):
-                batch.carrier.forget(where)
-
         def update() -> None:
             for tensor, gradient in zip(self.tuned, gradients, strict=True):
                 tensor.grad = gradient
@@ -446,7 +435,7 @@ class SelfTuning(Method):
 
         parts = sum(gradients[1:], gradients[0])  # one number per hyperparameter, finite only where both are
         attempt = Attempt("validation", step, loss, parts, parts.sum(), self._hyperparameter_names)
-        self.guard.take(attempt, self.hyper_optimizer, update, undo)
+        self.guard.take(attempt, self.hyper_optimizer, update, batch.undo)
         self.space.clamp_(self.raw_scale)
         return loss.detach()
 

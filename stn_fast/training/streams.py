@@ -4,7 +4,7 @@
     for step in range(steps):
         loss = method.train_step(streams[step], step)
 
-The objective sees ``window.state`` and returns (loss, new state); the method hands the new state, detached, back to the
+The objective sees ``window.state`` and returns (loss, new state); the window hands the new state, detached, back to the
 streams, which give it to the next window.
 """
 
@@ -59,7 +59,10 @@ class _Carrier:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of every stream: ``inputs`` and ``targets`` (T, B), and the ``state`` left by the window before."""
+    """A stretch of every stream: ``inputs`` and ``targets`` (T, B), and the ``state`` left by the window before.
+
+    The `Batch` of a text: the state that an objective returns is kept for the next window.
+    """
 
     inputs: Tensor = field(repr=False)
     targets: Tensor = field(repr=False)
@@ -85,29 +88,26 @@ class Window:
         """Hands ``state``, detached, to the next window."""
         self.carrier.carry(self.index, state)
 
+    def finish(self, outcome: Any) -> Any:
+        """The first of (result, state), and the state is carried on; what is no tuple is a result without a state."""
+        result, state = outcome if isinstance(outcome, tuple) else (outcome, None)
+        self.carry(state)
+        return result
 
-def with_state(inputs: Tensor, targets: Tensor, state: State) -> Window:
-    """A window by itself out of the middle of a text, ``state`` being what the window before has left."""
-    carrier = _Carrier()
-    carrier.carry(0, state)
-    return Window(inputs, targets, 1, False, carrier)
+    def undo(self, where: Tensor | None) -> None:
+        self.carrier.forget(where)
 
+    def parts(self) -> Any:
+        return self.inputs, self.targets, self.state
 
-def without_state(outcome: Any, batch: Split | Window) -> Any:
-    """What an objective returned, without the state that may stand beside it: that goes to the window after ``batch``.
+    def like(self, parts: Any) -> Window:
+        inputs, targets, state = parts
+        carrier = _Carrier()
+        carrier.carry(0, state)
+        return Window(inputs, targets, 1, False, carrier)
 
-    Raises:
-        TypeError: there is a state, and ``batch`` is no window that could carry it.
-    """
-    if not isinstance(outcome, tuple):
-        if isinstance(batch, Window):
-            batch.carry(None)
-        return outcome
-    if not isinstance(batch, Window):
-        raise TypeError("the objective returns a state, which no batch but a Window of Streams carries to the next one")
-    result, state = outcome
-    batch.carry(state)
-    return result
+    def finish_as(self, other: Any) -> None:
+        self.carry(_mapped(Tensor.clone, other.carrier.state_for(other.index + 1)))
 
 
 class Streams(_Carrier):

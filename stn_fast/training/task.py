@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,12 +13,32 @@ from stn_fast.data import DataSet, Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.training.batches import Batching, IndependentExamples
 
-# (model, batch, hyper) -> scalar, a mean over the examples of the batch. Where batches are windows of a text, that or
-# (scalar, new state), the state being the model's; the next window has it as its own.
-Objective = Callable[[nn.Module, Any, HyperBatch], Any]
 
-# (model, batch, hyper) -> {name: scalar}, each a sum over the examples of the batch, or ({...}, new state).
-Scores = Callable[[nn.Module, Any, HyperBatch], Any]
+class Objective(Protocol):
+    """A loss that steps descend, a function of these arguments by position.
+
+    Args:
+        model: the network, to be called with the HyperBatch.
+        batch: its ``inputs`` and ``targets``, a ``Split`` or what the task's batching makes, such as a ``Window``.
+        hyper: the hyperparameters, one row for each example of the batch.
+
+    Returns a tensor of one number, the mean over the examples. For a batch that keeps a state for the next one it may
+    return (mean, new state).
+    """
+
+    def __call__(self, model: nn.Module, batch: Any, hyper: HyperBatch, /) -> Tensor | tuple[Tensor, Any]: ...
+
+
+class Scores(Protocol):
+    """What an evaluation reports, a function of the arguments of an `Objective`.
+
+    Returns {name: scalar}, each a sum over the examples of the batch, or ({name: scalar}, new state).
+    """
+
+    def __call__(
+        self, model: nn.Module, batch: Any, hyper: HyperBatch, /
+    ) -> dict[str, Tensor] | tuple[dict[str, Tensor], Any]: ...
+
 
 # {name: mean score} -> {name: what is reported of it}.
 Report = Callable[[dict[str, float]], dict[str, float]]

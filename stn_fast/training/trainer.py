@@ -14,6 +14,7 @@ import torch
 from stn_fast.data import Split
 from stn_fast.errors import UserError
 from stn_fast.training import checkpoint
+from stn_fast.training.batches import as_batch
 from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.config import Config
 from stn_fast.training.finite import NonFiniteError
@@ -24,7 +25,6 @@ from stn_fast.training.optimizers import captures
 from stn_fast.training.plateau import Plateau
 from stn_fast.training.precision import float32_products
 from stn_fast.training.signals import Interrupted, StopRequest
-from stn_fast.training.streams import without_state
 from stn_fast.training.task import Task
 
 Row = dict[str, Any]
@@ -38,7 +38,7 @@ class Trainer:
     """Runs ``method`` on ``task`` as ``config`` says and writes rows and checkpoints.
 
     Everything that decides the next step is in ``state_dict``: batch orders and random draws are pure functions of
-    the seed and of the counts of steps, so nothing else has to be kept but the state that a text leaves in a model.
+    the seed and of the counts of steps, so nothing else has to be kept but what batches leave for those after them.
 
     Args:
         config, task, method: what to run.
@@ -243,9 +243,10 @@ class Trainer:
         totals: dict[str, torch.Tensor] = {}
         size, device = self.config.schedule.eval_batch_size, self.method.location.device
         with evaluating(self.method.model), float32_products("fp32"):
-            for batch in self.task.batching.whole(split, size, test=split is self.task.data.test, device=device):
+            for given in self.task.batching.whole(split, size, test=split is self.task.data.test, device=device):
+                batch = as_batch(given, device)
                 hyper = self.method.unperturbed(batch.examples)
-                scores = without_state(self.task.scores(self.method.model, batch, hyper), batch)
+                scores = batch.finish(self.task.scores(self.method.model, batch, hyper))
                 for name, value in scores.items():
                     totals[name] = totals.get(name, 0) + value.double()
         return self.task.report({name: total.item() / split.examples for name, total in totals.items()})

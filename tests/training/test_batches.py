@@ -8,7 +8,8 @@ from torch.utils import _pytree as pytree
 
 from stn_fast.data import Split
 from stn_fast.training import batches as batches_module
-from stn_fast.training.batches import Batches, as_split
+from stn_fast.training.batches import Batches, Examples, as_batch
+from stn_fast.training.streams import Streams
 
 
 def numbered(count):
@@ -126,18 +127,18 @@ class Pair(NamedTuple):
     ],
 )
 def test_what_a_loader_gives_has_inputs_and_targets(batch, inputs):
-    split = as_split(batch, torch.device("cpu"))
-    assert torch.equal(split.targets, Y)
-    assert split.examples == 4
-    got, want = pytree.tree_flatten(split.inputs), pytree.tree_flatten(inputs)
+    examples = as_batch(batch, torch.device("cpu"))
+    assert torch.equal(examples.targets, Y)
+    assert examples.examples == 4
+    got, want = pytree.tree_flatten(examples.inputs), pytree.tree_flatten(inputs)
     assert got[1] == want[1]
     assert all(map(torch.equal, got[0], want[0]))
 
 
 def test_examples_are_counted_by_the_targets():
-    assert as_split((X.T, X, Y), torch.device("cpu")).examples == 4
-    assert as_split((X.T, (Y, X)), torch.device("cpu")).examples == 4
-    assert as_split((X.T, {"boxes": X, "labels": Y}), torch.device("cpu")).examples == 4
+    assert as_batch((X.T, X, Y), torch.device("cpu")).examples == 4
+    assert as_batch((X.T, (Y, X)), torch.device("cpu")).examples == 4
+    assert as_batch((X.T, {"boxes": X, "labels": Y}), torch.device("cpu")).examples == 4
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_examples_are_counted_by_the_targets():
 )
 def test_what_is_no_batch_is_named_with_what_would_be(batch, got):
     with pytest.raises(TypeError, match=rf"a batch must be \(inputs, targets\).*a dict with 'targets'.*{got}$"):
-        as_split(batch, torch.device("cpu"))
+        as_batch(batch, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -168,4 +169,17 @@ def test_what_is_no_batch_is_named_with_what_would_be(batch, got):
 )
 def test_targets_that_count_no_examples_are_named(targets, got):
     with pytest.raises(TypeError, match=f"first dimension counts the examples, {got}"):
-        as_split((X, targets), torch.device("cpu"))
+        as_batch((X, targets), torch.device("cpu"))
+
+
+def test_a_state_that_nothing_carries_is_an_error():
+    batch = as_batch((X, Y), torch.device("cpu"))
+    with pytest.raises(TypeError, match="no batch but a Window of Streams"):
+        batch.finish((torch.zeros(()), torch.zeros(3)))
+    assert batch.finish(torch.ones(())) == 1
+
+
+def test_a_batch_is_taken_as_it_is():
+    examples = Examples({"words": X}, Y)
+    window = Streams(Split(Y, Y), 2, 2, seed=0, stream=0)[0]
+    assert all(as_batch(batch, torch.device("cpu")) is batch for batch in (examples, window))

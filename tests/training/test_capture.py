@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from capturing import as_on_cuda
 from gates_alone import FixedHyperparameters, SelfTuning
+from own_batches import Sum, Summing, summed_loss
 from recorded_graphs import RecordedGraphs
 from run_files import result
 from step_tasks import OPTIMIZERS, TASKS, cycle, digits_steps, language_steps
@@ -22,9 +23,11 @@ from torch import nn
 import stn_fast as stn
 from stn_fast.data import Split
 from stn_fast.training import capture, finite
+from stn_fast.training.batches import as_batch
 from stn_fast.training.capture import CapturedSteps, CudaGraphs
 from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.rehearsal import HostWork, obstacles
+from stn_fast.training.streams import Window
 from stn_fast.training.task import classification_loss
 
 
@@ -127,7 +130,7 @@ def test_a_state_that_is_not_carried_on_would_show():
     steps = captured(other.method)
     losses = cycle(one, 12)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture.pytree, "tree_map_only", lambda kind, function, state: (torch.zeros(2, 8, 32),) * 2)
+        patch.setattr(Window, "finish_as", lambda window, other: window.carry((torch.zeros(2, 8, 32),) * 2))
         assert not torch.equal(torch.stack(losses), torch.stack(cycle(other, 12, steps)))
 
 
@@ -293,6 +296,22 @@ def test_losses_and_states_are_the_caller_s_own():
     assert len({state.sum().item() for state in states}) == 8
 
 
+def test_batches_of_ones_own_are_captured_and_keep_what_they_keep_without_graphs():
+    found = []
+    for capture_steps in (False, True):
+        one, kept = digits_steps(allow_unused=True), Sum()
+        one.method.training_objective = summed_loss
+        steps = captured(one.method) if capture_steps else one.method
+        sums = []
+        for step in range(6):
+            steps.train_step(Summing(*one.train[step], kept, begins=step == 4), step)
+            sums.append(kept.value)
+        found.append(torch.stack(sums))
+    assert steps.replayed == 3
+    assert steps.reasons == []
+    assert torch.equal(*found)
+
+
 def gradients(method):
     tensors = [*method.model.parameters(), method.location, method.raw_scale]
     return [None if tensor.grad is None else tensor.grad.clone() for tensor in tensors]
@@ -416,8 +435,8 @@ def test_nothing_of_a_step_keeps_it_from_being_captured(task, kind, precision, m
     one = TASKS[task](precision=precision)
     cycle(one, 9)
     before = everything(one.method)
-    batch = one.train[6] if kind == "train_step" else one.valid[3]
-    inputs, step = capture.pytree.tree_leaves(capture._parts(batch)), torch.tensor(9)
+    batch = as_batch(one.train[6] if kind == "train_step" else one.valid[3], torch.device("cpu"))
+    parts, step = batch.parts(), torch.tensor(9)
 
     def refuse(*given):
         raise AssertionError("a tensor is read on the host")
@@ -426,7 +445,7 @@ def test_nothing_of_a_step_keeps_it_from_being_captured(task, kind, precision, m
         with pytest.MonkeyPatch.context() as patch:
             for name in ("item", "tolist", "numpy", "cpu"):
                 patch.setattr(torch.Tensor, name, refuse)
-            one.method.kinds[kind].body(capture._with_inputs(batch, inputs), step)
+            one.method.kinds[kind].body(batch.like(parts), step)
 
     assert obstacles(one.method, run) == []
     after = everything(one.method)

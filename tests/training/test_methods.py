@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from own_batches import Sum, Summing, summed_loss
 from torch.utils._pytree import tree_map
 
 from stn_fast.data import Split
@@ -360,3 +361,19 @@ def test_a_copy_of_a_batch_counts_as_the_batch(batch):
         ]
     )
     SelfTuning(mlp(space, (6, 16, 4)), space, copying, classification_loss).train_step(batch, 0)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_batch_of_ones_own_keeps_what_its_objective_returns_beside_the_loss(model, batch):
+    method = SelfTuning(model, SPACE, summed_loss, summed_loss, allow_unused=True, skip_nonfinite=1)
+    kept = Sum()
+    losses = [
+        method.train_step(Summing(*batch, kept), 0),
+        method.valid_step(Summing(*batch, kept), 1),
+        method.train_step(Summing(*batch, kept), 2),
+    ]
+    assert kept.value == sum(losses)
+    for bad, take in enumerate((method.train_step, method.valid_step), start=1):
+        take(Summing(batch.inputs / 0, batch.targets, kept), 2 * bad + 1)
+        assert kept.undone == bad
+        method.train_step(Summing(*batch, Sum()), 2 * bad + 2)

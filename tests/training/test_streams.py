@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stn_fast.data import Split
-from stn_fast.training.streams import IGNORED, ContinuousText, Streams, WholeText, without_state
+from stn_fast.training.streams import IGNORED, ContinuousText, Streams, WholeText
 
 
 def counted(words):
@@ -121,7 +121,7 @@ def test_a_model_without_a_state_says_so():
     text = streams()
     for index in range(4):
         assert text[index].state is None
-        assert without_state(torch.ones(()), text[index]) == 1
+        assert text[index].finish(torch.ones(())) == 1
 
 
 def test_a_windows_repr_is_a_line():
@@ -179,7 +179,25 @@ def test_a_text_is_evaluated_in_the_streams_that_it_is_given():
     assert [window.examples for window in batching.whole(counted(9), 100, test=True)] == [1]
 
 
-def test_a_state_that_nothing_carries_is_an_error():
-    with pytest.raises(TypeError, match="no batch but a Window of Streams"):
-        without_state((torch.zeros(()), torch.zeros(3)), counted(4))
-    assert without_state(torch.ones(()), counted(4)) == 1
+def test_a_window_keeps_the_state_that_an_objective_returns():
+    text = streams()
+    assert text[0].finish((torch.ones(()), torch.zeros(3))) == 1
+    assert torch.equal(text[1].state, torch.zeros(3))
+    text[0].undo(torch.tensor(False))
+    assert torch.equal(text[1].state, torch.zeros(3))
+    text[0].undo(None)
+    assert text[1].state is None
+
+
+def test_a_window_for_a_graph_is_by_itself_and_its_state_is_copied_to_the_text():
+    text = streams()
+    text[0].carry(torch.zeros(3))
+    window = text[1]
+    alike = window.like(window.parts())
+    assert [torch.equal(*pair) for pair in zip(window.parts(), alike.parts(), strict=True)] == [True] * 3
+    left = torch.ones(3)
+    alike.finish((torch.zeros(()), left))
+    assert torch.equal(window.state, torch.zeros(3))
+    window.finish_as(alike)
+    left.fill_(2)
+    assert torch.equal(text[2].state, torch.ones(3))

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from own_batches import SummingExamples
 from run_files import result, rows
 
 from stn_fast.errors import UserError
@@ -276,6 +278,16 @@ def test_an_evaluation_leaves_a_frozen_module_frozen(make_config, tmp_path):
     trainer.evaluate(task.data.valid)
     assert task.model.training
     assert not task.model.layers[0].training
+
+
+def test_an_evaluation_in_batches_of_ones_own_keeps_what_its_scores_return(make_config, tmp_path):
+    config, batching = make_config("schedule.eval_batch_size=100"), SummingExamples()
+    task = digits.build(config)
+    method = build_method(config, task)
+    plain = Trainer(config, task, method, tmp_path).evaluate(task.data.valid)
+    task = replace(task, batching=batching, scores=batching.scores)
+    assert Trainer(config, task, method, tmp_path).evaluate(task.data.valid) == plain
+    assert batching.kept.value.item() == pytest.approx(plain["loss"] * task.data.valid.examples, rel=1e-5)
 
 
 def test_a_run_leaves_the_number_of_threads_as_it_was(train):
