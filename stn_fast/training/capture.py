@@ -109,13 +109,13 @@ class CapturedSteps:
         self.graphs = graphs if graphs is not None or not captures(device) else CudaGraphs(device)
         self._training, self._validation = _Step(self, "train_step"), _Step(self, "valid_step")
 
-    def train_step(self, batch: Any, step: int | Tensor) -> Tensor:
+    def train_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
         """As the method's, errors included."""
-        return self._training.take(batch, step)
+        return self._training.take(batch, step, first_example)
 
-    def valid_step(self, batch: Any, step: int | Tensor) -> Tensor:
+    def valid_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
         """As the method's, errors included."""
-        return self._validation.take(batch, step)
+        return self._validation.take(batch, step, first_example)
 
     def note(self, reason: str) -> None:
         """Keeps a reason, and passes it on if it is new."""
@@ -152,17 +152,21 @@ class _Step:
         self._never = name not in steps.method.kinds
         self._other_shapes = f"{name}: batches differ in shape, and those unlike the captured one are taken one by one"
 
-    def take(self, batch: Any, step: int | Tensor) -> Tensor:
+    def take(self, batch: Any, step: int | Tensor, first_example: int) -> Tensor:
         method, graphs = self._method, self._steps.graphs
+
+        def one_by_one() -> Tensor:
+            return getattr(method, self._name)(batch, step, first_example=first_example)
+
         if not self._never and graphs is None:
             self._give_up(f"CUDA graphs are made on a CUDA device, and the model is on {method.location.device}")
         if self._never or graphs is None:
-            return self._one_by_one(batch, step)
+            return one_by_one()
         batch = method.begin(self._name, batch)
         if batch.begins:
-            return self._one_by_one(batch, step)
+            return one_by_one()
         inputs, structure = pytree.tree_flatten(batch.parts())
-        signature, settings = (structure, list(map(_input_signature, inputs))), self._settings()
+        signature, settings = (structure, list(map(_input_signature, inputs))), self._settings(first_example)
         if self._captured is not None and self._captured.settings != settings:
             self._changed.update(dict.fromkeys(_changes(self._captured.settings, settings)))
             self._captured = None
@@ -174,29 +178,26 @@ class _Step:
             if self._warm < WARM_UP or not method.guard.is_warm(self._kind.optimizer):
                 self._warm += 1
                 with graphs.on_capture_stream():
-                    return self._one_by_one(batch, step)
-            captured = self._capture(graphs, batch, inputs, step, signature, settings)
+                    return one_by_one()
+            captured = self._capture(graphs, batch, inputs, step, first_example, signature, settings)
             if isinstance(captured, str):
                 self._give_up(captured)
-                return self._one_by_one(batch, step)
+                return one_by_one()
             self._captured = captured
         if self._captured.signature != signature:
             self._steps.note(self._other_shapes)
-            return self._one_by_one(batch, step)
+            return one_by_one()
         return self._replay(self._captured, batch, inputs, step)
 
     @property
     def _kind(self) -> Kind:
         return self._method.kinds[self._name]
 
-    def _one_by_one(self, batch: Any, step: int | Tensor) -> Tensor:
-        return getattr(self._method, self._name)(batch, step)
-
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, first_example: int) -> dict[str, Any]:
         """By name, every setting on the host that a step depends on, and the addresses that it reads and writes."""
         optimizer, device = self._kind.optimizer, self._method.location.device
         name = type(optimizer).__name__
-        found = self._method.settings()
+        found = self._method.settings() | {"first_example": first_example}
         found["the memory of parameters"] = [address_to_compare(parameter) for parameter in self._parameters]
         found["requires_grad of parameters"] = [parameter.requires_grad for parameter in self._parameters]
         for index, group in enumerate(optimizer.param_groups):
@@ -218,6 +219,7 @@ class _Step:
         batch: Batch,
         inputs: list[Any],
         step: int | Tensor,
+        first_example: int,
         signature: Any,
         settings: dict[str, Any],
     ) -> _Captured | str:
@@ -234,7 +236,7 @@ class _Step:
 
         def run() -> tuple[Tensor, Batch]:
             given = batch.like(pytree.tree_unflatten(own, structure))
-            return kind.body(given, number), given
+            return kind.body(given, number, first_example), given
 
         with float32_products(method.precision):
             with graphs.on_capture_stream():

@@ -50,9 +50,9 @@ from stn_fast.training.task import Objective, Task
 
 
 class Kind(NamedTuple):
-    """One kind of step: ``body`` is called with a batch and a number, and steps ``optimizer``."""
+    """One kind of step: ``body`` is called with a batch, a number and a first example, and steps ``optimizer``."""
 
-    body: Callable[[Batch, int | Tensor], Tensor]
+    body: Callable[[Batch, int | Tensor, int], Tensor]
     optimizer: torch.optim.Optimizer
 
 
@@ -155,7 +155,7 @@ class Method(ABC):
         """
         self.guard.look(wait=True)
 
-    def train_step(self, batch: Any, step: int | Tensor) -> Tensor:
+    def train_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
         """Updates the weights on one training batch: (inputs, targets), as a DataLoader gives it, or a `Batch`.
 
         A model in training mode is left as it is, submodules that are in evaluation mode included. One in evaluation
@@ -164,6 +164,8 @@ class Method(ABC):
         Args:
             batch: what `stn_fast.training.batches.as_batch` takes; the objective sees its ``inputs`` and ``targets``.
             step: the number that fixes the step's random draws together with the seed.
+            first_example: index of the batch's first example in the global batch. Processes that train on parts of one
+                batch draw for each example what one process draws that trains on all of it.
 
         Returns the loss, a detached scalar on the device.
 
@@ -175,12 +177,12 @@ class Method(ABC):
         """
         batch = self.begin("train_step", batch)
         with float32_products(self.precision):
-            return self._train(batch, step)
+            return self._train(batch, step, first_example)
 
-    def _train(self, batch: Batch, step: int | Tensor) -> Tensor:
+    def _train(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
         """The step itself: after the first one nothing in it waits for a CUDA device."""
         put_back = self._buffers.keep()
-        hyper = self._training_hyper(batch.examples, step)
+        hyper = self._training_hyper(self._draw(batch, step, first_example))
         loss = self._loss("training", self.training_objective, batch, hyper)
         if self._checks_used:
             check_used(hyper, all_by_name=False)
@@ -222,6 +224,10 @@ class Method(ABC):
             self._modes.resume()
         return as_batch(batch, self.location.device)
 
+    def _draw(self, batch: Batch, step: int | Tensor, first_example: int) -> dict[str, Any]:
+        """Arguments of ``HyperparameterSpace.sample`` and ``at``: for how many examples to draw, and which numbers."""
+        return dict(batch_size=batch.examples, seed=self.seed, step=step, first_example=first_example)
+
     def _loss(self, kind: str, objective: Objective, batch: Batch, hyper: HyperBatch) -> Tensor:
         with autocasting(self.precision, self.location.device):
             loss = batch.finish(objective(self.model, batch, hyper))
@@ -231,7 +237,7 @@ class Method(ABC):
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
     @abstractmethod
-    def valid_step(self, batch: Any, step: int | Tensor) -> Tensor:
+    def valid_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
         """Updates the hyperparameters on one validation batch, as ``train_step`` takes it."""
 
     def unperturbed(self, batch_size: int) -> HyperBatch:
@@ -247,7 +253,7 @@ class Method(ABC):
         set_learning_rate(self.optimizer, learning_rate)
 
     @abstractmethod
-    def _training_hyper(self, batch_size: int, step: int | Tensor) -> HyperBatch:
+    def _training_hyper(self, draw: dict[str, Any]) -> HyperBatch:
         """The hyperparameters of a training step, which get no gradient from it."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -324,15 +330,15 @@ class FixedHyperparameters(Method):
                 parameter.requires_grad_(False)
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def valid_step(self, batch: Any, step: int | Tensor) -> Tensor:
+    def valid_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
         """Has nothing to do here."""
         raise RuntimeError("FixedHyperparameters does not tune hyperparameters: call only train_step")
 
     def scales(self) -> Tensor:
         return torch.zeros_like(self.location)
 
-    def _training_hyper(self, batch_size: int, step: int | Tensor) -> HyperBatch:
-        return self.space.at(self.location, batch_size=batch_size, seed=self.seed, step=step)
+    def _training_hyper(self, draw: dict[str, Any]) -> HyperBatch:
+        return self.space.at(self.location, **draw)
 
 
 class SelfTuning(Method):
@@ -387,13 +393,13 @@ class SelfTuning(Method):
         }
 
     @torch.no_grad()
-    def _training_hyper(self, batch_size: int, step: int | Tensor) -> HyperBatch:
-        return self._perturbed(batch_size, step)
+    def _training_hyper(self, draw: dict[str, Any]) -> HyperBatch:
+        return self._perturbed(draw)
 
-    def _perturbed(self, batch_size: int, step: int | Tensor) -> HyperBatch:
-        return self.space.sample(self.location, self.raw_scale, batch_size=batch_size, seed=self.seed, step=step)
+    def _perturbed(self, draw: dict[str, Any]) -> HyperBatch:
+        return self.space.sample(self.location, self.raw_scale, **draw)
 
-    def valid_step(self, batch: Any, step: int | Tensor) -> Tensor:
+    def valid_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
         """Updates location and raw scale on one validation batch, as ``train_step`` takes it.
 
         Returns F without its entropy term, a detached scalar on the device. Weights, their ``.grad`` and the modes of
@@ -408,17 +414,13 @@ class SelfTuning(Method):
             raise RuntimeError("freeze=True holds the hyperparameters: call only train_step")
         batch = self.begin("valid_step", batch)
         with float32_products(self.precision):
-            return self._validate(batch, step)
+            return self._validate(batch, step, first_example)
 
-    def _validate(self, batch: Batch, step: int | Tensor) -> Tensor:
+    def _validate(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
         """The step itself: after the first one nothing in it waits for a CUDA device."""
-        size = batch.examples
         with evaluating(self.model), hold_parameters(self.model.parameters()):
-            hyper = (
-                self._perturbed(size, step)
-                if self.tune_scales
-                else self.space.at(self.location, batch_size=size, seed=self.seed, step=step)
-            )
+            draw = self._draw(batch, step, first_example)
+            hyper = self._perturbed(draw) if self.tune_scales else self.space.at(self.location, **draw)
             loss = self._loss("validation", self.validation_objective, batch, hyper)
             if not loss.requires_grad:
                 raise RuntimeError(

@@ -152,7 +152,7 @@ def test_another_learning_rate_is_taken_on(fused, monkeypatch):
 
 def test_a_learning_rate_kept_from_the_capture_would_show(monkeypatch):
     monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 1 << 20)
-    monkeypatch.setattr(capture._Step, "_settings", lambda self: {})
+    monkeypatch.setattr(capture._Step, "_settings", lambda self, first_example: {})
     options = dict(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
     one, other = (digits_steps(**options) for _ in range(2))
     steps = captured(other.method)
@@ -163,6 +163,16 @@ def test_a_learning_rate_kept_from_the_capture_would_show(monkeypatch):
         one.method.train_step(one.train[step], step)
         steps.train_step(one.train[step], step)
     assert different(one.method, other.method) != []
+
+
+def test_another_first_example_is_taken_on():
+    one, other = (digits_steps() for _ in range(2))
+    steps = captured(other.method)
+    for take in (one.method, steps):
+        for step in range(12):
+            take.train_step(one.train[step], step, first_example=50 * (step // 6))
+    assert different(one.method, other.method) == []
+    assert (steps.graphs.captured, steps.replayed) == (2, 12 - 2 - 1)  # anew after one step with the other
 
 
 def test_modes_and_state_that_change_are_taken_on():
@@ -445,7 +455,7 @@ def test_nothing_of_a_step_keeps_it_from_being_captured(task, kind, precision, m
         with pytest.MonkeyPatch.context() as patch:
             for name in ("item", "tolist", "numpy", "cpu"):
                 patch.setattr(torch.Tensor, name, refuse)
-            one.method.kinds[kind].body(batch.like(parts), step)
+            one.method.kinds[kind].body(batch.like(parts), step, 0)
 
     assert obstacles(one.method, run) == []
     after = everything(one.method)

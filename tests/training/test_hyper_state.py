@@ -74,7 +74,7 @@ def test_another_order_is_put_back_by_name(order, options):
     )
     # Without perturbation, whose draws go by column, the two are the same method from here on.
     for method in (one, other):
-        method._perturbed = lambda size, step, method=method: method.unperturbed(size)
+        method._perturbed = lambda draw, method=method: method.unperturbed(draw["batch_size"])
         if method.tunes:
             method.tune_scales = False
             method.validation_objective = classification_loss

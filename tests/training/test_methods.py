@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -185,6 +186,52 @@ def test_steps_draw_by_number_not_by_history(model, batch):
     assert torch.equal(one.train_step(batch, 1), other.train_step(batch, 1))
     assert torch.equal(one.valid_step(batch, 2), other.valid_step(batch, 2))
     assert torch.equal(one.location, other.location)
+
+
+NOISY = HyperparameterSpace(
+    [
+        Hyperparameter("input_noise", low=0.0, init=0.3),
+        Hyperparameter("input_dropout", low=0.0, high=0.9, init=0.3),
+        Hyperparameter("weight_decay", low=0.0, init=1e-2, per_example=False),
+    ]
+)
+
+
+def drawn(make, call, batch, first_example):
+    """What a step draws for each example: its hyperparameters, its noise and its dropout."""
+    torch.manual_seed(0)
+    model, seen = mlp(NOISY, (6, 16, 4)), []
+
+    def objective(model, batch, hyper):
+        seen.extend([hyper.values, hyper.response])
+        return decayed_classification_loss(model, batch, hyper)
+
+    method = make(model, NOISY, objective)
+    for layer in (model.noise, model.dropouts[0]):
+        layer.register_forward_hook(lambda layer, given, outcome: seen.append(outcome))
+    getattr(method, call)(batch, 7, first_example=first_example)
+    return [each.detach() for each in seen]
+
+
+def tuning(model, space, objective, **options):
+    return SelfTuning(model, space, objective, objective, seed=3, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "call"),
+    [
+        (tuning, "train_step"),
+        (tuning, "valid_step"),
+        (partial(tuning, tune_scales=False), "valid_step"),
+        (partial(FixedHyperparameters, seed=3), "train_step"),
+    ],
+)
+def test_two_halves_of_a_batch_draw_what_the_whole_draws(batch, make, call):
+    whole = drawn(make, call, batch, 0)
+    halves = [drawn(make, call, Split(*(part[k : k + 16] for part in batch)), k) for k in (0, 16)]
+    assert len(whole) == 4
+    for one, first, second in zip(whole, *halves, strict=True):
+        assert torch.equal(one, torch.cat([first, second]))
 
 
 def test_batches_of_a_data_loader_will_do(model, batch):
