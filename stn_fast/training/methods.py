@@ -32,6 +32,7 @@ from stn_fast.training.optimizers import (
     default_hyper_optimizer,
     default_optimizer,
     hyper_optimizer,
+    learning_rate,
     make_capturable,
     set_learning_rate,
     weight_optimizer,
@@ -248,9 +249,14 @@ class Method(ABC):
     def scales(self) -> Tensor:
         """σ of the perturbation of each hyperparameter, (n,); 0 where there is none."""
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Trains the weights at ``learning_rate`` from the next step on."""
-        set_learning_rate(self.optimizer, learning_rate)
+    @property
+    def learning_rate(self) -> float:
+        """The rate at which the next step trains the weights. It is stored in the optimizer, and so in checkpoints."""
+        return learning_rate(self.optimizer)
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        set_learning_rate(self.optimizer, rate)
 
     @abstractmethod
     def _training_hyper(self, draw: dict[str, Any]) -> HyperBatch:

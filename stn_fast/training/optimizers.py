@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +59,12 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> None:
             state = optimizer.state.get(parameter, {})
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].to(device)
+
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """That of the first parameters; of a float32 tensor the shortest decimal, 0.05 rather than 0.05000000074505806."""
+    rate = optimizer.param_groups[0]["lr"]
+    return float(str(np.float32(rate.item()))) if isinstance(rate, Tensor) else rate
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

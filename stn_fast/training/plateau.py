@@ -21,6 +21,8 @@ class Plateau:
     least ``decay_patience`` epochs before it: after the next epoch again, where that has not helped. The run ends
     after ``patience`` epochs without a new best loss, or once the learning rate is below ``min_learning_rate``.
 
+    It decides when the rate falls and to what; the rate itself is the method's.
+
     Epoch 0 is the evaluation before training.
     """
 
@@ -30,18 +32,15 @@ class Plateau:
         self.decays: list[int] = []  # the epochs after which the learning rate fell
         self.stop: Stop | None = None
 
-    @property
-    def learning_rate(self) -> float:
-        """That of the next epoch."""
-        return self._rate_after(len(self.decays))
-
-    def add(self, loss: float) -> None:
-        """Takes in the validation loss of the epoch that ends."""
+    def add(self, loss: float) -> float | None:
+        """The learning rate to train at after an epoch with this validation loss, None where it stays as it is."""
         self.losses.append(loss)
         before = self.losses[: -self.optimizer.decay_patience]
-        if self.optimizer.decay_factor < 1 and before and loss >= min(before):
+        falls = bool(self.optimizer.decay_factor < 1 and before and loss >= min(before))
+        if falls:
             self.decays.append(len(self.losses) - 1)
         self.stop = self._first_stop()
+        return self._rate_after(len(self.decays)) if falls else None
 
     def _rate_after(self, decays: int) -> float:
         return self.optimizer.learning_rate * self.optimizer.decay_factor**decays

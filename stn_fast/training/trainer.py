@@ -166,8 +166,9 @@ class Trainer:
             self.valid_steps += 1
 
     def _close_epoch(self, log: MetricsLog) -> None:
-        self.plateau.add(self._report_epoch(log))
-        self.method.set_learning_rate(self.plateau.learning_rate)
+        lower = self.plateau.add(self._report_epoch(log))
+        if lower is not None:
+            self.method.learning_rate = lower
         is_best = self.best["step"] == self.step
         if is_best or self.epoch % self.config.schedule.checkpoint_epochs == 0:
             self._save(log)
@@ -181,7 +182,7 @@ class Trainer:
         tuned = describe(self.method.space, self.method.location, self.method.scales())
         self._count_step_seconds()
         for phase, losses, batches, extra in (
-            ("train", self.train_loss, self.train_batches, {"learning_rate": self.plateau.learning_rate}),
+            ("train", self.train_loss, self.train_batches, {"learning_rate": self.method.learning_rate}),
             ("valid", self.valid_loss, self.valid_batches, tuned),
         ):
             if losses.steps:
@@ -219,7 +220,7 @@ class Trainer:
     def _diverge(self, what: str) -> NoReturn:
         values = self.method.space.values(self.method.location)
         named = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-        rates = [f"optimizer.learning_rate (now {self.plateau.learning_rate:g})"]
+        rates = [f"optimizer.learning_rate (now {self.method.learning_rate:g})"]
         if self.method.tunes:
             rates.append(f"hyper_optimizer.learning_rate (now {self.config.hyper_optimizer.learning_rate})")
         if not all(math.isfinite(value) for value in values.values()):

@@ -144,7 +144,7 @@ def test_another_learning_rate_is_taken_on(fused, monkeypatch):
         for step in range(12):
             if step in (6, 9):
                 take_of = one.method if take is one.method else other.method
-                take_of.set_learning_rate(0.3 / step)
+                take_of.learning_rate = 0.3 / step
             take.train_step(one.train[step], step)
     assert different(one.method, other.method) == []
     assert steps.graphs.captured == (1 if fused else 3)
@@ -158,8 +158,8 @@ def test_a_learning_rate_kept_from_the_capture_would_show(monkeypatch):
     steps = captured(other.method)
     for step in range(8):
         if step == 5:
-            one.method.set_learning_rate(0.3)
-            other.method.set_learning_rate(0.3)
+            one.method.learning_rate = 0.3
+            other.method.learning_rate = 0.3
         one.method.train_step(one.train[step], step)
         steps.train_step(one.train[step], step)
     assert different(one.method, other.method) != []
@@ -199,7 +199,7 @@ def other_clip(method, turn):
 
 
 def other_learning_rate(method, turn):
-    method.set_learning_rate(0.1 / (1 + turn))
+    method.learning_rate = 0.1 / (1 + turn)
 
 
 def other_modes(method, turn):

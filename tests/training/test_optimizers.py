@@ -9,7 +9,7 @@ from capturing import as_on_cuda
 from step_tasks import digits_steps
 from torch import Tensor
 
-from stn_fast.training.optimizers import make_capturable, set_learning_rate
+from stn_fast.training.optimizers import learning_rate, make_capturable, set_learning_rate
 
 
 def of(make):
@@ -41,6 +41,7 @@ def test_on_cuda_an_optimizer_keeps_what_it_can_on_the_device(name, monkeypatch)
     assert group.get("capturable") is (None if "sgd" in name else True)
     assert isinstance(group["lr"], Tensor) == ("fused" in name)
     assert float(group["lr"]) == pytest.approx(0.1)
+    assert learning_rate(optimizer) == 0.1  # exactly, though a tensor of float32 holds 0.10000000149011612
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

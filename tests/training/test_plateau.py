@@ -1,5 +1,6 @@
 """The learning rate falls and a run ends where the validation losses say so, and resuming changes neither."""
 
+import copy
 import json
 
 import numpy as np
@@ -7,13 +8,20 @@ import pytest
 from run_files import result, rows
 
 from stn_fast.errors import UserError
+from stn_fast.recipes import digits
 from stn_fast.training.config import OptimizerConfig
+from stn_fast.training.methods import build_method
+from stn_fast.training.metrics import MetricsLog
 from stn_fast.training.plateau import Plateau, Stop
 from stn_fast.training.trainer import Trainer
 
 
+def plateau_of(patience=None, **optimizer):
+    return Plateau(OptimizerConfig(learning_rate=0.1, **optimizer), patience)
+
+
 def fed(losses, patience=None, **optimizer):
-    plateau = Plateau(OptimizerConfig(learning_rate=0.1, **optimizer), patience)
+    plateau = plateau_of(patience, **optimizer)
     for loss in losses:
         plateau.add(loss)
     return plateau
@@ -26,9 +34,10 @@ def test_the_rate_falls_where_a_loss_is_no_better_than_one_so_many_epochs_ago(de
         now for now in range(40) if any(losses[now] >= losses[earlier] for earlier in range(now - decay_patience + 1))
     ]
     assert 0 < len(expected) < 40 - decay_patience
-    plateau = fed(losses, decay_factor=0.5, decay_patience=decay_patience)
-    assert plateau.decays == expected
-    assert plateau.learning_rate == pytest.approx(0.1 * 0.5 ** len(expected))
+    plateau = plateau_of(decay_factor=0.5, decay_patience=decay_patience)
+    rates = [plateau.add(loss) for loss in losses]
+    assert plateau.decays == [epoch for epoch, rate in enumerate(rates) if rate is not None] == expected
+    assert [rate for rate in rates if rate is not None] == [0.1 * 0.5 ** (k + 1) for k in range(len(expected))]
 
 
 def test_an_equal_loss_is_no_better():
@@ -36,7 +45,8 @@ def test_an_equal_loss_is_no_better():
 
 
 def test_a_factor_of_1_never_decays():
-    assert fed([1.0, 2.0, 3.0], decay_patience=1).learning_rate == 0.1
+    plateau = plateau_of(decay_patience=1)
+    assert [plateau.add(loss) for loss in (1.0, 2.0, 3.0)] == [None] * 3
 
 
 def test_patience_counts_epochs_since_the_best():
@@ -61,7 +71,8 @@ def test_its_state_is_all_there_is_to_it():
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for loss in losses:
         resumed.add(loss)
-    assert (resumed.decays, resumed.learning_rate, resumed.stop) == (whole.decays, whole.learning_rate, whole.stop)
+    assert (resumed.decays, resumed.stop) == (whole.decays, whole.stop)
+    assert resumed.add(9.0) == whole.add(9.0) == 0.1 * 0.5 ** len(whole.decays)
 
 
 DECAYING = (
@@ -98,6 +109,28 @@ def test_a_run_trains_at_the_rate_that_its_losses_ask_for(train):
     first = min(epoch for epoch in found if found[epoch] < 0.3)
     held = rows(train("schedule.epochs=10", *DECAYING[:2], name="held"))
     assert [row for row in held if row["phase"] == "eval"][first]["loss"] != losses[first]
+
+
+def test_a_run_reports_the_rate_of_its_method_also_one_that_was_set_or_restored(make_config, tmp_path):
+    def fitted(name, change):
+        config = make_config("schedule.epochs=1")
+        task = digits.build(config)
+        trainer = Trainer(config, task, build_method(config, task), tmp_path / name)
+        change(trainer)
+        with MetricsLog(tmp_path / f"{name}.jsonl", 0) as log:
+            trainer.fit(log)
+        assert trainer.method.optimizer.param_groups[0]["lr"] == trainer.method.learning_rate
+        written = map(json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines())
+        return trainer, [row["learning_rate"] for row in written if row["phase"] == "train"]
+
+    def lower(trainer):
+        trainer.method.learning_rate = 0.0123
+
+    lowered, rates = fitted("lowered", lower)
+    assert rates == [0.0123]
+    state = copy.deepcopy(lowered.method.state_dict())
+    assert fitted("restored", lambda trainer: trainer.method.load_state_dict(state))[1] == [0.0123]
+    assert fitted("as configured", lambda trainer: None)[1] == [0.05]
 
 
 @pytest.mark.parametrize("step", [60, 85])
