@@ -187,6 +187,8 @@ class Hyperparameter:
             as_float32(as_float32(base) + as_float32(scale * as_float32(curve * (1 + sign * FUNCTION_ERROR))))
             for sign in (-1, 1)
         ]
+        if min(curve, abs(scale) * curve) < LEAST_NORMAL:  # vectorised code and GPUs may take it for 0
+            ends.append(as_float32(base))
         return min(ends), max(ends)
 
     def unconstrained(self, value: float) -> float:
@@ -198,6 +200,9 @@ class Hyperparameter:
         if self.high is not None:
             return -inverse_softplus(self.high - value)
         return value
+
+
+LEAST_NORMAL = 2.0**-126  # of float32; smaller numbers have fewer digits
 
 
 def as_float32(value: float) -> float:

@@ -256,6 +256,7 @@ def test_a_bad_hyperparameter_is_refused_by_name(arguments, message):
         (dict(low=-1e308, high=1e308, init=1.0), "low=-1e[+]308 is beyond float32"),
         (dict(low=-3e38, high=3e38, init=1.0), r"high=3e\+38 is more above low=-3e\+38 than float32 holds"),
         (dict(low=0.0, init=1e-50), r"init=1e-50 can't be told from a bound of \(0, inf\) in float32"),
+        (dict(low=0.0, high=1.0, init=1e-39), r"init=1e-39 can't be told from a bound of \(0, 1\) in float32"),
         (dict(high=1.0, init=0.99999999), "init=0.99999999 can't be told from a bound"),
         (dict(low=1e3, high=2e3, init=1000.00001), "init=1000.00001 can't be told from a bound"),
         (dict(low=0.0, high=0.9, init=0.9 - 1e-9), "can't be told from a bound of"),
