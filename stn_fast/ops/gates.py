@@ -178,6 +178,16 @@ def response_input(hyper: HyperBatch | Tensor, like: Tensor) -> Tensor:
     return response.to(like.dtype)
 
 
+def rows_are_cheaper(h: Tensor, *layers: GatedParameters) -> bool:
+    """Whether one h (n,) for all examples is better treated as a row for each than folded into the weights.
+
+    The gradient of a folded layer's h is made of that of its weights, which is a product as large as the layer's own. Of
+    a response of low rank the products of rows are small, and no other gradient is needed.
+    """
+    asked = torch.is_grad_enabled() and h.requires_grad
+    return asked and all(layer.response_projection is not None for layer in layers)
+
+
 def check_examples(
     who: str, x: Tensor, hyper: HyperBatch | Tensor, example_dim: int = 0, others: Iterable[int] = ()
 ) -> None:

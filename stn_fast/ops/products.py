@@ -1,7 +1,7 @@
 """Products of float32 matrices on the CPU, by the faster of the two libraries that torch has for them.
 
 `torch.mm` calls MKL on x86-64. On AMD's processors with AVX-512, oneDNN's product took .60 to .95 of its time for x Wᵀ
-and dy W (benchmarks/README.md), so it is called there. torch itself calls these products of oneDNN in compiled code
+and dy W, and for dyᵀ x of many rows .65 to .75 (benchmarks/README.md), so it is called there. torch itself calls these products of oneDNN in compiled code
 only: they assume as many threads as OpenMP promises, and where they get fewer they leave part of the result unwritten.
 So `full_team` is asked before each choice; without a full team torch.mm computes, which is right with any. Otherwise
 the choice depends on the processor alone: results of a machine don't change from run to run.
@@ -75,6 +75,38 @@ def sum_of_two(dy: Tensor, weight: Tensor, g: Tensor, response_weight: Tensor, o
         first = torch.ops.mkldnn._linear_pointwise(dy, weight.T, None, "none", [], "")
         return out.copy_(torch.ops.mkldnn._linear_pointwise.binary(g, first, response_weight.T, None, "add"))
     return torch.mm(dy, weight, out=out).addmm_(g, response_weight)
+
+
+_MANY_ROWS = 1024  # from which oneDNN is the faster one for a sum over rows too
+
+
+class SumOverRows:
+    """dyᵀ x of dy (M, O) and x (M, K), block by block of rows: the gradient of a weight (O, K)."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._transposed = False  # as oneDNN makes it, xᵀ dy: it copies its first factor, and x has the shorter rows
+
+    def add(self, dy: Tensor, x: Tensor) -> None:
+        """Adds the rows of one block, both contiguous."""
+        if self._sum is None:
+            self._transposed = len(x) >= _MANY_ROWS and library() == "oneDNN"
+            if self._transposed:
+                self._sum = torch.ops.mkldnn._linear_pointwise(x.T, dy.T, None, "none", [], "")
+            else:
+                self._sum = torch.mm(dy.T, x)
+        elif not self._transposed:
+            self._sum.addmm_(dy.T, x)
+        elif len(x) >= _MANY_ROWS and library() == "oneDNN":
+            self._sum = torch.ops.mkldnn._linear_pointwise.binary(x.T, self._sum, dy.T, None, "add")
+        else:
+            self._sum.addmm_(x.T, dy)
+
+    def total(self) -> Tensor | None:
+        """(O, K), contiguous; None of no block."""
+        if self._sum is None or not self._transposed:
+            return self._sum
+        return self._sum.T.contiguous()
 
 
 _LARGE = 1 << 20  # numbers of a weight: below it is in the caches anyway, and laying it out costs what it gains

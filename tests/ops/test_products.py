@@ -37,6 +37,21 @@ def test_either_library_computes_the_products(library, rows, inputs, outputs, se
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(rows=st.sampled_from([1, 5, 1024, 1031]), inputs=sizes, outputs=sizes, last=st.sampled_from([0, 3, 1024]))
+def test_either_library_computes_sums_over_rows(library, rows, inputs, outputs, last):
+    dy, x, sums = drawn(rows + last, outputs, seed=0), drawn(rows + last, inputs, seed=1), products.SumOverRows()
+    assert sums.total() is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "library", lambda: library)
+        for block in (slice(0, rows), slice(rows, None))[: 2 if last else 1]:
+            sums.add(dy[block], x[block])
+    got = sums.total()
+    assert got.is_contiguous()
+    assert_twice_as_good(got, dy.T @ x, dy.double().T @ x.double(), name="dyᵀ x")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_rows_of_a_larger_tensor_are_written_in_place(library, monkeypatch):
     monkeypatch.setattr(products, "library", lambda: library)
     whole = torch.zeros(6, 4)

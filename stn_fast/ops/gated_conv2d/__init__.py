@@ -23,6 +23,7 @@ from stn_fast.ops.gates import (
     expected,
     fold,
     response_input,
+    rows_are_cheaper,
 )
 from stn_fast.ops.halves import convert
 from stn_fast.ops.memory import autocast_dtype, plain_strides
@@ -231,7 +232,7 @@ def gated_conv2d(
     stride, dilation = pair("gated_conv2d", "stride", stride, 1), pair("gated_conv2d", "dilation", dilation, 1)
     x, padding = _explicit_padding(x, parameters.weight, padding, stride, dilation)
     _check_image(x, parameters.weight, padding, dilation)
-    if h.ndim == 1 and misled(x):
+    if h.ndim == 1 and (misled(x) or rows_are_cheaper(h, parameters)):
         h = h.expand(len(x), -1)
     if h.ndim == 1:
         implementations.check(x, parameters.weight, h)

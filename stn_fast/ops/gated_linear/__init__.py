@@ -21,6 +21,7 @@ from stn_fast.ops.gates import (
     factors,
     fold,
     response_input,
+    rows_are_cheaper,
 )
 from stn_fast.ops.linear import linear
 from stn_fast.ops.memory import autocast_dtype
@@ -141,10 +142,12 @@ def gated_linear(
     if dtype := autocast_dtype(x):
         x, parameters, h = x.to(dtype), parameters.to(dtype), h.to(dtype)
     _check(x, parameters, h, example_dim)
+    example_dim %= x.ndim
+    if h.ndim == 1 and rows_are_cheaper(h, parameters):
+        h = h.expand(x.shape[example_dim], -1)
     if h.ndim == 1:
         implementations.check(x, parameters.weight, h)
         return linear(x, *fold(parameters, h))
-    example_dim %= x.ndim
     outer, inner = math.prod(x.shape[:example_dim]), math.prod(x.shape[example_dim + 1 : -1])
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if in_transform():

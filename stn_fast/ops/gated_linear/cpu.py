@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stn_fast.ops.gates import GatedParameters, Gradients, Wanted
 from stn_fast.ops.memory import address, own_address
-from stn_fast.ops.products import both_times_transpose, sum_of_two
+from stn_fast.ops.products import both_times_transpose, SumOverRows, sum_of_two
 
 
 def forward(
@@ -74,11 +74,8 @@ def backward(
     d_bias = dy.new_empty(outputs) if wanted.bias else None
     d_weight_gate, d_bias_gate = out(weight_gate, wanted.weight_gate), out(bias_gate, wanted.bias_gate)
     d_response_bias, d_h = out(response_bias, wanted.response_bias), out(h, wanted.h)
-    dx, d_weight = out(x, wanted.x), out(weight, wanted.weight)
-    d_response_weight, d_projection = (
-        out(response_weight, wanted.response_weight),
-        out(projection, wanted.response_projection),
-    )
+    dx = out(x, wanted.x)
+    of_matrices = {name: SumOverRows() for name in ("weight", "response_weight", "response_projection")}
     needs_u = wanted.x or wanted.response_projection
     needs_g = needs_u or wanted.response_weight
     needs_q = wanted.scale and projection is not None
@@ -110,19 +107,20 @@ def backward(
             du, back, source = g @ response_weight if g is not None and needs_u else None, projection, of_saved
         if dx is not None and du is not None:
             sum_of_two(of_dy, weight, du, back, out=dx[rows])
-        sums_of_products = ((d_weight, of_dy, of_x), (d_response_weight, g, source), (d_projection, du, of_x))
-        for total, factor, factor_x in sums_of_products:
-            if total is not None and factor is not None:
-                torch.addmm(total, factor.T, factor_x, beta=rows.start > 0, out=total)
+        for (name, sums_of_rows), factor, factor_x in zip(
+            of_matrices.items(), (of_dy, g, du), (of_x, source, of_x), strict=True
+        ):
+            if factor is not None and getattr(wanted, name):
+                sums_of_rows.add(factor, factor_x)
     return Gradients(
         x=dx,
-        weight=d_weight,
+        weight=of_matrices["weight"].total(),
         bias=d_bias,
-        response_weight=d_response_weight,
+        response_weight=of_matrices["response_weight"].total(),
         response_bias=d_response_bias,
         weight_gate=d_weight_gate,
         bias_gate=d_bias_gate,
-        response_projection=d_projection,
+        response_projection=of_matrices["response_projection"].total(),
         h=d_h,
     )
 

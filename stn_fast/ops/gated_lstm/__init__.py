@@ -20,6 +20,7 @@ from stn_fast.ops.gates import (
     factors,
     fold,
     response_input,
+    rows_are_cheaper,
 )
 from stn_fast.ops.memory import autocast_dtype
 from stn_fast.ops.openmp import misled, watch
@@ -195,7 +196,7 @@ def gated_lstm(
     if in_transform():
         rows = h.expand(x.shape[1], -1) if h.ndim == 1 else h
         return reference(x, h_0, c_0, from_input, from_hidden, rows, reverse)
-    if h.ndim == 1 and misled(x):
+    if h.ndim == 1 and (misled(x) or rows_are_cheaper(h, from_input, from_hidden)):
         h = h.expand(x.shape[1], -1)
     if h.ndim == 1:
         implementations.check(x, h_0, h)
