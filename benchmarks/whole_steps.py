@@ -22,9 +22,9 @@ from benchmarks import plain
 from benchmarks.cuda_timing import Cuda
 from benchmarks.ratios import Row, device_name, ratio, times, versions, without_cuda, write
 from benchmarks.timing import Clock, Provider, Timings, interleave, peak_bytes
-from stn_fast.training.config import Precision
 from stn_fast.hyperparameter import ResponseRank
-from stn_fast.training.methods import FixedHyperparameters, Method, SelfTuning
+from stn_fast.training.config import Precision
+from stn_fast.training.methods import FixedHyperparameters, SelfTuning
 from stn_fast.training.precision import float32_products
 
 # Providers of the package's step with responses of these ranks.

@@ -28,16 +28,20 @@ CHANNELS_LAST_TILES = [
     triton.Config({"BLOCK_O": 16, "BLOCK_P": 64}, num_warps=8),
     triton.Config({"BLOCK_O": 64, "BLOCK_P": 16}, num_warps=4),
 ]
+# Of dP and dQ apart; the larger one with 4 warps spills.
+APART_LAST_TILES = [
+    triton.Config({"BLOCK_O": 16, "BLOCK_P": 64}, num_warps=8),
+    triton.Config({"BLOCK_O": 64, "BLOCK_P": 16}, num_warps=8),
+]
 # Programs that pixels are split into, at least, where there are that many tiles: eight for each multiprocessor of large
 # devices, as many as it takes to keep its memory busy. A constant, so that results don't depend on the device.
 PROGRAMS = 1056
 
 
-def tile_for(channels_last: bool, outputs: int, pixels: int) -> triton.Config:
+def tile_for(channels_last: bool, outputs: int, pixels: int, apart: bool = False) -> triton.Config:
     """The longest rows that leave at most a third of a tile's work empty."""
-    tiles, axis, size = (
-        (CHANNELS_LAST_TILES, "BLOCK_O", outputs) if channels_last else (CONTIGUOUS_TILES, "BLOCK_P", pixels)
-    )
+    last_tiles = APART_LAST_TILES if apart else CHANNELS_LAST_TILES
+    tiles, axis, size = (last_tiles, "BLOCK_O", outputs) if channels_last else (CONTIGUOUS_TILES, "BLOCK_P", pixels)
 
     def covered(tile: triton.Config) -> int:
         return ceil_div(size, tile.kwargs[axis]) * tile.kwargs[axis]
@@ -65,6 +69,7 @@ def gated_conv2d_epilogue_bwd_kernel(
     tiles_each,
     CHANNELS_LAST: tl.constexpr,
     GROUPED: tl.constexpr,
+    APART: tl.constexpr,
     RELU: tl.constexpr,
     WANT_BOTH: tl.constexpr,
     WANT_SCALE: tl.constexpr,
@@ -72,7 +77,10 @@ def gated_conv2d_epilogue_bwd_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Sums over `tiles_each` tiles of pixels (splits, batch, O); `each` is the number of outputs of a group."""
+    """Sums over `tiles_each` tiles of pixels (splits, batch, O); `each` is the number of outputs of a group.
+
+    d_both is [dP, dQ], side by side in each group of each example's channels, or APART one after the other.
+    """
     tiles_o = tl.cdiv(O, BLOCK_O)
     i_split = tl.program_id(1)
     i_example = (tl.program_id(0) // tiles_o).to(tl.int64)
@@ -82,7 +90,9 @@ def gated_conv2d_epilogue_bwd_kernel(
     # Where a channel begins in q, and which of [P_j, Q_j]'s it is; Q_j comes `each` channels later.
     i_q_channel, i_p_channel = i_o, i_o
     if GROUPED:
-        i_q_channel, i_p_channel = i_o % each, i_o + i_o // each * each
+        i_q_channel = i_o % each
+        if not APART:
+            i_p_channel = i_o + i_o // each * each
     i_q_first = i_q_channel if CHANNELS_LAST else i_q_channel.to(tl.int64) * pixels
     if GROUPED:
         i_q_first += (i_o // each).to(tl.int64) * q_group
@@ -104,6 +114,9 @@ def gated_conv2d_epilogue_bwd_kernel(
             i_q = i_q_first[:, None] + i_pixel[None, :]
             i_both = ((i_example * 2 * O + i_p_channel) * pixels)[:, None] + i_pixel[None, :]
             to_q = tl.cast(each, tl.int64) * pixels
+        if APART:
+            i_both = i_y
+            to_q = tl.cast(batch, tl.int64) * O * pixels
         b_dy = tl.load(p_dy + i_y, mask=inside, other=0.0).to(tl.float32)
         if RELU:
             # As torch's rule: where y is NaN the gradient passes.
@@ -146,9 +159,10 @@ def epilogue_partials(
     wants_both: bool,
     wants_scale: bool,
     wants_shift: bool,
+    apart: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(d_both (B, 2·O, H, W), d_scale, d_shift), None where not wanted; the tables are parts to be added up,
-    (splits, B, O) float32.
+    (splits, B, O) float32. With `apart`, d_both is (2·B, O, H, W): dP, then dQ.
 
     dy, y: (B, O, H, W), best in the memory format of q; y is None unless `relu`.
     q: (B, groups, O/groups, H, W), the second half of every group of `both`, with whatever strides that leaves. It is
@@ -167,12 +181,12 @@ def epilogue_partials(
     dy = dy.contiguous(memory_format=layout)
     y = y.contiguous(memory_format=layout) if relu and y is not None else None
 
-    tile = tile_for(channels_last, outputs, pixels)
+    tile = tile_for(channels_last, outputs, pixels, apart)
     programs = batch * ceil_div(outputs, tile.kwargs["BLOCK_O"])
     splits, tiles_each = split(programs, ceil_div(pixels, tile.kwargs["BLOCK_P"]), PROGRAMS)
     d_both = d_scale = d_shift = None
     if wants_both:
-        shape = (batch, 2 * outputs, height, width)
+        shape = (2 * batch, outputs, height, width) if apart else (batch, 2 * outputs, height, width)
         d_both = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=layout)
     if wants_scale:
         d_scale = torch.empty(splits, batch, outputs, dtype=torch.float32, device=dy.device)
@@ -192,10 +206,11 @@ def epilogue_partials(
             outputs // groups,
             pixels,
             *q_strides,
-            2 * outputs,
+            outputs if apart else 2 * outputs,
             tiles_each,
             CHANNELS_LAST=channels_last,
             GROUPED=groups > 1,
+            APART=apart,
             RELU=relu,
             WANT_BOTH=wants_both,
             WANT_SCALE=wants_scale,

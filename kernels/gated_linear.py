@@ -19,6 +19,8 @@ from .autotune import Problem, tuner
 from .gated_linear_epilogue import (
     EPILOGUE_CONFIG,
     FINISH_CONFIG,
+    LOW_RANK_CONFIG,
+    MAX_RANK,
     backward_config,
     gated_linear_epilogue_bwd_gates_kernel,
     gated_linear_epilogue_bwd_rows_kernel,
@@ -116,6 +118,19 @@ def _problem(x: Tensor, weight: Tensor, h: Tensor, inner: int, own: bool) -> _Pr
     return found
 
 
+def _padded_rank(factor: Tensor | None) -> int:
+    """Columns of A in a tile, as many as tl.dot takes; 0 where Q is there already."""
+    return 0 if factor is None else max(16, triton.next_power_of_2(factor.shape[1]))
+
+
+def _response(u: Tensor, response_weight: Tensor, projection: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """(A, u) where the passes make Q of them, else (None, Q)."""
+    on_tensor_cores = u.dtype != torch.float32 or _precision(u.dtype) == "tf32"
+    if projection is not None and len(projection) <= MAX_RANK and on_tensor_cores:
+        return response_weight, u
+    return None, torch.mm(u, response_weight.T)
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -141,14 +156,15 @@ def forward(
     problem = _problem(x, weight, h, inner, isinstance(config, triton.Config))
 
     def library() -> tuple[Tensor, Tensor]:
-        u = x if projection is None else torch.mm(x, projection.T)
-        y, q = torch.mm(x, weight.T), torch.mm(u, response_weight.T)
-        tile = EPILOGUE_CONFIG.kwargs
+        y, u = torch.mm(x, weight.T), x if projection is None else torch.mm(x, projection.T)
+        factor, q = _response(u, response_weight, projection)
+        config = EPILOGUE_CONFIG if factor is None else LOW_RANK_CONFIG
+        tile = config.kwargs
         grid = (ceil_div(problem.M, tile["BLOCK_M"]) * ceil_div(problem.O, tile["BLOCK_N"]),)
         gated_linear_epilogue_fwd_kernel[grid](
-            y, q, h, weight_gate, bias, response_bias, bias_gate,
-            problem.M, problem.O, problem.n, problem.batch, inner,
-            HAS_BIAS=bias is not None, **problem.pass_options(EPILOGUE_CONFIG),
+            y, q, factor, h, weight_gate, bias, response_bias, bias_gate,
+            problem.M, problem.O, problem.n, u.shape[1], problem.batch, inner,
+            HAS_BIAS=bias is not None, K_PAD=_padded_rank(factor), **problem.pass_options(config),
         )  # fmt: skip
         return y, q if projection is None else u
 
@@ -192,9 +208,12 @@ class _Backward:
         q: Tensor | None,
         problem: _Problem,
         projection: Tensor | None = None,
+        factor: Tensor | None = None,
     ) -> None:
+        """With a factor, A, the passes make Q of it and of u, which q then is."""
         self.dy, self.x, self.weight, self.response_weight = dy, x, weight, response_weight
-        self.projection = projection
+        self.projection, self.factor = projection, factor
+        self.rank = 0 if projection is None else len(projection)
         self.response_bias, self.weight_gate, self.bias_gate = response_bias, weight_gate, bias_gate
         self.h, self.q, self.problem = h, q, problem
         self.s: Tensor | None = None
@@ -232,6 +251,13 @@ class _Backward:
             self.s, _ = gate_tables(self.h, self.weight_gate, None, None, None, self.problem.precision, self.dy.dtype)
         return self.s
 
+    @property
+    def _pass_config(self) -> triton.Config:
+        problem = self.problem
+        if self.factor is None:
+            return problem.pass_config
+        return backward_config(self.dy.dtype, padded(problem.n), _padded_rank(self.factor))
+
     def du(self) -> Tensor:
         """The gradient of u, with a projection."""
         if self.d_u is None:
@@ -246,7 +272,7 @@ class _Backward:
 
     def rows(self, want_g: bool, want_h: bool) -> Tensor | None:
         """One pass that leaves g behind, returns dh, or both."""
-        problem, config = self.problem, self.problem.pass_config
+        problem, config = self.problem, self._pass_config
         tile = config.kwargs
         row_tiles = ceil_div(problem.M, tile["BLOCK_M"])
         splits, each = split(row_tiles, ceil_div(problem.O, tile["BLOCK_N"]), REDUCTION_PROGRAMS)
@@ -256,9 +282,9 @@ class _Backward:
         if want_h:
             partial_dh = self.dy.new_empty(splits, problem.M, problem.n, dtype=torch.float32)
         gated_linear_epilogue_bwd_rows_kernel[(row_tiles, splits)](
-            self.dy, self.q, self.h, self.weight_gate, self.response_bias, self.bias_gate, self.g, partial_dh,
-            problem.M, problem.O, problem.n, problem.batch, problem.inner, each,
-            HAS_BIAS=self.response_bias is not None, STORE_G=want_g, WANT_H=want_h,
+            self.dy, self.q, self.factor, self.h, self.weight_gate, self.response_bias, self.bias_gate, self.g, partial_dh,
+            problem.M, problem.O, problem.n, self.rank, problem.batch, problem.inner, each,
+            K_PAD=_padded_rank(self.factor), HAS_BIAS=self.response_bias is not None, STORE_G=want_g, WANT_H=want_h,
             **problem.pass_options(config),
         )  # fmt: skip
         return self._dh(partial_dh)
@@ -274,7 +300,7 @@ class _Backward:
 
     def gates(self, want_g: bool, want_s: bool, want_c: bool, want_h: bool) -> Gradients:
         """(db, dr, dGw, dGb, dh) as far as wanted: `want_s` dGw, `want_c` db, dr, dGb. Leaves g behind if wanted."""
-        problem, config = self.problem, self.problem.pass_config
+        problem, config = self.problem, self._pass_config
         tile = config.kwargs
         output_tiles = ceil_div(problem.O, tile["BLOCK_N"])
         splits, each = split(output_tiles, ceil_div(problem.M, tile["BLOCK_M"]), REDUCTION_PROGRAMS)
@@ -286,10 +312,10 @@ class _Backward:
         bias_partial = new(splits, problem.O) if want_c else None
         partial_dh = new(output_tiles, problem.M, problem.n) if want_h else None
         gated_linear_epilogue_bwd_gates_kernel[(output_tiles, splits)](
-            self.dy, self.q, self.h, self.weight_gate, self.response_bias, self.bias_gate, self.g,
+            self.dy, self.q, self.factor, self.h, self.weight_gate, self.response_bias, self.bias_gate, self.g,
             s_partial, c_partial, bias_partial, partial_dh,
-            problem.M, problem.O, problem.n, problem.batch, problem.inner, each,
-            HAS_BIAS=self.response_bias is not None, STORE_G=want_g, WANT_S=want_s, WANT_C=want_c, WANT_H=want_h,
+            problem.M, problem.O, problem.n, self.rank, problem.batch, problem.inner, each,
+            K_PAD=_padded_rank(self.factor), HAS_BIAS=self.response_bias is not None, STORE_G=want_g, WANT_S=want_s, WANT_C=want_c, WANT_H=want_h,
             **problem.pass_options(config),
         )  # fmt: skip
         d_weight_gate = torch.empty_like(self.weight_gate) if want_s else None
@@ -364,10 +390,12 @@ def backward(
     pair = config if isinstance(config, tuple) else (config or LIBRARY, config or LIBRARY)
     problem = _problem(x, weight, h, inner, any(isinstance(choice, triton.Config) for choice in pair))
     name_x, name_w = (problem.named(choice) for choice in pair)
-    u = q
-    if projection is not None and q is not None:
-        q = torch.mm(q, response_weight.T) if want_gw or want_h else None
-    run = _Backward(dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q, problem, projection)
+    u, factor = q, None
+    if projection is not None:
+        factor, q = _response(q, response_weight, projection) if q is not None and (want_gw or want_h) else (None, None)
+    run = _Backward(
+        dy, x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q, problem, projection, factor
+    )
     pair_w = want_w and want_r and projection is None
     want_c = want_b or want_rb or want_gb
     needs_gates = want_gw or want_c

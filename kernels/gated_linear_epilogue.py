@@ -17,23 +17,46 @@ from .gates import gate_columns, gate_shift, response_input
 from .launch import narrow
 from .matmul import dot
 
-# (BLOCK_M, BLOCK_N) tiles of rows by outputs. Forward, one shape fits every dtype.
+# (BLOCK_M, BLOCK_N) tiles of rows by outputs. Forward, one shape fits every dtype; a second product needs a smaller one.
 EPILOGUE_CONFIG = triton.Config({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=2)
+LOW_RANK_CONFIG = triton.Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=8, num_stages=2)
+# On tensor cores a response of up to so high a rank is made in the passes, tile by tile, and never written. With more, or
+# in float32 proper, registers don't suffice.
+MAX_RANK = 16
 # Partial sums by outputs.
 FINISH_CONFIG = triton.Config({"BLOCK_S": 32, "BLOCK_N": 4}, num_warps=4, num_stages=1)
 
 
 @cache
-def backward_config(dtype: torch.dtype, n_pad: int) -> triton.Config:
-    """The tile of both passes over dy. Products in float32 take more registers, and so do longer rows of h."""
+def backward_config(dtype: torch.dtype, n_pad: int, k_pad: int = 0) -> triton.Config:
+    """The tile of both passes over dy. Products in float32 take more registers, and so do longer rows of h, and of u."""
     rows = 16 if n_pad > 16 else 32 if dtype == torch.float32 else 64
+    rows = max(16, rows // 2) if k_pad else rows
     return triton.Config({"BLOCK_M": rows, "BLOCK_N": 64}, num_warps=8, num_stages=1)
+
+
+@triton.jit
+def response(p_q, p_factor, i_m, i_o, in_m, in_o, O, rank, PRECISION: tl.constexpr, K_PAD: tl.constexpr):
+    """A tile of Q in float32: as it is stored, or where K_PAD isn't 0 made of u (M, rank), which p_q then is, and A."""
+    if K_PAD == 0:
+        inside = in_m[:, None] & in_o[None, :]
+        b_q = tl.load(p_q + i_m.to(tl.int64)[:, None] * O + i_o[None, :], mask=inside, other=0.0).to(tl.float32)
+    else:
+        i_k = tl.arange(0, K_PAD)
+        in_k = i_k < rank
+        i_u = i_m.to(tl.int64)[:, None] * rank + i_k[None, :]
+        i_a = i_o.to(tl.int64)[None, :] * rank + i_k[:, None]
+        b_u = tl.load(p_q + i_u, mask=in_m[:, None] & in_k[None, :], other=0.0)
+        b_a = tl.load(p_factor + i_a, mask=in_o[None, :] & in_k[:, None], other=0.0)
+        b_q = dot(b_u, b_a, tl.zeros((i_m.shape[0], i_o.shape[0]), tl.float32), PRECISION)
+    return b_q
 
 
 @triton.jit
 def gated_linear_epilogue_fwd_kernel(
     p_y,
     p_q,
+    p_factor,
     p_h,
     p_weight_gate,
     p_bias,
@@ -42,11 +65,13 @@ def gated_linear_epilogue_fwd_kernel(
     M,
     O,
     n,
+    rank,
     batch,
     inner,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     N_PAD: tl.constexpr,
+    K_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -61,7 +86,7 @@ def gated_linear_epilogue_fwd_kernel(
     zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b_s = dot(b_h, gate_columns(p_weight_gate, i_o, in_o, n, N_PAD), zero, PRECISION)
     b_p = tl.load(p_y + i_y, mask=inside, other=0.0).to(tl.float32)
-    b_y = b_p + b_s * tl.load(p_q + i_y, mask=inside, other=0.0).to(tl.float32)
+    b_y = b_p + b_s * response(p_q, p_factor, i_m, i_o, in_m, in_o, O, rank, PRECISION, K_PAD)
     if HAS_BIAS:
         b_y += gate_shift(b_h, p_bias, p_response_bias, p_bias_gate, i_o, in_o, n, PRECISION, N_PAD)
     tl.store(p_y + i_y, narrow(b_y, p_y.dtype.element_ty), mask=inside)
@@ -79,6 +104,7 @@ def response_gates(p_response_bias, p_bias_gate, i_o, in_o, n, N_PAD: tl.constex
 def gated_linear_epilogue_bwd_rows_kernel(
     p_dy,
     p_q,
+    p_factor,
     p_h,
     p_weight_gate,
     p_response_bias,
@@ -88,6 +114,7 @@ def gated_linear_epilogue_bwd_rows_kernel(
     M,
     O,
     n,
+    rank,
     batch,
     inner,
     tiles_each,
@@ -96,6 +123,7 @@ def gated_linear_epilogue_bwd_rows_kernel(
     WANT_H: tl.constexpr,
     PRECISION: tl.constexpr,
     N_PAD: tl.constexpr,
+    K_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -118,7 +146,7 @@ def gated_linear_epilogue_bwd_rows_kernel(
             b_g = b_wide * dot(b_h, b_gate, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             tl.store(p_g + i_y, narrow(b_g, dtype), mask=inside)
         if WANT_H:
-            b_ds = narrow(b_wide * tl.load(p_q + i_y, mask=inside, other=0.0).to(tl.float32), dtype)
+            b_ds = narrow(b_wide * response(p_q, p_factor, i_m, i_o, in_m, in_o, O, rank, PRECISION, K_PAD), dtype)
             b_dh = dot(b_ds, tl.trans(b_gate), b_dh, PRECISION)
             if HAS_BIAS:
                 b_both = response_gates(p_response_bias, p_bias_gate, i_o, in_o, n, N_PAD)
@@ -133,6 +161,7 @@ def gated_linear_epilogue_bwd_rows_kernel(
 def gated_linear_epilogue_bwd_gates_kernel(
     p_dy,
     p_q,
+    p_factor,
     p_h,
     p_weight_gate,
     p_response_bias,
@@ -145,6 +174,7 @@ def gated_linear_epilogue_bwd_gates_kernel(
     M,
     O,
     n,
+    rank,
     batch,
     inner,
     tiles_each,
@@ -155,6 +185,7 @@ def gated_linear_epilogue_bwd_gates_kernel(
     WANT_H: tl.constexpr,
     PRECISION: tl.constexpr,
     N_PAD: tl.constexpr,
+    K_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -185,7 +216,7 @@ def gated_linear_epilogue_bwd_gates_kernel(
             b_g = b_wide * dot(b_h, b_gate, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             tl.store(p_g + i_y, narrow(b_g, dtype), mask=inside)
         if WANT_S or WANT_H:
-            b_ds = narrow(b_wide * tl.load(p_q + i_y, mask=inside, other=0.0).to(tl.float32), dtype)
+            b_ds = narrow(b_wide * response(p_q, p_factor, i_m, i_o, in_m, in_o, O, rank, PRECISION, K_PAD), dtype)
             if WANT_S:
                 b_s = dot(tl.trans(b_ds), b_h, b_s, PRECISION)
             if WANT_H:

@@ -32,12 +32,24 @@ POINTERS = [
     *["p_x", "p_y", "p_q", "p_h", "p_dy", "p_dx", "p_g", "p_out", "p_weight", "p_bias", "p_response_weight"],
     *["p_response_bias", "p_weight_gate", "p_bias_gate", "p_d_weight", "p_d_bias", "p_d_response_weight"],
     *["p_d_response_bias", "p_d_weight_gate", "p_d_bias_gate", "p_both", "p_d_both"],
-    *["p_gates", "p_d_gates", "p_cells", "p_h_0", "p_c_0", "p_weights", "p_p", "p_response", "p_d_p", "p_d_q"],
+    *[
+        "p_factor",
+        "p_gates",
+        "p_d_gates",
+        "p_cells",
+        "p_h_0",
+        "p_c_0",
+        "p_weights",
+        "p_p",
+        "p_response",
+        "p_d_p",
+        "p_d_q",
+    ],
 ]
 PARTIAL = dict.fromkeys(["p_dh_partial", "p_s_partial", "p_c_partial", "p_bias_partial"], "*fp32")
 TABLES = dict.fromkeys(["p_scale", "p_shift", "p_scale_partial", "p_shift_partial"], "*fp32")
 DRAW = {"p_step": "*i64", "first_example": "i64", "seed": "i64", "stream": "i32"}
-SIZES = ("M", "I", "O", "n", "batch", "inner")
+SIZES = ("M", "I", "O", "n", "rank", "batch", "inner")
 
 
 def matrix_jobs():
@@ -77,17 +89,22 @@ def epilogue_jobs():
     for capability, floats, (precision, n_pad, aligned) in itertools.product(CAPABILITIES, FLOATS, variants):
         if precision == "tf32" and floats != "fp32":
             continue
-        for name, wanted, extra in kernels:
-            config = epilogue.EPILOGUE_CONFIG if name == "fwd" else epilogue.backward_config(FLOATS[floats], n_pad)
+        # Q as it is stored, or on tensor cores made of u and A.
+        ranks = (0,) if floats == "fp32" and precision == "ieee" else (0, epilogue.MAX_RANK)
+        for (name, wanted, extra), k_pad in itertools.product(kernels, ranks):
+            config = epilogue.backward_config(FLOATS[floats], n_pad, k_pad)
+            if name == "fwd":
+                config = epilogue.LOW_RANK_CONFIG if k_pad else epilogue.EPILOGUE_CONFIG
             yield Job(
                 f"stn_fast.kernels.gated_linear_epilogue:gated_linear_epilogue_{name}_kernel",
-                f"epilogue_{name}-sm{capability}-{floats}-{precision}-n{n_pad}{'-aligned' if aligned else ''}{wanted}",
+                f"epilogue_{name}-sm{capability}-{floats}-{precision}-n{n_pad}{'-aligned' if aligned else ''}{wanted}"
+                f"{f'-k{k_pad}' if k_pad else ''}",
                 capability,
                 typed(floats, *SIZES, tiles_each="i32", **PARTIAL),
-                {"PRECISION": precision, "N_PAD": n_pad, **config.kwargs, **extra},
+                {"PRECISION": precision, "N_PAD": n_pad, "K_PAD": k_pad, **config.kwargs, **extra},
                 config.num_warps,
                 config.num_stages,
-                frozenset("O") if aligned else frozenset(),
+                frozenset({"O", "rank"}) if aligned else frozenset(),
             )
     for capability, floats, n_pad in itertools.product(CAPABILITIES, FLOATS, (16, 32)):
         finish, tables = epilogue.FINISH_CONFIG, gates.TABLES_CONFIG
@@ -144,23 +161,28 @@ def conv_epilogue_jobs():
     sizes = ("rows", "columns", "O", "each", "pixels", "column_tiles", "batch", "tiles_each")
     sizes += ("q_batch", "q_group", "q_pixel", "both_pixel")
     layouts = {
-        "contiguous": (False, False, conv_backward.CONTIGUOUS_TILES),
-        "channels_last": (True, False, conv_backward.CHANNELS_LAST_TILES),
-        "grouped channels_last": (True, True, conv_backward.CHANNELS_LAST_TILES),
-        "grouped contiguous": (False, True, conv_backward.CONTIGUOUS_TILES),
+        "contiguous": (False, False, False, conv_backward.CONTIGUOUS_TILES),
+        "channels_last": (True, False, False, conv_backward.CHANNELS_LAST_TILES),
+        "grouped channels_last": (True, True, False, conv_backward.CHANNELS_LAST_TILES),
+        "grouped contiguous": (False, True, False, conv_backward.CONTIGUOUS_TILES),
+        "apart contiguous": (False, False, True, conv_backward.CONTIGUOUS_TILES),
+        "apart channels_last": (True, False, True, conv_backward.APART_LAST_TILES),
+        "apart grouped": (True, True, True, conv_backward.APART_LAST_TILES),
     }
     wanted = {"RELU": True, "WANT_BOTH": True, "WANT_SCALE": True, "WANT_SHIFT": True}
     for capability, floats, layout in itertools.product(CAPABILITIES, FLOATS, layouts):
-        channels_last, grouped, tiles = layouts[layout]
-        given = {"CHANNELS_LAST": channels_last, "GROUPED": grouped}
+        channels_last, grouped, apart, tiles = layouts[layout]
+        given = {"CHANNELS_LAST": channels_last, "GROUPED": grouped, "APART": apart}
         # Where 16 divides sizes, accesses are vectors; grouped channels_last ones never are.
         for aligned in BOOLS[: 1 if grouped and channels_last else 2]:
             suffix = f"sm{capability}-{floats}-{layout}{'-aligned' if aligned else ''}"
+            forward_tiles = conv_epilogue.APART_TILES if apart else conv_epilogue.TILES
             for name, module, kind_tiles, extra, divisible in (
-                ("fwd", "epilogue", conv_epilogue.TILES, {"HAS_SHIFT": True, "RELU": True}, {"columns"}),
+                ("fwd", "epilogue", forward_tiles, {"HAS_SHIFT": True, "RELU": True}, {"columns"}),
                 ("bwd", "backward", tiles, wanted, {"q_batch", "q_group", "q_pixel", "both_pixel"}),
             ):
-                for tile in kind_tiles if name == "bwd" or channels_last or not grouped else ():
+                # Forward, images apart have no groups, and contiguous ones none either.
+                for tile in kind_tiles if name == "bwd" or not grouped or (channels_last and not apart) else ():
                     yield Job(
                         f"stn_fast.kernels.gated_conv2d_{module}:gated_conv2d_epilogue_{name}_kernel",
                         f"conv_epilogue_{name}-{suffix}-{'x'.join(map(str, tile.kwargs.values()))}",
@@ -348,7 +370,7 @@ def corner_jobs():
     of_kernel = {}
     for job in itertools.chain(*(jobs() for jobs in GROUPS)):
         if job.capability == 90 and job.types.get("p_x") != "*fp32":
-            kinds = [job.constants.get(kind) for kind in ("BACKWARD", "MODE", "CHANNELS_LAST", "GROUPED")]
+            kinds = [job.constants.get(kind) for kind in ("BACKWARD", "MODE", "CHANNELS_LAST", "GROUPED", "APART")]
             of_kernel.setdefault((job.kernel, *kinds), job)
     for (kernel, *kinds), job in of_kernel.items():
         label = "-".join([kernel.split(":")[1], *(str(kind) for kind in kinds if kind is not None)])
@@ -388,5 +410,19 @@ def fewer_jobs():
 
 JOBS = {job.label: job for job in all_jobs()}
 FEWER_JOBS = {job.label: job for job in fewer_jobs()}
-# float16 compiles like bfloat16: `make test` leaves most of it to `make compile-ahead`.
-TESTED_JOBS = {label: job for label, job in JOBS.items() if "*fp16" not in job.types.values() or label in FEWER_JOBS}
+
+
+def tested(label, job):
+    """What `make test` compiles, which leaves the rest to `make compile-ahead`.
+
+    float16 compiles like bfloat16. Responses of low rank add a product or a pointer to kernels that are tested anyway:
+    one dtype and one GPU of them are enough.
+    """
+    if label in FEWER_JOBS:
+        return True
+    if job.constants.get("K_PAD") or job.constants.get("APART"):
+        return "*bf16" in job.types.values() and job.capability == 90
+    return "*fp16" not in job.types.values()
+
+
+TESTED_JOBS = {label: job for label, job in JOBS.items() if tested(label, job)}

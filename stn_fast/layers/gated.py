@@ -13,7 +13,6 @@ from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.ops.gates import GatedParameters, fold, response_input
 
-
 AUTO_OVERHEAD = 0.05  # of the plain layer's multiplications, which a response of the rank "auto" adds at most
 
 

@@ -35,8 +35,10 @@ def plain_logits(model, tokens, response, state=None):
     return F.linear(hidden, model.embedding.weight.double(), model.decoder_bias.double()), state
 
 
-def test_every_example_has_the_plain_network_of_its_own_hyperparameters():
-    model, tokens, hyper = model_of().eval(), tokens_of(9, 4), sampled(4)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_every_example_has_the_plain_network_of_its_own_hyperparameters(rank):
+    model, tokens, hyper = model_of(response_rank=rank).eval(), tokens_of(9, 4), sampled(4)
+    assert model.embedding.response_rank == model.lstm.response_rank == rank
     nn.init.normal_(model.decoder_bias)
     for name, gate in model.named_parameters():
         if "gate" in name:

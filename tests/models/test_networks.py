@@ -35,20 +35,24 @@ def name(request):
     return request.param
 
 
-def build(name, space=None):
+def build(name, space=None, **options):
     """The network, its space and four images."""
     torch.manual_seed(0)
     space = space or SPACES[name]
     images = torch.randn(4, 1 if name == "fashion_cnn" else 3, SIDES[name], SIDES[name])
-    return NETWORKS[name](space), space, images
+    return NETWORKS[name](space, **options), space, images
 
 
 def sampled(space, **kwargs):
     return space.sample(*space.initial_state(), batch_size=4, seed=0, step=0, **kwargs)
 
 
-def test_every_parameter_learns_from_a_training_step(name):
-    model, space, images = build(name)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_every_parameter_learns_from_a_training_step(name, rank):
+    model, space, images = build(name, response_rank=rank)
+    layers = [module for module in model.modules() if getattr(module, "response_rank", None)]
+    assert bool(layers) == bool(rank)
+    assert all(layer.response_rank == rank for layer in layers)
     logits = model(images, sampled(space))
     assert logits.shape == (4, 10)
     F.cross_entropy(logits, torch.arange(4)).backward()

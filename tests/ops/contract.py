@@ -302,7 +302,7 @@ OPERATIONS = (
             "positions": dict(outer=3, inner=2),
             "positions without bias": dict(outer=3, inner=2, bias=False),
             "low rank": dict(rank=5),
-            "low rank, positions without bias": dict(rank=2, outer=3, inner=2, bias=False),
+            "low rank, positions without bias": dict(rank=17, outer=3, inner=2, bias=False),
         },
         modes={
             "positions": dict(outer=3, inner=2),

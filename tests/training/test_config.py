@@ -83,6 +83,21 @@ def test_integers_cannot_respond_with_their_value():
     build_space(resolve(config, None, ["method.response=value", *without]))
 
 
+@pytest.mark.parametrize(("given", "rank"), [("16", 16), ("auto", "auto"), ("null", None)])
+def test_the_rank_of_the_response_is_a_number_auto_or_null(given, rank, tmp_path):
+    config = resolve(recipe("digits").config(), None, [f"method.response_rank={given}"])
+    assert config.method.response_rank == rank
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert resolve(recipe("digits").config(), str(file), []) == config
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "automatic", "1.5", "true"])
+def test_a_wrong_rank_is_refused_by_its_key(given):
+    with pytest.raises(UserError, match="method.response_rank"):
+        resolve(recipe("digits").config(), None, [f"method.response_rank={given}"])
+
+
 def test_fixed_hyperparameters_cannot_also_be_frozen():
     with pytest.raises(UserError, match="--freeze"):
         resolve(digits.config(), None, ["method.name=fixed"], {"method.freeze": True})

@@ -54,8 +54,13 @@ class Epilogues(Protocol):
         Called with x, W, R, scale, shift, stride, padding, dilation, groups, relu, whether q is kept, and `library`.
         """
 
-    def epilogue_forward(self, both: Tensor, scale: Tensor, shift: Tensor | None, groups: int, relu: bool) -> Tensor:
-        """y = P + scale ⊙ Q + shift, then ReLU where asked; `both` (B, 2·O, Ho, Wo), scale and shift (B, O)."""
+    def epilogue_forward(
+        self, both: Tensor, scale: Tensor, shift: Tensor | None, groups: int, relu: bool, q: Tensor | None = None
+    ) -> Tensor:
+        """y = P + scale ⊙ Q + shift, then ReLU where asked; `both` (B, 2·O, Ho, Wo), scale and shift (B, O).
+
+        With q (B, O, Ho, Wo), `both` is P alone.
+        """
 
     def epilogue_partials(
         self,
@@ -68,17 +73,14 @@ class Epilogues(Protocol):
         wants_both: bool,
         wants_scale: bool,
         wants_shift: bool,
+        apart: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(d_both, d_scale, d_shift), the last two in parts to be added up, (parts, B, O).
 
+        d_both is (B, 2·O, Ho, Wo) as `both`, or where P and Q are `apart` (2·B, O, Ho, Wo): dP, then dQ.
+
         q is the view of `both` that `response_half` gives.
         """
-
-
-def projected(x: Tensor, projection: Tensor, geometry: Geometry) -> Tensor:
-    """u = conv(x, B) (B, groups·k, Ho, Wo): it moves over the image as W does."""
-    stride, padding, dilation, groups, _ = geometry
-    return torch.conv2d(x, projection, None, stride, padding, dilation, groups)
 
 
 def pointwise(geometry: Geometry) -> Geometry:
@@ -151,10 +153,12 @@ def forward(
     layout = memory_format(x, weight)
     scale, shift = _gates(gate_kernels, parameters, h)
     if projection is not None:
-        u = projected(x, projection, geometry).contiguous(memory_format=layout)
-        p = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
-        both = side_by_side(p, torch.conv2d(u, response_weight, groups=groups), groups, layout)
-        return epilogues.epilogue_forward(both, scale, shift, groups, relu), u if save_response else None
+        p, u = (
+            torch.conv2d(x, filters, None, stride, padding, dilation, groups).contiguous(memory_format=layout)
+            for filters in (weight, projection)
+        )
+        q = torch.conv2d(u, response_weight, groups=groups)
+        return epilogues.epilogue_forward(p, scale, shift, groups, relu, q), u if save_response else None
 
     def library() -> Result:
         both = torch.conv2d(x, join(weight, response_weight, groups), None, stride, padding, dilation, groups)
@@ -185,15 +189,16 @@ def backward(
     wants_both = wanted.x or wanted.weight or wanted.response_weight or wanted.response_projection
     u = q
     if projection is not None and wanted.scale:
-        q = torch.conv2d(u, parameters.response_weight, groups=groups).unflatten(1, (groups, -1))
+        q = torch.conv2d(u, parameters.response_weight, groups=groups)
+        q = q.contiguous(memory_format=memory_format(x, parameters.weight)).unflatten(1, (groups, -1))
     wants_shift = wanted.shift and parameters.response_bias is not None
     scale, _ = _gates(gate_kernels, without_biases(parameters), h)
     d_both, d_scale, d_shift = epilogues.epilogue_partials(
-        dy, y, q, scale, groups, relu, wants_both, wanted.scale, wants_shift
+        dy, y, q, scale, groups, relu, wants_both, wanted.scale, wants_shift, projection is not None
     )
     dx = d_weight = d_response_weight = d_projection = None
     if d_both is not None and projection is not None:
-        d_p, d_q = apart(d_both, groups)
+        d_p, d_q = d_both.chunk(2)
         dx, d_weight = convolution_gradients(d_p, x, parameters.weight, geometry, wanted.x, wanted.weight)
         of_x, d_response_weight, d_projection = response_gradients(d_q, x, u, parameters, geometry, wanted)
         dx = dx + of_x if dx is not None and of_x is not None else None
@@ -224,19 +229,6 @@ def response_gradients(
             return dx, d_factor, d_projection
         return None, d_factor, None
     return None, None, None
-
-
-def side_by_side(p: Tensor, q: Tensor, groups: int, layout: torch.memory_format) -> Tensor:
-    """P and Q (B, O, Ho, Wo) as the joined convolution leaves them, (B, 2·O, Ho, Wo)."""
-    halves = [branch.unflatten(1, (groups, -1)) for branch in (p, q)]
-    return torch.stack(halves, dim=2).flatten(1, 3).contiguous(memory_format=layout)
-
-
-def apart(both: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """P and Q of `side_by_side`, each in memory of its own and in the layout of both."""
-    layout = memory_format(both, both)
-    p, q = both.unflatten(1, (groups, 2, -1)).unbind(2)
-    return p.flatten(1, 2).contiguous(memory_format=layout), q.flatten(1, 2).contiguous(memory_format=layout)
 
 
 def without_biases(parameters: GatedParameters) -> GatedParameters:

@@ -21,8 +21,13 @@ class Epilogues:
         return library()
 
     @staticmethod
-    def epilogue_forward(both: Tensor, scale: Tensor, shift: Tensor | None, groups: int, relu: bool) -> Tensor:
-        p, q = both.unflatten(1, (groups, 2, -1)).unbind(2)
+    def epilogue_forward(
+        both: Tensor, scale: Tensor, shift: Tensor | None, groups: int, relu: bool, q: Tensor | None = None
+    ) -> Tensor:
+        if q is None:
+            p, q = both.unflatten(1, (groups, 2, -1)).unbind(2)
+        else:
+            p, q = (branch.unflatten(1, (groups, -1)) for branch in (both, q))
         y = torch.addcmul(p.to(scale.dtype), _channels(scale, groups), q)
         if shift is not None:
             y += _channels(shift, groups)
@@ -41,6 +46,7 @@ class Epilogues:
         wants_both: bool,
         wants_scale: bool,
         wants_shift: bool,
+        apart: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if relu and y is not None:
             dy = torch.where(y <= 0, 0, dy)  # as torch's rule: where y is NaN the gradient passes
@@ -48,8 +54,12 @@ class Epilogues:
         d_both = None
         if wants_both:
             g = (wide * scale[:, :, None, None]).to(dy.dtype)
-            halves = [half.unflatten(1, (groups, -1)) for half in (dy, g)]
-            d_both = torch.stack(halves, dim=2).flatten(1, 3).contiguous(memory_format=memory_format(dy, dy))
+            if apart:
+                d_both = torch.cat([dy, g])
+            else:
+                halves = [half.unflatten(1, (groups, -1)) for half in (dy, g)]
+                d_both = torch.stack(halves, dim=2).flatten(1, 3)
+            d_both = d_both.contiguous(memory_format=memory_format(dy, dy))
         d_scale = (wide.unflatten(1, (groups, -1)) * q).sum((-2, -1)).flatten(1)[None] if wants_scale else None
         return d_both, d_scale, wide.sum((-2, -1))[None] if wants_shift else None
 

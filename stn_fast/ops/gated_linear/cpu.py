@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stn_fast.ops.gates import GatedParameters, Gradients, Wanted
 from stn_fast.ops.memory import address, own_address
-from stn_fast.ops.products import both_times_transpose, SumOverRows, sum_of_two
+from stn_fast.ops.products import SumOverRows, both_times_transpose, sum_of_two
 
 
 def forward(
