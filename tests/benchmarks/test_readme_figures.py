@@ -192,5 +192,5 @@ def test_losses_in_both_precisions_and_the_recipes_that_take_bf16():
             shown[f"`{name}`, {len(fp32)} seeds"],
             [statistics.mean(fp32), statistics.mean(bf16), precision.spread(fp32)],
         )
-    said = re.search(r"takes it on CUDA by default:\n([^.]*)\.", README)[1]
+    said = re.search(r"use it on CUDA by default:\n([^.]*)\.", README)[1]
     assert set(re.findall("`([^`]*)`", said)) == {name for name, runs in recorded.items() if precision.holds(runs)}
