@@ -1,4 +1,4 @@
-"""Drop-in modules: each is called with its input and the batch of hyperparameters."""
+"""Drop-in modules, each called with its input and a batch of hyperparameters."""
 
 from stn_fast.layers.augmentation import PerExampleAugmentation
 from stn_fast.layers.batch_norm import HyperBatchNorm2d

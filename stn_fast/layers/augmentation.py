@@ -1,4 +1,4 @@
-"""The layer that takes images as bytes: augmentation in training, each example under strengths of its own."""
+"""The first layer of an image network: augments uint8 images, each example with its own strengths."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from stn_fast.ops.augment import STRENGTHS, check_settings, domain, per_channel
 class PerExampleAugmentation(_PerExampleRegulariser):
     """uint8 images (B, C, H, W) → normalised images in the dtype of the model: the first layer of a network.
 
-    In training `stn_fast.functional.augment`, which says what each strength does and in which order; in eval mode
-    (x / 255 − mean) / std and nothing else.
+    In training mode it applies `stn_fast.functional.augment`, whose docstring gives the effect and order of all
+    strengths; in eval mode it only computes (x / 255 − mean) / std.
 
     Args:
-        names: the hyperparameters that are strengths, out of `stn_fast.ops.augment.STRENGTHS`; cutout takes both of
-            its own. Their bounds must keep them in the strength's domain: low >= 0 for all, high <= 0.5 for hue, < 90
+        names: the hyperparameters that are strengths, from `stn_fast.ops.augment.STRENGTHS`; cutout needs both of its
+            strengths. Their bounds must be within the strength's domain: low >= 0 for all, high <= 0.5 for hue, < 90
             for shear, < 1 for input_dropout, <= 24 for cutout_holes, <= the side of the images for cutout_length.
-        mean, std: one number a channel, 1 or 3 of them, of pixels in [0, 1].
-        stream: see the base class.
-        flip: rate of horizontal mirror images.
-        crop_padding: pixels of black on every side out of which the crop is cut.
-        image_size: the side of the square images that the network behind takes; others are refused. Default: any.
+        mean, std: one number per channel, for 1 or 3 channels with pixels in [0, 1].
+        stream: number of the layer's random stream, at least 1 and different for every layer of the model.
+        flip: probability of mirroring an image horizontally.
+        crop_padding: black pixels added on every side before a crop of the original size is cut.
+        image_size: side of the square images that the network takes; others raise an error. None for any size.
 
     Raises:
-        ValueError: a name is unknown or given twice, mean and std don't agree on the channels, or a setting is out of
-            its range; the message names it.
+        ValueError: a name is unknown or given twice, mean and std have different numbers of channels, or a setting is
+            out of range; the message names it.
     """
 
     _byte_mean: Tensor
@@ -57,16 +57,18 @@ class PerExampleAugmentation(_PerExampleRegulariser):
                 raise ValueError(f"PerExampleAugmentation has no strength {name!r}; {did_you_mean(name, STRENGTHS)}")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"PerExampleAugmentation wants every strength once; given twice: {', '.join(twice)}")
+            raise ValueError(f"PerExampleAugmentation: names must be distinct; given twice: {', '.join(twice)}")
         if len(mean) not in (1, 3) or len(mean) != len(std):
-            raise ValueError(f"PerExampleAugmentation wants a mean and a std for 1 or 3 channels; got {mean} and {std}")
+            raise ValueError(
+                f"PerExampleAugmentation: mean and std must both be for 1 or for 3 channels, got {mean} and {std}"
+            )
         self.names, who = tuple(names), type(self).__name__
         for name, numbers in (("mean", mean), ("std", std)):
             per_channel(who, name, numbers, len(mean))
         self.mean, self.std = tuple(mean), tuple(std)
         self.flip, self.crop_padding = check_settings(who, std, flip, crop_padding)
         self.image_size = None if image_size is None else checks.whole_number(who, "image_size", image_size, 1)
-        # Not part of the state: a checkpoint of the network behind loads with and without this layer.
+        # Not in the state dict, so a checkpoint of the network loads with or without this layer.
         for name, numbers in (("_byte_mean", mean), ("_byte_std", std)):
             bytes_of = 255 * torch.tensor(numbers, dtype=torch.float64).view(-1, 1, 1)
             self.register_buffer(name, bytes_of.float(), persistent=False)
@@ -96,8 +98,8 @@ class PerExampleAugmentation(_PerExampleRegulariser):
         if x.dtype != torch.uint8 or not fits:
             size = "H, W" if side is None else f"{side}, {side}"
             raise ValueError(
-                f"PerExampleAugmentation wants uint8 images (B, {channels}, {size}), as its mean and image_size say, "
-                f"and normalises them itself; got {tuple(x.shape)} {x.dtype}"
+                f"PerExampleAugmentation: x must be uint8 images (B, {channels}, {size}), to fit mean and image_size; "
+                f"the layer normalises them itself; got {tuple(x.shape)} {x.dtype}"
             )
 
     def _check_bounds(self, hyperparameter: Hyperparameter, height: int, width: int) -> None:
@@ -107,7 +109,7 @@ class PerExampleAugmentation(_PerExampleRegulariser):
         if low is None or not allowed.holds(low, greatest):
             size = f" for images of {height} x {width}" if name == "cutout_length" else ""
             raise ValueError(
-                f"hyperparameter {name!r} is an augmentation strength and wants bounds that keep it {allowed}{size}; "
+                f"hyperparameter {name!r} is an augmentation strength, so its bounds must keep it {allowed}{size}; "
                 f"got low={low}, high={high}"
             )
 

@@ -16,34 +16,33 @@ from stn_fast.ops.uncast import product
 
 
 class HyperBatchNorm2d(GatedLayer):
-    """y = x̂ ⊙ (weight + (h Gwᵀ) ⊙ R) + bias + (h Gbᵀ) ⊙ r, x̂ being x normalised channel by channel.
+    """y = x̂ ⊙ (weight + (h Gwᵀ) ⊙ R) + bias + (h Gbᵀ) ⊙ r, where x̂ is x normalised per channel.
 
-    In training x̂ has the batch's own mean and variance, and so do the running statistics that eval mode uses. The
-    batches are those run in training mode, hence those of *perturbed* hyperparameters: the activations that a
-    validation step, itself perturbed, and an evaluation meet are spread around the same point. An eval-mode pass never
-    changes them, nor does one under forward-mode AD or torch.func: the response step of a delta-STN is run on the batch
-    that its general step has already counted.
+    Training mode normalises by the mean and variance of the batch and updates the running statistics, which eval mode
+    normalises by. The running statistics therefore come from batches with *perturbed* hyperparameters, centred on the
+    values that validation steps and evaluations use. A pass in eval mode, under forward-mode AD or inside torch.func
+    does not update them (the response step of Δ-STN reuses the batch of its general step, which is already counted).
 
-    Scale and shift are computed in the dtype of the parameters under autocast too, as torch.nn.BatchNorm2d's are.
+    As in torch.nn.BatchNorm2d, scale and shift stay in the dtype of the parameters under autocast.
 
     Parameters and buffers are named and shaped as in torch.nn.BatchNorm2d, so a plain checkpoint loads with
-    strict=False. weight starts at 1 and bias at 0; the responses R, r uniform in ±1, as ±1/√fan_in with the one input
-    that a channel has; the gates from N(0, 0.01²).
+    strict=False. weight is initialised to 1, bias to 0, the responses R, r uniformly in ±1 (±1/√fan_in, as a channel
+    has one input), and the gates from N(0, 0.01²).
 
     Args:
         num_features: C.
         eps: added to the variance.
-        momentum: weight of a new batch in the running statistics, in [0, 1]; None for their plain average over all
-            batches so far. Its count is then read back from the device at each training pass, as torch does.
+        momentum: weight of a new batch in the running statistics, in [0, 1]; None for the average over all batches so
+            far. As in torch, None reads the batch count back from the device at each training pass.
         num_hyperparameters: n, at least 1.
 
-    Processes that share a batch each have the statistics of their own part of it, as torch.nn.BatchNorm2d has:
-    torch.nn.SyncBatchNorm.convert_sync_batchnorm leaves this layer as it is.
+    With several processes, each normalises by its own part of the batch, as torch.nn.BatchNorm2d does;
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm does not convert this layer.
 
     Shapes: weight, response_weight, bias, response_bias, running_mean, running_var (C,); weight_gate, bias_gate (C, n).
 
     Raises:
-        ValueError: an argument is out of its range; the message names it.
+        ValueError: an argument is out of range; the message names it.
     """
 
     running_mean: Tensor
@@ -80,25 +79,28 @@ class HyperBatchNorm2d(GatedLayer):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
-        """(B, C, H, W) → the same; `hyper` is a HyperBatch or its response."""
+        """(B, C, H, W) → (B, C, H, W); `hyper` is a HyperBatch or its response."""
         check_tensor("HyperBatchNorm2d", "x", x)
         if x.ndim != 4 or x.shape[1] != self.num_features:
             raise ValueError(
-                f"HyperBatchNorm2d has num_features={self.num_features} of (B, C, H, W); got x {tuple(x.shape)}"
+                f"HyperBatchNorm2d: x must be (B, C, H, W) with C = num_features={self.num_features}, "
+                f"got {tuple(x.shape)}"
             )
         one_is_double = (x.dtype == torch.float64) != (self.weight.dtype == torch.float64)
         if one_is_double or not x.is_floating_point():
-            raise ValueError(f"HyperBatchNorm2d is {self.weight.dtype} and x {x.dtype}; cast one, as in x.to(weight)")
+            raise ValueError(
+                f"HyperBatchNorm2d has {self.weight.dtype} parameters, but x is {x.dtype}; cast one, as in x.to(weight)"
+            )
         self._check_response(hyper)
         check_examples("HyperBatchNorm2d", x, hyper)
         h = response_input(hyper, self.weight)
         if h.ndim not in (1, 2) or (h.ndim == 2 and len(h) != len(x)):
-            raise ValueError(f"HyperBatchNorm2d wants h (B, n) or (n,) for x {tuple(x.shape)}; got {tuple(h.shape)}")
+            raise ValueError(f"HyperBatchNorm2d: h must be (B, n) or (n,) for x {tuple(x.shape)}, got {tuple(h.shape)}")
         if self.training:
             if len(x) < 2:
                 raise ValueError(
-                    f"HyperBatchNorm2d normalises by the batch in training and wants at least 2 examples; got {len(x)} "
-                    "(use a larger batch or drop the last one, or call eval())"
+                    f"HyperBatchNorm2d: x must have at least 2 examples in training mode, got {len(x)} "
+                    "(use a larger batch, drop the last one, or call eval())"
                 )
             if not in_transform():
                 self.num_batches_tracked.add_(1)
@@ -124,11 +126,11 @@ class HyperBatchNorm2d(GatedLayer):
         return F.batch_norm(x, self.running_mean, self.running_var, scale, shift, self.training, momentum, self.eps)
 
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
-        """0: weight decay is for filters, and leaves the scale and shift of normalised activations alone."""
+        """0: the scale and shift of normalised activations are not decayed."""
         return torch.zeros_like(decay).sum()
 
     def fold(self, response: Tensor) -> nn.BatchNorm2d:
-        """The plain layer this one is at one response input (n,), with a copy of the running statistics."""
+        """The plain layer that this one equals at one response input (n,), with a copy of the running statistics."""
         weight, bias = self._folded(response)
         plain = nn.BatchNorm2d(self.num_features, self.eps, self.momentum, device="meta")
         give_parameters(plain, weight, bias)

@@ -22,30 +22,32 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class HyperConv2d(GatedLayer):
-    """y = conv(x, W) + b + (h Gwᵀ) ⊙ conv(x, R) + (h Gbᵀ) ⊙ r, h being each example's response input; then ReLU or not.
+    """y = conv(x, W) + b + (h Gwᵀ) ⊙ conv(x, R) + (h Gbᵀ) ⊙ r, optionally followed by ReLU.
 
-    `weight` and `bias` are named and shaped as in torch.nn.Conv2d, so a plain checkpoint loads into them with
-    strict=False. W, R, b, r start uniform in ±1/√fan_in, fan_in = in_channels/groups · kh · kw, and the gates from
-    N(0, 0.01²), as published. With one group, `weight` and `response_weight` are stored as the halves of one tensor,
-    so that no call concatenates them, until one is replaced by another parameter. torch.save of one of them alone
-    writes both: save a clone of it.
+    h is each example's response input. `weight` and `bias` are named and shaped as in torch.nn.Conv2d, so a plain
+    checkpoint loads with strict=False. As published, W, R, b, r are initialised uniformly in ±1/√fan_in, with
+    fan_in = in_channels/groups · kh · kw, and the gates from N(0, 0.01²).
+
+    With one group, `weight` and `response_weight` are stored as the halves of one tensor, so that calls need not
+    concatenate them, until either is replaced by another parameter. torch.save of one of them therefore writes both;
+    save a clone instead.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in
             torch.nn.Conv2d: padding also "same" or "valid", padding_mode "zeros", "reflect", "replicate", "circular".
         num_hyperparameters: n, at least 1.
-        relu: whether ReLU is applied to the result, in the same pass.
-        response_rank: k of a response of rank k in each group: B convolves to k channels as W does, and A is a 1 x 1
-            convolution of these; "auto" for the largest k that adds at most 5 % to the multiplications, at least 1; None
-            for a full response. A layer whose full response would cost no more than one of rank k keeps that, and its own
-            response_rank is None.
+        relu: whether to apply ReLU to the result, in the same pass.
+        response_rank: None for a full response; k for a response of rank k in each group, where B is a convolution
+            like W with k output channels and A a 1 x 1 convolution of its result; "auto" for the largest k, at least
+            1, that adds at most 5 % to the multiplications. If a full response costs no more than rank k, the layer
+            has a full one, and its response_rank is None.
 
-    Shapes: weight, response_weight (O, I/groups, kh, kw); bias, response_bias (O,); weight_gate, bias_gate (O, n). Of low
-    rank response_weight is A (O, k, 1, 1) and response_projection B (groups·k, I/groups, kh, kw); the entries of R start
-    with the variance of a full one.
+    Shapes: weight, response_weight (O, I/groups, kh, kw); bias, response_bias (O,); weight_gate, bias_gate (O, n).
+    With a low rank, response_weight is A (O, k, 1, 1) and response_projection is B (groups·k, I/groups, kh, kw),
+    initialised so that the entries of R have the variance of a full response.
 
     Raises:
-        ValueError: an argument is out of its range; the message names it.
+        ValueError: an argument is out of range; the message names it.
     """
 
     def __init__(
@@ -76,9 +78,9 @@ class HyperConv2d(GatedLayer):
         check_switches("HyperConv2d", bias=bias, relu=relu)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels % groups:
-                raise ValueError(f"HyperConv2d wants {name} divisible by groups={groups}; got {channels}")
+                raise ValueError(f"HyperConv2d: {name} must be divisible by groups={groups}, got {channels}")
         if padding_mode not in get_args(PaddingMode):
-            raise ValueError(f"HyperConv2d wants padding_mode as one of {get_args(PaddingMode)}; got {padding_mode!r}")
+            raise ValueError(f"HyperConv2d: padding_mode must be one of {get_args(PaddingMode)}, got {padding_mode!r}")
         kernel = _pair("kernel_size", kernel_size, 1)
         shape = (out_channels, in_channels // groups, *kernel)
         of_output, outputs = math.prod(shape[1:]), out_channels // groups
@@ -91,18 +93,18 @@ class HyperConv2d(GatedLayer):
         self.padding = padding if isinstance(padding, str) else _pair("padding", padding, 0)
         self.padding_mode, self.relu = padding_mode, relu
         if isinstance(self.padding, str) and self.padding not in ("same", "valid"):
-            raise ValueError(f"HyperConv2d wants padding as numbers, 'same' or 'valid'; got {padding!r}")
+            raise ValueError(f"HyperConv2d: padding must be numbers, 'same' or 'valid', got {padding!r}")
         if self.padding == "same" and self.stride != (1, 1):
-            raise ValueError(f"HyperConv2d: padding='same' wants stride 1, as in torch; got stride={stride}")
+            raise ValueError(f"HyperConv2d: padding='same' requires stride 1, as in torch, got stride={stride}")
         if groups == 1 and rank is None:
             make_halves(*self._filters())
 
     def _filters(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        """W and R; None for one that is computed from others, such as by a parametrization."""
+        """W and R; None for one that is computed from other parameters, as by a parametrization."""
         return self._parameters.get("weight"), self._parameters.get("response_weight")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HyperConv2d:
-        """`to`, `half` and others move each parameter by itself; what were halves become halves again."""
+        """`to`, `half` and others move each parameter separately; join halves of one tensor again afterwards."""
         were_halves = are_halves(*self._filters())
         super()._apply(fn, recurse)
         if were_halves:
@@ -113,7 +115,7 @@ class HyperConv2d(GatedLayer):
         return self.__dict__ | {"_were_halves": are_halves(*self._filters())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """copy.deepcopy and pickle copy each parameter by itself; what were halves become halves again."""
+        """copy.deepcopy and pickle copy each parameter separately; join halves of one tensor again afterwards."""
         super().__setstate__({name: value for name, value in state.items() if name != "_were_halves"})
         if state.get("_were_halves", False):
             make_halves(*self._filters())
@@ -122,7 +124,9 @@ class HyperConv2d(GatedLayer):
         """(B, I, H, W) → (B, O, Ho, Wo); `hyper` is a HyperBatch or its response."""
         check_tensor("HyperConv2d", "x", x)
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"HyperConv2d has in_channels={self.in_channels} of (B, I, H, W); got x {tuple(x.shape)}")
+            raise ValueError(
+                f"HyperConv2d: x must be (B, I, H, W) with I = in_channels={self.in_channels}, got {tuple(x.shape)}"
+            )
         self._check_response(hyper)
         padding: str | tuple[int, int] = self.padding
         if self.padding_mode != "zeros":
@@ -150,7 +154,7 @@ class HyperConv2d(GatedLayer):
         return wide, wide, high, high
 
     def fold(self, response: Tensor) -> nn.Conv2d | nn.Sequential:
-        """The plain layer this one is at one response input (n,); with `relu`, a Sequential of it and nn.ReLU."""
+        """The plain layer that this one equals at one response input (n,); if `relu`, in a Sequential with nn.ReLU."""
         weight, bias = self._folded(response)
         plain = nn.Conv2d(
             self.in_channels,

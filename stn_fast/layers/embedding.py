@@ -27,25 +27,26 @@ from stn_fast.ops.gates import response_input
 
 
 class HyperEmbedding(GatedLayer):
-    """e = E[t] + (h Gwᵀ) ⊙ R[t], h being each example's response input.
+    """e = E[t] + (h Gwᵀ) ⊙ R[t], where h is each example's response input.
 
-    `weight` is named and shaped as in torch.nn.Embedding, so a plain checkpoint loads with strict=False. E and R start
-    uniform in ±0.1 and the gate from N(0, 0.01²), as published; the rows of `padding_idx` start at 0 and stay there.
+    `weight` is named and shaped as in torch.nn.Embedding, so a plain checkpoint loads with strict=False. As published,
+    E and R are initialised uniformly in ±0.1 and the gate from N(0, 0.01²); the rows of `padding_idx` stay 0.
 
     Args:
         num_embeddings, embedding_dim: V, D.
         padding_idx: a row that gets no gradient; -1 is the last.
         sparse: whether the gradients of E and R are sparse tensors, as for torch.nn.Embedding.
         num_hyperparameters: n, at least 1.
-        response_rank: k of a response of rank k, a table of width k and a matrix from there to D; "auto" for the largest
-            k whose numbers are at most 5 % of E's, at least 1; None for a full response. A layer whose full response has
-            no more numbers than one of rank k keeps that, and its own response_rank is None.
+        response_rank: None for a full response; k for a response of rank k, made of a table of width k and a matrix
+            from width k to D; "auto" for the largest k, at least 1, that adds at most 5 % to the size of E. If a full
+            response is no larger than one of rank k, the layer has a full one, and its response_rank is None.
 
-    Shapes: weight, response_weight (V, D); weight_gate (D, n). Of low rank response_weight is A (D, k) and
-    response_projection B (V, k), R being B Aᵀ; the entries of R start with the variance of a full one.
+    Shapes: weight, response_weight (V, D); weight_gate (D, n). With a low rank, R = B Aᵀ, where response_weight is
+    A (D, k) and response_projection is B (V, k), initialised so that the entries of R have the variance of a full
+    response.
 
     Raises:
-        ValueError: a size is below 1, or padding_idx is no row; the message names it.
+        ValueError: a size is below 1, or padding_idx is not a row; the message names it.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class HyperEmbedding(GatedLayer):
         )
         check_switches("HyperEmbedding", sparse=sparse)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise ValueError(f"HyperEmbedding wants padding_idx as one of {num_embeddings} rows; got {padding_idx}")
+            raise ValueError(f"HyperEmbedding: padding_idx must be one of {num_embeddings} rows, got {padding_idx}")
         self.num_embeddings, self.embedding_dim, self.sparse = num_embeddings, embedding_dim, sparse
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         sizes = num_embeddings, embedding_dim
@@ -92,7 +93,7 @@ class HyperEmbedding(GatedLayer):
     def forward(self, tokens: Tensor, hyper: HyperBatch | Tensor, example_dim: int = 0, **dropped: Any) -> Tensor:
         """Tokens (...) → (..., D); `hyper` is a HyperBatch or its response, `example_dim` counts the examples.
 
-        `dropped` are the rate and the draw of `stn_fast.functional.gated_embedding`, which `EmbeddingDropout` knows.
+        `EmbeddingDropout` passes the rate and RNG coordinates of `stn_fast.functional.gated_embedding` in `dropped`.
         """
         check_tensor("HyperEmbedding", "tokens", tokens)
         self._check_response(hyper)
@@ -119,7 +120,7 @@ class HyperEmbedding(GatedLayer):
 
     @torch.no_grad()
     def fold(self, response: Tensor) -> nn.Embedding:
-        """The plain layer this one is at one response input (n,)."""
+        """The plain layer that this one equals at one response input (n,)."""
         check_folding(self.num_hyperparameters, response)
         table = fold(self.gated_parameters, response.to(self.weight))
         plain = nn.Embedding(
@@ -136,15 +137,15 @@ class HyperEmbedding(GatedLayer):
 
 
 class EmbeddingDropout(_PerBatchRegulariser):
-    """Embedding dropout: in training, looks words up in an embedding some of whose rows are dropped, E's and R's alike.
+    """Embedding dropout: in training mode, looks words up in a table with whole rows of E and R dropped.
 
-    A dropped word is dropped wherever it stands in the batch; the others are scaled up by 1/(1 − rate). There is one
-    draw for every word of the vocabulary, the same in every process of a batch, and none of it is stored.
+    A dropped word is 0 at all its positions in the batch; the others are scaled by 1/(1 − rate). There is one draw per
+    word of the vocabulary, the same in every process that shares the batch; backward draws again instead of storing it.
 
     Args:
-        name: hyperparameter that is the rate, with bounds 0 <= low and high < 1, and per_example=False: all examples
-            read the same rows.
-        stream: see the base class.
+        name: hyperparameter that is the rate, with bounds 0 <= low and high < 1, and per_example=False, because all
+            examples read the same table.
+        stream: number of the layer's random stream, at least 1 and different for every layer of the model.
     """
 
     def _check_range(self, hyperparameter: Hyperparameter) -> None:
@@ -153,7 +154,7 @@ class EmbeddingDropout(_PerBatchRegulariser):
     def forward(self, embedding: HyperEmbedding, tokens: Tensor, hyper: HyperBatch, example_dim: int = 0) -> Tensor:
         """`embedding(tokens, hyper, example_dim)`, with words dropped in training."""
         if not isinstance(embedding, HyperEmbedding):
-            raise TypeError(f"EmbeddingDropout wants a HyperEmbedding; got {type(embedding).__name__}")
+            raise TypeError(f"EmbeddingDropout: embedding must be a HyperEmbedding, got {type(embedding).__name__}")
         if not self.training or len(rate := self._strength(hyper)) == 0:
             return embedding(tokens, hyper, example_dim)
         return embedding(tokens, hyper, example_dim, rate=rate, **self._draw(hyper))

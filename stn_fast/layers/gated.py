@@ -1,4 +1,4 @@
-"""What layers with a response have in common: their parameters, how these start, decay and fold."""
+"""The base class of gated layers: parameters, initialisation, weight decay and folding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.ops.gates import GatedParameters, fold, response_input
 
-AUTO_OVERHEAD = 0.05  # of the plain layer's multiplications, which a response of the rank "auto" adds at most
+AUTO_OVERHEAD = 0.05  # response_rank="auto" adds at most this fraction of the plain layer's multiplications
 
 
 class Factors(NamedTuple):
@@ -25,15 +25,15 @@ class Factors(NamedTuple):
 
 
 def rank_to_use(layer: str, response_rank: ResponseRank, whole: int, each: int) -> int | None:
-    """The k of a response of low rank; None for a full one.
+    """The rank k of a layer's response; None for a full one.
 
     Args:
-        layer: for the message.
-        response_rank: what was asked for: k; "auto" for the largest, at least 1, whose k · ``each`` are within
-            AUTO_OVERHEAD of ``whole``; None for a full response. Where k · ``each`` are not fewer than ``whole``, low
-            rank would cost more and say less, and the response is full.
-        whole: numbers of W, and multiplications that the plain layer makes with it.
-        each: those that each rank adds.
+        layer: name for the error message.
+        response_rank: the user's choice: k; "auto" for the largest k, at least 1, with k · ``each`` <=
+            AUTO_OVERHEAD · ``whole``; None for a full response. If k · ``each`` >= ``whole``, the result is None: a
+            full response costs no more.
+        whole: number of entries of W, and of multiplications with it per position.
+        each: number of entries, and of multiplications, that each rank adds.
 
     Raises:
         ValueError: response_rank is none of these.
@@ -47,9 +47,9 @@ def rank_to_use(layer: str, response_rank: ResponseRank, whole: int, each: int) 
 
 
 def start_response(response_weight: Tensor, projection: Tensor | None, bound: float) -> None:
-    """Draws R uniformly in ±bound, or A and B uniformly so that the entries of R have that variance.
+    """Initialises R uniformly in ±bound, or A and B uniformly so that the entries of R have the same variance.
 
-    B starts as R would, and A with the variance 1/k, so that u = B x is of the size of W x, and A u of that too.
+    B is initialised as R would be, and A with the variance 1/k, so that u = B x and A u have the magnitude of W x.
     """
     if projection is None:
         nn.init.uniform_(response_weight, -bound, bound)
@@ -62,14 +62,15 @@ def start_response(response_weight: Tensor, projection: Tensor | None, bound: fl
 class GatedLayer(nn.Module):
     """W, b, their responses R, r and the gates Gw, Gb of a layer with O outputs and n hyperparameters.
 
-    W, R, b, r start uniform in ±1/√fan_in and the gates from N(0, 0.01²), as published. With factors R = A B is of low
-    rank: `response_weight` is A, `response_projection` B, and the entries of R start with the variance of a full one.
+    As published, W, R, b, r are initialised uniformly in ±1/√fan_in and the gates from N(0, 0.01²). With factors,
+    R = A B has a low rank: `response_weight` is A and `response_projection` is B, initialised so that the entries of R
+    have the variance of a full response.
 
     Args:
-        weight_shape: of W and R, (O, ...).
-        bias: whether to have b, and with it r and Gb.
+        weight_shape: shape of W and R, (O, ...).
+        bias: whether to have b, r and Gb.
         num_hyperparameters: n, at least 1.
-        gated_dim: the dimension of W and R that is the outputs'.
+        gated_dim: the output dimension of W and R.
         factors: the shapes of A and B; None for a full response.
     """
 
@@ -129,7 +130,7 @@ class GatedLayer(nn.Module):
 
     @property
     def gated_parameters(self) -> GatedParameters:
-        """W, b, R, r, Gw, Gb, or with A in the place of R and B behind them."""
+        """W, b, R, r, Gw, Gb; with a low rank, A in place of R, and B last."""
         return GatedParameters(
             self.weight,
             self.bias,
@@ -148,7 +149,7 @@ class GatedLayer(nn.Module):
 
     @torch.no_grad()
     def _folded(self, response: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the plain layer this one is at one response input (n,)."""
+        """Weight and bias of the plain layer that this one equals at one response input (n,)."""
         check_folding(self.num_hyperparameters, response)
         return fold(self.gated_parameters, response.to(self.weight))
 
@@ -160,30 +161,30 @@ def check_sizes(layer: str, **sizes: int) -> None:
 
 
 def check_switches(layer: str, **switches: bool) -> None:
-    """Raises ValueError naming what is neither True nor False, such as 'False', which would count as true."""
+    """Raises ValueError naming an argument that is not a bool, such as the text 'False', which would count as true."""
     for name, value in switches.items():
         checks.switch(layer, name, value)
 
 
 def check_response(layer: str, num_hyperparameters: int, hyper: HyperBatch | Tensor) -> None:
-    """Raises where a layer is called with other hyperparameters than it has gates for, or with something else."""
+    """Raises if ``hyper`` is no HyperBatch or response, or has another number of hyperparameters than the layer."""
     if not isinstance(hyper, Tensor | HyperBatch):
-        raise TypeError(f"{layer} wants a HyperBatch, or its response as a tensor; got {type(hyper).__name__}")
+        raise TypeError(f"{layer}: hyper must be a HyperBatch, or its response as a tensor, got {type(hyper).__name__}")
     n = (hyper if isinstance(hyper, Tensor) else hyper.response).shape[-1]
     if n != num_hyperparameters:
         raise ValueError(
-            f"{layer} has num_hyperparameters={num_hyperparameters}; got {n} of them "
-            "(num_hyperparameters=len(space) fits)"
+            f"{layer} has num_hyperparameters={num_hyperparameters}, but hyper has {n} "
+            "(build the layer with num_hyperparameters=len(space))"
         )
 
 
 def check_folding(num_hyperparameters: int, response: Tensor) -> None:
-    """Raises ValueError where a layer is folded at anything but one response input."""
+    """Raises ValueError if ``response`` is not one response input."""
     if response.shape != (num_hyperparameters,):
-        raise ValueError(f"fold wants a response of shape ({num_hyperparameters},); got {tuple(response.shape)}")
+        raise ValueError(f"fold: response must have shape ({num_hyperparameters},), got {tuple(response.shape)}")
 
 
 def give_parameters(plain: nn.Linear | nn.Conv2d | nn.BatchNorm2d, weight: Tensor, bias: Tensor | None) -> None:
-    """Makes them the parameters of a plain layer, which holds none of its own yet (device="meta")."""
+    """Sets the parameters of a plain layer that was built on the meta device."""
     plain.weight = nn.Parameter(weight)
     plain.bias = None if bias is None else nn.Parameter(bias)

@@ -13,21 +13,23 @@ from stn_fast.ops.arguments import check_tensor
 
 
 class HyperLinear(GatedLayer):
-    """y = x Wᵀ + b + (h Gwᵀ) ⊙ (x Rᵀ) + (h Gbᵀ) ⊙ r, h being each example's response input (STN, section 3.1).
+    """y = x Wᵀ + b + (h Gwᵀ) ⊙ (x Rᵀ) + (h Gbᵀ) ⊙ r, where h is each example's response input (STN, section 3.1).
 
-    `weight` and `bias` are named and shaped as in torch.nn.Linear, so a plain checkpoint loads into them with
-    strict=False. W, R, b, r start uniform in ±1/√in_features and the gates from N(0, 0.01²), as published.
+    `weight` and `bias` are named and shaped as in torch.nn.Linear, so a plain checkpoint loads with strict=False. As
+    published, W, R, b, r are initialised uniformly in ±1/√in_features and the gates from N(0, 0.01²).
 
     Args:
         in_features, out_features: I, O.
-        bias: whether to have b, and with it r and Gb.
+        bias: whether to have b, r and Gb.
         num_hyperparameters: n, at least 1.
-        response_rank: k of a response R = A B of rank k, which adds k (I + O) multiplications to a position's I O instead
-            of as many again; "auto" for the largest k that adds at most 5 %, at least 1; None for a full response. A
-            layer whose full response would cost no more than one of rank k keeps that, and its own response_rank is None.
+        response_rank: None for a full response, which doubles the multiplications; k for a response R = A B of rank k,
+            which adds k (I + O) multiplications to a position's I O; "auto" for the largest k, at least 1, that adds
+            at most 5 %. If a full response costs no more than rank k, the layer has a full one, and its response_rank
+            is None.
 
-    Shapes: weight, response_weight (O, I); bias, response_bias (O,); weight_gate, bias_gate (O, n). Of low rank
-    response_weight is A (O, k) and response_projection B (k, I); the entries of R start with the variance of a full one.
+    Shapes: weight, response_weight (O, I); bias, response_bias (O,); weight_gate, bias_gate (O, n). With a low rank,
+    response_weight is A (O, k) and response_projection is B (k, I), initialised so that the entries of R have the
+    variance of a full response.
     """
 
     def __init__(
@@ -57,13 +59,15 @@ class HyperLinear(GatedLayer):
         """(..., I) → (..., O); `hyper` is a HyperBatch or its response, `example_dim` as in functional.gated_linear."""
         check_tensor("HyperLinear", "x", x)
         if x.shape[-1] != self.in_features:
-            raise ValueError(f"HyperLinear has in_features={self.in_features}; got x {tuple(x.shape)}")
+            raise ValueError(
+                f"HyperLinear: x must be (..., I) with I = in_features={self.in_features}, got {tuple(x.shape)}"
+            )
         self._check_response(hyper)
         *six, projection = self.gated_parameters
         return functional.gated_linear(x, *six, hyper, example_dim, response_projection=projection)
 
     def fold(self, response: Tensor) -> nn.Linear:
-        """The plain layer this one is at one response input (n,)."""
+        """The plain layer that this one equals at one response input (n,)."""
         weight, bias = self._folded(response)
         plain = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
         give_parameters(plain, weight, bias)

@@ -32,33 +32,36 @@ State = tuple[Tensor, Tensor]
 class HyperLSTM(nn.Module):
     """An LSTM whose matrices respond to each example's hyperparameters h, constant over time (STN, section 3.1).
 
-    i, f, g, o = linear(x_t; h) + linear(h_{t−1}; h), each a gated linear layer with parameters of its own, then the
-    usual cell; `stn_fast.functional.gated_lstm` gives the formulas.
+    i, f, g, o = linear(x_t; h) + linear(h_{t−1}; h), where each linear is a gated linear layer with its own
+    parameters, followed by the usual cell; `stn_fast.functional.gated_lstm` gives the formulas.
 
-    Parameters have torch's names and shapes, `weight_ih_l0`, `bias_hh_l1_reverse`, so a plain checkpoint loads with
-    strict=False; those of the response are named beside them, `response_weight_ih_l0`, `weight_gate_ih_l0` and so on.
-    W, R, b, r start uniform in ±1/√hidden_size as torch's do, and the gates from N(0, 0.01²), as published.
+    Parameters have torch's names and shapes, such as `weight_ih_l0` and `bias_hh_l1_reverse`, so a plain checkpoint
+    loads with strict=False; those of the response are named likewise, `response_weight_ih_l0`, `weight_gate_ih_l0`
+    and so on. W, R, b, r are initialised uniformly in ±1/√hidden_size, as in torch, and the gates from N(0, 0.01²), as
+    published.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, bidirectional: as in torch.nn.LSTM.
-        dropout: name of the hyperparameter that is the rate of locked dropout behind every layer but the last, one
-            mask for all time steps of an example. A second call with one HyperBatch has another mask. None or 0.0 for
-            none.
-        proj_size: 0; projections are not supported.
+        dropout: name of the hyperparameter that is the rate of locked dropout after every layer but the last, with one
+            mask for all time steps of an example. A second call with the same HyperBatch draws a new mask. None or 0.0
+            for no dropout.
+        proj_size: must be 0; projections are not supported.
         num_hyperparameters: n, at least 1.
-        response_rank: k of the responses of all matrices, each R = A B of rank k, as of `HyperLinear`; "auto" for the
-            largest k that adds at most 5 % to the multiplications, of each matrix; None for full responses.
-        recurrent_dropout: name of the hyperparameter that is the rate of DropConnect on the hidden-to-hidden matrices,
-            W and R under the same mask, one for the batch; of a response of low rank W alone. It must have per_example=False. None for none.
-        stream: the first of the streams that the two draw from, at least 1: num_layers − 1 of them, then one for every
-            layer and direction. Wanted where there is either.
+        response_rank: None for full responses; k for a response R = A B of rank k of every matrix, as in `HyperLinear`;
+            "auto" for the largest k of each matrix that adds at most 5 % to its multiplications.
+        recurrent_dropout: name of the hyperparameter, with per_example=False, that is the rate of DropConnect on the
+            hidden-to-hidden matrices. One mask per batch is used for W and R; with a low rank, only W is masked. None
+            for no DropConnect.
+        stream: number of the first random stream, at least 1; required with dropout or recurrent_dropout. The layer
+            uses num_layers − 1 streams for dropout, then one for each layer and direction for DropConnect.
 
-    Shapes, of layer k: weight_ih, response_weight_ih (4H, I), I being input_size or, for k > 0, H times the directions;
-    weight_hh, response_weight_hh (4H, H); biases and their responses (4H,); gates (4H, n). Of low rank response_weight is A
-    (4H, k) and response_projection B (k, I) or (k, H); the entries of R start with the variance of full ones.
+    Shapes in layer l: weight_ih, response_weight_ih (4H, I), where I is input_size, or H · directions for l > 0;
+    weight_hh, response_weight_hh (4H, H); biases and their responses (4H,); gates (4H, n). With a low rank,
+    response_weight is A (4H, k) and response_projection is B, (k, I) or (k, H), initialised so that the entries of R
+    have the variance of a full response.
 
     Raises:
-        ValueError: an argument is out of its range; the message names it.
+        ValueError: an argument is out of range; the message names it.
     """
 
     weight_ih_l0: nn.Parameter
@@ -90,7 +93,7 @@ class HyperLSTM(nn.Module):
         )
         check_switches("HyperLSTM", bias=bias, batch_first=batch_first, bidirectional=bidirectional)
         if proj_size != 0:
-            raise ValueError(f"HyperLSTM has no projections of the hidden state: proj_size must be 0; got {proj_size}")
+            raise ValueError(f"HyperLSTM: proj_size must be 0, projections are not supported, got {proj_size}")
         super().__init__()
         self.input_size, self.hidden_size, self.num_layers, self.bias = input_size, hidden_size, num_layers, bias
         self.batch_first, self.bidirectional, self.num_hyperparameters = batch_first, bidirectional, num_hyperparameters
@@ -111,26 +114,24 @@ class HyperLSTM(nn.Module):
         self.reset_parameters()
 
     def _suffixes(self, layer: int) -> list[str]:
-        """How the names of a layer's parameters end, a direction each, in the order of the states."""
+        """The suffix of a layer's parameter names for each direction, in the order of the states."""
         return [f"l{layer}", f"l{layer}_reverse"] if self.bidirectional else [f"l{layer}"]
 
     def _add_regularisers(self, dropout: str | float | None, recurrent_dropout: str | None, stream: int | None) -> None:
         for name, value in (("dropout", None if dropout == 0 else dropout), ("recurrent_dropout", recurrent_dropout)):
             if value is not None and not (isinstance(value, str) and value):
                 raise ValueError(
-                    f"HyperLSTM wants {name} as the name of the hyperparameter that is its rate; got {value!r}"
+                    f"HyperLSTM: {name} must be the name of the hyperparameter that is its rate, got {value!r}"
                 )
             if value is not None and stream is None:
-                raise ValueError(
-                    f"HyperLSTM with {name}={value!r} wants stream, an int >= 1 that sets its random draws apart"
-                )
+                raise ValueError(f"HyperLSTM with {name}={value!r} needs stream, an int >= 1 that no other layer uses")
         if isinstance(dropout, str) and self.num_layers == 1:
             warnings.warn(
-                f"HyperLSTM: dropout={dropout!r} is applied behind every layer but the last, and num_layers is 1",
+                f"HyperLSTM: dropout={dropout!r} is applied after every layer but the last, and num_layers is 1",
                 stacklevel=3,
             )
         self.dropouts, self.drop_connects = nn.ModuleDict(), nn.ModuleDict()
-        # A place draws from the same stream whatever regularisers there are.
+        # Streams are counted for absent regularisers too, so that a mask does not depend on the others.
         streams = count(1 if stream is None else stream)
         for layer in range(self.num_layers - 1):
             own = next(streams)
@@ -153,30 +154,30 @@ class HyperLSTM(nn.Module):
                 nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor, hyper: HyperBatch | Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Input, hyperparameters, state before the first step → output of the last layer, state after the last step.
+        """Returns the output of the last layer at every time step, and the state after the last time step.
 
         Args:
-            x: (T, B, I), or (B, T, I) where `batch_first`; (T, I) for a single example without a batch.
-            hyper: a HyperBatch, or its response (B, n) or (n,); in training mode with dropout a HyperBatch.
-            state: (h_0, c_0), each (num_layers · directions, B, H), without B where x has none; None for zeros.
+            x: (T, B, I), or (B, T, I) if `batch_first`; (T, I) for a single example without a batch dimension.
+            hyper: a HyperBatch, or its response (B, n) or (n,); in training mode with dropout, a HyperBatch.
+            state: (h_0, c_0), each (num_layers · directions, B, H), without B if x has none; None for zeros.
 
         Returns:
-            y, as x with H · directions in the place of I, and (h_n, c_n), as `state`.
+            (y, (h_n, c_n)): y is shaped like x, with H · directions in place of I; h_n and c_n like `state`.
 
         Raises:
-            TypeError: x is a PackedSequence, which is not supported, or dropout has no HyperBatch to draw by.
+            TypeError: x is a PackedSequence, which is not supported, or dropout is on and `hyper` is not a HyperBatch.
             ValueError: shapes do not fit together.
         """
         if isinstance(x, PackedSequence):
             raise TypeError(
-                "HyperLSTM takes no PackedSequence; pad the sequences (torch.nn.utils.rnn.pad_packed_sequence) and "
-                "leave the padding out of the loss"
+                "HyperLSTM does not support PackedSequence; pad the sequences (torch.nn.utils.rnn.pad_packed_sequence) "
+                "and leave the padding out of the loss"
             )
         check_tensor("HyperLSTM", "x", x)
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
             raise ValueError(
-                f"HyperLSTM has input_size={self.input_size} and wants x ({'B, T' if self.batch_first else 'T, B'}, I) "
-                f"or (T, I); got x {tuple(x.shape)}"
+                f"HyperLSTM: x must be ({'B, T' if self.batch_first else 'T, B'}, I) or (T, I) with "
+                f"I = input_size={self.input_size}, got {tuple(x.shape)}"
             )
         check_response("HyperLSTM", self.num_hyperparameters, hyper)
         batch_dim = 0 if self.batch_first else 1
@@ -187,7 +188,7 @@ class HyperLSTM(nn.Module):
             return y.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
         check_examples("HyperLSTM", x, hyper, batch_dim)
         if self.training and isinstance(hyper, Tensor) and (self.dropouts or self.drop_connects):
-            raise TypeError("HyperLSTM with dropout wants a HyperBatch in training mode, not its response alone")
+            raise TypeError("HyperLSTM with dropout: hyper must be a HyperBatch in training mode, got its response")
         y, after = self._layers(x.transpose(0, 1) if self.batch_first else x, hyper, state)
         return y.transpose(0, 1) if self.batch_first else y, after
 
@@ -213,26 +214,26 @@ class HyperLSTM(nn.Module):
         return (self.num_layers * (2 if self.bidirectional else 1), *batch, self.hidden_size)
 
     def _check_state(self, state: State | None, batch: int | None) -> None:
-        """Raises ValueError where the state doesn't fit a batch of this size, or, with None, an x without one."""
+        """Raises ValueError if the state doesn't fit a batch of this size (None: an x without a batch dimension)."""
         if state is None:
             return
         if not isinstance(state, tuple | list) or len(state) != 2:
             got = f"{len(state)} of them" if isinstance(state, tuple | list) else type(state).__name__
-            raise ValueError(f"HyperLSTM wants state as two tensors, (h_0, c_0); got {got}")
+            raise ValueError(f"HyperLSTM: state must be two tensors, (h_0, c_0), got {got}")
         shape = self._state_shape() if batch is None else self._state_shape(batch)
         meaning = "H), to fit x without a batch" if batch is None else f"B, H), to fit a batch of {batch}"
         for name, tensor in zip(("h_0", "c_0"), state, strict=True):
             if not isinstance(tensor, Tensor):
                 raise ValueError(
-                    f"HyperLSTM wants state as two tensors, (h_0, c_0); got {name} as {type(tensor).__name__}"
+                    f"HyperLSTM: state must be two tensors, (h_0, c_0), got {name} as {type(tensor).__name__}"
                 )
             if tensor.shape != shape:
                 raise ValueError(
-                    f"HyperLSTM: {name} must be {shape}, (num_layers · directions, {meaning}; got {tuple(tensor.shape)}"
+                    f"HyperLSTM: {name} must be {shape}, (num_layers · directions, {meaning}, got {tuple(tensor.shape)}"
                 )
 
     def _state(self, x: Tensor, state: State | None) -> State:
-        """(h_0, c_0) of x (T, B, I), zeros where there is none."""
+        """(h_0, c_0) for x (T, B, I); zeros if ``state`` is None."""
         if state is not None:
             return state
         zeros = x.new_zeros(self._state_shape(x.shape[1]))
@@ -242,7 +243,7 @@ class HyperLSTM(nn.Module):
         return GatedParameters._make(getattr(self, f"{name}_{side}_{suffix}") for name in GatedParameters._fields)
 
     def _connected(self, suffix: str, hyper: HyperBatch | Tensor) -> GatedParameters:
-        """The hidden-to-hidden weights, under DropConnect where there is one."""
+        """The hidden-to-hidden weights, after DropConnect if there is any."""
         weights = self._weights("hh", suffix)
         if suffix not in self.drop_connects:
             return weights
@@ -253,7 +254,7 @@ class HyperLSTM(nn.Module):
         return weights._replace(response_weight=drop(weights.response_weight, hyper))
 
     def _sides(self) -> Iterator[tuple[str, GatedParameters]]:
-        """(how their names end, weights) of both sides of every layer and direction."""
+        """(suffix of their names, parameters) for input-to-hidden and hidden-to-hidden of every layer and direction."""
         for suffix in chain.from_iterable(map(self._suffixes, range(self.num_layers))):
             for side in ("ih", "hh"):
                 yield f"{side}_{suffix}", self._weights(side, suffix)
@@ -276,7 +277,7 @@ class HyperLSTM(nn.Module):
 
     @torch.no_grad()
     def fold(self, response: Tensor) -> nn.LSTM:
-        """The plain LSTM this one is at one response input (n,). It has no dropout: torch's is another, not locked."""
+        """The plain LSTM that this one equals at one response input (n,), without dropout: torch's is not locked."""
         check_folding(self.num_hyperparameters, response)
         plain = nn.LSTM(
             self.input_size,

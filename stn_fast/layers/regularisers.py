@@ -1,4 +1,4 @@
-"""Layers whose strength is a hyperparameter: dropout and noise by the example, DropConnect by the batch."""
+"""Layers whose strength is a hyperparameter: dropout and noise per example, DropConnect per batch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from stn_fast.ops.transforms import in_function_transform
 
 
 class _Regulariser(nn.Module):
-    """Looks its strength up in the HyperBatch by name, and does nothing in eval mode.
+    """Looks up its strength in the HyperBatch by name, and does nothing in eval mode.
 
     Args:
-        name: the hyperparameter that is its strength.
-        stream: at least 1; sets its random draws apart from those of the model's other layers.
+        name: the hyperparameter that is the strength.
+        stream: number of the layer's random stream, at least 1 and different for every layer of the model.
     """
 
     def __init__(self, name: str, *, stream: int):
@@ -33,7 +33,7 @@ class _Regulariser(nn.Module):
     def _check_hyper(self, hyper: HyperBatch) -> None:
         if not isinstance(hyper, HyperBatch):
             raise TypeError(
-                f"{type(self).__name__}({self.name!r}) draws by a HyperBatch in training mode; got "
+                f"{type(self).__name__}({self.name!r}): hyper must be a HyperBatch in training mode, got "
                 f"{type(hyper).__name__}"
             )
 
@@ -46,9 +46,9 @@ class _Regulariser(nn.Module):
 
 
 class _PerExampleRegulariser(_Regulariser):
-    """Each example has a strength of its own, and draws of its own wherever it is in the global batch.
+    """Each example has its own strength and its own draws, fixed by its index in the global batch.
 
-    Each call with one HyperBatch draws anew; `HyperBatch.draw_seed` says what repeats a draw.
+    Each further call with the same HyperBatch makes new draws; `HyperBatch.draw_seed` says when a draw is repeated.
     """
 
     def _check_batch(self, x: Tensor, hyper: HyperBatch, example_dim: int) -> None:
@@ -57,7 +57,7 @@ class _PerExampleRegulariser(_Regulariser):
         if x.shape[example_dim] != len(hyper):
             raise ValueError(
                 f"{type(self).__name__}({self.name!r}): x {tuple(x.shape)} has {x.shape[example_dim]} examples in "
-                f"dimension {example_dim}, the HyperBatch {len(hyper)}"
+                f"dimension {example_dim}, the HyperBatch has {len(hyper)}"
             )
 
     def _strength(self, x: Tensor, hyper: HyperBatch, example_dim: int) -> Tensor:
@@ -66,36 +66,36 @@ class _PerExampleRegulariser(_Regulariser):
         return hyper[self.name]
 
     def _draw(self, hyper: HyperBatch) -> dict[str, Any]:
-        """RNG coordinates of this call of the layer, the next with this batch."""
+        """RNG coordinates of the layer's next call with this batch."""
         return dict(super()._draw(hyper), seed=hyper.draw_seed(self.stream), first_example=hyper.first_example)
 
 
 class _PerBatchRegulariser(_Regulariser):
-    """One strength serves the whole batch, and one draw: the same at every call and in every process."""
+    """The whole batch shares one strength and one draw, the same at every call and in every process."""
 
     def _strength(self, hyper: HyperBatch) -> Tensor:
-        """(1,), or (0,) of a batch without examples."""
+        """The strength, (1,); (0,) for an empty batch."""
         self._check_hyper(hyper)
         hyperparameter = hyper.space[self.name]
         if hyperparameter.per_example:
             raise ValueError(
-                f"hyperparameter {self.name!r} is the strength of {type(self).__name__}, which is one for the whole "
-                "batch; it wants per_example=False"
+                f"hyperparameter {self.name!r} must have per_example=False, because {type(self).__name__} uses one "
+                "strength for the whole batch"
             )
         self._check_range(hyperparameter)
         return hyper[self.name][:1]
 
 
 def check_rate(hyperparameter: Hyperparameter) -> None:
-    """Raises ValueError where a dropout rate could leave [0, 1), or not leave 0."""
+    """Raises ValueError if a dropout rate could leave [0, 1), or could only be 0."""
     name, (low, high) = hyperparameter.name, hyperparameter.reach
     if low < 0 or high >= 1:
         raise ValueError(
-            f"hyperparameter {name!r} is a dropout rate and wants bounds 0 <= low and high < 1; "
+            f"hyperparameter {name!r} is a dropout rate, so its bounds must be 0 <= low and high < 1, "
             f"got low={hyperparameter.low}, high={hyperparameter.high}"
         )
     if hyperparameter.integer:
-        raise ValueError(f"hyperparameter {name!r} is a dropout rate, and integer=True leaves it nothing but 0")
+        raise ValueError(f"hyperparameter {name!r} is a dropout rate, and with integer=True it could only be 0")
 
 
 class PerExampleDropout(_PerExampleRegulariser):
@@ -103,8 +103,8 @@ class PerExampleDropout(_PerExampleRegulariser):
 
     Args:
         name: hyperparameter that is the rate, with bounds 0 <= low and high < 1.
-        stream: see the base class.
-        shared_dims: dimensions of x along which one mask is used.
+        stream: number of the layer's random stream, at least 1 and different for every layer of the model.
+        shared_dims: dimensions of x that share one mask.
     """
 
     def __init__(self, name: str, *, stream: int, shared_dims: Sequence[int] = ()):
@@ -131,7 +131,7 @@ class PerExampleDropout2d(PerExampleDropout):
 
     Args:
         name: hyperparameter that is the rate, with bounds 0 <= low and high < 1.
-        stream: see the base class.
+        stream: number of the layer's random stream, at least 1 and different for every layer of the model.
     """
 
     def __init__(self, name: str, *, stream: int):
@@ -141,30 +141,30 @@ class PerExampleDropout2d(PerExampleDropout):
         check_tensor("PerExampleDropout2d", "x", x)
         if x.ndim != 4 or example_dim != 0:
             raise ValueError(
-                f"PerExampleDropout2d({self.name!r}) wants images (B, C, H, W) and example_dim=0; "
+                f"PerExampleDropout2d({self.name!r}): x must be images (B, C, H, W) and example_dim=0, "
                 f"got x {tuple(x.shape)} and example_dim={example_dim}"
             )
         if not self.training:
             return x
         draw = dict(rate=self._strength(x, hyper, example_dim), **self._draw(hyper))
         if not in_function_transform() and x.is_contiguous(memory_format=torch.channels_last):
-            # The same masks, which count channels alone, on the images as they lie.
+            # Elements of the mask are numbered by channel, so the mask is the same in the memory order of the images.
             return functional.dropout(x.permute(0, 2, 3, 1), **draw, shared_dims=(1, 2)).permute(0, 3, 1, 2)
         return functional.dropout(x, **draw, shared_dims=self.shared_dims)
 
 
 class PerExampleNoise(_PerExampleRegulariser):
-    """Additive Gaussian noise, each example at its own standard deviation (in units of x).
+    """Additive Gaussian noise, each example with its own standard deviation (in units of x).
 
     Args:
         name: hyperparameter that is the standard deviation, with a bound low >= 0.
-        stream: see the base class.
+        stream: number of the layer's random stream, at least 1 and different for every layer of the model.
     """
 
     def _check_range(self, hyperparameter: Hyperparameter) -> None:
         if hyperparameter.low is None or hyperparameter.low < 0:
             raise ValueError(
-                f"hyperparameter {self.name!r} is a noise scale and wants a bound low >= 0; "
+                f"hyperparameter {self.name!r} is a noise scale, so its bound low must be >= 0, "
                 f"got low={hyperparameter.low}"
             )
 
@@ -182,19 +182,19 @@ class PerExampleNoise(_PerExampleRegulariser):
 class DropConnect(_PerBatchRegulariser):
     """Inverted dropout of a layer's weights: y = W · keep / (1 − rate), one mask for the whole batch.
 
-    Nothing is stored for backward, which draws the mask again. Weights of one shape that are passed at one step, as
-    W and its response R, have the same mask.
+    Nothing is stored for backward, which draws the mask again. Weights of the same shape get the same mask within a
+    step, as W and its response R do.
 
     Args:
         name: hyperparameter that is the rate, with bounds 0 <= low and high < 1 and per_example=False.
-        stream: at least 1; sets its random draws apart from those of the model's other layers.
+        stream: number of the layer's random stream, at least 1 and different for every layer of the model.
     """
 
     def _check_range(self, hyperparameter: Hyperparameter) -> None:
         check_rate(hyperparameter)
 
     def forward(self, weight: Tensor, hyper: HyperBatch) -> Tensor:
-        """Any shape → the same."""
+        """W (any shape) → W with entries dropped in training mode."""
         check_tensor("DropConnect", "weight", weight)
         if not self.training:
             return weight

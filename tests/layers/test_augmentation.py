@@ -133,11 +133,11 @@ def test_misfits_are_named():
         layer(["brightnes"])
     with pytest.raises(ValueError, match="given twice: hue"):
         layer(["hue", "scale", "hue"])
-    with pytest.raises(ValueError, match=r"for 1 or 3 channels; got \(0.49, 0.48, 0.45\) and \(0.5,\)"):
+    with pytest.raises(ValueError, match=r"for 1 or for 3 channels, got \(0.49, 0.48, 0.45\) and \(0.5,\)"):
         layer(std=(0.5,))
     with pytest.raises(ValueError, match=r"stream must be an int >= 1.*got 0"):
         layer(stream=0)
-    with pytest.raises(ValueError, match=r"has 6 examples.*HyperBatch 5"):
+    with pytest.raises(ValueError, match=r"has 6 examples.*HyperBatch has 5"):
         layer()(images(), sampled(5))
     with pytest.raises(KeyError, match="no hyperparameter 'hue'"):
         layer(["hue"])(images(), sampled(6, space=stn.HyperparameterSpace([stn.Hyperparameter("x", init=0.0)])))

@@ -160,7 +160,7 @@ def test_weight_decay_leaves_scale_and_shift_alone():
 def test_statistics_of_a_batch_of_one_are_refused():
     layer = layer_of()
     for batch in (0, 1):
-        with pytest.raises(ValueError, match=rf"at least 2 examples; got {batch} \(use a larger batch"):
+        with pytest.raises(ValueError, match=rf"at least 2 examples in training mode, got {batch} \(use a larger"):
             layer(images(batch), torch.zeros(batch, 2, dtype=torch.float64))
     assert layer.num_batches_tracked == 0
     layer.eval()(images(1), torch.zeros(1, 2, dtype=torch.float64))
@@ -169,20 +169,20 @@ def test_statistics_of_a_batch_of_one_are_refused():
 def test_misfits_are_named():
     layer = layer_of(dtype=torch.float32)
     x = images().float()
-    with pytest.raises(ValueError, match=r"num_features=5 of \(B, C, H, W\); got x \(4, 3, 6, 7\)"):
+    with pytest.raises(ValueError, match=r"x must be \(B, C, H, W\) with C = num_features=5, got \(4, 3, 6, 7\)"):
         layer(images(features=3).float(), sampled(4))
     for wrong in (x.double(), x.to(torch.uint8)):
         for training in (True, False):
-            with pytest.raises(ValueError, match=rf"is torch.float32 and x {wrong.dtype}; cast one"):
+            with pytest.raises(ValueError, match=rf"has torch.float32 parameters, but x is {wrong.dtype}; cast one"):
                 layer.train(training)(wrong, sampled(4))
-    with pytest.raises(ValueError, match=r"is torch.float64 and x torch.float32; cast one"):
+    with pytest.raises(ValueError, match=r"has torch.float64 parameters, but x is torch.float32; cast one"):
         layer_of()(x, sampled(4))
     layer.train()
     with pytest.raises(ValueError, match=r"HyperBatch has 3 examples, but x \(4, 5, 6, 7\) has 4"):
         layer(x, sampled(3))
-    with pytest.raises(ValueError, match=r"wants h \(B, n\) or \(n,\) for x \(4, 5, 6, 7\); got \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"h must be \(B, n\) or \(n,\) for x \(4, 5, 6, 7\), got \(3, 2\)"):
         layer(x, torch.zeros(3, 2))
-    with pytest.raises(ValueError, match=r"num_hyperparameters=2; got 3"):
+    with pytest.raises(ValueError, match=r"num_hyperparameters=2, but hyper has 3"):
         layer(x, torch.zeros(4, 3))
     with pytest.raises(ValueError, match=r"num_features must be an int >= 1.*got 0"):
         stn.HyperBatchNorm2d(0, num_hyperparameters=2)

@@ -114,15 +114,15 @@ def test_relu_is_that_of_the_layer_without_it():
         (dict(in_channels=0), "in_channels must be an int >= 1.*got 0"),
         (dict(out_channels=-1), "out_channels must be an int >= 1.*got -1"),
         (dict(num_hyperparameters=0), "num_hyperparameters must be an int >= 1.*got 0"),
-        (dict(groups=3), "in_channels divisible by groups=3; got 4"),
-        (dict(groups=4), "out_channels divisible by groups=4; got 6"),
+        (dict(groups=3), "in_channels must be divisible by groups=3, got 4"),
+        (dict(groups=4), "out_channels must be divisible by groups=4, got 6"),
         (dict(kernel_size=3.0), "kernel_size as an int or a pair of them, at least 1; got 3.0"),
         (dict(kernel_size=0), "kernel_size as an int or a pair of them, at least 1; got 0"),
         (dict(stride=(1, 2, 3)), r"stride as an int or a pair of them, at least 1; got \(1, 2, 3\)"),
         (dict(padding=-1), "padding as an int or a pair of them, at least 0; got -1"),
-        (dict(padding="full"), "padding as numbers, 'same' or 'valid'; got 'full'"),
-        (dict(padding="same", stride=2), "padding='same' wants stride 1, as in torch; got stride=2"),
-        (dict(padding_mode="mirror"), "padding_mode as one of .*'reflect'.*; got 'mirror'"),
+        (dict(padding="full"), "padding must be numbers, 'same' or 'valid', got 'full'"),
+        (dict(padding="same", stride=2), "padding='same' requires stride 1, as in torch, got stride=2"),
+        (dict(padding_mode="mirror"), "padding_mode must be one of .*'reflect'.*, got 'mirror'"),
     ],
     ids=str,
 )
@@ -136,9 +136,9 @@ def test_misfits_are_named():
     for hyper in (sampled(3), SPACE.at(SPACE.initial_state()[0], batch_size=3)):
         with pytest.raises(ValueError, match=r"HyperBatch has 3 examples, but x \(4, 4, 9, 9\) has 4"):
             layer(torch.randn(4, 4, 9, 9), hyper)
-    with pytest.raises(ValueError, match=r"HyperConv2d has num_hyperparameters=2; got 3"):
+    with pytest.raises(ValueError, match=r"HyperConv2d has num_hyperparameters=2, but hyper has 3"):
         layer(torch.randn(4, 4, 9, 9), torch.randn(4, 3))
-    with pytest.raises(ValueError, match=r"in_channels=4 of \(B, I, H, W\); got x \(4, 5, 9, 9\)"):
+    with pytest.raises(ValueError, match=r"x must be \(B, I, H, W\) with I = in_channels=4, got \(4, 5, 9, 9\)"):
         layer(torch.randn(4, 5, 9, 9), sampled(4))
-    with pytest.raises(ValueError, match=r"response of shape \(2,\); got \(3,\)"):
+    with pytest.raises(ValueError, match=r"response must have shape \(2,\), got \(3,\)"):
         layer.fold(torch.zeros(3))

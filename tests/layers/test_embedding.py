@@ -78,7 +78,7 @@ def test_fold_gives_the_same_plain_layer():
     assert plain.padding_idx == 2
     assert plain.sparse
     assert relative_error(plain(tokens), layer(tokens, response.expand(4, N), example_dim=1)) < 1e-14
-    with pytest.raises(ValueError, match=r"response of shape \(3,\); got \(2,\)"):
+    with pytest.raises(ValueError, match=r"response must have shape \(3,\), got \(2,\)"):
         layer.fold(torch.zeros(2))
 
 
@@ -113,7 +113,7 @@ def test_dropout_in_eval_mode_is_the_embedding():
 
 
 def test_a_rate_of_each_example_is_refused():
-    with pytest.raises(ValueError, match=r"'own_rate' is the strength of EmbeddingDropout.*wants per_example=False"):
+    with pytest.raises(ValueError, match=r"'own_rate' must have per_example=False, because EmbeddingDropout"):
         stn.EmbeddingDropout("own_rate", stream=1)(layer_of(), words(5, 4), sampled(4), 1)
 
 
@@ -141,16 +141,18 @@ def test_misfits_are_named():
         layer(words(5, 4), sampled(3), 1)
     with pytest.raises(ValueError, match=r"x \(5, 4\) has 5 in dimension 0; example_dim=1 fits"):
         layer(words(5, 4), sampled(4))
-    with pytest.raises(ValueError, match=r"num_hyperparameters=3; got 2"):
+    with pytest.raises(ValueError, match=r"num_hyperparameters=3, but hyper has 2"):
         layer(words(4), torch.randn(4, 2))
-    with pytest.raises(ValueError, match=r"padding_idx as one of 30 rows; got 30"):
+    with pytest.raises(ValueError, match=r"padding_idx must be one of 30 rows, got 30"):
         layer_of(padding_idx=30)
     with pytest.raises(IndexError, match=r"30 rows, so tokens are 0 to 29; got 30"):
         layer(torch.tensor([30]), sampled(1))
-    with pytest.raises(TypeError, match="HyperEmbedding wants a HyperBatch, or its response as a tensor; got NoneType"):
+    with pytest.raises(
+        TypeError, match=r"HyperEmbedding: hyper must be a HyperBatch, or its response .*, got NoneType"
+    ):
         layer(words(4), None)
     dropout = stn.EmbeddingDropout("rate", stream=1)
-    with pytest.raises(TypeError, match="draws by a HyperBatch in training mode; got Tensor"):
+    with pytest.raises(TypeError, match="hyper must be a HyperBatch in training mode, got Tensor"):
         dropout(layer, words(5, 4), sampled(4).response, 1)
-    with pytest.raises(TypeError, match="EmbeddingDropout wants a HyperEmbedding; got Embedding"):
+    with pytest.raises(TypeError, match="EmbeddingDropout: embedding must be a HyperEmbedding, got Embedding"):
         dropout(torch.nn.Embedding(3, 2), words(5, 4), sampled(4), 1)

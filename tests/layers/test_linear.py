@@ -96,9 +96,9 @@ def test_misfits_are_named():
     for hyper in (sampled(3), SPACE.at(SPACE.initial_state()[0], batch_size=3)):
         with pytest.raises(ValueError, match=r"HyperBatch has 3 examples, but x \(4, 5\) has 4"):
             layer(torch.randn(4, 5), hyper)
-    with pytest.raises(ValueError, match=r"num_hyperparameters=2; got 3"):
+    with pytest.raises(ValueError, match=r"num_hyperparameters=2, but hyper has 3"):
         layer(torch.randn(4, 5), torch.randn(4, 3))
-    with pytest.raises(ValueError, match=r"in_features=5; got x \(4, 6\)"):
+    with pytest.raises(ValueError, match=r"I = in_features=5, got \(4, 6\)"):
         layer(torch.randn(4, 6), sampled(4))
-    with pytest.raises(ValueError, match=r"response of shape \(2,\); got \(3,\)"):
+    with pytest.raises(ValueError, match=r"response must have shape \(2,\), got \(3,\)"):
         layer.fold(torch.zeros(3))

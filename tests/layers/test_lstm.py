@@ -281,7 +281,7 @@ def test_empty_batch_gives_an_empty_result():
 
 
 def test_dropout_of_a_single_layer_warns_as_torch_does():
-    with pytest.warns(UserWarning, match="dropout='locked' is applied behind every layer but the last"):
+    with pytest.warns(UserWarning, match="dropout='locked' is applied after every layer but the last"):
         layer_of(5, 7, dropout="locked", stream=1)
 
 
@@ -292,13 +292,13 @@ def test_dropout_of_a_single_layer_warns_as_torch_does():
         (dict(hidden_size=-1), "hidden_size must be an int >= 1.*got -1"),
         (dict(num_layers=0), "num_layers must be an int >= 1.*got 0"),
         (dict(num_hyperparameters=0), "num_hyperparameters must be an int >= 1.*got 0"),
-        (dict(proj_size=3), "proj_size must be 0; got 3"),
-        (dict(dropout=0.5), r"wants dropout as the name of the hyperparameter that is its rate; got 0\.5"),
-        (dict(recurrent_dropout=0.5), r"wants recurrent_dropout as the name .*; got 0\.5"),
-        (dict(num_layers=2, dropout=""), "wants dropout as the name .*; got ''"),
-        (dict(recurrent_dropout="", stream=1), "wants recurrent_dropout as the name .*; got ''"),
-        (dict(num_layers=2, dropout="locked"), "dropout='locked' wants stream"),
-        (dict(recurrent_dropout="connect"), "recurrent_dropout='connect' wants stream"),
+        (dict(proj_size=3), "proj_size must be 0, projections are not supported, got 3"),
+        (dict(dropout=0.5), r": dropout must be the name of the hyperparameter that is its rate, got 0\.5"),
+        (dict(recurrent_dropout=0.5), r"recurrent_dropout must be the name .*, got 0\.5"),
+        (dict(num_layers=2, dropout=""), ": dropout must be the name .*, got ''"),
+        (dict(recurrent_dropout="", stream=1), "recurrent_dropout must be the name .*, got ''"),
+        (dict(num_layers=2, dropout="locked"), "dropout='locked' needs stream"),
+        (dict(recurrent_dropout="connect"), "recurrent_dropout='connect' needs stream"),
         (dict(recurrent_dropout="connect", stream=0), "stream must be an int >= 1.*got 0"),
     ],
     ids=str,
@@ -311,8 +311,8 @@ def test_unfit_arguments_are_named(change, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("locked", r"'locked' is the strength of DropConnect.*wants per_example=False"),
-        ("unbounded", r"'unbounded' is a dropout rate and wants bounds 0 <= low and high < 1; got low=None"),
+        ("locked", r"'locked' must have per_example=False, because DropConnect"),
+        ("unbounded", r"'unbounded' is a dropout rate, so its bounds must be 0 <= low and high < 1, got low=None"),
     ],
 )
 def test_a_rate_that_is_none_of_the_batch_is_refused(name, message):
@@ -337,24 +337,24 @@ def test_misfits_are_named():
         ((None, None), "h_0 as NoneType"),
         ((fitting, fitting.tolist()), "c_0 as list"),
     ):
-        with pytest.raises(ValueError, match=rf"state as two tensors, \(h_0, c_0\); got {got}"):
+        with pytest.raises(ValueError, match=rf"state must be two tensors, \(h_0, c_0\), got {got}"):
             layer(x, sampled(4), state)
     with pytest.raises(ValueError, match=r"HyperBatch has 3 examples, but x \(6, 4, 5\) has 4 in dimension 1"):
         layer(x, sampled(3))
     with pytest.raises(ValueError, match=r"HyperBatch has 4 examples, but x \(6, 4, 5\) has 6 in dimension 0"):
         layer_of(5, 7, batch_first=True)(x, sampled(4))
-    with pytest.raises(ValueError, match="num_hyperparameters=3; got 2"):
+    with pytest.raises(ValueError, match="num_hyperparameters=3, but hyper has 2"):
         layer(x, torch.zeros(4, 2))
     for shape in ((6, 4, 6), (6, 4, 1, 5), (5,)):
         with pytest.raises(
-            ValueError, match=rf"input_size=5 and wants x \(T, B, I\) or \(T, I\); got x {re.escape(str(shape))}"
+            ValueError, match=rf"x must be \(T, B, I\) or \(T, I\) with I = input_size=5, got {re.escape(str(shape))}"
         ):
             layer(drawn(*shape), sampled(4))
     with pytest.raises(ValueError, match="at least one time step"):
         layer(drawn(0, 4, 5), sampled(4))
-    with pytest.raises(ValueError, match=r"response of shape \(3,\); got \(2,\)"):
+    with pytest.raises(ValueError, match=r"response must have shape \(3,\), got \(2,\)"):
         layer.fold(torch.zeros(2))
-    with pytest.raises(TypeError, match="takes no PackedSequence; pad the sequences"):
+    with pytest.raises(TypeError, match="does not support PackedSequence; pad the sequences"):
         layer(pack_sequence([drawn(6, 5), drawn(4, 5)]), sampled(2))
-    with pytest.raises(TypeError, match="wants a HyperBatch in training mode, not its response alone"):
+    with pytest.raises(TypeError, match="hyper must be a HyperBatch in training mode, got its response"):
         layer_of(5, 7, recurrent_dropout="connect", stream=1)(x, sampled(4).response)

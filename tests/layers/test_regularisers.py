@@ -59,11 +59,11 @@ def test_dropout2d_drops_whole_channels_at_each_examples_rate(layout):
     assert layer.eval()(x, hyper) is x
 
 
-def test_dropout2d_wants_images():
+def test_dropout2d_of_anything_but_images_is_an_error():
     layer = stn.PerExampleDropout2d("rate", stream=1)
-    with pytest.raises(ValueError, match=r"'rate'\) wants images \(B, C, H, W\).*got x \(6, 40\)"):
+    with pytest.raises(ValueError, match=r"'rate'\): x must be images \(B, C, H, W\).*got x \(6, 40\)"):
         layer(torch.ones(6, 40), sampled(6))
-    with pytest.raises(ValueError, match=r"example_dim=0; got.*example_dim=1"):
+    with pytest.raises(ValueError, match=r"example_dim=0, got.*example_dim=1"):
         layer(torch.ones(6, 6, 2, 2), sampled(6), example_dim=1)
 
 
@@ -78,7 +78,7 @@ def test_unperturbed_batches_regularise_at_their_location():
 )
 def test_a_rate_that_could_leave_its_domain_is_refused(name, bounds):
     """Bounded by 1, a rate reaches it in float32, and inverted dropout divides 0 by 0."""
-    with pytest.raises(ValueError, match=f"'{name}' is a dropout rate.*high < 1; got.*{bounds}"):
+    with pytest.raises(ValueError, match=f"'{name}' is a dropout rate.*high < 1, got.*{bounds}"):
         stn.PerExampleDropout(name, stream=1)(torch.ones(3, 4), sampled(3))
 
 
@@ -90,7 +90,7 @@ def test_a_noise_scale_that_could_be_negative_is_refused():
 def test_a_rate_of_whole_numbers_is_refused():
     space = stn.HyperparameterSpace([stn.Hyperparameter("whole", low=0.0, high=0.9, init=0.4, integer=True)])
     hyper = space.at(space.initial_state()[0], batch_size=3)
-    with pytest.raises(ValueError, match="'whole' is a dropout rate, and integer=True leaves it nothing but 0"):
+    with pytest.raises(ValueError, match="'whole' is a dropout rate, and with integer=True it could only be 0"):
         stn.PerExampleDropout("whole", stream=1)(torch.ones(3, 4), hyper)
 
 
@@ -104,14 +104,14 @@ def test_a_rate_of_whole_numbers_is_refused():
     ],
 )
 def test_a_response_alone_says_nothing_to_draw_by(layer):
-    with pytest.raises(TypeError, match=r"\('(rate|noise)'\) draws by a HyperBatch in training mode; got Tensor"):
+    with pytest.raises(TypeError, match=r"\('(rate|noise)'\): hyper must be a HyperBatch in training mode, got Tensor"):
         layer(torch.ones(3, 4, 2, 2), sampled(3).response)
 
 
 def test_misfits_are_named():
     with pytest.raises(ValueError, match=r"stream must be an int >= 1.*got 0"):
         stn.PerExampleDropout("rate", stream=0)
-    with pytest.raises(ValueError, match=r"x \(4, 2\) has 4 examples.*HyperBatch 3"):
+    with pytest.raises(ValueError, match=r"x \(4, 2\) has 4 examples.*HyperBatch has 3"):
         stn.PerExampleDropout("rate", stream=1)(torch.ones(4, 2), sampled(3))
     with pytest.raises(KeyError, match="no hyperparameter 'rat'"):
         stn.PerExampleDropout("rat", stream=1)(torch.ones(3, 2), sampled(3))
