@@ -1,6 +1,6 @@
-"""Self-Tuning Networks: regularisation hyperparameters tuned inside one training run.
+"""Self-Tuning Networks: regularisation hyperparameters tuned during one training run.
 
-Importing this package loads neither torch nor a kernel; each name below is loaded when it is first used.
+Importing this package loads neither torch nor any kernel; each name below is loaded at its first use.
 """
 
 from __future__ import annotations

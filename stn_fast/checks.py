@@ -1,4 +1,4 @@
-"""Checks of arguments: whole numbers, real numbers and switches, NumPy's included. Loads neither NumPy nor torch."""
+"""Checks of arguments: whole numbers, real numbers and bools, also NumPy's. Loads neither NumPy nor torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ INT64 = 2**63  # one more than the largest int64
 
 
 def whole_number(who: str, name: str, value: object, least: int, below: int = INT64, otherwise: str = "") -> int:
-    """``value`` as an int in [least, below); NumPy's integers are taken, bools and floats are not.
+    """``value`` as an int in [least, below). NumPy integers are accepted, bools and floats are not.
 
-    ``otherwise`` adds to the message what else would be right.
+    ``otherwise`` is added to the message, for other values that would be right.
 
     Raises:
-        ValueError: it is something else, or out of range.
+        ValueError: ``value`` is something else, or out of range.
     """
     number = value if type(value) is int else _index(value)
     if number is None or not least <= number < below:
@@ -37,10 +37,10 @@ def _index(value: object) -> int | None:
 
 
 def real_number(who: str, name: str, value: object) -> float:
-    """``value`` as a Python number, an int where it is one; NumPy's numbers are taken, bools and tensors are not.
+    """``value`` as a Python int or float. NumPy numbers are accepted, bools and tensors are not.
 
     Raises:
-        ValueError: it is something else, or not finite.
+        ValueError: ``value`` is something else, or not finite.
     """
     if isinstance(value, Real) and not isinstance(value, bool):
         number = int(value) if isinstance(value, Integral) else float(value)
@@ -50,10 +50,10 @@ def real_number(who: str, name: str, value: object) -> float:
 
 
 def switch(who: str, name: str, value: object) -> bool:
-    """``value`` as a bool; NumPy's is taken. Text is not: 'False' would count as true.
+    """``value`` as a bool. NumPy bools are accepted; text is not, because 'False' would count as true.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: ``value`` is something else.
     """
     kind = type(value)
     numpys = kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")

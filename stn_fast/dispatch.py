@@ -1,8 +1,7 @@
-"""Which code computes an operation: the C++ core, the Triton kernels, or the plain PyTorch reference.
+"""The choice of the backend that computes an operation: C++ core, Triton kernels, or plain PyTorch reference.
 
-Left alone, the choice falls on the fastest one that runs on the tensor's device, and ``backends()`` says
-which those are and why the others don't run. ``use_backend("reference")`` asks for one by name; then a
-missing one is an error.
+By default it is the fastest one that runs on the tensor's device; ``backends()`` lists which ones run here, and why the
+others don't. ``use_backend("reference")`` selects one by name; it is an error if that one is missing.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class _Device(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """Whether one backend runs here, and either what it runs on or why it doesn't run."""
+    """Whether a backend runs here, and a description: what it runs on, or why it doesn't run."""
 
     available: bool
     description: str
@@ -44,7 +43,7 @@ class Backend:
 
 
 class Backends(dict[str, Backend]):
-    """``{name: Backend}``, printed one backend to a line."""
+    """``{name: Backend}``, printed with one backend per line."""
 
     def __repr__(self) -> str:
         return "\n".join(f"{name:<10} {status!r}" for name, status in self.items())
@@ -52,7 +51,7 @@ class Backends(dict[str, Backend]):
 
 @cache
 def _import_failure(module: str) -> str | None:
-    """None when ``module`` imports, else the reason why it doesn't; asked once a process, then remembered."""
+    """None if ``module`` can be imported, else the reason why not; checked once per process."""
     try:
         # torch comes first, so that the C++ core shares the OpenMP runtime and the threads of torch.
         importlib.import_module("torch")
@@ -76,7 +75,7 @@ def _automatic(device: _Device) -> Name:
 
 
 def triton_may_serve() -> bool:
-    """Whether some operation of this thread may be computed by Triton: asked for, or with CUDA there."""
+    """Whether Triton may compute some operation of this thread: it was asked for, or CUDA is available."""
     return _requested.get() == "triton" or _cuda_is_available()
 
 
@@ -87,7 +86,7 @@ def _cuda_is_available() -> bool:
 
 
 def _why_not(name: str, device_type: str) -> str | None:
-    """Why the backend called ``name`` can't serve tensors of this device type; None when it can."""
+    """Why the backend called ``name`` can't compute on tensors of this device type; None if it can."""
     if name == "cpp":
         if failure := _import_failure("stn_fast._C"):
             return f"the C++ core stn_fast._C does not import ({failure})"
@@ -110,14 +109,15 @@ def choose(
     takes: Mapping[str, Collection[object]] = MappingProxyType({}),
     without: Mapping[str, str] = MappingProxyType({}),
 ) -> Name:
-    """The backend for tensors of ``dtype`` on ``device``: the one asked for by ``use_backend``, else the fastest here.
+    """The backend for tensors of ``dtype`` on ``device``: the one selected by ``use_backend``, else the fastest here.
 
     Args:
-        takes: the dtypes that a backend computes, all of them where it isn't named.
-        without: backends that can't serve these tensors for another reason, which it gives.
+        takes: the dtypes that each backend supports; a backend that isn't named supports all.
+        without: {backend: reason} for backends that can't compute these tensors for another reason.
 
     Raises:
-        RuntimeError: the backend asked for can't serve; the message says why. An automatic choice never raises.
+        RuntimeError: the selected backend can't compute these tensors; the message says why. An automatic choice never
+            raises.
     """
     name = _requested.get()
     if name == "auto":
@@ -134,7 +134,7 @@ def choose(
 
 
 def chosen(device: _Device) -> tuple[Name, str | None]:
-    """(the backend that computes on ``device`` now, why the fast one for such a device doesn't or None if it does)."""
+    """(the backend that computes on ``device`` now, why it is not the fast one for this device, or None if it is)."""
     name = choose(device)
     fast = {"cpu": "cpp", "cuda": "triton"}.get(device.type, name)
     if name == fast:
@@ -144,15 +144,15 @@ def chosen(device: _Device) -> tuple[Name, str | None]:
 
 @contextmanager
 def use_backend(name: Literal["auto", "cpp", "triton", "reference"]) -> Iterator[None]:
-    """Within the ``with`` block, operations run on the backend called ``name``; "auto" is the rule elsewhere.
+    """Within the ``with`` block, operations run on the backend called ``name``; the default elsewhere is "auto".
 
-    An operation that this backend can't serve, because of the device, the dtype or a size, raises RuntimeError. Three
-    things are plain torch on every backend: empty tensors, forward-mode AD and torch.func transforms, and layers at one
-    shared h, which are folded into plain layers.
+    An operation that this backend can't compute, because of the device, the dtype or a size, raises RuntimeError. Three
+    things use plain torch on every backend: empty tensors, forward-mode AD and torch.func transforms, and layers with
+    one shared h, which are folded into plain layers.
 
-    Belongs to the current thread or task (a ``contextvars`` variable): a thread started inside the block
-    begins at "auto", and so do the threads in which autograd runs a CUDA backward. So call ``backward()`` of
-    CPU tensors inside the block, and don't count on the choice in the backward of CUDA tensors.
+    The choice applies to the current thread or task (a ``contextvars`` variable): a thread started inside the block
+    begins with "auto", and so do the threads in which autograd runs a CUDA backward. Call ``backward()`` of CPU tensors
+    inside the block, and don't rely on the choice in the backward of CUDA tensors.
     """
     if name != "auto" and name not in NAMES:
         raise ValueError(f"backend {name!r} is unknown; use 'auto', {', '.join(map(repr, NAMES))}")
@@ -192,7 +192,7 @@ def _triton() -> Backend:
 
 
 def backends() -> Backends:
-    """What runs here, and why what doesn't, doesn't: ``{"cpp": ..., "triton": ..., "reference": ...}``."""
+    """The backends that run here, and why the others don't: ``{"cpp": ..., "triton": ..., "reference": ...}``."""
     torch: Any = importlib.import_module("torch")
     reference = Backend(True, f"every device and dtype, plain PyTorch {torch.__version__}")
     return Backends(cpp=_cpp(), triton=_triton(), reference=reference)

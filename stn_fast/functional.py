@@ -1,4 +1,4 @@
-"""The operations as functions, in the spirit of torch.nn.functional."""
+"""The package's operations as functions, as in torch.nn.functional."""
 
 from stn_fast.ops.augment import augment
 from stn_fast.ops.dropout import dropout

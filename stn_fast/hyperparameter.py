@@ -1,6 +1,6 @@
-"""One hyperparameter: its range, where it starts, how widely it is explored, and what float32 makes of that.
+"""One hyperparameter: its range, first guess and perturbation, and checks that float32 can represent them.
 
-Loads neither NumPy nor torch, as configurations are checked with it.
+Loads neither NumPy nor torch, because configurations are checked with it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ ResponseRank = int | Literal["auto"] | None
 
 
 def inverse_softplus(y: float) -> float:
-    """x with log(1 + eˣ) = y > 0, exact for tiny and for large y."""
+    """The x with log(1 + eˣ) = y > 0; accurate for tiny and for large y."""
     return y + math.log(-math.expm1(-y))
 
 
 SCALE_BOUNDS = tuple(math.log1p(math.exp(bound)) for bound in RAW_SCALE_BOUNDS)
 
 
-FUNCTION_ERROR = 2.0**-22  # relative, four roundings: what implementations of exp and log in float32 differ by at most
+FUNCTION_ERROR = 2.0**-22  # largest relative difference between float32 implementations of exp and log: four roundings
 
 
 class WrongHyperparameter(ValueError):
-    """An argument of a `Hyperparameter` that can't be right: its name, its value, and the problem with it."""
+    """An invalid argument of a `Hyperparameter`: its name, its value, and the problem."""
 
     def __init__(self, name: str, argument: str, value: object, problem: str):
         self.argument, self.value, self.problem = argument, value, problem
@@ -42,29 +42,29 @@ class WrongHyperparameter(ValueError):
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """One tuned hyperparameter: its range, where it starts, and how widely it is explored.
+    """One tuned hyperparameter: its range, first guess and perturbation.
 
     The unconstrained location λ maps to the value: low + (high − low)·sigmoid(λ) with both bounds,
-    low + softplus(λ) with a lower one, high − softplus(−λ) with an upper one, λ itself with none.
+    low + softplus(λ) with only a lower bound, high − softplus(−λ) with only an upper bound, λ itself without bounds.
 
     Args:
-        name: how it is looked up, `hyper["name"]`.
-        init: constrained value to start from, strictly inside (low, high), in float32 too. For an integer a half, such
-            as 1.5, starts in the middle of its plateau.
-        low, high: bounds, None for unbounded. The upper bound of a dropout rate must be below 1. Values are float32, so
-            one that is whole must not be what float32 makes of a bound just off it, as of 0.99999999.
+        name: the name to look it up by, `hyper["name"]`.
+        init: constrained value to start from, strictly inside (low, high), also in float32. For an integer, a half such
+            as 1.5 starts in the middle between two steps of the floor.
+        low, high: bounds, None for no bound. The upper bound of a dropout rate must be below 1. Values are float32, so
+            a bound just inside a whole number, such as 0.99999999, is an error if float32 rounds it to that number.
         scale: initial standard deviation σ of the perturbation of λ, within [0.0181, 3.0486].
-        integer: the value is the floor of the constrained one. No gradient passes through the floor; the
-            response of the weights still carries one.
-        per_example: each example draws its own perturbation; False draws one for the whole batch.
-        response: what the gates of the layers see: "shifted" λ̃ − λ₀ (default, well conditioned), "raw" λ̃ or
-            "value" the constrained value (both as published; prone to diverge). An integer's value has no gradient,
-            so "value" is not for integers.
+        integer: whether the value is rounded down. The floor passes no gradient, so an integer is tuned only through
+            the response of the weights.
+        per_example: True draws a perturbation for each example, False one for the whole batch.
+        response: what the gates of the layers see: "shifted" λ̃ − λ₀ (default, well conditioned), "raw" λ̃, or
+            "value" the constrained value (the last two as published; prone to diverge). "value" is not allowed for
+            integers, as their value has no gradient.
 
-    Numbers may be NumPy's, and are kept as Python's.
+    NumPy numbers are accepted, and stored as Python numbers.
 
     Attributes:
-        reach: the lowest and the highest value in float32, where λ is far out; infinite without a bound.
+        reach: the lowest and highest value that float32 can reach; infinite without a bound.
 
     Raises:
         ValueError: an argument is out of range; the message names the hyperparameter and the argument.
@@ -83,7 +83,7 @@ class Hyperparameter:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"Hyperparameter: name must be a string that is not empty, got {self.name!r}")
+            raise ValueError(f"Hyperparameter: name must be a non-empty string, got {self.name!r}")
         who = f"hyperparameter {self.name!r}"
         for argument in ("low", "high", "init", "scale"):
             value = getattr(self, argument)
@@ -99,7 +99,7 @@ class Hyperparameter:
         if self.integer and self.response == "value":
             raise self._wrong(
                 "response",
-                "leaves an integer untuned, as no gradient passes through the floor: use 'shifted', which is λ̃ − λ₀",
+                "cannot tune an integer, because no gradient passes through the floor: use 'shifted', which is λ̃ − λ₀",
             )
         self._check_range()
         object.__setattr__(self, "reach", self._reach())
@@ -120,28 +120,28 @@ class Hyperparameter:
             raise self._wrong("scale", f"must be in {bounds}, in units of the unconstrained λ")
 
     def _check_float32(self) -> None:
-        """Raises where float32, which computes the values, cannot hold the range or the start."""
+        """Raises if float32, in which the values are computed, cannot represent the range or the first guess."""
         for argument in ("low", "high", "init"):
             value = getattr(self, argument)
             if value is not None and math.isinf(as_float32(value)):
-                raise self._wrong(argument, "is beyond float32, which ends at 3.4e38")
+                raise self._wrong(argument, "is too large for float32, whose largest value is 3.4e38")
         low, high = self.reach
         if not low < high:
             raise self._wrong("high", f"is the same number in float32 as low={self.low}")
         if self.low is not None and self.high is not None and math.isinf(high):
-            raise self._wrong("high", f"is more above low={self.low} than float32 holds, which ends at 3.4e38")
+            raise self._wrong("high", f"minus low={self.low} is too large for float32, whose largest value is 3.4e38")
         for argument, bound, reached, outside in (
             ("low", self.low, low, low < (self.low or 0)),
             ("high", self.high, high, high > (self.high or 0)),
         ):
-            # Every bound is rounded a little; what must not be reached, such as a rate of 1, is a whole number.
+            # Every bound may be rounded a little; only whole numbers, such as a rate of 1, must not be reached.
             if bound is not None and outside and reached == round(reached) and abs(reached) < 2**23:
-                raise self._wrong(argument, f"excludes {reached:g}, which values in float32 reach: move it away")
+                raise self._wrong(argument, f"excludes {reached:g}, but float32 values reach it: move it away")
         least, most = self._in_float32(self.start)
         if not low < least <= most < high or not low < as_float32(self.init) < high:
-            raise self._wrong("init", f"can't be told from a bound of ({low:g}, {high:g}) in float32")
+            raise self._wrong("init", f"is too close to a bound of ({low:g}, {high:g}) for float32")
         if self.integer and not math.floor(least) == math.floor(most) == math.floor(self.init):
-            raise self._wrong("init", f"is {least:g} in float32, so its floor would be another")
+            raise self._wrong("init", f"is {least:g} in float32, which changes its floor")
 
     @property
     def kind(self) -> int:
@@ -154,7 +154,7 @@ class Hyperparameter:
 
     @property
     def row(self) -> tuple[float, ...]:
-        """Its row of the table that kernels read, `stn_fast.ops.perturb.Table`."""
+        """The hyperparameter's row in the table that kernels read, `stn_fast.ops.perturb.Table`."""
         return self.kind, self.low or 0.0, self.high or 0.0, self.integer, self.per_example, self.response == "value"
 
     def _reach(self) -> tuple[float, float]:
@@ -164,7 +164,7 @@ class Hyperparameter:
 
     @property
     def start(self) -> float:
-        """λ₀, for an integer moved up by the few float32 roundings that could put its floor below that of `init`."""
+        """λ₀. For an integer, raised by a few float32 roundings if these could lower the floor of `init`."""
         location = self.unconstrained(self.init)
         if not self.integer:
             return location
@@ -172,7 +172,7 @@ class Hyperparameter:
         return above if math.floor(self._in_float32(above)[0]) == math.floor(self.init) else location
 
     def _in_float32(self, location: float) -> tuple[float, float]:
-        """The least and the most that float32 arithmetic may make of λ = `location` before a floor."""
+        """The lowest and highest value that float32 arithmetic may give for λ = `location`, before any floor."""
         location = as_float32(location)
         if self.kind == NO_BOUND:
             return location, location
@@ -187,12 +187,12 @@ class Hyperparameter:
             as_float32(as_float32(base) + as_float32(scale * as_float32(curve * (1 + sign * FUNCTION_ERROR))))
             for sign in (-1, 1)
         ]
-        if min(curve, abs(scale) * curve) < LEAST_NORMAL:  # vectorised code and GPUs may take it for 0
+        if min(curve, abs(scale) * curve) < LEAST_NORMAL:  # vectorised code and GPUs may flush it to 0
             ends.append(as_float32(base))
         return min(ends), max(ends)
 
     def unconstrained(self, value: float) -> float:
-        """λ of a constrained value strictly inside the range; the inverse of the map above, in float64."""
+        """The λ of a constrained value strictly inside the range: the inverse of the map above, in float64."""
         if self.low is not None and self.high is not None:
             return math.log(value - self.low) - math.log(self.high - value)
         if self.low is not None:
@@ -206,10 +206,10 @@ LEAST_NORMAL = 2.0**-126  # of float32; smaller numbers have fewer digits
 
 
 def as_float32(value: float) -> float:
-    """`value` rounded to float32; infinite where it is beyond."""
+    """`value` rounded to float32; infinite if it is too large."""
     return ctypes.c_float(value).value
 
 
 def _softplus(x: float) -> float:
-    """log(1 + eˣ), exact for tiny results too."""
+    """log(1 + eˣ), accurate for tiny results too."""
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))

@@ -1,4 +1,4 @@
-"""Hyperparameters, the space they span, and a batch of them: one row for every example."""
+"""Hyperparameters, the space they span, and a batch of them with one row per example."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ __all__ = [
 ]
 
 
-_Place = tuple[int, int, int]  # where a layer draws: its stream, the first example, one more than the last
+_Place = tuple[int, int, int]  # which numbers a layer draws: its stream, the first example, one past the last example
 
 
 @dataclass(eq=False)
 class HyperBatch:
-    """A batch of hyperparameters, one row per example: what a self-tuning model is called with.
+    """A batch of hyperparameters, one row per example, that a self-tuning model is called with.
 
-    A pytree whose leaves are the three tensors, so it passes through torch.compile, torch.func and
-    DistributedDataParallel as they are. `hyper["name"]` is the (B,) column of constrained values, `"name" in hyper`
-    says whether there is one, `hyper[:2]` is the batch of the first two examples.
+    It is a pytree whose leaves are the three tensors, so torch.compile, torch.func and DistributedDataParallel accept
+    it. `hyper["name"]` is the (B,) column of constrained values, `"name" in hyper` tells whether there is one, and
+    `hyper[:2]` is the batch of the first two examples.
 
     Attributes:
         values: (B, n) float32, constrained; each column is contiguous.
-        response: (B, n) float32, what the gates see.
-        step: 0-dim int64; with `seed` and `first_example` it fixes every random draw made for this batch.
+        response: (B, n) float32, the response input, which the gates see.
+        step: 0-dim int64; with `seed` and `first_example`, it fixes every random draw made for this batch.
         seed: the run's seed.
         first_example: index of row 0 in the global batch.
-        space: the `HyperparameterSpace` the columns belong to.
-        shared: all rows are equal, so layers fold their response into plain weights.
-        calls: the number of each layer's next draw, by stream and examples; slices and `to` share it.
-        open_calls: how many draws no backward pass has repeated, likewise.
-        used: the names that have been looked up; slices, `to` and copies share it.
+        space: the `HyperparameterSpace` that the columns belong to.
+        shared: whether all rows are equal, so that layers fold their response into plain weights.
+        calls: the number of each layer's next draw, by stream and examples; shared with slices and `to`.
+        open_calls: how many of these draws no backward pass has repeated yet; shared likewise.
+        used: the names that have been looked up; shared with slices, `to` and copies.
     """
 
     values: Tensor
@@ -64,19 +64,20 @@ class HyperBatch:
     used: dict[str, bool] = field(default_factory=dict, repr=False)
 
     def draw_seed(self, stream: int) -> int:
-        """The seed of a layer's next draw from its stream: the run's at its first call, others at further calls.
+        """The seed of a layer's next draw from its stream: the run's seed at the first call, a new one at later calls.
 
-        A layer that is called at several places of a network, or in a loop, so draws other numbers each time; calls
-        with slices count where they share examples. The same numbers come from a HyperBatch that is sampled again with
-        the same seed and step. A copy that torch.func or tree_map makes starts to count anew.
+        So a layer that is called several times in a network draws new numbers each time; calls with slices are counted
+        together if they share examples. Sampling a HyperBatch again with the same seed and step gives the same numbers.
+        A copy made by torch.func or tree_map counts from the start.
 
-        In a backward pass, where activation checkpointing calls layers once more, the draw of the one call that has not
-        been repeated is repeated. (Where a checkpointed segment is compiled with fullgraph=True,
-        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint must be True: the count is a side effect, and
-        is rightly left out when the segment is computed again.)
+        Activation checkpointing calls layers again in the backward pass. There, the one draw that has not been repeated
+        yet is repeated. (If a checkpointed segment is compiled with fullgraph=True, set
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint to True: counting is a side effect, which
+        must be skipped when the segment is recomputed.)
 
         Raises:
-            RuntimeError: in a backward pass, after several calls, of which one is to be repeated.
+            RuntimeError: the layer is called in a backward pass after several forward calls, so that the draw to
+                repeat is ambiguous.
         """
         first, last = self.first_example, self.first_example + len(self)
         shared = [place for place in self.calls if place[0] == stream and place[1] < last and first < place[2]]
@@ -85,20 +86,20 @@ class HyperBatch:
         else:
             place = stream, first, last
             number = 0
-            for other in shared:  # not max() of them all, which torch.compile can't trace
+            for other in shared:  # instead of max() over all of them, which torch.compile can't trace
                 number = max(number, self.calls[other]) if number else self.calls[other]
             self.calls[place] = number + 1
             self.open_calls[place] = self.open_calls.get(place, 0) + 1
         return (self.seed + (number << 32)) % 2**63  # the low word of the key is the run's own
 
     def _repeated(self, places: list[_Place]) -> int:
-        """The number of the only call at these places that has not been repeated, which now is."""
+        """The number of the only call at these places that has not been repeated yet; marks it as repeated."""
         waiting = [place for place in places for _ in range(self.open_calls[place])]
         if len(waiting) > 1:
             raise RuntimeError(
-                f"the layer of stream {waiting[0][0]} was called {len(waiting)} times with one HyperBatch and again in "
-                "the backward pass, as activation checkpointing does: which mask to repeat is not known. Use a layer "
-                "with a stream of its own at each place, and sample a HyperBatch for each forward pass"
+                f"the layer with stream {waiting[0][0]} was called {len(waiting)} times with one HyperBatch and again "
+                "in the backward pass, as activation checkpointing does, so it is not known which mask to repeat. Use "
+                "a separate layer with its own stream for each call, and sample a HyperBatch for each forward pass"
             )
         for place in waiting:
             self.open_calls[place] -= 1
@@ -111,11 +112,11 @@ class HyperBatch:
     def __getitem__(self, key: slice) -> HyperBatch: ...
 
     def __getitem__(self, key: str | slice) -> Tensor | HyperBatch:
-        """The (B,) column of a name, or the batch of some examples: hyper[:2] are the first two, with their draws.
+        """The (B,) column of a name, or a batch of consecutive examples: hyper[:2] has the first two and their draws.
 
         Raises:
-            KeyError: there is no such hyperparameter.
-            TypeError, ValueError: `key` is something else, or a slice with a step, whose examples aren't consecutive.
+            KeyError: there is no hyperparameter of this name.
+            TypeError, ValueError: `key` is something else, or a slice with a step other than 1.
         """
         if isinstance(key, str):
             column = self.space.index(key)
@@ -148,14 +149,14 @@ class HyperBatch:
         return self.values.shape[0]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> HyperBatch:
-        """The same batch on `device`; its draws are the same there."""
+        """The same batch, with the same draws, on `device`."""
         values = self.values.T.to(device, non_blocking=non_blocking).T  # columns stay contiguous
         response = self.response.to(device, non_blocking=non_blocking)
         return replace(self, values=values, response=response, step=self.step.to(device, non_blocking=non_blocking))
 
 
 class _Shared:
-    """What copies of a batch share without being told apart by it, as the context of a pytree otherwise does."""
+    """State shared by the copies of a batch. All instances are equal, so the pytree structure does not change."""
 
     def __init__(self, used: dict[str, bool]):
         self.used = used
@@ -202,19 +203,20 @@ class HyperparameterSpace:
     """An ordered set of hyperparameters and the maps between their unconstrained and constrained values.
 
     Args:
-        hyperparameters: at least one, with distinct names. Their order is the order of columns everywhere.
+        hyperparameters: at least one, with distinct names; columns are in this order everywhere.
 
     Raises:
-        ValueError: none given, or a name given twice.
+        TypeError: something else than a Hyperparameter is given.
+        ValueError: none is given, or a name is given twice.
     """
 
     def __init__(self, hyperparameters: Sequence[Hyperparameter]):
         self.hyperparameters = tuple(hyperparameters)
         for hyperparameter in self.hyperparameters:
             if not isinstance(hyperparameter, Hyperparameter):
-                raise TypeError(f"a HyperparameterSpace wants Hyperparameter objects; got {hyperparameter!r}")
+                raise TypeError(f"HyperparameterSpace: expected Hyperparameter objects, got {hyperparameter!r}")
         if not self.hyperparameters:
-            raise ValueError("a HyperparameterSpace wants at least one Hyperparameter; got none")
+            raise ValueError("HyperparameterSpace: needs at least one Hyperparameter, got none")
         self.names = tuple(h.name for h in self.hyperparameters)
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         if twice:
@@ -252,7 +254,7 @@ class HyperparameterSpace:
         return f"HyperparameterSpace({list(self.hyperparameters)})"
 
     def index(self, name: str) -> int:
-        """The column of `name`. Raises KeyError naming those there are."""
+        """The column of `name`. Raises KeyError, with the names that exist, if there is none."""
         if name not in self._index:
             raise KeyError(f"no hyperparameter {name!r}; this space has {', '.join(self.names)}")
         return self._index[name]
@@ -262,7 +264,7 @@ class HyperparameterSpace:
         return HyperparameterSpace([replace(h, response=response) for h in self.hyperparameters])
 
     def initial_state(self, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """(location, raw_scale), each (n,) float32, unconstrained: fresh leaves for an optimizer."""
+        """(location, raw_scale), each (n,) float32, unconstrained: new leaf tensors for an optimizer."""
         return self._location.to(device, copy=True), self._raw_scale.to(device, copy=True)
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -289,17 +291,17 @@ class HyperparameterSpace:
         first_example: int = 0,
         center: Tensor | None = None,
     ) -> HyperBatch:
-        """Draws every example's own hyperparameters, λ̃ = λ + softplus(ρ)·ε (STN, section 3.2).
+        """Draws the hyperparameters of every example, λ̃ = λ + softplus(ρ)·ε (STN, section 3.2).
 
-        Differentiable to location and raw_scale; wrap in torch.no_grad() for a training step.
+        Differentiable with respect to location and raw_scale; wrap in torch.no_grad() for a training step.
 
         Args:
             location, raw_scale: (n,) float32, as from `initial_state`.
             batch_size: B, the number of examples.
-            seed, step: fix every draw; the same pair gives the same batch on every backend. A 0-dim int64
-                tensor as step keeps a captured CUDA graph drawing fresh numbers.
-            first_example: index of the first row in the global batch, for data parallel training.
-            center: (n,) subtracted from λ̃ to give the response; default λ₀ ("shifted") or 0 ("raw").
+            seed, step: fix every draw; the same pair gives the same batch on every backend. Pass step as a 0-dim
+                int64 tensor if a captured CUDA graph is to draw new numbers at every replay.
+            first_example: index of the first row in the global batch, for data-parallel training.
+            center: (n,), subtracted from λ̃ to give the response; by default λ₀ ("shifted") or 0 ("raw").
 
         Raises:
             ValueError: a shape, dtype or range does not fit; the message names the argument.
@@ -323,9 +325,9 @@ class HyperparameterSpace:
         first_example: int = 0,
         center: Tensor | None = None,
     ) -> HyperBatch:
-        """Every example at the unperturbed location; layers then run on folded weights (`shared=True`).
+        """A batch with every example at the unperturbed location; layers then use folded weights (`shared=True`).
 
-        Arguments as for `sample`; seed and step matter to dropout and noise in training mode alone.
+        Arguments as for `sample`; seed and step only matter for dropout and noise in training mode.
         """
         self._check_location(location)
         batch_size = whole_number("at", "batch_size", batch_size, 0)
@@ -343,7 +345,7 @@ class HyperparameterSpace:
         return F.softplus(raw_scale.clamp(*RAW_SCALE_BOUNDS))
 
     def entropy(self, raw_scale: Tensor) -> Tensor:
-        """Entropy of the perturbation in nats, Σ_k log(σ_k sqrt(2πe)): a scalar, differentiable."""
+        """Entropy of the perturbation in nats, Σ_k log(σ_k sqrt(2πe)): a differentiable scalar."""
         return self.scales(raw_scale).log().sum() + 0.5 * len(self) * math.log(2 * math.pi * math.e)
 
     def values(self, location: Tensor) -> dict[str, float]:
@@ -354,5 +356,5 @@ class HyperparameterSpace:
 
     @torch.no_grad()
     def clamp_(self, raw_scale: Tensor) -> Tensor:
-        """Puts raw_scale back into RAW_SCALE_BOUNDS, in place; call it after every optimizer step on it."""
+        """Clamps raw_scale into RAW_SCALE_BOUNDS in place; call it after every optimizer step on raw_scale."""
         return raw_scale.clamp_(*RAW_SCALE_BOUNDS)

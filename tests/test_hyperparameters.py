@@ -228,7 +228,7 @@ def test_a_batch_moves_to_a_device_whole():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(name="", init=0.0), "name must be a string that is not empty, got ''"),
+        (dict(name="", init=0.0), "name must be a non-empty string, got ''"),
         (dict(name="p", low=0.0, high=0.9, init=0.0), r"'p': init=0.0 must be strictly inside \(0.0, 0.9\)"),
         (dict(name="p", low=0.0, high=0.9, init=0.9), "init=0.9 must be strictly inside"),
         (dict(name="p", low=0.0, init=-1.0), r"inside \(0.0, inf\)"),
@@ -250,24 +250,24 @@ def test_a_bad_hyperparameter_is_refused_by_name(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(init=1e39), "init=1e[+]39 is beyond float32"),
-        (dict(low=0.0, init=1e39), "init=1e[+]39 is beyond float32"),
+        (dict(init=1e39), "init=1e[+]39 is too large for float32"),
+        (dict(low=0.0, init=1e39), "init=1e[+]39 is too large for float32"),
         (dict(low=-(10**400), init=0.0), "low=-10+ must be a finite number"),
-        (dict(low=-1e308, high=1e308, init=1.0), "low=-1e[+]308 is beyond float32"),
-        (dict(low=-3e38, high=3e38, init=1.0), r"high=3e\+38 is more above low=-3e\+38 than float32 holds"),
-        (dict(low=0.0, init=1e-50), r"init=1e-50 can't be told from a bound of \(0, inf\) in float32"),
-        (dict(low=0.0, high=1.0, init=1e-39), r"init=1e-39 can't be told from a bound of \(0, 1\) in float32"),
-        (dict(high=1.0, init=0.99999999), "init=0.99999999 can't be told from a bound"),
-        (dict(low=1e3, high=2e3, init=1000.00001), "init=1000.00001 can't be told from a bound"),
-        (dict(low=0.0, high=0.9, init=0.9 - 1e-9), "can't be told from a bound of"),
+        (dict(low=-1e308, high=1e308, init=1.0), "low=-1e[+]308 is too large for float32"),
+        (dict(low=-3e38, high=3e38, init=1.0), r"high=3e\+38 minus low=-3e\+38 is too large for float32"),
+        (dict(low=0.0, init=1e-50), r"init=1e-50 is too close to a bound of \(0, inf\) for float32"),
+        (dict(low=0.0, high=1.0, init=1e-39), r"init=1e-39 is too close to a bound of \(0, 1\) for float32"),
+        (dict(high=1.0, init=0.99999999), "init=0.99999999 is too close to a bound"),
+        (dict(low=1e3, high=2e3, init=1000.00001), "init=1000.00001 is too close to a bound"),
+        (dict(low=0.0, high=0.9, init=0.9 - 1e-9), "is too close to a bound of"),
         (dict(low=1.0, high=1.00000001, init=1.000000005), "high=1.00000001 is the same number in float32 as low=1.0"),
-        (dict(low=0.0, high=0.99999999, init=0.5), "high=0.99999999 excludes 1, which values in float32 reach"),
-        (dict(low=-0.5, high=1 - 2**-24, init=0.5), "high=0.9999999[0-9]* excludes 1, which"),
-        (dict(low=0.0, high=89.99999999, init=5.0), "high=89.99999999 excludes 90, which"),
-        (dict(low=1e-46, init=5.0), "low=1e-46 excludes 0, which"),
-        (dict(high=-1e-46, init=-5.0), "high=-1e-46 excludes -0, which"),
-        (dict(low=0, high=4, init=3.9999999, integer=True), "init=3.9999999 can't be told from a bound"),
-        (dict(low=0, high=8, init=3.9999999, integer=True), "init=3.9999999 is 4 in float32, so its floor"),
+        (dict(low=0.0, high=0.99999999, init=0.5), "high=0.99999999 excludes 1, but float32 values reach it"),
+        (dict(low=-0.5, high=1 - 2**-24, init=0.5), "high=0.9999999[0-9]* excludes 1, but"),
+        (dict(low=0.0, high=89.99999999, init=5.0), "high=89.99999999 excludes 90, but"),
+        (dict(low=1e-46, init=5.0), "low=1e-46 excludes 0, but"),
+        (dict(high=-1e-46, init=-5.0), "high=-1e-46 excludes -0, but"),
+        (dict(low=0, high=4, init=3.9999999, integer=True), "init=3.9999999 is too close to a bound"),
+        (dict(low=0, high=8, init=3.9999999, integer=True), "init=3.9999999 is 4 in float32, which changes its floor"),
     ],
 )
 def test_what_float32_cannot_hold_is_refused_where_it_is_given(arguments, message):
@@ -310,7 +310,7 @@ def test_the_default_device_and_dtype_have_no_say_in_the_checks():
     try:
         with torch.device("meta"):
             one = stn.Hyperparameter("n", low=0, high=4, init=3, integer=True)
-            with pytest.raises(ValueError, match=r"high=0\.99999999 excludes 1, which"):
+            with pytest.raises(ValueError, match=r"high=0\.99999999 excludes 1, but"):
                 stn.Hyperparameter("p", low=0.0, high=0.99999999, init=0.5)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -323,7 +323,7 @@ def test_an_integer_that_responds_with_its_value_is_refused():
         lambda: stn.Hyperparameter("n", low=0, high=4, init=1, integer=True, response="value"),
         lambda: space().with_response("value"),
     ):
-        with pytest.raises(ValueError, match="response='value' leaves an integer untuned"):
+        with pytest.raises(ValueError, match="response='value' cannot tune an integer"):
             make()
 
 
@@ -351,7 +351,7 @@ def test_text_is_no_switch(field):
 def test_a_bad_space_is_refused_by_name():
     with pytest.raises(ValueError, match="at least one Hyperparameter"):
         stn.HyperparameterSpace([])
-    with pytest.raises(TypeError, match="wants Hyperparameter objects; got 'p'"):
+    with pytest.raises(TypeError, match="expected Hyperparameter objects, got 'p'"):
         stn.HyperparameterSpace(["p"])
     with pytest.raises(ValueError, match="given twice: p"):
         stn.HyperparameterSpace(

@@ -55,7 +55,7 @@ from stn_fast.training.spaces import build_space
             "hyperparameters.input_dropout.scale=5",
             "hyperparameters.input_dropout.scale = 5.0: must be in",
         ),
-        ("hyperparameters.input_dropout.high=0.99999999", "excludes 1, which values in float32 reach"),
+        ("hyperparameters.input_dropout.high=0.99999999", "excludes 1, but float32 values reach it"),
         ("hyperparameters.input_dropout.low=2", "hyperparameters.input_dropout.high"),
         ("hyperparameters.weight_decay.scale=0", "hyperparameters.weight_decay.scale"),
         ("seed=-1", r"seed \(--seed\)"),
