@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def check_tensor(who: str, name: str, value: object) -> None:
-    """Raises TypeError where ``value`` is not a tensor."""
+    """Raises TypeError if ``value`` is not a tensor."""
     if not isinstance(value, Tensor):
-        hint = f"; torch.from_numpy({name}) makes one of it" if isinstance(value, np.ndarray) else ""
+        hint = f"; convert it by torch.from_numpy({name})" if isinstance(value, np.ndarray) else ""
         kind = type(value)
         given = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
         raise TypeError(f"{who}: {name} must be a torch.Tensor, got {given}{hint}")

@@ -1,4 +1,4 @@
-"""augment: uint8 images to normalised floats, each example under strengths of its own, drawn from a counter."""
+"""augment: uint8 images to normalised floats, each example with its own strengths, drawn by a counter-based RNG."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stn_fast.ops.draw import check_coordinates, check_stream, check_strength, s
 from stn_fast.ops.memory import address, own_address, reads_memory
 from stn_fast.ops.transforms import in_function_transform, traced
 
-# The rows of the table that kernels read, in this order; bit k of the mask says that row k is on.
+# The rows of the table that kernels read, in this order; bit k of the mask is set if strength k is on.
 STRENGTHS = (
     "brightness", "contrast", "saturation", "hue", "input_scale", "input_noise", "rotation", "translation", "scale",
     "shear", "cutout_length", "cutout_holes", "input_dropout",
@@ -26,15 +26,15 @@ STRENGTHS = (
 MOST_HOLES = 24
 LONGEST_SIDE = 2**14  # coordinates are float32, and pixels of an image are numbered in 32 bits
 
-# Which uniform of an example decides what. Noise takes the elements from PIXEL_DRAWS on, one a value, and dropout
-# those that follow, one a pixel, from the next multiple of four.
+# The uniforms of an example by their use. Noise uses the elements from PIXEL_DRAWS on, one per value; dropout those
+# after them, one per pixel, starting at a multiple of four.
 FLIP, CROP_X, CROP_Y, ROTATION, SHIFT_X, SHIFT_Y, ZOOM, SHEAR, BRIGHTNESS, CONTRAST, SATURATION, HUE, GAIN = range(13)
 HOLES = 16
 PIXEL_DRAWS = HOLES + 2 * MOST_HOLES
 
 
 class Domain(NamedTuple):
-    """The values that a strength may take: from 0 to `end`, which is one of them where `closed`."""
+    """The values that a strength may have: from 0 to `end`, including `end` if `closed`."""
 
     end: float
     closed: bool
@@ -56,12 +56,12 @@ _DOMAINS = {name: Domain(math.inf, False) for name in STRENGTHS} | {
 
 
 def domain(name: str, height: int, width: int) -> Domain:
-    """What the strength `name` may be for images of this size."""
+    """The domain of the strength `name` for images of this size."""
     return Domain(min(height, width), True) if name == "cutout_length" else _DOMAINS[name]
 
 
 class Draws(NamedTuple):
-    """The random numbers of a batch, float32. What the strengths that are on don't need is None."""
+    """The random numbers of a batch, float32; None for those that no active strength needs."""
 
     head: Tensor  # (N, PIXEL_DRAWS) uniforms
     noise: Tensor | None  # (N, C, H, W) normals
@@ -69,7 +69,7 @@ class Draws(NamedTuple):
 
 
 def draw(images: Tensor, mask: int, step: Tensor, seed: int, stream: int, first_example: int) -> Draws:
-    """The numbers behind `augment`, from the NumPy generator."""
+    """The random numbers of `augment`, from the NumPy generator."""
     batch, channels, height, width = images.shape
     values, pixels = channels * height * width, height * width
     where = (seed, step_number("augment", step), stream, batch)
@@ -99,7 +99,7 @@ def reference(
 ) -> Tensor:
     """The definition, in plain torch: images (N, C, H, W) uint8 → (N, C, H, W) in `dtype`.
 
-    Decisions (flip, crop, holes, dropped pixels) are made in float32 whatever the dtype, as every backend makes them.
+    Decisions (flip, crop, holes, dropped pixels) are made in float32 for every dtype, as in all backends.
     """
     _, _, height, width = images.shape
     s = {name: strength.to(dtype).view(-1, 1, 1, 1) for name, strength in strengths.items()}
@@ -138,7 +138,7 @@ def reference(
 def _sources(
     strengths: Mapping[str, Tensor], head: Tensor, height: int, width: int, flip: float, crop_padding: int
 ) -> tuple[Tensor, Tensor]:
-    """The point (x, y) of the source that every output pixel shows, each (N, H, W) float64."""
+    """The source point (x, y) of every output pixel, each (N, H, W) float64."""
     jitter = 2 * head.double() - 1
 
     def drawn(name: str, k: int) -> Tensor:
@@ -191,7 +191,7 @@ def _grey(x: Tensor) -> Tensor:
 
 
 def _turn_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Moves the hue of HSV; x (N, 3, H, W), turns (N, 1, 1)."""
+    """Rotates the hue in HSV; x (N, 3, H, W), turns (N, 1, 1)."""
     red, green, blue = x.unbind(1)
     value = x.amax(1)
     chroma = value - x.amin(1)
@@ -288,35 +288,36 @@ def augment(
     flip: float = 0.0,
     crop_padding: int = 0,
 ) -> Tensor:
-    """Augments and normalises a batch of images in one pass, every example under strengths of its own.
+    """Augments and normalises a batch of images in one pass, every example with its own strengths.
 
-    In this order, with uniforms u of each example; ± stands for the strength times 2u − 1, in [−strength, strength):
+    The steps are in this order, with uniforms u for each example; ± stands for the strength times 2u − 1, which is in
+    [−strength, strength):
 
-    1. Geometry, one bilinear look-up, black outside of the image, about the centre: shear by ± degrees, zoom by
-       exp((2u − 1) log(1 + scale)), rotation by ± degrees (counter-clockwise), translation by ± the fraction of the
-       width and of the height; all this of a crop of the image padded by `crop_padding`, or at the rate `flip` of such
-       a crop of its mirror image. Where only crop and flip are on, pixels are copied.
+    1. Geometry, about the centre, by one bilinear interpolation with black outside of the image: shear by ± degrees,
+       zoom by exp((2u − 1) log(1 + scale)), rotation by ± degrees (counter-clockwise), translation by ± the fraction of
+       the width and of the height. The source is a random crop of the image padded by `crop_padding`, mirrored with
+       probability `flip`. If only crop and flip are on, pixels are copied.
     2. Colours in [0, 1], clamped after each: brightness x · f, contrast m + f (x − m) with m the image's mean grey,
        saturation g + f (x − g) with g the pixel's grey, each f = max(0, 1 ±), and hue + (±) turns in HSV.
        Grey is .299 R + .587 G + .114 B.
-    3. (x − mean) / std, channel by channel.
-    4. `input_scale` s: times a number uniform in [1/(1 + s), 1 + s].
-    5. `input_noise`: plus normal noise of that standard deviation, in units of the normalised image.
-    6. `input_dropout`: a pixel, all channels of it, is set to 0 at that rate, and what is kept is divided by 1 − rate.
-    7. Cutout: `cutout_holes` squares of side `cutout_length` at uniform centres, clipped at the border, are set to 0,
+    3. (x − mean) / std for each channel.
+    4. `input_scale` s: multiplies by a uniform number in [1/(1 + s), 1 + s].
+    5. `input_noise`: adds normal noise of this standard deviation, in units of the normalised image.
+    6. `input_dropout`: sets pixels, with all their channels, to 0 at this rate, and divides the others by 1 − rate.
+    7. Cutout: sets `cutout_holes` squares of side `cutout_length` at uniform centres, clipped at the border, to 0,
        which is the mean colour. Both are rounded down.
 
-    There is no gradient: the images are bytes, and decisions have none.
+    There are no gradients: the images are bytes, and random decisions are not differentiable.
 
     Args:
         images: (N, C, H, W) uint8, C = 1 or 3.
-        strengths: {name: (N,) float32}, names of `STRENGTHS`, each in its `domain`; what is not named is off. On the
-            CPU values are checked; on CUDA they are not looked at, which would wait for the device.
-        mean, std: C numbers each, of pixels in [0, 1].
-        seed, step, stream, first_example: as for `dropout`. What an example draws depends on nothing else, whichever
-            strengths are on.
-        flip: rate of horizontal mirror images, in [0, 1].
-        crop_padding: pixels of black on every side out of which the crop is cut.
+        strengths: {name: (N,) float32}, names from `STRENGTHS`, each in its `domain`; strengths not named are off.
+            Values are checked on the CPU, but not on CUDA, where this would wait for the device.
+        mean, std: C numbers each, for pixels in [0, 1].
+        seed, step, stream, first_example: as for `dropout`. The draws of an example depend on nothing else, in
+            particular not on which strengths are on.
+        flip: probability of mirroring an image horizontally, in [0, 1].
+        crop_padding: black pixels added on every side before a crop of the original size is cut.
 
     Returns:
         (N, C, H, W) float32, contiguous.
@@ -331,7 +332,7 @@ def augment(
     flip, crop_padding = check_settings("augment", std, flip, crop_padding)
     if crop_padding > min(height, width):
         raise ValueError(
-            f"augment wants a crop_padding from 0 to the side of the images, {min(height, width)}; got {crop_padding}"
+            f"augment: crop_padding must be from 0 to the side of the images, {min(height, width)}, got {crop_padding}"
         )
     stream = check_stream("augment", stream)
     step, seed, first_example = check_coordinates("augment", images.device, seed, step, first_example)
@@ -349,23 +350,24 @@ def augment(
 def check_settings(who: str, std: Sequence[float], flip: float, crop_padding: int) -> tuple[float, int]:
     """(flip, crop_padding); raises ValueError naming a setting that is wrong for images of any size."""
     if not all(number > 0 for number in std):
-        raise ValueError(f"{who} wants std > 0 for every channel; got {list(std)}")
+        raise ValueError(f"{who}: std must be > 0 for every channel, got {list(std)}")
     if not 0 <= real_number(who, "flip", flip) <= 1:
-        raise ValueError(f"{who} wants flip in [0, 1], the rate of mirror images; got {flip}")
+        raise ValueError(f"{who}: flip, a probability, must be in [0, 1], got {flip}")
     return float(flip), whole_number(who, "crop_padding", crop_padding, 0)
 
 
 def _check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor):
-        raise ValueError(f"augment wants images as a tensor; got {type(images).__name__} (torch.as_tensor makes one)")
+        raise ValueError(f"augment: images must be a tensor, got {type(images).__name__}; use torch.as_tensor")
     if images.dtype != torch.uint8:
-        cure = "; floats in [0, 1] become bytes by (255 * images).round().to(torch.uint8)"
-        raise ValueError(f"augment wants uint8 images; got {images.dtype}{cure if images.is_floating_point() else ''}")
+        cure = "; convert floats in [0, 1] by (255 * images).round().to(torch.uint8)"
+        hint = cure if images.is_floating_point() else ""
+        raise ValueError(f"augment: images must be uint8, got {images.dtype}{hint}")
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         cure = "; permute(0, 3, 1, 2) puts the channels first" if images.ndim == 4 and images.shape[3] in (1, 3) else ""
-        raise ValueError(f"augment wants images (N, C, H, W) with C = 1 or 3; got {tuple(images.shape)}{cure}")
+        raise ValueError(f"augment: images must be (N, C, H, W) with C = 1 or 3, got {tuple(images.shape)}{cure}")
     if max(images.shape[2:]) > LONGEST_SIDE:
-        raise ValueError(f"augment wants images of at most {LONGEST_SIDE} rows and columns; got {tuple(images.shape)}")
+        raise ValueError(f"augment: images may have at most {LONGEST_SIDE} rows and columns, got {tuple(images.shape)}")
 
 
 def _check_strengths(images: Tensor, strengths: Mapping[str, Tensor], stream: int) -> None:
@@ -378,17 +380,17 @@ def _check_strengths(images: Tensor, strengths: Mapping[str, Tensor], stream: in
         if strength.requires_grad or (dual and forward_ad.unpack_dual(strength).tangent is not None):
             raise ValueError(f"augment: {name} requires grad, but augmentation has no gradient; pass {name}.detach()")
         if channels != 3 and name in ("saturation", "hue"):
-            raise ValueError(f"augment: {name} wants images of 3 channels; these {tuple(images.shape)} are grey")
+            raise ValueError(f"augment: {name} needs images with 3 channels, but {tuple(images.shape)} are grey")
     for one, other in (("cutout_length", "cutout_holes"), ("cutout_holes", "cutout_length")):
         if one in strengths and other not in strengths:
-            raise ValueError(f"augment has a strength {one!r} without {other!r}; cutout takes both")
+            raise ValueError(f"augment has a strength {one!r} without {other!r}; cutout needs both")
 
 
 def per_channel(who: str, name: str, numbers: Sequence[float], channels: int) -> list[float]:
-    """The numbers as floats; raises ValueError naming them where they aren't finite and one a channel."""
+    """The numbers as floats; raises ValueError naming them if they aren't finite, with one per channel."""
     values = [float(number) for number in numbers]
     if len(values) != channels or not all(map(math.isfinite, values)):
-        raise ValueError(f"{who} wants {name} of {channels} finite numbers, one a channel of the images; got {values}")
+        raise ValueError(f"{who}: {name} must be {channels} finite numbers, one per image channel, got {values}")
     return values
 
 
@@ -399,4 +401,4 @@ def _check_values(table: Tensor, mask: int, height: int, width: int) -> None:
         if mask >> k & 1 and not allowed.holds(least[k], most[k]):
             wrong = most[k] if least[k] >= 0 else least[k]
             size = f" for images of {height} x {width}" if name == "cutout_length" else ""
-            raise ValueError(f"augment wants {name} {allowed}{size}, for every example; got {wrong:g}")
+            raise ValueError(f"augment: {name} must be {allowed}{size}, for every example, got {wrong:g}")

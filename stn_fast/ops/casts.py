@@ -1,6 +1,6 @@
-"""Parameters in the dtype of autocast, each cast once a step.
+"""Parameters in the dtype of autocast, each cast once per step.
 
-torch's autocast remembers its own casts, but operations from outside torch can't use that. Without `casts_once`, an
+torch's autocast caches its own casts, but operations outside of torch can't use this cache. Without `casts_once`, an
 operation casts its weights at every call.
 """
 
@@ -20,8 +20,7 @@ Optional = TypeVar("Optional", Tensor, Tensor | None)
 
 
 class _Copies:
-    """The casts made so far, each with the parameters, which so keep their ids, and how often these had been written
-    to."""
+    """The casts made so far, each with its parameters (so that their ids are not reused) and their versions."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[Any, ...], tuple[tuple[Tensor, ...], list[int], tuple[Tensor, ...]]] = {}
@@ -29,8 +28,8 @@ class _Copies:
     def of(
         self, parameters: tuple[Tensor, ...], make: Callable[..., tuple[Tensor, ...]], *how: Any
     ) -> tuple[Tensor, ...]:
-        """What `make` makes of the parameters and of `how`."""
-        # A copy that was made without a graph has no gradient to pass on.
+        """The cached result of `make(*parameters, *how)`."""
+        # A copy made without a graph can't pass on gradients.
         with_graph = [parameter.requires_grad and torch.is_grad_enabled() for parameter in parameters]
         key = (*map(id, parameters), *with_graph, *how)
         versions = [parameter._version for parameter in parameters]
@@ -45,9 +44,9 @@ _copies: ContextVar[_Copies | None] = ContextVar("stn_fast_casts", default=None)
 
 @contextmanager
 def casts_once() -> Iterator[None]:
-    """Inside, each parameter is cast at the first call that needs it, and the copy serves all further calls.
+    """Inside, each parameter is cast at the first call that needs it, and later calls reuse the copy.
 
-    Gradients of the calls add up in the copy's dtype, as they do in torch's own autocast.
+    Gradients of the calls are accumulated in the dtype of the copy, as in torch's own autocast.
     """
     token = _copies.set(_Copies())
     try:
@@ -57,7 +56,7 @@ def casts_once() -> Iterator[None]:
 
 
 def cast(tensor: Optional, dtype: torch.dtype) -> Optional:
-    """``tensor`` in ``dtype``; inside `casts_once` that of a parameter is made once. None is returned as it is."""
+    """``tensor`` in ``dtype``; inside `casts_once`, a parameter is cast only once. None is returned unchanged."""
     if tensor is None or tensor.dtype == dtype:
         return tensor
     copies = _copies_of(tensor)
@@ -69,7 +68,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
 
 
 def cast_pair(first: Tensor, second: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Pair:
-    """Both in ``dtype`` and ``layout`` by `convert`; inside `casts_once` those of two parameters are made once."""
+    """Both in ``dtype`` and ``layout`` by `convert`; inside `casts_once`, two parameters are converted only once."""
     copies = _copies_of(first, second)
     if copies is None or first.dtype == second.dtype == dtype:
         return convert(first, second, dtype, layout)
@@ -78,7 +77,7 @@ def cast_pair(first: Tensor, second: Tensor, dtype: torch.dtype, layout: torch.m
 
 
 def _copies_of(*tensors: Tensor) -> _Copies | None:
-    """What keeps casts inside `casts_once`; None outside of it, and for tensors that are not parameters."""
+    """The cache inside `casts_once`; None outside of it, and for tensors that are not parameters."""
     if torch.compiler.is_compiling():
         return None
     kept = all(isinstance(tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Checks that operations share which draw random numbers: RNG coordinates, and one strength per example."""
+"""Argument checks of operations that draw random numbers: RNG coordinates, and one strength per example."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stn_fast.ops.transforms import in_function_transform
 
 
 class Coordinates(NamedTuple):
-    """What fixes a draw, beside the example and the element."""
+    """The RNG coordinates of a draw, other than the stream, the example and the element."""
 
     step: Tensor
     seed: int
@@ -22,9 +22,9 @@ class Coordinates(NamedTuple):
 def check_coordinates(
     operation: str, device: torch.device, seed: int, step: Tensor | int, first_example: int
 ) -> Coordinates:
-    """The coordinates, `step` as a tensor on the device; raises ValueError naming the one that does not fit.
+    """The coordinates, with `step` as a tensor on the device; raises ValueError naming a wrong one.
 
-    NumPy's integers are taken. The value of a step that is a tensor is not looked at here, but by `step_number`.
+    NumPy integers are accepted. The value of a step that is a tensor is checked by `step_number` rather than here.
     """
     seed = whole_number(operation, "seed", seed, 0)
     first_example = whole_number(operation, "first_example", first_example, 0)
@@ -40,7 +40,7 @@ def check_coordinates(
 
 
 def step_number(operation: str, step: Tensor) -> int:
-    """The value of a step that `check_coordinates` has passed, for a draw on the CPU; raises ValueError below 0."""
+    """The value of a step from `check_coordinates`, for a draw on the CPU; raises ValueError if it is below 0."""
     number = int(step)
     if number < 0:
         raise ValueError(f"{operation}: step must be >= 0, got {number}")
@@ -48,7 +48,7 @@ def step_number(operation: str, step: Tensor) -> int:
 
 
 def check_strength(operation: str, name: str, strength: Tensor, x: Tensor, batch_size: int, stream: int) -> int:
-    """`stream` as an int; raises ValueError where it is reserved, or the strength isn't one float32 per example."""
+    """`stream` as an int; raises ValueError if it is reserved, or the strength isn't one float32 per example."""
     if not isinstance(strength, Tensor):
         raise ValueError(
             f"{operation}: {name} must be a tensor ({batch_size},) float32, one entry per example, got {strength!r}"
@@ -62,18 +62,18 @@ def check_strength(operation: str, name: str, strength: Tensor, x: Tensor, batch
 
 
 def check_stream(operation: str, stream: int) -> int:
-    """`stream` as an int, of an operation that is about to draw; raises as `stream_number` and `check_randomness`."""
+    """`stream` as an int, for an operation about to draw; raises as `stream_number` and `check_randomness`."""
     check_randomness(operation)
     return stream_number(operation, stream)
 
 
 def stream_number(operation: str, stream: int) -> int:
-    """`stream` as an int; raises ValueError where it is reserved or no 32-bit number."""
+    """`stream` as an int; raises ValueError if it is reserved or not a 32-bit number."""
     return whole_number(operation, "stream", stream, 1, 2**32, " (0 draws the hyperparameters)")
 
 
 def check_randomness(operation: str) -> None:
-    """Raises RuntimeError inside a torch.vmap whose slices are not to draw the same numbers, as these operations do."""
+    """Raises RuntimeError inside torch.vmap unless it allows that all slices draw the same numbers."""
     if torch.compiler.is_compiling() or not in_function_transform():
         return
     if torch._C._current_graph_task_id() != -1:  # a backward pass draws again what its forward pass drew
@@ -85,5 +85,5 @@ def check_randomness(operation: str) -> None:
         if randomness != torch._C._functorch.RandomnessType.Same:
             raise RuntimeError(
                 f"{operation}: inside torch.vmap every slice draws the same numbers, which are fixed by seed, step and "
-                f"example: ask for that with randomness='same', got {str(randomness).rpartition('.')[2].lower()!r}"
+                f"example: set randomness='same', got {str(randomness).rpartition('.')[2].lower()!r}"
             )

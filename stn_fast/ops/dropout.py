@@ -1,4 +1,4 @@
-"""dropout: every example under its own rate, its mask drawn from a counter and never stored."""
+"""dropout: every example has its own rate; masks are drawn by a counter-based RNG and never stored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def reference(x: Tensor, rate: Tensor, uniform: Tensor, sizes: Sequence[int], st
     rate = rate.view(1, -1, 1, 1)
     keep = uniform[example, element] >= rate
     scale = torch.where(keep, 1 / (1 - rate.double()), 0).to(x.dtype)
-    # Chosen before the product too: a dropped x may be infinite, and where differentiates what it does not choose.
+    # x is also selected before the product: a dropped x may be infinite, and `where` differentiates both branches.
     return (torch.where(keep, x.reshape(tuple(sizes)), 0) * scale).view(x.shape)
 
 
@@ -97,7 +97,7 @@ def _fake(
     return torch.empty_like(x)
 
 
-# The rate and the step never require a gradient (see `dropout`), and the mask is the same for x and for dy.
+# The rate and the step never require a gradient (see `dropout`), and x and dy have the same mask.
 _operation = Operation("dropout", _forward, outputs=("y",), fake=_fake, check=_check_sizes)
 
 
@@ -158,40 +158,41 @@ def dropout(
     example_dim: int = 0,
     shared_dims: Sequence[int] = (),
 ) -> Tensor:
-    """Inverted dropout with one rate an example.
+    """Inverted dropout with one rate per example.
 
     y = x · keep / (1 − rate[b]),  keep = [u ≥ rate[b]],  u ~ U[0, 1) from (seed, step, stream, example, element)
 
-    Nothing is stored for backward: dx is the same function of dy, and draws the same mask again. A dropped
-    element is exactly 0, also at rate 1. The mask is no function of the rate that could be differentiated, so
-    the rate must not require a gradient.
+    Nothing is stored for backward: dx is the same function of dy, with the same mask drawn again. A dropped element is
+    exactly 0, even at rate 1. The mask is not differentiable in the rate, so the rate must not require a gradient.
 
     Args:
-        x: floating point, any shape of at least one dimension; dimension `example_dim` counts the B examples.
-        rate: (B,) float32, in [0, 1]; not looked at, which would wait for the device. 1 or more drops everything.
-        seed, step: fix the draw; step may be a 0-dim int64 tensor on x's device.
-        stream: at least 1, distinct for every layer that draws at the same step.
+        x: floating point, with at least one dimension; dimension `example_dim` counts the B examples.
+        rate: (B,) float32, in [0, 1]; not checked, which would wait for the device. 1 or more drops everything.
+        seed, step: with the stream, fix the draws; step may be a 0-dim int64 tensor on x's device.
+        stream: number of the random stream, at least 1 and different for every layer that draws at the same step.
         first_example: index of the first example in the global batch.
-        shared_dims: dimensions along which one mask is used: (-2, -1) of (B, C, H, W) drops whole channels,
-            the time dimension locks the mask over time (variational dropout).
+        shared_dims: dimensions that share one mask: (-2, -1) of (B, C, H, W) drops whole channels, the time dimension
+            locks the mask over time (variational dropout).
 
     Returns:
-        As x.
+        A tensor like x.
 
     Raises:
         TypeError: x is not a tensor.
-        ValueError: a shape, a dtype, seed, step or stream does not fit, or rate requires grad; the message names it.
+        ValueError: a shape, dtype, seed, step or stream is wrong, or rate requires grad; the message names it.
     """
     check_tensor("dropout", "x", x)
     if x.ndim == 0 or not x.is_floating_point():
-        raise ValueError(f"dropout wants a floating point x of at least one dimension; got {tuple(x.shape)} {x.dtype}")
+        raise ValueError(
+            f"dropout: x must be floating point with at least one dimension, got {tuple(x.shape)} {x.dtype}"
+        )
     sizes, strides = mask_layout(x.shape, example_dim, shared_dims)
     stream = check_strength("dropout", "rate", rate, x, sizes[1], stream)
     step, seed, first_example = check_coordinates("dropout", x.device, seed, step, first_example)
     if rate.requires_grad:
         raise ValueError(
             "dropout: rate requires grad, but a mask has no gradient: sample hyperparameters with location.detach() in "
-            "a training step, and leave dropout out of a validation step, as its layers do in eval mode"
+            "a training step, and apply no dropout in a validation step, as its layers do in eval mode"
         )
     draw = (rate.contiguous(), step, seed, stream, first_example)
     if in_transform():

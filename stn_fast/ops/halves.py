@@ -1,6 +1,6 @@
-"""Two tensors that are the halves of a third one, in whose memory they are stored.
+"""Two tensors stored as the halves of a third one.
 
-An operation that computes with [W; R] needs no copy of W and R where they are stored so.
+An operation on [W; R] then needs no copy of W and R.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def are_halves(first: nn.Parameter | None, second: nn.Parameter | None) -> bool:
 
 
 def make_halves(first: nn.Parameter | None, second: nn.Parameter | None) -> None:
-    """Moves two parameters into the halves of one new tensor, unless they are stored so or are unlike each other.
+    """Moves two parameters into the halves of a new tensor, unless they already are halves, or don't match.
 
-    Those in memory that other processes share, or that is pinned, stay there.
+    Parameters in shared or pinned memory are not moved.
     """
     if type(first) is not nn.Parameter or type(second) is not nn.Parameter or adjoin(first, second):
         return
@@ -36,9 +36,9 @@ def make_halves(first: nn.Parameter | None, second: nn.Parameter | None) -> None
 
 
 def convert(first: Tensor, second: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Pair:
-    """Both in a dtype and a memory format, contiguous or channels_last.
+    """Both in the given dtype and memory format, contiguous or channels_last.
 
-    Halves of one tensor are converted in one pass, and become halves of one tensor; so are their gradients.
+    Halves of one tensor are converted in one pass to halves of one tensor, and so are their gradients.
     """
     if all(tensor.dtype == dtype and tensor.is_contiguous(memory_format=layout) for tensor in (first, second)):
         return first, second
@@ -49,7 +49,7 @@ def convert(first: Tensor, second: Tensor, dtype: torch.dtype, layout: torch.mem
 
 
 class _Converted(torch.autograd.Function):
-    """Of halves of one tensor; their gradients get the dtype and the memory format that they have."""
+    """Conversion of halves of one tensor; the gradients get the dtype and memory format of the originals."""
 
     @staticmethod
     def forward(ctx: Any, first: Tensor, second: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Pair:
@@ -63,7 +63,7 @@ class _Converted(torch.autograd.Function):
 
 
 def _convert(first: Any, second: Any, dtype: torch.dtype, layout: torch.memory_format) -> Any:
-    # A trace would read the second half through the first one wherever it is run again.
+    # A trace would always read the second half from the memory after the first one.
     apart = first is None or second is None or traced(first, second)
     if not apart and (both := as_one(first, second)) is not None:
         return _convert_one(both, dtype, layout).chunk(2)
@@ -71,5 +71,5 @@ def _convert(first: Any, second: Any, dtype: torch.dtype, layout: torch.memory_f
 
 
 def _convert_one(tensor: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    # One copy at most. `to` tells layouts apart by strides, and takes a transposed tensor for a contiguous one.
+    # At most one copy. `to` recognises layouts by strides, and may take a transposed tensor for a contiguous one.
     return tensor.to(dtype, memory_format=layout).contiguous(memory_format=layout)

@@ -1,4 +1,4 @@
-"""torch.nn.functional.linear by the library that `products` chooses: decoders, and gated layers that are folded."""
+"""torch.nn.functional.linear by the library that `products` chooses, for decoders and folded gated layers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from stn_fast.dispatch import choose
 from stn_fast.ops import products
 from stn_fast.ops.transforms import in_transform, traced
 
-SMALL = 20_000_000  # multiply-adds: below it the way there costs more than the faster product saves
+SMALL = 20_000_000  # multiply-adds below which the overhead exceeds the time saved by the faster product
 
 
 class _Linear(torch.autograd.Function):
-    """Its backward pass is made of operations that have one themselves, and keeps what they read alone."""
+    """The backward pass consists of differentiable operations; only the tensors that they read are saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,7 +47,7 @@ def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b of x (..., I), W (O, I) and b (O,); what it takes and raises is what torch's own does."""
+    """x Wᵀ + b for x (..., I), W (O, I) and b (O,); accepts and raises the same as torch.nn.functional.linear."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if torch.jit.is_tracing() or not torch.backends.mkldnn.enabled:
         return F.linear(x, weight, bias)
@@ -56,14 +56,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     fits = weight.ndim == 2 and x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
     if not fits or x.numel() * len(weight) < SMALL or products.library() != "oneDNN":
         return F.linear(x, weight, bias)
-    # The library reads a bias, and x where it is one number expanded, as if they were contiguous.
+    # The library reads a bias, and an x expanded from one number, as if they were contiguous.
     operands = x.reshape(-1, x.shape[-1]).contiguous(), weight, None if bias is None else bias.contiguous()
     y = _Linear.apply(*operands) if torch.is_grad_enabled() else products.times_transpose(*operands)
     return y.view(*x.shape[:-1], len(weight))
 
 
 def _suits(tensor: Tensor) -> bool:
-    """Whether oneDNN's product takes it: of float32 and not to be cast, on the CPU, and not empty."""
+    """Whether oneDNN's product accepts it: float32 on the CPU, not empty, and without autocast."""
     if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     return tensor.layout == torch.strided and tensor.numel() > 0

@@ -1,8 +1,8 @@
-"""The one place where a tensor's address is taken, and what every tensor passes before that.
+"""The only place that takes the address of a tensor, and the guards before that.
 
-A kernel reads memory, and memory alone doesn't say what a tensor holds: torch may keep a sign apart (the negative bit),
-have no memory at all (a ZeroTensor, a gradient under vmap), or cast operands on the way (autocast). Every operation
-reaches its kernels through `reads_memory`.
+A kernel reads memory, which may not hold a tensor's numbers: torch may store the sign separately (the negative bit),
+allocate no memory at all (a ZeroTensor, a gradient under vmap), or cast operands (autocast). Every operation calls its
+kernels through `reads_memory`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class NoMemory(RuntimeError):
 
 
 def reads_memory(compute: Callable[..., Result]) -> Callable[..., Result]:
-    """`compute`, which takes `address` of its tensors or passes them to Triton, on tensors whose memory can be read.
+    """Decorates `compute`, which calls `address` or passes tensors to Triton, so that it only gets readable tensors.
 
     A tensor with the negative bit and a ZeroTensor are copied first. Tensors of a torch.func transform, such as a
-    gradient under vmap, have no memory at all: plain torch computes them.
+    gradient under vmap, have no memory at all: for these, plain torch is used.
 
-    Autocast is off inside. Under it a product of float32 matrices is in 16 bits, and the core, which is told no more
-    than an address, would read past its end. A user may have autocast on around the forward pass of an operation that
-    it leaves alone, or around a backward pass alone.
+    Autocast is off inside. With it, a product of float32 matrices would have 16 bits, and the core, which only gets an
+    address, would read past its end. Autocast may be on around the forward pass of an operation that it doesn't cast,
+    or only around a backward pass.
     """
 
     @wraps(compute)
@@ -46,7 +46,7 @@ def reads_memory(compute: Callable[..., Result]) -> Callable[..., Result]:
             return on_copies(arguments, options)
         try:
             return compute(*arguments, **options)
-        except NoMemory:  # raised by `address`, so that the core's usual call costs nothing more
+        except NoMemory:  # raised by `address`, so that the usual case has no extra cost
             return on_copies(arguments, options)
 
     def on_copies(arguments: tuple[Any, ...], options: dict[str, Any]) -> Result:
@@ -59,11 +59,11 @@ def reads_memory(compute: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
-_autocasts_anywhere = torch._C._is_any_autocast_enabled  # one question in place of one for each device
+_autocasts_anywhere = torch._C._is_any_autocast_enabled  # a single check for all devices
 
 
 def _is_lazy(value: Any) -> bool:
-    """Whether this is a tensor whose sign torch keeps apart, or whose zeros it doesn't keep at all."""
+    """Whether this is a tensor with the negative bit, or a ZeroTensor."""
     return isinstance(value, Tensor) and (value.is_neg() or value._is_zerotensor())
 
 
@@ -76,21 +76,21 @@ def address(tensor: Tensor | None) -> int:
     """Address of a tensor's first number; 0 for None.
 
     Raises:
-        NoMemory: its memory doesn't hold its numbers; `reads_memory` answers that.
+        NoMemory: its memory doesn't hold its numbers; `reads_memory` handles this.
     """
     if tensor is None:
         return 0
-    # Asked for, not told by an address of 0: that of a slice of a ZeroTensor is another.
+    # An address of 0 is not sufficient as a test: a slice of a ZeroTensor may have another one.
     if tensor.is_neg() or tensor._is_zerotensor():
         raise NoMemory(f"a tensor {tuple(tensor.shape)} without its numbers in memory reached a kernel")
     try:
         return tensor.data_ptr()
     except RuntimeError as error:
-        raise NoMemory(f"{error}; stn_fast takes dense tensors: to_dense() makes one") from error
+        raise NoMemory(f"{error}; stn_fast needs dense tensors: use to_dense()") from error
 
 
 def own_address(tensor: Tensor | None) -> int:
-    """`address` of a tensor that the operation has made itself, or a part of one that it has asked `address` of."""
+    """Address of a tensor that the operation itself has created, or of a part of one that `address` has checked."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -100,7 +100,7 @@ def address_to_compare(tensor: Tensor) -> int:
 
 
 def owns_storage(tensor: Tensor) -> bool:
-    """Whether its storage holds nothing else, as that of a part of a larger tensor does."""
+    """Whether its storage holds only this tensor, which is not part of a larger one."""
     return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
@@ -112,15 +112,15 @@ def adjoin(first: Tensor, second: Tensor) -> bool:
         return False
     if second.storage_offset() != first.storage_offset() + first.shape[0] * first.stride(0):
         return False
-    # A tensor of a transform may have more dimensions than it shows, and a subclass other numbers than its memory.
+    # A tensor of a transform may have hidden dimensions, and the memory of a subclass may not hold its numbers.
     if not plain(first, second) or first.is_neg() != second.is_neg() or in_transform():
         return False
-    # No address is asked for: that copies a lazily cloned tensor, and is 0 for every tensor of the meta device.
+    # Addresses are not compared: reading one copies a lazily cloned tensor, and it is 0 on the meta device.
     return first.untyped_storage()._cdata == second.untyped_storage()._cdata
 
 
 def as_one(first: Tensor, second: Tensor) -> Tensor | None:
-    """[first; second] as a view if the two `adjoin`; else None, and where autograd would miss the second one."""
+    """[first; second] as a view; None if the two don't `adjoin`, or if autograd would miss the second one."""
     recorded = torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)
     if recorded or not adjoin(first, second):
         return None
@@ -135,15 +135,15 @@ def autocasts(device_type: str) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast casts the operands of a product with x to; None where it leaves them alone."""
+    """The dtype to which autocast casts the operands of a product with x; None if it doesn't cast them."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if autocasts(device) and x.dtype != torch.float64 else None
 
 
 def plain_strides(tensor: Tensor, layout: torch.memory_format) -> Tensor:
-    """A tensor contiguous in ``layout``, with the strides that this layout prescribes for dimensions of size 1 too.
+    """A tensor contiguous in ``layout``, with the exact strides of this layout also for dimensions of size 1.
 
-    torch accepts any stride there, and oneDNN and whoever tells layouts apart by strides reads others wrong.
+    torch accepts any stride there, but oneDNN and other code that recognises layouts by their strides may not.
     """
     _, channels, height, width = tensor.shape
     if layout == torch.channels_last:

@@ -1,4 +1,4 @@
-"""noise: Gaussian noise added to every example at its own scale, drawn from a counter and never stored."""
+"""noise: Gaussian noise for every example at its own scale, drawn by a counter-based RNG and never stored."""
 
 from __future__ import annotations
 
@@ -136,19 +136,19 @@ def noise(
     first_example: int = 0,
     example_dim: int = 0,
 ) -> Tensor:
-    """Additive Gaussian noise with one standard deviation an example.
+    """Additive Gaussian noise with one standard deviation per example.
 
     y = x + scale[b] · ε,  ε ~ N(0, 1) from (seed, step, stream, example, element)
 
-    Differentiable to x and to scale; ε is drawn again in backward, not stored.
+    Differentiable with respect to x and scale; ε is drawn again in backward instead of being stored.
 
     Args:
-        x: floating point, at least one dimension; dimension `example_dim` counts the B examples.
+        x: floating point, with at least one dimension; dimension `example_dim` counts the B examples.
         scale: (B,) float32, in units of x.
         seed, step, stream, first_example: as for `dropout`.
 
     Returns:
-        As x.
+        A tensor like x.
 
     Raises:
         TypeError: x is not a tensor.
@@ -156,7 +156,7 @@ def noise(
     """
     check_tensor("noise", "x", x)
     if x.ndim == 0 or not x.is_floating_point():
-        raise ValueError(f"noise wants a floating point x of at least one dimension; got {tuple(x.shape)} {x.dtype}")
+        raise ValueError(f"noise: x must be floating point with at least one dimension, got {tuple(x.shape)} {x.dtype}")
     if not -x.ndim <= example_dim < x.ndim:
         raise ValueError(f"noise: example_dim={example_dim} is not a dimension of x {tuple(x.shape)}")
     example_dim %= x.ndim

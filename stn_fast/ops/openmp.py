@@ -1,9 +1,9 @@
-"""Whether OpenMP starts as many threads as torch counts on, and what to do where it doesn't.
+"""Detects whether OpenMP starts as many threads as torch expects, and guards against fewer.
 
-oneDNN plans its work for the threads that OpenMP promises. Where it gets fewer, some of its kernels leave part of the
-result unwritten and others wait for ever. Seen in torch 2.13 on two threads under OMP_THREAD_LIMIT=1: oneDNN's products
-and a training nn.LSTM gave NaN, nn.Conv2d wrong gradients of its filters, and for channels_last images none, without
-end.
+oneDNN plans its work for the threads that OpenMP promises. If it gets fewer, some of its kernels leave part of the
+result unwritten, and others wait for ever. Seen in torch 2.13 on two threads with OMP_THREAD_LIMIT=1: oneDNN's products
+and a training nn.LSTM gave NaN, nn.Conv2d gave wrong gradients of its filters, and never returned for channels_last
+images.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Result = TypeVar("Result")
 def full_team() -> bool:
     """Whether torch's parallel regions get as many threads as they are promised, in this thread and at this moment.
 
-    They don't under OMP_THREAD_LIMIT, OMP_DYNAMIC or OMP_MAX_ACTIVE_LEVELS=0, inside a parallel region, or after
-    another library's omp_set_dynamic(1). False where OpenMP can't be asked.
+    They may not with OMP_THREAD_LIMIT, OMP_DYNAMIC or OMP_MAX_ACTIVE_LEVELS=0, inside a parallel region, or after
+    another library has called omp_set_dynamic(1). False if OpenMP can't be queried.
     """
     return _ask_openmp_of_torch()()
 
@@ -41,11 +41,11 @@ _ASKED = (
 
 @cache
 def _ask_openmp_of_torch() -> Callable[[], bool]:
-    """The question of `full_team`, put to the OpenMP runtime that torch calls; the core may be linked with another."""
+    """The check of `full_team` for the OpenMP runtime that torch uses; the core may be linked with another one."""
     try:
         from stn_fast import _C
 
-        # A symbol is looked up in what libtorch_cpu was linked with.
+        # Symbols are looked up in the libraries that libtorch_cpu is linked with.
         torch_cpu = ctypes.CDLL(str(next(Path(torch.__file__).with_name("lib").glob("libtorch_cpu.*"))))
         functions = [getattr(torch_cpu, name) for name in _ASKED]
     except (ImportError, StopIteration, OSError, AttributeError):
@@ -54,12 +54,12 @@ def _ask_openmp_of_torch() -> Callable[[], bool]:
 
 
 def misled(x: Tensor) -> bool:
-    """Whether torch's own convolution or LSTM of x could be wrong, whose backward pass is out of our hands."""
+    """Whether torch's own convolution or LSTM of x, whose backward pass can't be guarded, could be wrong."""
     return not (x.is_cuda or torch.compiler.is_compiling() or full_team())
 
 
 def watch(*results: Tensor) -> None:
-    """Makes the backward pass from `results` of torch's own layers raise where the team is no longer full by then."""
+    """Makes the backward pass from `results` of torch's own layers raise if the team is no longer full then."""
     for result in results:
         if result.requires_grad and result.device.type == "cpu" and not torch.compiler.is_compiling():
             result.register_hook(_check_team)
@@ -74,7 +74,7 @@ def _check_team(gradient: Tensor) -> None:
 
 
 class _WithoutOneDNN:
-    """oneDNN is off while any thread is inside: the switch is one for the whole process."""
+    """oneDNN is off while any thread is inside, because the setting belongs to the process."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._before = threading.Lock(), 0, True
@@ -97,7 +97,7 @@ _without_onednn = _WithoutOneDNN()
 
 
 def any_team(compute: Callable[..., Result]) -> Callable[..., Result]:
-    """`compute`, which calls torch's convolutions or products, without oneDNN where the team isn't full."""
+    """Decorates `compute`, which calls torch's convolutions or products, to avoid oneDNN if the team isn't full."""
 
     @wraps(compute)
     def run(*arguments: Any, **options: Any) -> Result:

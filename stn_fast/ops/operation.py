@@ -1,8 +1,7 @@
-"""One mechanism for every operation that kernels compute: its registration, its gradients, and the way past them.
+"""Registration and gradients of every operation with kernels, and a bypass of the dispatcher in eager mode.
 
-torch.library.custom_op is what torch.compile, torch.export and the dispatch modes need, and its dispatch in eager mode
-takes longer than sampling a batch of hyperparameters does. Where nobody is tracing, the same functions run behind a
-plain torch.autograd.Function instead.
+torch.compile, torch.export and dispatch modes need torch.library.custom_op, but its dispatch in eager mode takes longer
+than sampling a batch of hyperparameters. So without tracing, a plain torch.autograd.Function calls the same functions.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ _OF_PARAMETERS = get_type_hints(GatedParameters)
 
 
 class _Signature:
-    """The parameters of a function one by one: a `GatedParameters` is six of them."""
+    """The parameters of a function, with each `GatedParameters` replaced by its fields."""
 
     def __init__(self, function: Callable[..., Any], absent: Collection[str] = ()) -> None:
-        """Fields of a GatedParameters that are `absent` may be None."""
+        """The fields `absent` of a GatedParameters may be None."""
         hints = get_type_hints(function)
         self.kinds: dict[str, str] = {}
-        self.places: dict[str, list[int]] = {}  # of every parameter of the function
+        self.places: dict[str, list[int]] = {}  # positions of every parameter of the function
         self.gated: set[str] = set()  # which of them are a GatedParameters
         self._pieces: list[tuple[int, bool]] = []  # ends of runs of parameters, and whether they are a GatedParameters
         for name in inspect.signature(function).parameters:
@@ -62,11 +61,11 @@ class _Signature:
             raise TypeError(f"{function} must take its tensors first")
 
     def schema(self, returned: str) -> str:
-        """As torch.library takes it."""
+        """The schema for torch.library."""
         return f"({', '.join(f'{kind} {name}' for name, kind in self.kinds.items())}) -> {returned}"
 
     def grouped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, called with its arguments one by one."""
+        """A version of `function` that takes the fields of each GatedParameters as separate arguments."""
         if not self.gated:
             return function
         pieces = self._pieces
@@ -89,28 +88,28 @@ class Operation:
     """An operation on tensors, its gradients, and its registration as `stn_fast::name`.
 
     It is called with the arguments of `forward`: tensors first, with the strides that `forward` expects, and each
-    `GatedParameters` as six tensors (``*parameters``). It has no tangents: where `transforms.in_transform`, compute the
-    definition instead.
+    `GatedParameters` as separate tensors (``*parameters``). It has no tangents: if `transforms.in_transform`, compute
+    the definition instead.
 
     Args:
-        name: of the operation; its backward pass is `stn_fast::name_backward`.
+        name: name of the operation; its backward pass is `stn_fast::name_backward`.
         forward: computes the outputs, a tensor or a tuple of them. Its annotations become the schema.
-        outputs: their names.
-        fake: like `forward`, on shapes alone.
-        backward: takes by name what it needs: ``d_`` and the name of an output for its gradient, annotated as `Tensor |
-            None` where it may be missing; names of outputs and of parameters of `forward`; and last ``wanted``, which
-            says for each gradient whether it is wanted. It returns the gradients of `differentiable`, one by one, with
-            anything in the place of one that is not wanted. An operation without `backward` is linear in its first
-            tensor, and its own transpose.
+        outputs: names of the outputs.
+        fake: like `forward`, but computes only shapes.
+        backward: takes what it needs by name: ``d_`` and the name of an output for its gradient, annotated as `Tensor |
+            None` if it may be missing; names of outputs and of parameters of `forward`; and last ``wanted``, which
+            tells for each gradient whether it is needed. It returns the gradients of all tensors of `differentiable`,
+            with any value for those that are not needed. An operation without `backward` is linear in its first tensor,
+            and its own transpose.
         differentiable: names of the parameters that have gradients.
-        check: called with the arguments of `forward` wherever a trace runs, as other sizes may come than were traced.
-        promised: computes instead of `forward` in a trace, with results that have the strides of `fake`'s.
-        unread: fields of a `GatedParameters` that `backward` doesn't read. They are not kept, and None there.
+        check: called with the arguments of `forward` when a trace is run, because sizes may differ from those traced.
+        promised: replaces `forward` in a trace; its results must have the strides of those of `fake`.
+        unread: fields of a `GatedParameters` that `backward` doesn't read. They are not saved, and are None there.
         fake_backward: returns a tensor like each gradient; by default the inputs themselves.
-        kept_if: {name: flag}: an output or input that backward is given only where that argument is true, else None.
-        passed: {input: output}: inputs whose gradient is that of an output as it is.
-        finish: called with the gradients and what was kept for backward, returns the gradients that autograd gets.
-        library: whether torch's own convolutions or products take part, which need a full team of threads.
+        kept_if: {name: flag}: an output or input that backward gets only if the argument `flag` is true, else None.
+        passed: {input: output}: inputs whose gradient is equal to that of an output.
+        finish: called with the gradients and what was saved for backward; returns the gradients for autograd.
+        library: whether it uses torch's own convolutions or products, which need a full team of OpenMP threads.
     """
 
     def __init__(
@@ -147,7 +146,7 @@ class Operation:
             f"stn_fast::{name}", run, mutates_args=(), schema=inputs.schema(returned)
         )
         self.registered.register_fake(inputs.grouped(fake))
-        # Where things are: inputs, then outputs, then a None for what backward doesn't get.
+        # Positions: inputs, then outputs, then a None for what backward doesn't get.
         self._places = inputs.places | {output: [self._count + i] for i, output in enumerate(outputs)}
         self._none = self._count + len(outputs)
         self._passed = [(inputs.places[key][0], outputs.index(of)) for key, of in passed.items()]
@@ -204,7 +203,7 @@ class Operation:
         compute = _reaching_memory(taken.grouped(backward), library)
 
         def compute_apart(*arguments: Any) -> list[Tensor]:
-            # Each in memory of its own, as results of a registered operation must be.
+            # Results of a registered operation must not share memory.
             given = {id(argument) for argument in arguments}
             wanted = zip(compute(*arguments), arguments[-1], strict=True)
             return [g if owns_storage(g) and id(g) not in given else g.clone() for g, wants in wanted if wants]
@@ -213,7 +212,7 @@ class Operation:
             kept = dict(zip(self._kept, arguments[len(self._of_outputs) :], strict=False))
 
             def bias(place: int) -> Tensor:
-                """Of a bias nothing is kept; its weight, which is, stands before it."""
+                """A bias is not saved, so its shape comes from the weight before it."""
                 weight = kept[place - 1]
                 return weight.new_empty(weight.shape[0])
 
@@ -238,7 +237,7 @@ class Operation:
         return self._eager(*arguments) if torch.is_grad_enabled() else self._compute(*arguments)
 
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """What backward is given, in the order in which it takes it."""
+        """Saves the arguments of backward, in its order."""
         outputs = output if isinstance(output, tuple) else (output,)
         everything = (*inputs, *outputs, None)
         kept = [everything[place] for place in self._kept]
@@ -254,7 +253,7 @@ class Operation:
     def _backward(
         self, compute: Callable[..., Any], of_all: bool, ctx: Any, *d_outputs: Tensor | None
     ) -> tuple[Any, ...]:
-        """The gradients of all inputs, by a function that computes those `of_all` or those that are wanted."""
+        """The gradients of all inputs; `compute` returns all entries if `of_all`, else only those needed."""
         needed = ctx.needs_input_grad
         found: list[Any] = [None] * self._count
         for place, output in self._passed:
@@ -263,7 +262,7 @@ class Operation:
         gradients = [d_outputs[i] for i in self._of_outputs]
         if True not in wanted or all(gradient is None for gradient in gradients):
             return tuple(found)
-        kept = ctx.saved_tensors  # read once: under torch.utils.checkpoint a second look is an error
+        kept = ctx.saved_tensors  # read only once: reading twice is an error under torch.utils.checkpoint
         computed = compute(*gradients, *kept, *ctx.options, wanted)
         places = self._wanted if of_all else [place for place in self._wanted if needed[place]]
         for place, gradient in zip(places, computed, strict=True):

@@ -1,4 +1,4 @@
-"""perturb: every example's own hyperparameters, sampled, constrained and differentiable, in one call."""
+"""perturb: samples and constrains the hyperparameters of every example in one differentiable call."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ PERTURBATION_STREAM = 0
 
 
 class Table(NamedTuple):
-    """The columns of the (n, 6) float32 table that tells kernels what each hyperparameter is."""
+    """The columns of the (n, 6) float32 table that describes each hyperparameter to kernels."""
 
     kind: Tensor
     low: Tensor
@@ -30,14 +30,14 @@ class Table(NamedTuple):
 
 
 class Perturbed(NamedTuple):
-    """What `perturb` returns, each (B, n) float32."""
+    """The results of `perturb`, each (B, n) float32."""
 
     values: Tensor
     response: Tensor
 
 
 def constrain(unconstrained: Tensor, table: Tensor) -> Tensor:
-    """Constrained values of unconstrained (..., n): design of the table's kinds, floor for integers."""
+    """Constrained values of unconstrained (..., n): the map of each column's kind, then floor for integers."""
     columns = Table(*table.to(unconstrained.dtype).unbind(1))
     low, high = columns.low, columns.high
     value = torch.where(columns.kind == LOWER_BOUND, low + F.softplus(unconstrained), unconstrained)
@@ -56,7 +56,7 @@ def _constrain_derivative(unconstrained: Tensor, table: Tensor) -> Tensor:
 
 
 def perturbation_noise(table: Tensor, step: Tensor, seed: int, batch_size: int, first_example: int) -> Tensor:
-    """The standard normal draws eps (B, n) behind a perturbation, from the NumPy reference generator."""
+    """The standard normal draws eps (B, n) of a perturbation, from the NumPy reference generator."""
     n, number = table.shape[0], step_number("perturb", step)
     draws = random.normal(seed, number, PERTURBATION_STREAM, batch_size, n, first_example)
     shared = random.normal(seed, number, PERTURBATION_STREAM, 1, n, 0)
@@ -83,7 +83,7 @@ def _forward(
     first_example: int,
     save_noise: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(values, response, noise): noise (n, B) is what backward needs, and empty when nobody will ask."""
+    """(values, response, noise): noise (n, B) is for backward, and empty unless ``save_noise``."""
     backend = serving(location)
     n = table.shape[0]
     if backend == "reference":
@@ -137,7 +137,7 @@ def _backward(
     noise: Tensor,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Both come from one pass."""
+    """The gradients of location and raw_scale, computed in one pass."""
     backend = serving(location)
     if backend == "reference":
         return _backward_reference(d_values, d_response, location, raw_scale, table, noise.T)
@@ -207,12 +207,11 @@ def perturb(
 
     λ̃[b, k]        = location[k] + softplus(clamp(raw_scale[k])) · eps[b, k],  eps ~ N(0, 1)
     values[b, k]   = λ̃[b, k] mapped into the hyperparameter's range
-    response[b, k] = λ̃[b, k] − center[k], or the value where the table says so
+    response[b, k] = λ̃[b, k] − center[k], or the value if the table says so
 
-    eps is a function of (seed, step, first_example + b, k) alone. Where a gradient will be asked for it is kept, as
-    B·n floats cost less than drawing them again. Gradients flow from both results to location and raw_scale;
-    integers pass none through their value.
-    Most users want `HyperparameterSpace.sample`, which calls this.
+    eps is a function of (seed, step, first_example + b, k) only. If gradients are needed, it is stored, because B·n
+    floats cost less than drawing them again. Gradients flow from both results to location and raw_scale, but not
+    through the values of integers. Most users need `HyperparameterSpace.sample`, which calls this.
 
     Args:
         location: (n,) float32, unconstrained.
@@ -244,7 +243,7 @@ def perturb_for(
     batch_size: int,
     first_example: int,
 ) -> tuple[Perturbed, Coordinates]:
-    """`perturb`, and the coordinates that it has checked; errors name ``operation``."""
+    """The result of `perturb`, and the RNG coordinates after their checks; errors name ``operation``."""
     _check(location, raw_scale, center, table)
     batch_size = whole_number(operation, "batch_size", batch_size, 0)
     check_randomness(operation)
@@ -263,13 +262,13 @@ def _check(location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor) -
     n = len(table)
     if table.shape != (n, 6) or table.dtype != torch.float32 or not table.is_contiguous():
         raise ValueError(
-            f"perturb wants a contiguous table (n, 6) float32, as a HyperparameterSpace makes it; "
+            f"perturb: table must be contiguous (n, 6) float32, as made by a HyperparameterSpace, "
             f"got {tuple(table.shape)} {table.dtype}"
         )
     for name, tensor in (("location", location), ("raw_scale", raw_scale), ("center", center)):
         if tensor.shape != (n,) or tensor.dtype != torch.float32:
             raise ValueError(
-                f"perturb wants {name} ({n},) float32, one entry a hyperparameter; "
+                f"perturb: {name} must be ({n},) float32, one entry per hyperparameter, "
                 f"got {tuple(tensor.shape)} {tensor.dtype}"
             )
         if tensor.device != table.device:

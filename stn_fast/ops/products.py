@@ -1,10 +1,10 @@
-"""Products of float32 matrices on the CPU, by the faster of the two libraries that torch has for them.
+"""Products of float32 matrices on the CPU by the faster of torch's two libraries.
 
-`torch.mm` calls MKL on x86-64. On AMD's processors with AVX-512, oneDNN's product took .60 to .95 of its time for x Wᵀ
-and dy W, and for dyᵀ x of many rows .65 to .75 (benchmarks/README.md), so it is called there. torch itself calls these products of oneDNN in compiled code
-only: they assume as many threads as OpenMP promises, and where they get fewer they leave part of the result unwritten.
-So `full_team` is asked before each choice; without a full team torch.mm computes, which is right with any. Otherwise
-the choice depends on the processor alone: results of a machine don't change from run to run.
+`torch.mm` calls MKL on x86-64. On AMD processors with AVX-512, oneDNN's product took .60 to .95 of its time for x Wᵀ
+and dy W, and .65 to .75 for dyᵀ x of many rows (benchmarks/README.md), so oneDNN is used there. torch itself only calls these products of oneDNN in compiled
+code. They assume as many threads as OpenMP promises, and leave part of the result unwritten if they get fewer. So
+`full_team` is checked before each choice, and torch.mm, which is always right, is used without a full team. Otherwise
+the choice only depends on the processor, so that results on a machine don't change from run to run.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from stn_fast.ops.openmp import full_team
 
 
 def library() -> str:
-    """What computes them here and now: "oneDNN", or "torch.mm" and the library behind it."""
+    """The library to use now: "oneDNN", or "torch.mm" and the library that it calls."""
     return "oneDNN" if full_team() and _prefers_onednn() else "torch.mm"
 
 
 def description() -> str:
-    """`library()`, and what rules oneDNN out where that could be faster."""
+    """`library()`, and the reason if oneDNN can't be used."""
     return library() + ("" if full_team() else ", as OpenMP gives fewer threads than torch.get_num_threads()")
 
 
 @cache
 def _prefers_onednn() -> bool:
-    """Whether oneDNN's products are there and the faster ones on this processor."""
+    """Whether oneDNN's products are available, and faster on this processor."""
     from stn_fast import _C
 
     return _C.vendor() == "amd" and _C.isa() == "x86-64-v4" and offers_onednn()
@@ -39,8 +39,8 @@ def _prefers_onednn() -> bool:
 
 @cache
 def offers_onednn() -> bool:
-    """Whether torch has these products of oneDNN, which are internal to it: tried once, on numbers that are exact."""
-    given: dict[str, Any] = dict(dtype=torch.float32, device="cpu")  # whatever torch's default dtype and device are
+    """Whether torch has these products of oneDNN, which are internal functions; tested once, on exact numbers."""
+    given: dict[str, Any] = dict(dtype=torch.float32, device="cpu")  # independent of torch's default dtype and device
     x, weight, other = torch.eye(3, **given), torch.arange(12, **given).view(4, 3), torch.ones(3, 4, **given)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
@@ -109,13 +109,13 @@ class SumOverRows:
         return self._sum.T.contiguous()
 
 
-_LARGE = 1 << 20  # numbers of a weight: below it is in the caches anyway, and laying it out costs what it gains
+_LARGE = 1 << 20  # size of a weight below which it stays in the caches, so that packing it does not pay off
 
 
 def many_times_transpose(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    """x (rows, I) → x Wᵀ for many x, W (O, I). The next result may take the place of the last.
+    """A function x (rows, I) → x Wᵀ for many x, with W (O, I). Each result may overwrite the last one.
 
-    Of a few rows, much of the time of a library product goes into laying the weight out; oneDNN takes one that is.
+    With few rows, a library product spends much of its time on packing the weight; oneDNN accepts a packed weight.
     """
     if weight.numel() > _LARGE and full_team() and offers_onednn():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)

@@ -1,4 +1,4 @@
-"""Which backend computes an operation on given tensors."""
+"""Chooses the backend that computes an operation on given tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stn_fast.dispatch import Name, choose
 
 WhyNot = Callable[[Tensor], str | None]
 
-# The kernels accumulate in float32, so float64 is left to plain torch.
+# The kernels accumulate in float32, so plain torch computes float64.
 UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 GATED = MappingProxyType({"cpp": (torch.float32,), "triton": UP_TO_FLOAT32})
 ELEMENTWISE = MappingProxyType({"cpp": UP_TO_FLOAT32, "triton": UP_TO_FLOAT32})
@@ -25,9 +25,9 @@ def serving(
     takes: Mapping[str, tuple[torch.dtype, ...]] = GATED,
     without: Mapping[str, str] = MappingProxyType({}),
 ) -> Name:
-    """The backend for tensors on the device of ``x`` and of its dtype; see `stn_fast.dispatch.choose`.
+    """The backend for tensors of the device and dtype of ``x``; see `stn_fast.dispatch.choose`.
 
-    Plain torch serves empty tensors.
+    Empty tensors are computed by plain torch.
     """
     if not x.numel() or not all(map(Tensor.numel, others)):
         return "reference"
@@ -35,9 +35,10 @@ def serving(
 
 
 class Implementations:
-    """The modules of an operation's folder that compute it: ``plain`` for "reference", ``cpu`` for "cpp", ``triton``.
+    """The backends in an operation's folder: modules ``plain`` for "reference", ``cpu`` for "cpp", and ``triton``.
 
-    Each has the same functions. One may say by ``why_not(h)`` why it can't serve tensors that are of the right dtype.
+    All have the same functions. A module may have ``why_not(h)``, which returns the reason if it can't compute tensors
+    although their dtype is right.
     """
 
     def __init__(self, package: str, takes: Mapping[str, tuple[torch.dtype, ...]] = GATED) -> None:
@@ -45,9 +46,9 @@ class Implementations:
         self._loaded: dict[str, tuple[ModuleType, WhyNot | None]] = {}
 
     def serving(self, x: Tensor, *others: Tensor) -> ModuleType:
-        """The module that computes on the device of ``x`` and in its dtype, as `serving` chooses.
+        """The module for the device and dtype of ``x``, as chosen by `serving`.
 
-        The last of ``others`` is h. Raises RuntimeError where a backend was asked for that can't serve.
+        The last of ``others`` is h. Raises RuntimeError if a backend was selected that can't compute these tensors.
         """
         name = serving(x, *others, takes=self._takes)
         module, why_not = self._loaded.get(name) or self._load(name)
@@ -57,7 +58,7 @@ class Implementations:
         return module
 
     def check(self, x: Tensor, *others: Tensor) -> None:
-        """Raises where a backend was asked for that can't serve, though none of them computes here."""
+        """Raises if a backend was selected that can't compute these tensors, even if no backend is used here."""
         if not torch.compiler.is_compiling():
             self.serving(x, *others)
 

@@ -1,7 +1,7 @@
-"""Matrix products in the dtype of their operands, whatever autocast says, forward and backward.
+"""Matrix products in the dtype of their operands, even under autocast, forward and backward.
 
-torch computes its own norms in float32 under autocast. What is made of products, and is to be as exact as they are,
-calls these: autocast may be on around a forward pass, a backward pass, or both.
+torch computes its own norms in float32 under autocast. Functions that use matrix products and need the same accuracy
+call these; autocast may be on around a forward pass, a backward pass, or both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from stn_fast.ops.transforms import traced
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b of matrices, or of stacks of as many, differentiable in every mode."""
+    """a b for matrices, or for stacks of equally many matrices; differentiable in every mode."""
     if traced(a, b) or not torch.is_grad_enabled() or not (a.requires_grad or b.requires_grad):
         return _product(a, b)  # a compiled backward pass is traced without autocast
     return _Product.apply(a, b)
@@ -30,7 +30,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """Its rules are made of products again, so that they can be differentiated and are not cast either."""
+    """The gradients are computed by `product` again, so that they are differentiable and not cast either."""
 
     generate_vmap_rule = True
 

@@ -20,22 +20,23 @@ def weight_decay_penalty(
     decay: Tensor,
     response_projection: Tensor | None = None,
 ) -> Tensor:
-    """½ · mean over examples of decay[b] · ‖W + diag(Gw h[b]) R‖², without building any example's weights.
+    """½ · mean over examples of decay[b] · ‖W + diag(Gw h[b]) R‖², without building the weights of any example.
 
     With a_o = ‖W_o‖², c_o = ⟨W_o, R_o⟩, q_o = ‖R_o‖² and s = h Gwᵀ, example b has ‖W_eff‖² = Σ_o a_o + 2 s_bo c_o +
-    s_bo² q_o; the examples enter only through the moments Σ_b decay[b], Σ_b decay[b] h[b] and
-    Σ_b decay[b] h[b] h[b]ᵀ, so the cost does not grow with B·O.
+    s_bo² q_o. The examples are only needed in the moments Σ_b decay[b], Σ_b decay[b] h[b] and Σ_b decay[b] h[b] h[b]ᵀ,
+    so the cost does not grow with B·O.
 
     Args:
-        weight, response_weight: (O, ...), flattened behind the first dimension.
+        weight, response_weight: (O, ...); all dimensions after the first are flattened.
         weight_gate: (O, n).
         h: (B, n), or (n,) shared by all examples.
-        decay: (B,), in torch's convention: the gradient of the penalty to W is decay · W.
-        response_projection: B (groups·k, ...) of a response of low rank, R = A B in each of the groups, with response_weight
-            as A (O, k, ...). R is not built: ⟨W_o, R_o⟩ = ⟨A_o, B W_o⟩ and ‖R_o‖² = ⟨A_o, B Bᵀ A_o⟩.
+        decay: (B,), in torch's convention: the gradient of the penalty with respect to W is decay · W.
+        response_projection: for a response of low rank, B (groups·k, ...), with A (O, k, ...) as response_weight and
+            R = A B in each group. R is not built: ⟨W_o, R_o⟩ = ⟨A_o, B W_o⟩ and ‖R_o‖² = ⟨A_o, B Bᵀ A_o⟩.
 
     Returns:
-        Scalar, float32 (float64 for a float64 weight), differentiable to every argument; under autocast too.
+        A scalar, float32 (float64 for a float64 weight) even under autocast; differentiable with respect to every
+        argument.
 
     Raises:
         ValueError: the shapes do not fit together, or the batch is empty.
@@ -46,12 +47,12 @@ def weight_decay_penalty(
     if not fits or weight.shape[0] != outputs or h.shape != (decay.shape[0], n):
         factor = "" if response_projection is None else f", response_projection {tuple(response_projection.shape)}"
         raise ValueError(
-            "weight_decay_penalty wants weight and response_weight (O, ...), weight_gate (O, n), h (B, n) and "
-            f"decay (B,); got {tuple(weight.shape)}, {tuple(response_weight.shape)}, {tuple(weight_gate.shape)}, "
+            "weight_decay_penalty needs weight and response_weight (O, ...), weight_gate (O, n), h (B, n) and "
+            f"decay (B,), got {tuple(weight.shape)}, {tuple(response_weight.shape)}, {tuple(weight_gate.shape)}, "
             f"{tuple(h.shape)}, {tuple(decay.shape)}{factor}"
         )
     if len(decay) == 0:
-        raise ValueError("weight_decay_penalty wants at least one example; got an empty batch")
+        raise ValueError("weight_decay_penalty needs at least one example, got an empty batch")
     if response_projection is not None:
         return _plain(weight, response_weight, weight_gate, h, decay, response_projection)
     if _kernels_serve(weight, response_weight, weight_gate, h, decay):
@@ -61,7 +62,7 @@ def weight_decay_penalty(
 
 
 def _responds(weight: Tensor, response_weight: Tensor, projection: Tensor | None) -> bool:
-    """Whether the response is of the shape of W, or made of factors that fit it."""
+    """Whether the response has the shape of W, or has factors that fit it."""
     if projection is None:
         return weight.shape == response_weight.shape
     outputs, rank = len(response_weight), response_weight.flatten(1).shape[1]
@@ -79,7 +80,7 @@ def _plain(
     projection: Tensor | None = None,
 ) -> Tensor:
     batch = len(decay)
-    # Sums of many squares and of few examples: 16-bit tensors are widened.
+    # 16-bit tensors are widened, because these are sums of many squares.
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weight, response_weight = weight.flatten(1).to(dtype), response_weight.flatten(1).to(dtype)
     weight_gate, h, decay = weight_gate.to(dtype), h.to(dtype), decay.to(dtype)
@@ -103,7 +104,7 @@ def _of_factors(weight: Tensor, factor: Tensor, projection: Tensor) -> tuple[Ten
 
 
 def _kernels_serve(*tensors: Tensor) -> bool:
-    """Whether kernels compute it, which differentiate to W, R and Gw: where h and decay want no gradient."""
+    """Whether kernels can compute it: h and decay must not need a gradient, as kernels only have those of W, R, Gw."""
     if traced(*tensors) or not triton_may_serve() or in_transform():
         return False
     weight, _, _, h, decay = tensors
@@ -117,7 +118,7 @@ def _kernels_serve(*tensors: Tensor) -> bool:
 
 
 class _Penalty(torch.autograd.Function):
-    """By kernels; second derivatives are those of plain torch."""
+    """The penalty by kernels; second derivatives are computed by plain torch."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:

@@ -115,9 +115,9 @@ def test_the_images_have_the_dtype_of_the_model_in_training_as_in_evaluation(tra
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(std=(0.2, 0.0, 0.2)), r"std > 0 for every channel; got \[0.2, 0.0, 0.2\]"),
-        (dict(mean=(0.2, float("nan"), 0.2)), "mean of 3 finite numbers"),
-        (dict(flip=1.5), r"flip in \[0, 1\].*got 1.5"),
+        (dict(std=(0.2, 0.0, 0.2)), r"std must be > 0 for every channel, got \[0.2, 0.0, 0.2\]"),
+        (dict(mean=(0.2, float("nan"), 0.2)), "mean must be 3 finite numbers"),
+        (dict(flip=1.5), r"flip, a probability, must be in \[0, 1\], got 1.5"),
         (dict(crop_padding=-1), "crop_padding must be an int >= 0.*got -1"),
         (dict(crop_padding=0.5), "crop_padding must be an int >= 0.*got 0.5"),
     ],

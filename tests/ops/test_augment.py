@@ -340,31 +340,31 @@ X = images()
 @pytest.mark.parametrize(
     ("x", "strengths", "change", "message"),
     [
-        (X.float() / 255, {}, {}, r"uint8 images; got torch.float32; floats in \[0, 1\] become bytes by"),
-        (X.int(), {}, {}, r"uint8 images; got torch.int32$"),
-        (X[0], {}, {}, r"\(N, C, H, W\) with C = 1 or 3; got \(3, 8, 9\)"),
-        (X[:, :2], {}, {}, r"with C = 1 or 3; got \(4, 2, 8, 9\)$"),
+        (X.float() / 255, {}, {}, r"must be uint8, got torch.float32; convert floats in \[0, 1\] by"),
+        (X.int(), {}, {}, r"must be uint8, got torch.int32$"),
+        (X[0], {}, {}, r"\(N, C, H, W\) with C = 1 or 3, got \(3, 8, 9\)"),
+        (X[:, :2], {}, {}, r"with C = 1 or 3, got \(4, 2, 8, 9\)$"),
         (X.permute(0, 2, 3, 1), {}, {}, r"got \(4, 8, 9, 3\); permute"),
-        (X.new_zeros(0, 3, 2**14 + 1, 9), {}, {}, r"at most 16384 rows and columns; got"),
+        (X.new_zeros(0, 3, 2**14 + 1, 9), {}, {}, r"at most 16384 rows and columns, got"),
         (X, dict(brightnes=full(0)), {}, r"no strength 'brightnes'; did you mean 'brightness'"),
         (X, dict(hue=full(0, 5)), {}, r"hue must be \(4,\) float32.*got \(5,\)"),
         (X, dict(hue=full(0).double()), {}, r"hue must be \(4,\) float32.*got \(4,\) torch.float64"),
         (X, dict(hue=full(0).to("meta")), {}, r"float32 on cpu.*on meta"),
         (X, dict(hue=full(0).requires_grad_()), {}, r"hue requires grad.*hue.detach\(\)"),
-        (X[:, :1], dict(hue=full(0)), GREY, r"hue wants images of 3 channels"),
-        (X[:, :1], dict(saturation=full(0)), GREY, r"saturation wants images of 3 channels"),
+        (X[:, :1], dict(hue=full(0)), GREY, r"hue needs images with 3 channels"),
+        (X[:, :1], dict(saturation=full(0)), GREY, r"saturation needs images with 3 channels"),
         (X, dict(cutout_length=full(3)), {}, r"'cutout_length' without 'cutout_holes'"),
         (X, dict(cutout_holes=full(3)), {}, r"'cutout_holes' without 'cutout_length'"),
-        (X, {}, GREY, r"mean of 3 finite numbers.*got \[0.3\]"),
-        (X, {}, dict(std=[0.1]), r"std of 3 finite numbers.*got \[0.1\]"),
-        (X, {}, dict(std=[0.1, 0.0, 0.1]), r"std > 0 for every channel; got \[0.1, 0.0, 0.1\]"),
-        (X, {}, dict(mean=[0.1, float("nan"), 0.1]), r"mean of 3 finite numbers"),
-        (X, {}, dict(flip=1.5), r"flip in \[0, 1\].*got 1.5"),
+        (X, {}, GREY, r"mean must be 3 finite numbers.*got \[0.3\]"),
+        (X, {}, dict(std=[0.1]), r"std must be 3 finite numbers.*got \[0.1\]"),
+        (X, {}, dict(std=[0.1, 0.0, 0.1]), r"std must be > 0 for every channel, got \[0.1, 0.0, 0.1\]"),
+        (X, {}, dict(mean=[0.1, float("nan"), 0.1]), r"mean must be 3 finite numbers"),
+        (X, {}, dict(flip=1.5), r"flip, a probability, must be in \[0, 1\], got 1.5"),
         (X, {}, dict(flip=float("nan")), "flip must be a finite number, got nan"),
-        (X.numpy(), {}, {}, r"images as a tensor; got ndarray"),
+        (X.numpy(), {}, {}, r"images must be a tensor, got ndarray"),
         (X, dict(hue=0.1), {}, r"hue must be a tensor \(4,\) float32.*got 0.1"),
         (X, {}, dict(crop_padding=-1), r"crop_padding must be an int >= 0.*got -1"),
-        (X, {}, dict(crop_padding=9), r"crop_padding from 0 to the side of the images, 8; got 9"),
+        (X, {}, dict(crop_padding=9), r"crop_padding must be from 0 to the side of the images, 8, got 9"),
         (X, {}, dict(crop_padding=0.5), r"crop_padding must be an int >= 0.*got 0.5"),
         (X, {}, dict(stream=0), r"stream must be an int >= 1 and < 2\*\*32"),
         (X, {}, dict(seed=-1), r"seed must be an int >= 0 and < 2\*\*63"),
@@ -392,7 +392,7 @@ def test_strengths_outside_of_their_domain_are_named(name, value):
     if name.startswith("cutout"):
         strengths = dict(cutout_length=full(0), cutout_holes=full(0))
     strengths[name][2] = value
-    with pytest.raises(ValueError, match=rf"augment wants {name} .*(>= 0|in \[0).*for every example; got {value:g}"):
+    with pytest.raises(ValueError, match=rf"augment: {name} must be .*(>= 0|in \[0).*for every example, got {value:g}"):
         augment(X, strengths, **WHERE, **COLOUR)
 
 

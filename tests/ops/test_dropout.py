@@ -196,7 +196,7 @@ X, RATE = torch.ones(4, 6, 5, 3), torch.full((4,), 0.5)
         (X, RATE.double(), {}, r"rate .*float64"),
         (X, RATE.to("meta"), {}, r"on cpu.*on meta"),
         (X, RATE.clone().requires_grad_(), {}, r"rate requires grad.*detach"),
-        (X.long(), RATE, {}, r"floating point x.*int64"),
+        (X.long(), RATE, {}, r"x must be floating point.*int64"),
         (X, RATE, dict(stream=0), r"stream must be an int >= 1 and < 2\*\*32"),
         (X, RATE, dict(seed=-1), r"seed must be an int >= 0 and < 2\*\*63"),
         (X, RATE, dict(step=-1), r"step must be an int >= 0.*or a 0-dim int64 tensor on cpu, got -1"),

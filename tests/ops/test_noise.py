@@ -105,7 +105,7 @@ def test_forward_mode_tangent_is_not_silently_zero():
     ("x", "scale", "change", "message"),
     [
         (torch.ones(4, 3), torch.ones(3), {}, r"scale must be \(4,\) float32.*got \(3,\)"),
-        (torch.ones(4, 3, dtype=torch.int32), torch.ones(4), {}, r"floating point x.*int32"),
+        (torch.ones(4, 3, dtype=torch.int32), torch.ones(4), {}, r"x must be floating point.*int32"),
         (torch.ones(4, 3), torch.ones(4), dict(example_dim=2), r"example_dim=2 is not a dimension"),
         (torch.ones(4, 3), torch.ones(4), dict(stream=0), r"stream must be an int >= 1 and < 2\*\*32"),
     ],

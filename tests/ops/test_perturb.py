@@ -240,12 +240,12 @@ def test_forward_mode_tangent_is_not_silently_zero():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(location=torch.zeros(N + 1)), rf"location \({N},\) float32.*got \({N + 1},\)"),
+        (dict(location=torch.zeros(N + 1)), rf"location must be \({N},\) float32.*got \({N + 1},\)"),
         (dict(raw_scale=torch.zeros(N, dtype=torch.float64)), r"raw_scale .*float64"),
         (dict(center=torch.zeros(N, device="meta")), r"center is on meta"),
-        (dict(table=torch.zeros(N, 6, dtype=torch.float64)), r"table \(n, 6\) float32.*float64"),
-        (dict(table=torch.zeros(N, 3)), r"table \(n, 6\) float32.*3\)"),
-        (dict(table=torch.zeros(6, N).T), r"contiguous table"),
+        (dict(table=torch.zeros(N, 6, dtype=torch.float64)), r"table must be contiguous \(n, 6\) float32.*float64"),
+        (dict(table=torch.zeros(N, 3)), r"table must be contiguous \(n, 6\) float32.*3\)"),
+        (dict(table=torch.zeros(6, N).T), r"table must be contiguous"),
         (dict(step=torch.tensor(0.5)), r"0-dim int64 tensor.*float32"),
         (dict(first_example=-1), r"first_example must be an int >= 0.*got -1"),
         (dict(batch_size=-1), r"batch_size must be an int >= 0.*got -1"),

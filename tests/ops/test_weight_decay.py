@@ -43,7 +43,7 @@ def test_16_bit_layers_have_a_float32_penalty(dtype):
 
 def test_misfits_are_named():
     weight, response_weight, weight_gate, h, decay = operands()
-    with pytest.raises(ValueError, match=r"decay \(B,\); got .*\(4, 3\), \(3,\)"):
+    with pytest.raises(ValueError, match=r"decay \(B,\), got .*\(4, 3\), \(3,\)"):
         weight_decay_penalty(weight, response_weight, weight_gate, h, decay[:3])
     with pytest.raises(ValueError, match="empty batch"):
         weight_decay_penalty(weight, response_weight, weight_gate, h[:0], decay[:0])
