@@ -1,4 +1,4 @@
-"""Batches of a split in an order that is a pure function of (seed, pass), and what else is taken for a batch."""
+"""Shuffled batches whose order is a function of (seed, pass), and conversion of other data to batches."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from stn_fast.training.staging import Staging
 
 @runtime_checkable
 class Batch(Protocol):
-    """What steps and evaluations need of a batch, beside the inputs and targets that objectives read.
+    """What steps and evaluations need of a batch, besides the inputs and targets that objectives read.
 
-    A batch may start from a state that the one before it left, as the windows of a text do. Steps and evaluations give
-    it all that an objective returns, and need not know what it keeps of that.
+    A batch may start from the state at the end of the previous one, as the windows of a text do. Steps and evaluations
+    pass everything that an objective returns to ``finish``, which keeps such a state.
     """
 
     @property
     def examples(self) -> int:
-        """B, the number of examples: each has its own draw of the hyperparameters."""
+        """B, the number of examples; each has its own draw of the hyperparameters."""
 
     def finish(self, outcome: Any) -> Any:
-        """What an objective returned; a state beside it is removed, and kept for the next batch.
+        """The loss or scores that an objective returned; a state returned with them is kept for the next batch.
 
         Raises:
-            TypeError: there is a state, and such batches don't keep one.
+            TypeError: there is a state, and this kind of batch doesn't keep one.
         """
 
     def undo(self, where: Tensor | None) -> None:
-        """Clears what ``finish`` kept, as the step is left out: always, or where a scalar tensor of bools is true."""
+        """Clears what ``finish`` kept, because the step is skipped: always, or if the bool tensor ``where`` is true."""
 
     @property
     def begins(self) -> bool:
-        """Whether it lacks the state that the batches after it start from: no CUDA graph of those can take it."""
+        """Whether it has no state to start from, so that a CUDA graph of the later batches does not fit it."""
 
     def parts(self) -> Any:
-        """All that a step reads of the batch, a pytree of tensors."""
+        """Everything in the batch that a step reads, as a pytree of tensors."""
 
     def like(self, parts: Any) -> Batch:
-        """A batch of these parts, for a CUDA graph. It shares nothing with this one."""
+        """A separate batch with these parts, for a CUDA graph."""
 
     def finish_as(self, other: Any) -> None:
-        """Keeps for the next batch a copy of what ``other``, a batch made by ``like``, has kept."""
+        """Keeps for the next batch a copy of the state that ``other``, a batch made by ``like``, has kept."""
 
 
 class Examples(Split):
@@ -58,7 +58,7 @@ class Examples(Split):
     def finish(self, outcome: Any) -> Any:
         if isinstance(outcome, tuple):
             raise TypeError(
-                "the objective returns a state, which no batch but a Window of Streams carries to the next one"
+                "the objective returns a state, but only a Window of Streams carries a state to the next batch"
             )
         return outcome
 
@@ -76,7 +76,7 @@ class Examples(Split):
 
 
 class BatchSequence(Protocol):
-    """An endless sequence of batches, each of ``examples``; where one goes on from is a count and ``state_dict``."""
+    """An endless sequence of batches of ``examples`` each; a position in it is an index and ``state_dict``."""
 
     examples: int
     per_pass: int
@@ -89,26 +89,26 @@ class BatchSequence(Protocol):
 
 
 class Batching(Protocol):
-    """How batches are made of a split."""
+    """How a split is divided into batches."""
 
     @property
     def unit(self) -> str:
-        """What an example is called, of several."""
+        """What examples are called, in the plural."""
 
     def sequence(
         self, split: Split, batch_size: int, *, seed: int, stream: int, device: torch.device | None = None
     ) -> BatchSequence:
-        """The batches to learn from."""
+        """The batches for training and validation steps."""
 
     def whole(self, split: Split, size: int, *, test: bool, device: torch.device | None = None) -> Iterable[Any]:
         """The batches of an evaluation: every example once, about ``size`` at a time."""
 
     def misfit(self, split: Split, batch_size: int) -> str | None:
-        """What is wrong with a batch size, None where it will do."""
+        """What is wrong with a batch size; None if it is fine."""
 
 
 class IndependentExamples:
-    """Examples in any order: ``Batches`` to learn from, each split from front to back to evaluate."""
+    """Independent examples: shuffled ``Batches`` for steps, each split in its own order for evaluations."""
 
     unit = "examples"
 
@@ -124,22 +124,24 @@ class IndependentExamples:
             yield Split(inputs.to(device), targets.to(device))
 
     def misfit(self, split: Split, batch_size: int) -> str | None:
-        return None if batch_size <= split.examples else f"must be at most {split.examples}, the examples there are"
+        return None if batch_size <= split.examples else f"must be at most {split.examples}, the number of examples"
 
 
 class Batches:
-    """The endless sequence of shuffled batches of ``split``; every pass has its own order.
+    """An endless sequence of shuffled batches of ``split``; every pass has its own order.
 
-    Each batch holds exactly ``batch_size`` examples; what a pass leaves over it skips, and another order leaves
-    others over. Splits that draw from one seed are told apart by ``stream``. A split in host memory reaches a CUDA
-    ``device`` through pinned memory, one batch ahead; without ``device``, batches are where the split is.
+    Each batch holds exactly ``batch_size`` examples; each pass drops the remaining examples of its order. ``stream``
+    gives splits with the same seed different orders. A split in host memory is copied to a CUDA ``device`` through
+    pinned memory, one batch ahead; without ``device``, batches stay on the device of the split.
     """
 
     def __init__(
         self, split: Split, batch_size: int, *, seed: int, stream: int, device: torch.device | None = None
     ) -> None:
         if not 1 <= batch_size <= len(split.inputs):
-            raise ValueError(f"batch_size wants 1 to {len(split.inputs)}, the examples there are; got {batch_size}")
+            raise ValueError(
+                f"batch_size must be from 1 to {len(split.inputs)}, the number of examples, got {batch_size}"
+            )
         self.split, self.batch_size, self.seed, self.stream = split, batch_size, seed, stream
         self.examples = batch_size
         self.per_pass = len(split.inputs) // batch_size
@@ -160,11 +162,11 @@ class Batches:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the count of batches says it all."""
+        """Empty: the index of a batch fixes it."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Has nothing to put back."""
+        """Does nothing: there is no state."""
 
     def _chosen(self, index: int) -> Tensor:
         number, position = divmod(index, self.per_pass)
@@ -178,19 +180,19 @@ class Batches:
 
 
 def as_batch(batch: Any, device: torch.device) -> Batch:
-    """A batch as a DataLoader gives it, as a `Batch`; NumPy arrays become tensors on ``device``.
+    """Converts a batch, for example from a DataLoader, to a `Batch`; NumPy arrays become tensors on ``device``.
 
-    - A `Batch`, such as a ``Window`` of a text, is returned as it is.
-    - (inputs, targets), a tuple or a list, is that; of three and more the last are the targets, and the inputs are a
-      tuple of the others.
-    - A dict, or a named tuple, has its `targets`; the inputs are its `inputs` where they are all that is left, else a
-      dict of what is.
+    - A `Batch`, such as a ``Window`` of a text, is returned unchanged.
+    - A tuple or list is (inputs, targets); if it has three or more entries, the last is the targets, and the inputs are
+      a tuple of the others.
+    - A dict or named tuple must have ``targets``. If ``inputs`` is its only other key, that is the inputs; otherwise
+      the inputs are a dict of all other entries.
 
-    Inputs and targets may themselves be tuples, lists and dicts of tensors; the first of the targets counts the
-    examples.
+    Inputs and targets may themselves be tuples, lists and dicts of tensors; dimension 0 of the first target tensor
+    counts the examples.
 
     Raises:
-        TypeError: it is something else, or the targets count no examples.
+        TypeError: ``batch`` is something else, or the targets are not tensors with at least one dimension.
     """
     if isinstance(batch, Split) and isinstance(batch.inputs, Tensor) and isinstance(batch.targets, Tensor):
         return Examples(*batch)

@@ -1,12 +1,12 @@
-"""Whole steps as CUDA graphs: one launch in place of the hundreds that Python makes one after the other.
+"""Whole steps as CUDA graphs: a single launch replaces the hundreds that Python would make one by one.
 
     steps = method.captured()
     for step, batch in enumerate(batches):
         steps.train_step(batch, step)
 
-A graph repeats what the device was asked to do when it was captured, on the memory that it had then. So every captured
-step has a batch, a step number and a state of its own, which are filled before each replay, and everything else that
-decides a step is compared with what it was: where it differs, the step is captured anew or taken one by one.
+A graph repeats the work that the device was given during capture, on the same memory. So every captured step has its
+own batch, step number and state, which are filled before each replay. All other settings that affect a step are
+compared with those at capture; if they differ, the step is captured again or run without a graph.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-WARM_UP = 1  # steps that are taken one by one first: what is made, compiled or tuned at a first step is there then
+WARM_UP = 1  # steps run without a graph before capture, in which state is created and kernels are compiled and tuned
 MAX_CAPTURES = 8  # of each kind of step
 
 
@@ -43,14 +43,14 @@ class Graphs(Protocol):
     """Captures work on a device as graphs."""
 
     def on_capture_stream(self) -> AbstractContextManager[None]:
-        """Inside, work is queued on the CUDA stream that captures; work queued after the block waits for it."""
+        """Inside, work is queued on the CUDA stream for captures; work queued after the block waits for it."""
 
     def capture(self, function: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
-        """Calls ``function``; its result, whose tensors hold no numbers yet, and a function that computes them."""
+        """Calls ``function``. Returns its result, with tensors not computed yet, and a function to compute them."""
 
 
 class CudaGraphs:
-    """Graphs on one CUDA device. Each has memory of its own, so that no other overwrites the gradients it leaves."""
+    """Graphs on one CUDA device. Each has its own memory, so that no other graph overwrites its gradients."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
@@ -65,42 +65,42 @@ class CudaGraphs:
 
     def capture(self, function: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        # A thread that pins memory for a loader may go on meanwhile.
+        # thread_local, so that a data loader's thread may pin memory meanwhile.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             result = function()
         return result, graph.replay
 
 
 def warn(reason: str) -> None:
-    """Says why steps are not captured."""
+    """Warns why steps are not captured."""
     warnings.warn(reason, RuntimeWarning, stacklevel=5)
 
 
 class CapturedSteps:
     """The steps of a method, each kind captured as a CUDA graph after its first calls. The numbers are the same.
 
-    A step is taken one by one, as the method itself would, where it can't be captured or where a graph would not do:
+    These steps run without a graph, as the method itself would run them:
 
-    - the first steps of each kind, and a batch that ``begins``, as the first window of a text does;
-    - a batch of other shapes than those of the captured one, such as a last one that is smaller;
-    - for good, where the step reads numbers back to the host, makes tensors from numbers on the host, has sparse
-      gradients, or has an optimizer that keeps its state on the host.
+    - the first steps of each kind, and a batch that ``begins``, such as the first window of a text;
+    - a batch whose shapes differ from those of the captured one, such as a smaller last batch;
+    - all steps of a kind, if it reads numbers back to the host, makes tensors from numbers on the host, has sparse
+      gradients, or its optimizer keeps its state on the host.
 
-    Each reason but the first is passed to ``warn`` once.
+    All reasons but the first are passed to ``warn``, once each.
 
-    After a captured step each ``.grad`` is the step's gradient, in memory that the next such step overwrites.
+    After a captured step, each ``.grad`` is the step's gradient, in memory that the next such step overwrites.
 
-    What Python does at a step is done when it is captured, and not again: an objective or a layer that counts calls, or
-    decides by a number on the host that is no setting of a module's mode, must not be captured.
+    Python code runs during capture only. Do not capture an objective or layer that counts its calls, or that branches
+    on a number on the host other than a module's training mode.
 
     Args:
-        method: the method whose steps these are.
-        graphs: what captures; by default CUDA's, and nothing on another device.
+        method: the method whose steps to capture.
+        graphs: captures work as graphs; by default CUDA graphs on CUDA, and no capture on other devices.
         warn: called with each reason.
 
     Attributes:
-        replayed: steps that a graph took.
-        reasons: why others were not captured.
+        replayed: number of steps run by a graph.
+        reasons: why other steps were not captured.
     """
 
     def __init__(self, method: Method, *, graphs: Graphs | None = None, warn: Callable[[str], None] = warn) -> None:
@@ -110,15 +110,15 @@ class CapturedSteps:
         self._training, self._validation = _Step(self, "train_step"), _Step(self, "valid_step")
 
     def train_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
-        """As the method's, errors included."""
+        """The same as the method's, including errors."""
         return self._training.take(batch, step, first_example)
 
     def valid_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
-        """As the method's, errors included."""
+        """The same as the method's, including errors."""
         return self._validation.take(batch, step, first_example)
 
     def note(self, reason: str) -> None:
-        """Keeps a reason, and passes it on if it is new."""
+        """Records a reason, and passes it to ``warn`` if it is new."""
         if reason not in self.reasons:
             self.reasons.append(reason)
             self._warn(reason)
@@ -126,7 +126,7 @@ class CapturedSteps:
 
 @dataclass
 class _Captured:
-    """A step as it was captured: what it depends on, the memory it reads, and the memory it writes."""
+    """A captured step: its settings, the memory that it reads, and the memory that it writes."""
 
     signature: Any
     settings: dict[str, Any]
@@ -140,17 +140,17 @@ class _Captured:
 
 
 class _Step:
-    """One kind of step: taken one by one, then captured, then replayed."""
+    """One kind of step: first run without a graph, then captured, then replayed."""
 
     def __init__(self, steps: CapturedSteps, name: str) -> None:
         self._steps, self._method, self._name = steps, steps.method, name
         self._parameters = list(steps.method.model.parameters())
         self._warm, self._times = 0, 0
-        self._changed: dict[str, None] = {}  # names of settings for which a graph was given up, in order
+        self._changed: dict[str, None] = {}  # names of changed settings for which graphs were discarded, in order
         self._seen: Any = None
         self._captured: _Captured | None = None
         self._never = name not in steps.method.kinds
-        self._other_shapes = f"{name}: batches differ in shape, and those unlike the captured one are taken one by one"
+        self._other_shapes = f"{name}: batches differ in shape; those unlike the captured one run without a graph"
 
     def take(self, batch: Any, step: int | Tensor, first_example: int) -> Tensor:
         method, graphs = self._method, self._steps.graphs
@@ -159,7 +159,7 @@ class _Step:
             return getattr(method, self._name)(batch, step, first_example=first_example)
 
         if not self._never and graphs is None:
-            self._give_up(f"CUDA graphs are made on a CUDA device, and the model is on {method.location.device}")
+            self._give_up(f"CUDA graphs need a CUDA device, and the model is on {method.location.device}")
         if self._never or graphs is None:
             return one_by_one()
         batch = method.begin(self._name, batch)
@@ -194,7 +194,7 @@ class _Step:
         return self._method.kinds[self._name]
 
     def _settings(self, first_example: int) -> dict[str, Any]:
-        """By name, every setting on the host that a step depends on, and the addresses that it reads and writes."""
+        """Every setting on the host that a step depends on, by name, and the addresses that it reads and writes."""
         optimizer, device = self._kind.optimizer, self._method.location.device
         name = type(optimizer).__name__
         found = self._method.settings() | {"first_example": first_example}
@@ -223,14 +223,14 @@ class _Step:
         signature: Any,
         settings: dict[str, Any],
     ) -> _Captured | str:
-        """A captured step like this one, of which nothing is computed yet; or why there is none."""
+        """A captured step like this one, with nothing computed yet; or the reason why it can't be captured."""
         method, kind = self._method, self._kind
         if not can_skip_on_device(kind.optimizer):
-            return f"{type(kind.optimizer).__name__} keeps much and is not fused (fused=True)"
+            return f"{type(kind.optimizer).__name__} has a large state and is not fused (fused=True)"
         if self._times == MAX_CAPTURES:
-            return f"it has been captured {MAX_CAPTURES} times, as these settings changed: {listed([*self._changed])}"
+            return f"it was captured {MAX_CAPTURES} times because these settings changed: {listed([*self._changed])}"
         if not all(isinstance(one, Tensor | None) for one in inputs):
-            return "its batch holds more than tensors"
+            return "its batch has parts that are not tensors"
         own, structure = [None if one is None else one.clone() for one in inputs], pytree.tree_structure(batch.parts())
         number = torch.zeros((), dtype=torch.int64, device=method.location.device).fill_(step)
 
@@ -247,7 +247,7 @@ class _Step:
                 with method.guard.recording() as recorded:
                     (loss, given), replay = graphs.capture(run)
             except RuntimeError as error:
-                first = error.__context__ or error  # ending a capture that has failed is an error too
+                first = error.__context__ or error  # ending a failed capture raises another error
                 return f"CUDA refused it: {str(first).splitlines()[0]}"
         self._times += 1
         gradients = [(p, p.grad) for group in kind.optimizer.param_groups for p in group["params"]]
@@ -259,12 +259,12 @@ class _Step:
                 own.copy_(given, non_blocking=True)
         captured.step.fill_(step)
         captured.replay()
-        for parameter, gradient in captured.gradients:  # a step taken one by one has replaced them
+        for parameter, gradient in captured.gradients:  # steps without a graph replace them
             parameter.grad = gradient
         self._steps.replayed += 1
         attempt, numbers = captured.recorded
         self._method.guard.send(replace(attempt, step=step), numbers)
-        batch.finish_as(captured.batch)  # a copy, as the next replay writes over what this one left
+        batch.finish_as(captured.batch)  # a copy, because the next replay overwrites the state
         return captured.loss.clone()
 
 

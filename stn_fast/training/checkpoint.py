@@ -1,4 +1,4 @@
-"""Checkpoints: ``step-XXXXXXXX/`` directories that are either whole or absent, each with a checksum of its contents."""
+"""Checkpoints: ``step-XXXXXXXX/`` directories, written atomically, each with a checksum of its contents."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from stn_fast.training.disk import writing
 from stn_fast.values import from_json, to_json
 
 STATE, MANIFEST = "state.pt", "manifest.json"
-FORMAT = 4  # counts the layouts of the state; another one is not read
-KEPT = 2  # the last so many stay, beside the best of each
+FORMAT = 4  # version of the state's layout; other versions are not read
+KEPT = 2  # number of last checkpoints to keep, besides the best of each
 
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -30,7 +30,7 @@ _LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced)")
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that cannot be read back as it was written."""
+    """A checkpoint that is incomplete or differs from what was written."""
 
 
 def path_of(root: Path, step: int) -> Path:
@@ -45,7 +45,7 @@ def steps(root: Path) -> list[int]:
 
 
 def foreign(root: Path) -> list[Path]:
-    """What lies under ``root``, or in its place, that no checkpoint put there."""
+    """Files under ``root``, or a file in its place, that do not belong to any checkpoint."""
     if files.exists(root) and not files.is_directory(root):
         return [root]
     ours = (_NAME, _LEFTOVER)
@@ -53,14 +53,14 @@ def foreign(root: Path) -> list[Path]:
 
 
 def clear(root: Path) -> None:
-    """Removes every checkpoint under ``root`` and what a kill left of others; foreign entries stay."""
+    """Removes every checkpoint under ``root`` and remains of interrupted writes; foreign files stay."""
     with writing(root):
         for entry in sorted({*files.entries(root)} - {*foreign(root)}):
             shutil.rmtree(entry)
 
 
 def recover(root: Path) -> None:
-    """Mends what a kill left in the middle of ``write``: a checkpoint about to be replaced is put back."""
+    """Cleans up after an interrupted ``write``; a checkpoint that was being replaced is restored."""
     with writing(root):
         for entry in files.entries(root):
             match = _LEFTOVER.fullmatch(entry.name)
@@ -71,14 +71,14 @@ def recover(root: Path) -> None:
 
 
 def write(root: Path, step: int, state: dict[str, Any], best_step: int) -> Path:
-    """Writes ``state`` atomically and drops the checkpoints that are no longer needed.
+    """Writes ``state`` atomically and removes the checkpoints that are no longer needed.
 
-    A reader sees the whole directory or none of it, whenever the process or the machine stops: contents are on the
-    disk before the directory takes its name. (Only where ``step`` already has one is there a moment without; then
-    ``recover`` puts the old one back.) Kept are this one, the one before, and the best of each.
+    Whenever the process or the machine stops, the directory is complete or absent: its contents are on the disk before
+    it gets its name. (Replacing an existing checkpoint of ``step`` leaves a moment without one; ``recover`` then
+    restores the old one.) This checkpoint, the one before, and the best one of each are kept.
 
     Raises:
-        CannotWrite: the disk is full or refuses; the checkpoints from before are intact.
+        CannotWrite: the disk is full or cannot be written; earlier checkpoints are intact.
     """
     target = path_of(root, step)
     partial, replaced = (root / f".{target.name}.{part}" for part in ("partial", "replaced"))
@@ -115,8 +115,8 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The state in the checkpoint directory ``path``, its tensors on ``device``.
 
     Raises:
-        DamagedCheckpoint: a file is missing, or its contents are not those that were written.
-        UserError: it is whole, but of another format.
+        DamagedCheckpoint: a file is missing, or its contents differ from what was written.
+        UserError: the checkpoint is undamaged, but of another format.
     """
     try:
         manifest = from_json((path / MANIFEST).read_bytes())
@@ -130,41 +130,41 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path / STATE} is damaged (its checksum differs from the manifest's)")
     if written_as != FORMAT:
         raise UserError(
-            f"{path} is a checkpoint of format {written_as}, this stn_fast reads format {FORMAT}: "
-            "go on with the version that wrote it, or start over with --no-resume"
+            f"{path} is a checkpoint of format {written_as}, but this stn_fast reads format {FORMAT}: "
+            "continue with the version that wrote it, or start over with --no-resume"
         )
     try:
         return torch.load(io.BytesIO(contents), map_location=device, weights_only=True)
-    except Exception as error:  # torch.load documents none of the many kinds it raises
+    except Exception as error:  # torch.load raises many kinds of errors, none of them documented
         raise DamagedCheckpoint(f"{path / STATE} cannot be loaded ({one_line(error)})") from error
 
 
 @contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """Turns what loading the state from ``path`` raises inside into an error that names the cure."""
+    """Turns errors of loading the state from ``path`` into a UserError that says how to continue."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{path} does not fit this network or trainer ({one_line(error)}): "
-            "go on with the code that wrote it, or start over with --no-resume"
+            "continue with the code that wrote it, or start over with --no-resume"
         ) from error
 
 
 def one_line(error: Exception) -> str:
-    """What ``error`` says, short enough to stand inside a line."""
+    """The type and message of ``error``, shortened to fit in a line."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
 
 
 def read_newest(
     root: Path, device: torch.device | str, warn: Callable[[str], None]
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole and its state, or None where there is no checkpoint.
+    """The newest undamaged checkpoint and its state, or None if there is no checkpoint.
 
     ``warn`` is called for each damaged one.
 
     Raises:
-        UserError: there are checkpoints and every one is damaged.
+        UserError: there are checkpoints, but all are damaged.
     """
     found = steps(root)
     damage = ""
@@ -193,7 +193,7 @@ def _best_step(path: Path) -> int | None:
 
 
 def _prune(root: Path, step: int, best_step: int) -> None:
-    """A checkpoint from beyond ``step`` is a damaged one that the run fell back from: it goes too."""
+    """Also removes checkpoints after ``step``: they are damaged, and the run went back to an earlier one."""
     last = [other for other in steps(root) if other <= step][-KEPT:]
     wanted = {best_step, *last, *(_best_step(path_of(root, other)) for other in last)}
     for other in steps(root):

@@ -1,7 +1,7 @@
-"""What a run is made of: frozen dataclasses, each validated where it is made.
+"""The configuration of a run: frozen dataclasses that validate their values.
 
-A message names the key (as ``--set`` and a YAML file spell it), the value and what would be right. This module
-imports nothing heavy, so that ``--help`` and ``--print-config`` answer at once.
+Error messages name the key (as spelled in ``--set`` and YAML files), the value and what would be right. This module
+imports nothing heavy, so that ``--help`` and ``--print-config`` are fast.
 """
 
 import re
@@ -28,7 +28,7 @@ FLAGS = {
     "run_dir": "--run-dir",
 }
 
-# Keys that may differ when a run is resumed: they decide how far it goes and where its files are, not its numbers.
+# Keys that may change when a run is resumed: they decide how long it runs and where its files are, not its numbers.
 FREE_ON_RESUME = (
     "schedule.epochs",
     "schedule.max_steps",
@@ -42,7 +42,7 @@ FREE_ON_RESUME = (
 
 
 class ConfigError(UserError):
-    """A configuration value that cannot be right: ``key``, ``value``, and ``expected``, which says what would be."""
+    """An invalid configuration value: its ``key``, the ``value``, and ``expected``, which says what would be right."""
 
     def __init__(self, key: str, value: object, expected: str) -> None:
         self.key, self.value, self.expected = key, value, expected
@@ -50,7 +50,7 @@ class ConfigError(UserError):
         super().__init__(f"{key}{flag} = {value!r}: {expected}")
 
     def under(self, section: str) -> "ConfigError":
-        """The same error with its key seen from outside ``section``."""
+        """The same error with ``section`` put before its key."""
         return ConfigError(f"{section}.{self.key}", self.value, self.expected)
 
 
@@ -73,8 +73,9 @@ def _require_positive(**values: float) -> None:
 class HyperparameterConfig:
     """One tuned hyperparameter: its first guess, its open range, and the width of its perturbation.
 
-    ``init`` is in the hyperparameter's own units; ``scale`` is a standard deviation in unconstrained units. One that is
-    not ``enabled`` is left out: what it would regulate does not happen, and no weight responds to it.
+    ``init`` is in the hyperparameter's own units; ``scale`` is a standard deviation in unconstrained units. With
+    ``enabled: false``, the hyperparameter is left out: the regulariser that it controls is off, and no weight responds
+    to it.
     """
 
     init: float
@@ -92,7 +93,7 @@ class HyperparameterConfig:
             raise ConfigError(wrong.argument, wrong.value, wrong.problem) from None
 
     def named(self, name: str, response: Response = "shifted") -> Hyperparameter:
-        """The hyperparameter of a space."""
+        """The ``Hyperparameter`` of this configuration."""
         return Hyperparameter(
             name,
             init=self.init,
@@ -114,15 +115,17 @@ PrecisionSetting = Literal["auto", "fp32", "tf32", "bf16"]
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """How hyperparameters are treated: tuned (``stn``), or held at their first guess (``fixed``).
+    """Whether hyperparameters are tuned (``stn``) or stay at their first guess (``fixed``).
 
-    ``freeze`` keeps the self-tuning network and its perturbations but holds location and scale still: the control
-    that separates the tuning from the extra parameters. After ``warmup_epochs`` of only training, ``valid_steps``
-    validation steps follow every ``train_steps`` training steps. ``response`` is what the gates see: the shift from
-    the first location (``shifted``), the unconstrained sample (``raw``) or its constrained value (``value``).
+    ``freeze`` trains the self-tuning network under perturbations but does not tune location and scale: a control
+    experiment that separates the effect of tuning from that of the extra parameters. After ``warmup_epochs`` of
+    training only, ``valid_steps`` validation steps follow every ``train_steps`` training steps. ``tune_scales`` also
+    tunes the scales of the perturbations, with ``entropy_weight`` as the weight of their entropy in the validation
+    objective. ``response`` is what the gates see: the shift from the first location (``shifted``), the unconstrained
+    sample (``raw``) or its constrained value (``value``).
 
-    ``response_rank`` is the rank of the response of every layer's weights: a whole number; ``auto`` for the largest that
-    adds 5 % to a layer's arithmetic; null for full responses, which double it.
+    ``response_rank`` is the rank of the response of every layer's weights: a whole number; ``auto`` for the largest
+    that adds at most 5 % to a layer's arithmetic; null for full responses, which double it.
     """
 
     name: MethodName = "stn"
@@ -143,7 +146,7 @@ class MethodConfig:
             not (self.freeze and self.name == "fixed"),
             "freeze",
             self.freeze,
-            "belongs to --method stn; --method fixed holds its hyperparameters anyway",
+            "only applies to --method stn; --method fixed never tunes its hyperparameters",
         )
         _require_at_least(1, train_steps=self.train_steps, valid_steps=self.valid_steps)
         _require_at_least(0, warmup_epochs=self.warmup_epochs)
@@ -168,13 +171,13 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD with momentum, or Adam, whose β₁ ``momentum`` is: what trains the weights.
+    """The optimizer of the weights: SGD with momentum, or Adam with ``momentum`` as its β₁.
 
-    A gradient whose Euclidean norm over all weights exceeds ``clip`` is scaled down to it; null sets no limit.
+    A gradient whose Euclidean norm over all weights exceeds ``clip`` is scaled down to it; null means no limit.
 
-    After every epoch whose validation loss is no better than the best of those at least ``decay_patience`` epochs
-    before it, the learning rate is multiplied by ``decay_factor``; 1 holds it. The run ends once it is below
-    ``min_learning_rate``.
+    After every epoch whose validation loss is no better than the best loss from ``decay_patience`` or more epochs
+    before, the learning rate is multiplied by ``decay_factor`` (1: never changed). The run ends once the learning rate
+    is below ``min_learning_rate``.
     """
 
     name: Literal["sgd", "adam"] = "sgd"
@@ -200,7 +203,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class HyperOptimizerConfig:
-    """Adam or RMSprop, which moves the locations and scales of the hyperparameters."""
+    """The optimizer of the hyperparameters' locations and scales: Adam or RMSprop."""
 
     name: Literal["adam", "rmsprop"] = "adam"
     learning_rate: float = 1e-2
@@ -213,14 +216,14 @@ class HyperOptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How long a run is and how it is cut into batches.
+    """The length of a run and its batch sizes.
 
-    ``max_steps`` ends the run early; it counts training and validation steps alike, as ``step`` in
-    ``metrics.jsonl`` does. So does ``patience``, the number of epochs in a row without a new best validation loss.
-    A checkpoint is written every ``checkpoint_epochs`` and at every new best validation loss.
+    A run ends after ``epochs``, after ``max_steps`` (training and validation steps together, like ``step`` in
+    ``metrics.jsonl``), or after ``patience`` epochs in a row without a new best validation loss. A checkpoint is
+    written every ``checkpoint_epochs`` and at every new best validation loss.
 
-    ``batch_size`` and ``valid_batch_size`` count the examples of a step: of a text, the streams that are read side by
-    side. An evaluation takes about ``eval_batch_size`` examples, of a text words, at a time; no score depends on it.
+    ``batch_size`` and ``valid_batch_size`` are the examples of a step; for a text, the columns that are read in
+    parallel. An evaluation reads about ``eval_batch_size`` examples (for a text, words) at a time; it affects no score.
     """
 
     epochs: int = 100
@@ -239,12 +242,13 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """How a text is read, and the size of the LSTM that reads it.
+    """How a text is read, and the size of the LSTM language model.
 
-    ``width`` is that of a word's vector and of each of the ``layers``. At a step each stream advances by ``window``
-    words, which is as far as gradients reach back. An evaluation cuts the validation text into ``valid_streams`` and
-    the test text into ``test_streams``: each begins without a past, so fewer give the better and truer perplexity, and
-    take longer. Words that the training text has fewer than ``min_count`` times are read as ``<unk>``.
+    ``width`` is the size of the word embeddings and of each of the ``layers``. Each step reads ``window`` words of
+    every column; gradients reach back no further. An evaluation cuts the validation text into ``valid_streams`` columns
+    and the test text into ``test_streams``. Each column begins without context, so fewer columns give a better and more
+    accurate perplexity but take longer. Words that occur fewer than ``min_count`` times in the training text are read
+    as ``<unk>``.
     """
 
     window: int = 70
@@ -263,14 +267,15 @@ class TextConfig:
 class Config:
     """A whole run. ``run_dir`` defaults to ``runs/<recipe>-<method>-seed<seed>``; ``text`` is set only for texts.
 
-    ``train_fraction`` is the share of the training examples that is used; validation and test examples stay.
-    ``threads`` is how many CPU threads it uses; without one, as many as torch is set to. Rounding may depend on it.
+    ``train_fraction`` is the fraction of the training examples to use; validation and test sets are always complete.
+    ``threads`` is the number of CPU threads, by default torch's own; rounding may depend on it.
 
-    ``precision`` is that of the products of a step: ``fp32``; ``tf32``, which is faster on CUDA and keeps ten bits of
-    each factor; ``bf16``, autocast to bfloat16, in which weights, hyperparameters, gradient norms and losses stay in
-    float32. Evaluations are in float32 with any. ``auto`` is bf16 on CUDA and fp32 on the CPU; it is the default of
-    recipes whose recorded runs in bf16 are as good as in fp32 (``benchmarks/precision.py``). ``capture`` makes a CUDA
-    graph of each kind of step, which gives the same numbers in less time; it does nothing on the CPU.
+    ``precision`` is the precision of the matrix products, convolutions and LSTMs of a step: ``fp32``; ``tf32``, faster
+    on CUDA, with ten mantissa bits for each factor; ``bf16``, autocast to bfloat16, with weights, hyperparameters,
+    gradient norms and losses in float32. Evaluations always use float32. ``auto`` is bf16 on CUDA and fp32 on the CPU;
+    it is the default of recipes whose recorded runs in bf16 are as good as in fp32 (``benchmarks/precision.py``).
+    ``capture`` turns each kind of step into a CUDA graph, which gives the same numbers faster; it does nothing on the
+    CPU.
     """
 
     recipe: str
@@ -295,7 +300,7 @@ class Config:
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be at least 0 and below 2**63")
         _require_at_least(1, threads=self.threads)
         whole = [name for name, entry in self.enabled.items() if entry.integer and self.method.name == "stn"]
-        untuned = "leaves integers untuned, as their value has no gradient; use shifted or disable " + ", ".join(whole)
+        untuned = "cannot tune integers, as their value has no gradient; use shifted, or disable " + ", ".join(whole)
         _require(self.method.response != "value" or not whole, "method.response", "value", untuned)
         share = self.train_fraction
         _require(0 < share <= 1, "train_fraction", share, "must be above 0 and at most 1")
@@ -306,18 +311,18 @@ class Config:
 
     @property
     def resolved(self) -> "Config":
-        """The same run, with the precision that ``auto`` is on its device."""
+        """The same run with ``auto`` replaced by the precision for its device."""
         if self.precision != "auto":
             return self
         return replace(self, precision="bf16" if self.device == "cuda" else "fp32")
 
     @property
     def enabled(self) -> dict[str, HyperparameterConfig]:
-        """The hyperparameters that the run has."""
+        """The hyperparameters that the run uses."""
         return {name: entry for name, entry in self.hyperparameters.items() if entry.enabled}
 
     @property
     def directory(self) -> str:
-        """Where the run's files go; by default a folder named after the run, all in one level below ``runs/``."""
+        """The directory of the run's files; by default a folder in ``runs/`` named after the run."""
         recipe = re.sub(r"[^\w.-]", "_", self.recipe)
         return str(expanded(self.run_dir or f"runs/{recipe}-{self.method.label}-seed{self.seed}", "--run-dir"))

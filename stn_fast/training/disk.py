@@ -1,4 +1,4 @@
-"""What a run says when it can't write."""
+"""The error of a run that can't write its files."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 class CannotWrite(OSError):
-    """The disk is full or refuses. Nothing that was whole before is lost."""
+    """The disk is full or cannot be written. Files that were complete before are intact."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an ``OSError`` inside into a ``CannotWrite`` that names ``path`` and the cure."""
+    """Turns an ``OSError`` inside into a ``CannotWrite`` that names ``path`` and says how to continue."""
     try:
         yield
     except CannotWrite:
@@ -21,5 +21,5 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CannotWrite(
             f"cannot write {path} ({error.strerror or error}); "
-            "what was saved before is intact: mend that, and the same command goes on from there"
+            "everything saved before is intact: fix the problem, and the same command continues from there"
         ) from error

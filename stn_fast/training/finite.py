@@ -1,7 +1,7 @@
-"""Keeps a step whose loss or gradient is not finite from weights, hyperparameters, optimizers and running statistics.
+"""Skips steps with a loss or gradient that is not finite, so that they change no weight, optimizer or statistic.
 
-On the CPU the numbers are looked at before the step is taken. On CUDA that would make the host wait at every step, so
-the device decides there whether the step is applied, and the host learns the outcome a step or so later.
+On the CPU, the loss and gradients are checked before the update. On CUDA, this would make the host wait at every step,
+so the device decides whether to apply the update, and the host learns the outcome about a step later.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-MAX_COPIED_NUMBERS = 1 << 16  # numbers that may be copied at every step
+MAX_COPIED_NUMBERS = 1 << 16  # most numbers that are copied at every step
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or a gradient of a step is not finite. The step was not taken.
+    """The loss or a gradient of a step is not finite; nothing was updated.
 
     Attributes:
-        step: its number.
+        step: number of the step.
         reason: which step it was and what is not finite.
     """
 
@@ -32,22 +32,22 @@ class NonFiniteError(RuntimeError):
         self.step, self.reason = step, reason
         before = f", nor {'was the one' if skipped == 1 else f'were the {skipped}'} before it" if skipped else ""
         super().__init__(
-            f"{reason}; the step was not taken{before}: look at its batch and at the learning rate, or leave out up to "
-            "k such steps in a row with skip_nonfinite=k"
+            f"{reason}; the step was not taken{before}: check its batch and the learning rate, or skip up to k such "
+            "steps in a row with skip_nonfinite=k"
         )
 
 
 @dataclass
 class Attempt:
-    """What a step is judged by, before it is taken.
+    """A step before its update: the numbers that decide whether the update is applied.
 
     Attributes:
         kind: "training" or "validation".
-        step: its number.
+        step: number of the step.
         loss: scalar.
-        parts: (k,), of each part of the gradient a number that is finite only where the part is.
-        size: scalar, finite only where all parts are.
-        name: names the parts of these indices.
+        parts: (k,), for each part of the gradient a number that is finite only if that part is.
+        size: scalar, finite only if all parts are.
+        name: a function from indices of parts to their names.
     """
 
     kind: str
@@ -61,20 +61,20 @@ class Attempt:
         self.loss = self.loss.detach().view(())
 
     def numbers(self) -> Tensor:
-        """(2 + k,): loss, size and parts, which is what the host judges by."""
+        """(2 + k,): loss, size and parts, from which the host decides."""
         return torch.cat([torch.stack([self.loss.to(self.size), self.size]), self.parts])
 
     def reason(self, loss: float, parts: Sequence[float]) -> str:
-        """What is not finite, given the loss and the parts as the host has them."""
+        """What is not finite, given the loss and the parts as numbers on the host."""
         wrong = [k for k, part in enumerate(parts) if not math.isfinite(part)]
         if not math.isfinite(loss):
             return f"the {self.kind} loss is {loss} at step {int(self.step)}"
-        what = f"gradient of {self.name(wrong)} is not finite" if wrong else "norm of the gradient is beyond float32"
+        what = f"gradient of {self.name(wrong)} is not finite" if wrong else "norm of the gradient overflows float32"
         return f"the {what} at {self.kind} step {int(self.step)}"
 
 
 class Recorded(NamedTuple):
-    """An attempt on which the device has decided, and the numbers that tell the host how."""
+    """An attempt that the device has decided on, and the numbers from which the host learns the decision."""
 
     attempt: Attempt
     numbers: Tensor
@@ -95,14 +95,14 @@ class _Sent:
 
 @dataclass
 class Guard:
-    """Applies steps, and leaves out those that are not finite.
+    """Applies the updates of steps, and skips those that are not finite.
 
     Args:
-        skip: how many in a row are left out, each with a warning, before one is an error.
+        skip: how many steps in a row are skipped, each with a warning, before one is an error.
 
     Attributes:
-        skipped: steps not taken so far.
-        in_a_row: those of them since the last step that was taken.
+        skipped: number of steps skipped so far.
+        in_a_row: number of steps skipped since the last update.
     """
 
     skip: int
@@ -119,12 +119,12 @@ class Guard:
         apply: Callable[[], None],
         undo: Callable[[Tensor | None], None],
     ) -> None:
-        """Calls ``apply``, which steps ``optimizer``, where the attempt is finite; where it isn't, ``undo``.
+        """Calls ``apply``, which updates by ``optimizer``, if the attempt is finite, and ``undo`` otherwise.
 
-        ``undo`` takes back what the forward pass did: always, or where a scalar tensor of bools is true.
+        ``undo`` reverts what the forward pass changed: always, or if its scalar bool tensor is true.
 
         Raises:
-            NonFiniteError: it isn't, nor were the ``skip`` attempts before it.
+            NonFiniteError: the attempt is not finite, nor were the ``skip`` attempts before it.
         """
         if self._recorded is not None or (_decides(attempt.loss.device) and self.can_decide(optimizer)):
             bad = ~(attempt.loss.isfinite() & attempt.size.isfinite())
@@ -149,12 +149,12 @@ class Guard:
         return self.is_warm(optimizer) and can_skip_on_device(optimizer)
 
     def is_warm(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Not before a first step, which makes the state: that of a fused SGD stays unwritten where it is left out."""
+        """False before the first step, which creates the state: a fused SGD would leave it unwritten if it skipped."""
         return id(optimizer) in self._warm
 
     @contextmanager
     def recording(self) -> Iterator[list[Recorded]]:
-        """Inside, the device decides, and attempts and their numbers go into the list rather than to the host."""
+        """Inside, the device decides, and attempts and their numbers are put in the list, not sent to the host."""
         recorded: list[Recorded] = []
         self._recorded = recorded
         try:
@@ -163,10 +163,10 @@ class Guard:
             self._recorded = None
 
     def look(self, *, wait: bool = False) -> None:
-        """Judges the attempts whose numbers have arrived, or, with ``wait``, all.
+        """Checks the attempts whose numbers have arrived on the host; with ``wait``, all attempts.
 
         Raises:
-            NonFiniteError: as ``take``, of an earlier step.
+            NonFiniteError: as ``take``, for an earlier step.
         """
         while self._sent and (wait or self._sent[0].arrived):
             sent = self._sent.popleft()
@@ -179,7 +179,7 @@ class Guard:
                 self._leave_out(sent.attempt, loss, parts)
 
     def send(self, attempt: Attempt, numbers: Tensor) -> None:
-        """Starts the way of an attempt's ``numbers`` to the host; they may be written to as soon as it returns."""
+        """Starts copying an attempt's ``numbers`` to the host; the caller may overwrite them as soon as it returns."""
         if isinstance(attempt.step, Tensor):
             attempt = replace(attempt, step=attempt.step.clone())  # the next step may be counted in place
         if not numbers.is_cuda:
@@ -201,7 +201,7 @@ class Guard:
 
 
 class _Kept(NamedTuple):
-    """A buffer as it was: the tensor, and a copy if it may be written to."""
+    """A buffer before a step: the tensor, and a copy of it if a step may write to it."""
 
     module: nn.Module
     name: str
@@ -212,8 +212,8 @@ class _Kept(NamedTuple):
 class Buffers:
     """The buffers of a model, such as running statistics, which a forward pass in training mode changes.
 
-    Those of at most ``MAX_COPIED_NUMBERS`` numbers are copied at each step; larger ones, such as attention masks, once
-    they have been seen to change. Sparse ones are never copied: a step must not write to them in place.
+    Buffers of at most ``MAX_COPIED_NUMBERS`` numbers are copied at each step; larger ones, such as attention masks,
+    only after a change has been seen. Sparse ones are never copied: a step must not write to them in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -222,7 +222,7 @@ class Buffers:
         self._changing: set[tuple[int, str]] = set()
 
     def keep(self) -> Callable[[Tensor | None], None]:
-        """A function that puts them back as they are now: always, or where a scalar tensor of bools is true."""
+        """A function that restores the current buffers: always, or if its scalar bool tensor is true."""
         kept = [
             _Kept(module, name, buffer, self._copy(module, name, buffer))
             for module in self._owners
@@ -239,7 +239,7 @@ class Buffers:
 
     @contextmanager
     def ignoring_writes(self) -> Iterator[None]:
-        """Inside, writing to a large buffer, as loading a state does, is not taken for a change that a step made."""
+        """Inside, a write to a large buffer, such as loading a state, does not count as a change made by a step."""
         versions = self._versions()
         self._changing |= {key for key, version in versions.items() if version != self._large[key]}
         try:
@@ -257,7 +257,7 @@ class Buffers:
         }
 
     def _copy(self, module: nn.Module, name: str, buffer: Tensor) -> Tensor | None:
-        """A copy of a buffer that a step may write to; None for one that it can't, or has not been seen to."""
+        """A copy of a buffer that a step may write to; None if it can't be written, or no write has been seen."""
         if not is_writable(buffer):
             return None
         if buffer.numel() > MAX_COPIED_NUMBERS:
@@ -277,19 +277,19 @@ def is_writable(tensor: Tensor) -> bool:
 
 
 def _put_back(one: _Kept, now: Tensor | None, where: Tensor | None) -> None:
-    if one.before is not None:  # not told by its version: batch norm writes without counting
+    if one.before is not None:  # its version does not tell: batch norm writes without increasing it
         numbers = one.before if where is None else torch.where(where.to(one.tensor.device), one.before, one.tensor)
         one.tensor.copy_(numbers)
     if now is one.tensor:
         return
-    if where is None:  # another tensor has taken its place
+    if where is None:  # the buffer was replaced by another tensor
         one.module._buffers[one.name] = one.tensor
     elif now is not None and now.shape == one.tensor.shape and now.dtype == one.tensor.dtype:
         one.module._buffers[one.name] = torch.where(where.to(now.device), one.tensor, now)
 
 
 def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
-    """(k,): the Euclidean norm of each, float32 or wider, as torch.nn.utils.get_total_norm computes them."""
+    """(k,): the Euclidean norm of each gradient, in float32 or wider, as torch.nn.utils.get_total_norm computes it."""
     entries = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     device = entries[0].device
     if device.type == "cuda" and all(e.device == device and e.dtype == torch.float32 for e in entries):
@@ -299,12 +299,12 @@ def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def _decides(device: torch.device) -> bool:
-    """Whether the device itself is to decide on a step, because asking it would make the host wait."""
+    """Whether the device decides on a step, because reading its numbers would make the host wait."""
     return device.type == "cuda"
 
 
 def _numbers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The parameters of an optimizer, and what of its state is beside them on the device."""
+    """The parameters of an optimizer, and its state tensors on the same device."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = [value for of_one in optimizer.state.values() for value in of_one.values() if isinstance(value, Tensor)]
     return parameters + [value for value in state if value.device == parameters[0].device]
@@ -316,7 +316,7 @@ def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its kernels leave out a step as torch.amp.GradScaler asks them to: those of fused optimizers do."""
+    """Whether its kernels can skip a step, as for torch.amp.GradScaler; those of fused optimizers can."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 

@@ -1,4 +1,4 @@
-"""Hyperparameters as a part of a method's state: written down with it, and compared when it is loaded."""
+"""The hyperparameters in a method's state: saved with it, and compared when it is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stn_fast.hyperparameters import HyperparameterSpace
 
-# What a location, a weight and a gate mean depends on. The scale doesn't count: it is only where σ starts.
+# The meaning of a location, a weight and a gate depends on these; not on the scale, which is only the first σ.
 COMPARED = ("low", "high", "integer", "per_example", "response", "init")
 
 
@@ -20,27 +20,27 @@ def described(space: HyperparameterSpace) -> list[dict[str, Any]]:
 
 
 def check_made_by(state: Any, made_by: dict[str, Any]) -> None:
-    """Raises ValueError where ``state`` is not that of a method, or one of another method or other optimizers."""
+    """Raises ValueError if ``state`` is not a method's state, or is from another method or other optimizers."""
     if not isinstance(state, dict) or not {"made_by", "hyperparameters", "model", "optimizer"} <= state.keys():
         given = f"a dict of {', '.join(map(str, state)) or 'nothing'}" if isinstance(state, dict) else f"{state!r:.40}"
         raise ValueError(f"the state must be one that a method's state_dict() has returned, got {given}")
     for key, here in made_by.items():
         if state["made_by"][key] != here:
             there, here = (", ".join(v) if isinstance(v, list) else v for v in (state["made_by"][key], here))
-            raise ValueError(f"the state was saved with the {key} {there}, and this method has {here}")
+            raise ValueError(f"the state was saved with the {key} {there}, but this method has {here}")
 
 
 def saved_order(state: dict[str, Any], space: HyperparameterSpace) -> list[int]:
-    """Where each hyperparameter of ``space`` stands in ``state``.
+    """The position in ``state`` of each hyperparameter of ``space``.
 
     Raises:
-        ValueError: the state has others, or they differ; the message says what is where.
+        ValueError: the hyperparameters are not the same; the message names the differences.
     """
     saved = {one["name"]: one for one in state["hyperparameters"]}
     there, here = [name for name in saved if name not in space], [name for name in space.names if name not in saved]
     if there or here:
         only = [f"{', '.join(names)} only {place}" for names, place in ((there, "there"), (here, "here")) if names]
-        raise ValueError(f"the state has other hyperparameters than this method: {'; '.join(only)}")
+        raise ValueError(f"the state's hyperparameters are not those of this method: {'; '.join(only)}")
     differences = [
         f"{one['name']} {key}={saved[one['name']][key]!r} there, {one[key]!r} here"
         for one in described(space)
@@ -54,7 +54,7 @@ def saved_order(state: dict[str, Any], space: HyperparameterSpace) -> list[int]:
 
 @torch.no_grad()
 def reorder(order: Sequence[int], tensors: Iterable[Tensor], optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Puts the last dimension of ``tensors``, and of what ``optimizers`` keep of them, into another order."""
+    """Reorders the last dimension of ``tensors``, and of the optimizer states that belong to them."""
     for tensor in tensors:
         kept = [value for optimizer in optimizers for value in optimizer.state.get(tensor, {}).values()]
         for value in (tensor, *kept):

@@ -1,6 +1,6 @@
-"""The objectives of language models, which are called as ``model(inputs, hyper, state)`` on the windows of a text.
+"""Objectives for language models that are called as ``model(inputs, hyper, state)`` on the windows of a text.
 
-A model returns (logits (T, B, words), new state, ...); ``state`` is None where a text begins.
+The model returns (logits (T, B, words), new state, ...); ``state`` is None at the beginning of a text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stn_fast.training.streams import IGNORED, State, Window
 
 
 def next_word_loss(model: nn.Module, window: Window, hyper: HyperBatch) -> tuple[Tensor, State]:
-    """Mean cross entropy of the window's words in nats, and the state after it."""
+    """Mean cross entropy of the window's words in nats, and the state after the window."""
     logits, state, *_ = _outputs(model, window, hyper)
     return _cross_entropy(logits, window, "mean"), state
 
@@ -30,38 +30,38 @@ def regularised_next_word_loss(model: nn.Module, window: Window, hyper: HyperBat
 
 
 def next_word_scores(model: nn.Module, window: Window, hyper: HyperBatch) -> tuple[dict[str, Tensor], State]:
-    """The cross entropy of the window's words in nats, summed, as ``loss``; and the state after it."""
+    """Summed cross entropy of the window's words in nats, as ``loss``, and the state after the window."""
     logits, state, *_ = _outputs(model, window, hyper)
     return {"loss": _cross_entropy(logits, window, "sum")}, state
 
 
 def activation_penalty(raw: Tensor, dropped: Tensor, hyper: HyperBatch) -> Tensor | float:
-    """α·mean(dropped²) + β·mean((raw_t − raw_{t−1})²), the mean also over examples of different α and β.
+    """α·mean(dropped²) + β·mean((raw_t − raw_{t−1})²), averaged over examples, which may differ in α and β.
 
-    AR and TAR of Merity et al. (2017). α is the hyperparameter ``activation_regularization``, β is
-    ``temporal_activation_regularization``; one that the space lacks counts as 0.
+    These are AR and TAR of Merity et al. (2017). α is the hyperparameter ``activation_regularization``, β is
+    ``temporal_activation_regularization``; each is 0 if the space lacks it.
 
     Args:
-        raw, dropped: h of the last layer before and after its dropout, (T, B, H).
+        raw, dropped: hidden states of the last layer before and after its dropout, (T, B, H).
 
     Raises:
         ValueError: α or β could be negative.
     """
     penalty: Any = 0.0
-    # A single word has no step before it.
+    # A single word has no time step before it.
     change = raw[1:] - raw[:-1] if len(raw) > 1 else raw.new_zeros(raw.shape)
     for name, activations in (("activation_regularization", dropped), ("temporal_activation_regularization", change)):
         if name in hyper:
             low = hyper.space[name].low
             if low is None or low < 0:
-                raise ValueError(f"hyperparameter {name!r} weighs a penalty and wants a bound low >= 0; got low={low}")
+                raise ValueError(f"hyperparameter {name!r} weights a penalty, so its bound low must be >= 0, got {low}")
             wide = activations.to(torch.promote_types(activations.dtype, torch.float32))
             penalty = penalty + (hyper[name] * wide.square().mean((0, 2))).mean()
     return penalty
 
 
 def with_perplexity(means: dict[str, float]) -> dict[str, float]:
-    """The mean scores and ``perplexity``, exp of the mean loss; infinite where that is beyond a float."""
+    """Adds ``perplexity``, exp of the mean loss, to the mean scores; infinite if too large for a float."""
     try:
         perplexity = math.exp(means["loss"])
     except OverflowError:
@@ -71,7 +71,7 @@ def with_perplexity(means: dict[str, float]) -> dict[str, float]:
 
 def _outputs(model: nn.Module, window: Window, hyper: HyperBatch) -> Any:
     if not isinstance(window, Window):
-        raise TypeError(f"a language model reads windows of Streams or WholeText; got a {type(window).__name__}")
+        raise TypeError(f"a language model needs a Window of Streams or WholeText, got a {type(window).__name__}")
     return model(window.inputs, hyper, window.state)
 
 

@@ -1,4 +1,4 @@
-"""One resolved ``Config`` out of layers: a recipe's defaults, a YAML file, ``--set`` pairs, flags; later layers win."""
+"""Combines a recipe's defaults, a YAML file, ``--set`` pairs and flags into one ``Config``; later ones win."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -24,11 +24,10 @@ def resolve(
     *,
     settings: Mapping[str, Any] | None = None,
 ) -> Config:
-    """``defaults`` under the YAML ``file``, then ``name=value`` ``pairs``, then ``flags`` {dotted key: value}.
+    """``defaults``, overridden by the YAML ``file``, then ``name=value`` ``pairs``, then ``flags`` {dotted key: value}.
 
-    ``settings`` are the contents of ``file`` where it has been read already: a pipe can be read only once. A
-    ``data_root`` that none of them names is the environment variable STN_FAST_DATA. Precision ``auto`` becomes that
-    of the device.
+    ``settings`` are the contents of ``file`` if it was already read: a pipe can be read only once. If nothing sets
+    ``data_root``, it is the environment variable STN_FAST_DATA. Precision ``auto`` is replaced by that of the device.
     """
     tree = asdict(defaults)
     if file is not None:
@@ -61,13 +60,13 @@ def nested(key: str, value: object) -> Tree:
 
 
 def overlay(tree: Tree, update: Mapping[str, Any], where: str, section: str = "") -> None:
-    """Writes ``update`` over ``tree`` in place. Every key must already be there; ``where`` says who named it."""
+    """Overwrites keys of ``tree`` by ``update``, in place. Every key must exist; ``where`` says where it was named."""
     for key, value in update.items():
         name = f"{section}{key}"
         if key not in tree:
             raise UserError(f"unknown key '{name}' {where}: {did_you_mean(str(key), tree)}")
         if tree[key] is None and isinstance(value, Mapping):
-            raise UserError(f"{name} {where}: the recipe has no such section of keys")
+            raise UserError(f"{name} {where}: the recipe has no such section")
         if not isinstance(tree[key], dict):
             tree[key] = value
         elif isinstance(value, Mapping):
@@ -77,7 +76,7 @@ def overlay(tree: Tree, update: Mapping[str, Any], where: str, section: str = ""
 
 
 def build(kind: type[T], tree: Mapping[str, Any], section: str = "") -> T:
-    """An instance of the dataclass ``kind`` from nested mappings; errors name the whole dotted key."""
+    """An instance of the dataclass ``kind`` from nested mappings; errors name the full dotted key."""
     hints = get_type_hints(kind)
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     for key in tree:
@@ -98,7 +97,7 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         kinds = [kind for kind in arguments if kind is not type(None)]
-        # A word that one of several kinds lists, as "auto" beside numbers.
+        # Text is taken for the Literal among several kinds, such as "auto" besides numbers.
         listing = next((kind for kind in kinds if get_origin(kind) is Literal and isinstance(value, str)), kinds[0])
         return None if value is None else convert(listing, value, key)
     if origin is Literal:
@@ -145,7 +144,7 @@ def to_yaml(config: Config) -> str:
 
 
 def differences(saved: Config, asked: Config) -> list[str]:
-    """``key: saved -> asked`` for every key that decides results and differs between the two configurations."""
+    """``key: saved -> asked`` for every key that affects results and differs between the two configurations."""
     old, new = _flatten(asdict(saved.resolved)), _flatten(asdict(asked.resolved))
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"

@@ -1,11 +1,11 @@
-"""Methods: what one training step and one validation step do. Usable in a loop of your own.
+"""Methods: the training step and the validation step, also for use in your own loop.
 
     method = SelfTuning(model, space, training_objective, validation_objective, seed=0)
     for step, (train_batch, valid_batch) in enumerate(batches):
         method.train_step(train_batch, 2 * step)
         method.valid_step(valid_batch, 2 * step + 1)
 
-``step`` fixes every random draw together with ``seed``, so no two steps of a run should share one.
+``step`` and ``seed`` together fix every random draw, so each step of a run needs a different number.
 """
 
 from __future__ import annotations
@@ -51,38 +51,39 @@ from stn_fast.training.task import Objective, Task
 
 
 class Kind(NamedTuple):
-    """One kind of step: ``body`` is called with a batch, a number and a first example, and steps ``optimizer``."""
+    """One kind of step: ``body(batch, step, first_example)`` computes it and updates by ``optimizer``."""
 
     body: Callable[[Batch, int | Tensor, int], Tensor]
     optimizer: torch.optim.Optimizer
 
 
 class Method(ABC):
-    """What all methods are: a training step, and around it state, finite numbers, modes and settings.
+    """Base class of all methods: the training step, checkpointing, checks for finite numbers, and settings.
 
     Args:
         model: called as ``model(inputs, hyper)``.
-        space: its hyperparameters.
-        training_objective: descended by ``train_step``.
-        optimizer: makes the optimizer from the parameters to train. On CUDA it is set to be capturable, and the
-            learning rate of a fused one becomes a tensor.
-        clip: maximum Euclidean norm of a training step's gradient; a longer gradient is scaled down to it. None for no
-            limit: self-tuning can then diverge.
-        skip_nonfinite: how many steps in a row whose loss or gradient is not finite are left out, each with a warning.
-            One more is an error; with 0, the first is.
+        space: the hyperparameters.
+        training_objective: the loss that ``train_step`` minimises.
+        optimizer: makes the optimizer from the parameters to train. On CUDA it is made capturable, and the learning
+            rate of a fused one becomes a tensor.
+        clip: maximum Euclidean norm of the gradient of a training step; a longer gradient is scaled down to it. None
+            for no limit: self-tuning can then diverge.
+        skip_nonfinite: how many steps in a row are skipped, each with a warning, if their loss or gradient is not
+            finite. One more is an error; with 0, the first one is.
         seed: with ``step``, fixes dropout masks and noise.
-        precision: of the products of a step: "fp32"; "tf32", on CUDA; "bf16", autocast to bfloat16 around the
-            objectives. Weights, hyperparameters, gradient norms and updates are in the dtype of the parameters with
-            any, and so are products outside of steps.
-        allow_unused: whether the training objective may leave a hyperparameter alone. By default a first training
-            step that looks up some, as ``hyper["name"]`` does, and not others is an error, as only the entropy would
-            move those; one that looks up none is a warning. True where the objective reads ``hyper.values`` itself.
+        precision: precision of the matrix products, convolutions and LSTMs of a step: "fp32"; "tf32", on CUDA; "bf16",
+            autocast to bfloat16 around the objectives. Weights, hyperparameters, gradient norms and updates, and
+            everything outside of steps, always use the dtype of the parameters.
+        allow_unused: whether the training objective may ignore hyperparameters. By default it is an error if the first
+            training step looks up some hyperparameters, as ``hyper["name"]`` does, but not others, because only the
+            entropy would move those; it is a warning if it looks up none. Set to True if the objective reads
+            ``hyper.values`` itself.
 
-    A step that is not finite changes no weight, no hyperparameter, no optimizer's state and no running statistics, and
-    `Batch.undo` of its batch is called. On CUDA the device leaves it out, and the host, which does not wait, reports
-    it a step or so later: the error comes at a later call, or at ``check_finite``, which waits for all steps. Only at
-    the first step does the host wait, and at each where an optimizer of many numbers is not fused (``fused=True``).
-    Those that ``captured`` takes are counted too; those of a CUDA graph of your own are left out and not counted.
+    A step whose loss or gradient is not finite changes no weight, hyperparameter, optimizer state or running statistic,
+    and `Batch.undo` of its batch is called. On CUDA, the device decides to skip the step, and the host does not wait:
+    the error is raised at a later call, or by ``check_finite``, which waits for all steps. The host only waits at the
+    first step, and at every step if a large optimizer is not fused (``fused=True``). Steps replayed by ``captured`` are
+    counted too; steps in your own CUDA graphs are skipped but not counted.
     """
 
     tunes = False
@@ -126,11 +127,11 @@ class Method(ABC):
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Those that steps use."""
+        """The optimizers of all kinds of steps."""
         return [kind.optimizer for kind in self.kinds.values()]
 
     def settings(self) -> dict[str, Any]:
-        """What decides a step beside its batch, its number, and what steps change; by name."""
+        """All settings that a step depends on, by name, other than its batch, its number and the state."""
         return {
             "the modes of modules": self._modes.now(),
             "training_objective": self.training_objective,
@@ -140,40 +141,41 @@ class Method(ABC):
         }
 
     def captured(self) -> CapturedSteps:
-        """The steps as CUDA graphs, for a loop that calls ``train_step`` and ``valid_step`` of it instead."""
+        """The steps as CUDA graphs: call ``train_step`` and ``valid_step`` of the result instead of these."""
         return CapturedSteps(self)
 
     @property
     def skipped_steps(self) -> int:
-        """Steps left out so far because the loss or a gradient was not finite."""
+        """Number of steps skipped so far because the loss or a gradient was not finite."""
         return self.guard.skipped
 
     def check_finite(self) -> None:
-        """Waits for the device and judges all steps so far.
+        """Waits for the device and checks all steps so far.
 
         Raises:
-            NonFiniteError: one was not finite, and more in a row than ``skip_nonfinite`` allows.
+            NonFiniteError: more steps in a row were not finite than ``skip_nonfinite`` allows.
         """
         self.guard.look(wait=True)
 
     def train_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
-        """Updates the weights on one training batch: (inputs, targets), as a DataLoader gives it, or a `Batch`.
+        """Updates the weights on one training batch: (inputs, targets), as from a DataLoader, or a `Batch`.
 
-        A model in training mode is left as it is, submodules that are in evaluation mode included. One in evaluation
-        mode is put back into the modes that it had when it was last in training mode at a step, or into training mode.
+        A model in training mode keeps the modes of all its submodules. A model in evaluation mode is put back into
+        training mode, each submodule in the mode that it had at the last step in training mode.
 
         Args:
-            batch: what `stn_fast.training.batches.as_batch` takes; the objective sees its ``inputs`` and ``targets``.
-            step: the number that fixes the step's random draws together with the seed.
-            first_example: index of the batch's first example in the global batch. Processes that train on parts of one
-                batch draw for each example what one process draws that trains on all of it.
+            batch: anything that `stn_fast.training.batches.as_batch` accepts; the objective reads its ``inputs`` and
+                ``targets``.
+            step: the number that, with the seed, fixes the step's random draws.
+            first_example: index of the batch's first example in the global batch. With it, processes that share a batch
+                draw the same numbers for each example as a single process with the whole batch.
 
         Returns the loss, a detached scalar on the device.
 
         Raises:
-            NonFiniteError: the loss or a gradient is not finite, on CUDA of an earlier step.
-            TypeError: the batch is none.
-            ValueError: a hyperparameter is used by nothing.
+            NonFiniteError: the loss or a gradient is not finite; on CUDA, of an earlier step.
+            TypeError: this is not a batch.
+            ValueError: a hyperparameter is not used.
             RuntimeError: no gradient can be computed.
         """
         batch = self.begin("train_step", batch)
@@ -181,7 +183,7 @@ class Method(ABC):
             return self._train(batch, step, first_example)
 
     def _train(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
-        """The step itself: after the first one nothing in it waits for a CUDA device."""
+        """The step itself. After the first one, it never waits for a CUDA device."""
         put_back = self._buffers.keep()
         hyper = self._training_hyper(self._draw(batch, step, first_example))
         loss = self._loss("training", self.training_objective, batch, hyper)
@@ -191,7 +193,7 @@ class Method(ABC):
         if not loss.requires_grad:
             raise RuntimeError(
                 "the training loss does not depend on any parameter that requires a gradient: compute it from the "
-                "model's outputs, and leave requires_grad on for what is to be trained"
+                "model's outputs, and leave requires_grad on for the parameters to train"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -215,18 +217,18 @@ class Method(ABC):
         return loss.detach()
 
     def begin(self, call: str, batch: Any) -> Batch:
-        """What the host does before a step: looks at earlier ones, at the batch, and at the modes of the modules."""
+        """The host's work before a step: checks earlier steps, converts the batch, and restores training mode."""
         self.guard.look()
         if not torch.is_grad_enabled():
             raise RuntimeError(
-                f"{call} computes gradients, and torch.no_grad or torch.inference_mode is on around it: call it outside"
+                f"{call} computes gradients, but torch.no_grad or torch.inference_mode is on: call it outside of them"
             )
         if call == "train_step":
             self._modes.resume()
         return as_batch(batch, self.location.device)
 
     def _draw(self, batch: Batch, step: int | Tensor, first_example: int) -> dict[str, Any]:
-        """Arguments of ``HyperparameterSpace.sample`` and ``at``: for how many examples to draw, and which numbers."""
+        """Arguments of ``HyperparameterSpace.sample`` and ``at``: number of examples and RNG coordinates."""
         return dict(batch_size=batch.examples, seed=self.seed, step=step, first_example=first_example)
 
     def _loss(self, kind: str, objective: Objective, batch: Batch, hyper: HyperBatch) -> Tensor:
@@ -234,24 +236,24 @@ class Method(ABC):
             loss = batch.finish(objective(self.model, batch, hyper))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"{kind}_objective must return a tensor of one number, the mean over examples; got {got}")
+            raise TypeError(f"{kind}_objective must return a tensor of one number, the mean over examples, got {got}")
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
     @abstractmethod
     def valid_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
-        """Updates the hyperparameters on one validation batch, as ``train_step`` takes it."""
+        """Updates the hyperparameters on one validation batch; arguments as for ``train_step``."""
 
     def unperturbed(self, batch_size: int) -> HyperBatch:
-        """The current hyperparameters, the same for every example: what to evaluate with."""
+        """The current hyperparameters, the same for every example, for evaluations."""
         return self.space.at(self.location.detach(), batch_size=batch_size)
 
     @abstractmethod
     def scales(self) -> Tensor:
-        """σ of the perturbation of each hyperparameter, (n,); 0 where there is none."""
+        """σ of the perturbation of each hyperparameter, (n,); 0 without perturbation."""
 
     @property
     def learning_rate(self) -> float:
-        """The rate at which the next step trains the weights. It is stored in the optimizer, and so in checkpoints."""
+        """Learning rate of the weights at the next step. It is stored in the optimizer, and so in checkpoints."""
         return learning_rate(self.optimizer)
 
     @learning_rate.setter
@@ -263,7 +265,7 @@ class Method(ABC):
         """The hyperparameters of a training step, which get no gradient from it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the next step but the data and the step number."""
+        """Everything that the next step depends on, except the data and the step number."""
         self.check_finite()
         return self._state()
 
@@ -279,15 +281,15 @@ class Method(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what ``state_dict`` gave: weights and hyperparameters together.
+        """Restores what ``state_dict`` returned: weights, hyperparameters and optimizer states.
 
-        Hyperparameters are told by their names. Where the state has them in another order, locations, scales and the
-        gates of this package's layers are put into the order of this method; a module of your own that reads
-        ``hyper.response`` by column is not.
+        Hyperparameters are matched by name. If the state has them in another order, locations, scales and the gates of
+        this package's layers are reordered to match this method; your own modules that read ``hyper.response`` by
+        column are not.
 
         Raises:
-            ValueError: the method, its optimizers, its hyperparameters, or their bounds, kinds or starts differ from
-                this method's; the message says which. Nothing has been loaded then, nor after any other error.
+            ValueError: the method, its optimizers, its hyperparameters, or their bounds, kinds or first guesses differ
+                from this method's; the message says which. After this or any other error, nothing has been loaded.
         """
         check_made_by(state, self._made_by())
         order = saved_order(state, self.space)
@@ -318,10 +320,10 @@ class Method(ABC):
 
 
 class FixedHyperparameters(Method):
-    """Ordinary training: hyperparameters stay at their first guess and no weight responds to them.
+    """Ordinary training: hyperparameters stay at their first guess, and the weights do not respond to them.
 
-    The response parameters of gated layers (``response_weight``, ``response_bias``, ``weight_gate``,
-    ``bias_gate``, and an LSTM's of each layer, as ``weight_gate_hh_l0``) take no part: they are held, and the response
+    The response parameters of gated layers (``response_weight``, ``response_bias``, ``weight_gate``, ``bias_gate``, and
+    those of each LSTM layer, such as ``weight_gate_hh_l0``) have no effect: they are not trained, and the response
     input is zero. Arguments are those of `Method`.
     """
 
@@ -337,7 +339,7 @@ class FixedHyperparameters(Method):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def valid_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
-        """Has nothing to do here."""
+        """Raises RuntimeError: there is nothing to tune."""
         raise RuntimeError("FixedHyperparameters does not tune hyperparameters: call only train_step")
 
     def scales(self) -> Tensor:
@@ -350,9 +352,9 @@ class FixedHyperparameters(Method):
 class SelfTuning(Method):
     """A Self-Tuning Network (MacKay et al., ICLR 2019, algorithm 1).
 
-    A training step descends the training objective in all model parameters, each example under its own detached
-    perturbation of the hyperparameters. A validation step descends F(model(x; λ̃)) − τ·entropy(σ) only in the location
-    and raw scale, through the response; the model is in evaluation mode and no weight gradient is computed.
+    A training step minimises the training objective over all model parameters, with a detached perturbation of the
+    hyperparameters for each example. A validation step minimises F(model(x; λ̃)) − τ·entropy(σ) over the location and
+    raw scale only, through the response; the model is in evaluation mode and no weight gradient is computed.
 
     Args:
         model, space, training_objective, optimizer, clip, skip_nonfinite, seed, precision, allow_unused: as for
@@ -360,8 +362,8 @@ class SelfTuning(Method):
         validation_objective: F, without penalties.
         hyper_optimizer: makes the optimizer of location and raw scale.
         entropy_weight: τ.
-        tune_scales: whether σ moves; where it does not, validation steps are unperturbed and use folded weights.
-        freeze: hold location and scale still; perturbation and response are trained as ever.
+        tune_scales: whether to tune σ. If False, validation steps are unperturbed and use folded weights.
+        freeze: whether to keep location and scale fixed; weights and response are still trained under perturbations.
     """
 
     def __init__(
@@ -406,15 +408,15 @@ class SelfTuning(Method):
         return self.space.sample(self.location, self.raw_scale, **draw)
 
     def valid_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
-        """Updates location and raw scale on one validation batch, as ``train_step`` takes it.
+        """Updates location and raw scale on one validation batch; arguments as for ``train_step``.
 
-        Returns F without its entropy term, a detached scalar on the device. Weights, their ``.grad`` and the modes of
-        all modules are left as they are.
+        Returns F without the entropy term, a detached scalar on the device. Weights, their ``.grad`` and the modes of
+        all modules do not change.
 
         Raises:
-            NonFiniteError: the loss or a gradient is not finite, on CUDA of an earlier step.
-            RuntimeError: no hyperparameter has a part in the validation loss, or gradients are switched off.
-            TypeError: the batch is none.
+            NonFiniteError: the loss or a gradient is not finite; on CUDA, of an earlier step.
+            RuntimeError: the validation loss does not depend on any hyperparameter, or gradients are switched off.
+            TypeError: this is not a batch.
         """
         if not self.tunes:
             raise RuntimeError("freeze=True holds the hyperparameters: call only train_step")
@@ -423,14 +425,14 @@ class SelfTuning(Method):
             return self._validate(batch, step, first_example)
 
     def _validate(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
-        """The step itself: after the first one nothing in it waits for a CUDA device."""
+        """The step itself. After the first one, it never waits for a CUDA device."""
         with evaluating(self.model), hold_parameters(self.model.parameters()):
             draw = self._draw(batch, step, first_example)
             hyper = self._perturbed(draw) if self.tune_scales else self.space.at(self.location, **draw)
             loss = self._loss("validation", self.validation_objective, batch, hyper)
             if not loss.requires_grad:
                 raise RuntimeError(
-                    "the validation loss does not depend on the hyperparameters: the model wants layers that "
+                    "the validation loss does not depend on the hyperparameters: the model needs layers that "
                     "respond to them, such as HyperLinear, called with the HyperBatch that the objective is given"
                 )
             objective = loss - self.entropy_weight * self.space.entropy(self.raw_scale)
@@ -460,7 +462,7 @@ class SelfTuning(Method):
 
 
 def build_method(config: Config, task: Task) -> Method:
-    """The method that ``config.method`` names, on ``task``."""
+    """Builds the method that ``config.method`` names, for ``task``."""
     given: dict[str, Any] = dict(
         optimizer=weight_optimizer(config.optimizer),
         clip=config.optimizer.clip,

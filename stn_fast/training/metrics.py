@@ -1,6 +1,6 @@
-"""metrics.jsonl: one JSON object a line, for every epoch a "train", a "valid" and an "eval" row.
+"""metrics.jsonl: one JSON object per line; a "train", a "valid" and an "eval" row for every epoch.
 
-A score that is not finite, such as a perplexity beyond a float, is null.
+A score that is not finite, such as a perplexity too large for a float, is null.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ TIMES = ("wall_seconds", "examples_per_second", "steps_per_second", "peak_bytes"
 
 
 class MetricsLog:
-    """Appends rows to ``path`` after the first ``rows`` that are there; later ones are cut off.
+    """Appends rows to ``path`` after its first ``rows`` rows; any later ones are removed.
 
     Raises:
-        UserError: the file cannot be read, or holds fewer rows than that.
-        CannotWrite: here and below, the disk is full or refuses.
+        UserError: the file cannot be read, or holds fewer rows.
+        CannotWrite: here and below, the disk is full or cannot be written.
     """
 
     def __init__(self, path: Path, rows: int = 0) -> None:
@@ -40,7 +40,7 @@ class MetricsLog:
             sync(path.parent)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Adds one row; on the disk after the next ``sync``."""
+        """Adds one row, which is on the disk after the next ``sync``."""
         with writing(self.path):
             self._file.write(to_json(row).encode() + b"\n")
             self._file.flush()
@@ -60,10 +60,10 @@ class MetricsLog:
 
 
 def size_of(path: Path, rows: int) -> int:
-    """How many bytes the first ``rows`` rows of the file take.
+    """The size of the first ``rows`` rows of the file in bytes.
 
     Raises:
-        UserError: the file cannot be read, or holds fewer rows than that.
+        UserError: the file cannot be read, or holds fewer rows.
     """
     lines = read_bytes(path).splitlines(keepends=True)[:rows] if rows and exists(path) else []
     if len(lines) < rows or (lines and not lines[-1].endswith(b"\n")):
@@ -75,7 +75,7 @@ def size_of(path: Path, rows: int) -> int:
 
 
 class MeanLoss:
-    """The mean loss of the steps since the last report, gathered on the device in float64 without reading it back."""
+    """The mean loss of the steps since the last report, summed on the device in float64 without reading it back."""
 
     def __init__(self, device: torch.device | str) -> None:
         self.total, self.steps = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -86,7 +86,7 @@ class MeanLoss:
         self.steps += 1
 
     def take(self) -> tuple[float, int]:
-        """(mean loss, steps), and starts again from nothing."""
+        """Returns (mean loss, number of steps) and resets both."""
         mean, steps = self.total.item() / max(self.steps, 1), self.steps
         self.total.zero_()
         self.steps = 0
@@ -101,7 +101,7 @@ class MeanLoss:
 
 
 def describe(space: HyperparameterSpace, location: Tensor, scales: Tensor) -> dict[str, dict[str, float]]:
-    """What a row says of the hyperparameters, by name.
+    """The entries of a row about the hyperparameters, each by name.
 
     ``hyperparameters`` are constrained values at the location λ, ``scales`` σ in unconstrained units,
     ``hyperparameters_low`` and ``_high`` the constrained values at λ ∓ σ.

@@ -1,4 +1,4 @@
-"""Training and evaluation mode of a model whose submodules need not all be in the same one."""
+"""Training and evaluation mode of a model whose submodules may differ in mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 class TrainingModes:
     """The modes that a model's modules had when the model itself was last in training mode.
 
-    A submodule that is in evaluation mode then, such as a frozen batch norm, is kept there.
+    A submodule that was in evaluation mode then, such as a frozen batch norm, stays in it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -20,7 +20,7 @@ class TrainingModes:
         self.note()
 
     def note(self) -> None:
-        """Notes the modes, where the model is in training mode."""
+        """Records the modes if the model is in training mode."""
         if self._model.training:
             self._seen = [module.training for module in self._modules]
 
@@ -29,7 +29,7 @@ class TrainingModes:
         return tuple(module.training for module in self._modules)
 
     def resume(self) -> None:
-        """Puts a model that is in evaluation mode back into those modes, and leaves one in training mode as it is."""
+        """Restores the recorded modes of a model in evaluation mode; a model in training mode doesn't change."""
         if self._model.training:
             return self.note()
         self._model.train()
@@ -39,7 +39,7 @@ class TrainingModes:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in evaluation mode inside; afterwards each of its modules is in the mode that it had."""
+    """Inside, ``model`` is in evaluation mode; afterwards, the mode of each of its modules is restored."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

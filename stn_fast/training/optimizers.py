@@ -1,4 +1,4 @@
-"""The optimizers that methods use by default, those that a configuration names, and what CUDA graphs ask of them."""
+"""Default optimizers of methods, optimizers named by a configuration, and changes to them for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stn_fast.training.config import HyperOptimizerConfig, OptimizerConfig
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
-# fused: one pass over parameter, gradient and state.
+# A fused optimizer makes one pass over parameters, gradients and state.
 default_optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9, fused=True)
 default_hyper_optimizer = partial(torch.optim.Adam, lr=1e-2, fused=True)
 
@@ -24,28 +24,28 @@ _HYPER_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def weight_optimizer(config: OptimizerConfig) -> MakeOptimizer:
-    """Makes the optimizer of the weights that ``config`` describes."""
+    """A function that makes the optimizer of the weights, as ``config`` describes."""
     if config.name == "adam":
         return partial(torch.optim.Adam, lr=config.learning_rate, betas=(config.momentum, 0.999), fused=True)
     return partial(torch.optim.SGD, lr=config.learning_rate, momentum=config.momentum, fused=True)
 
 
 def hyper_optimizer(config: HyperOptimizerConfig) -> MakeOptimizer:
-    """Makes the optimizer of locations and scales that ``config`` describes."""
+    """A function that makes the optimizer of locations and scales, as ``config`` describes."""
     return partial(_HYPER_OPTIMIZERS[config.name], lr=config.learning_rate)
 
 
 def captures(device: torch.device) -> bool:
-    """Whether steps on ``device`` can be captured, so that optimizers have to keep everything on it."""
+    """Whether steps on ``device`` can be captured, which requires that optimizers keep all state on it."""
     return device.type == "cuda"
 
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> None:
-    """Has ``optimizer`` keep its counts of steps, and a learning rate that may change, in tensors on a CUDA device.
+    """Makes ``optimizer`` keep its step counts, and the learning rate of a fused one, in tensors on a CUDA device.
 
-    A CUDA graph repeats what the host did when it was captured: it would not see another number on the host. Optimizers
-    that can't be captured, and those on another device, stay as they are. Call it again after ``load_state_dict``: a
-    state that was saved on CUDA says of itself that it is capturable, which it isn't on the CPU.
+    A CUDA graph repeats the host's work at capture, so it would not see a number that changes on the host. Optimizers
+    that can't be captured, and those on other devices, don't change. Call this again after ``load_state_dict``: a state
+    saved on CUDA is marked as capturable, which is wrong on the CPU.
     """
     for group in optimizer.param_groups:
         device = group["params"][0].device
@@ -53,7 +53,7 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> None:
             group["capturable"] = captures(device)
         if not captures(device):
             continue
-        if group.get("fused"):  # others read a tensor back, and a graph of theirs is captured anew for another number
+        if group.get("fused"):  # others would read a tensor back; their graphs are captured again for a new rate
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})

@@ -1,4 +1,4 @@
-"""The parameters of a self-tuning model by their roles, and the streams that its layers draw from."""
+"""The parameters of a self-tuning model by their roles, and the random streams of its layers."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ def is_gate(name: str) -> bool:
 
 
 def parameter_names(model: nn.Module, parameters: Sequence[Tensor], places: Sequence[int]) -> str:
-    """The names in ``model`` of those ``parameters`` that are at ``places``."""
+    """The names in ``model`` of the ``parameters`` with indices ``places``."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return listed([names.get(id(parameters[k]), f"parameter {k} of the optimizer") for k in places])
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
-    """The first of ``names`` and how many more there are."""
+    """The first ``most`` of ``names``, and the number of others."""
     more = [f"{len(names) - most} more"] if len(names) > most else []
     return ", ".join(names[:most]) + "".join(f" and {rest}" for rest in more)
 
 
 def check_streams(model: nn.Module) -> None:
-    """Raises ValueError where two layers of the model would draw the same random numbers."""
+    """Raises ValueError if two layers of the model would draw the same random numbers."""
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, _Regulariser):
             if module.stream in owners:
                 raise ValueError(
                     f"{owners[module.stream]!r} and {name!r} both draw from stream {module.stream}, so "
-                    "their noise would be one and the same; give every layer a stream of its own"
+                    "they would draw the same numbers; give every layer its own stream"
                 )
             owners[module.stream] = name
 
 
 @contextmanager
 def hold_parameters(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """No gradient is computed for ``parameters`` inside."""
+    """Inside, no gradient is computed for ``parameters``."""
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -63,16 +63,16 @@ def hold_parameters(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 def check_used(hyper: HyperBatch, all_by_name: bool) -> None:
-    """Raises ValueError where a hyperparameter was not looked up: nothing would regulate it but its own entropy.
+    """Raises ValueError if a hyperparameter was not looked up, because then only the entropy would move it.
 
-    Where none was, the objective may have read ``hyper.values``. That is a warning, and an error if ``all_by_name``.
+    If none was looked up, the objective may have read ``hyper.values``: a warning, or an error if ``all_by_name``.
     """
     unused = [repr(name) for name in hyper.space.names if name not in hyper.used]
     if not unused:
         return
     problem = (
-        f"nothing in the training objective uses {listed(unused)}, or looks it up as hyper[name] does: give it to "
-        "a layer or to the objective, or leave it out of the space"
+        f"nothing in the training objective looks up {listed(unused)}, as hyper[name] does: use it in a layer or in "
+        "the objective, or leave it out of the space"
     )
     if len(unused) < len(hyper.space) or all_by_name:
         raise ValueError(problem)

@@ -1,4 +1,4 @@
-"""What the validation losses of past epochs decide: when the learning rate falls, and when a run has had enough."""
+"""Decides from the validation losses of past epochs when to decay the learning rate and when to stop."""
 
 from __future__ import annotations
 
@@ -8,32 +8,30 @@ from stn_fast.training.config import OptimizerConfig
 
 
 class Stop(NamedTuple):
-    """The first epoch after which a run was to end, and the key of the configuration that says so."""
+    """The first epoch after which a run had to end, and the key of the configuration that ended it."""
 
     epoch: int
     key: str
 
 
 class Plateau:
-    """The non-monotonic trigger of the papers, and the two stops.
+    """The papers' non-monotonic trigger for learning rate decay, and the two criteria that end a run.
 
-    The learning rate falls by ``decay_factor`` after every epoch whose loss is no better than the best of those at
-    least ``decay_patience`` epochs before it: after the next epoch again, where that has not helped. The run ends
-    after ``patience`` epochs without a new best loss, or once the learning rate is below ``min_learning_rate``.
+    The learning rate is multiplied by ``decay_factor`` after every epoch whose loss is no better than the best loss
+    from ``decay_patience`` or more epochs before, which may be several epochs in a row. The run ends after ``patience``
+    epochs without a new best loss, or once the learning rate is below ``min_learning_rate``.
 
-    It decides when the rate falls and to what; the rate itself is the method's.
-
-    Epoch 0 is the evaluation before training.
+    This class only computes the new rate; the method applies it. Epoch 0 is the evaluation before training.
     """
 
     def __init__(self, optimizer: OptimizerConfig, patience: int | None) -> None:
         self.optimizer, self.patience = optimizer, patience
         self.losses: list[float] = []
-        self.decays: list[int] = []  # the epochs after which the learning rate fell
+        self.decays: list[int] = []  # the epochs after which the learning rate was decayed
         self.stop: Stop | None = None
 
     def add(self, loss: float) -> float | None:
-        """The learning rate to train at after an epoch with this validation loss, None where it stays as it is."""
+        """The new learning rate after an epoch with this validation loss; None if it doesn't change."""
         self.losses.append(loss)
         before = self.losses[: -self.optimizer.decay_patience]
         falls = bool(self.optimizer.decay_factor < 1 and before and loss >= min(before))

@@ -1,7 +1,7 @@
-"""In which precision the products of a step are computed: ``fp32``, ``tf32`` or ``bf16``.
+"""Precision of the matrix products, convolutions and LSTMs of a step: ``fp32``, ``tf32`` or ``bf16``.
 
-One setting for all of them. By default, torch computes float32 matrix products on CUDA in float32 and its convolutions
-and LSTMs in TF32; the kernels of this package follow torch's settings.
+One setting applies to all of them. By default, torch computes float32 matrix products on CUDA in float32, but
+convolutions and LSTMs in TF32; the kernels of this package follow torch's settings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BACKENDS: Any = torch.backends
 
 
 def check_precision(who: str, precision: Precision) -> Precision:
-    """``precision``; raises ValueError where there is no such one."""
+    """Returns ``precision``; raises ValueError if it is unknown."""
     if precision not in PRECISIONS:
         raise ValueError(f"{who}: precision {precision!r}: {did_you_mean(str(precision), PRECISIONS)}")
     return precision
@@ -28,7 +28,7 @@ def check_precision(who: str, precision: Precision) -> Precision:
 
 @contextmanager
 def autocasting(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Around an objective: with ``bf16`` autocast to bfloat16, which casts each parameter once. Else nothing."""
+    """For ``bf16``, autocast to bfloat16 that casts each parameter only once; otherwise does nothing."""
     with ExitStack() as stack:
         if precision == "bf16":
             stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
@@ -38,9 +38,9 @@ def autocasting(precision: Precision, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def float32_products(precision: Precision) -> Iterator[None]:
-    """Inside, float32 products, convolutions and LSTMs are computed in TF32 with ``tf32``, else in float32.
+    """Inside, float32 matrix products, convolutions and LSTMs use TF32 for ``tf32``, and float32 otherwise.
 
-    These are settings of the whole process: other threads compute so too meanwhile. They are put back afterwards.
+    These settings belong to the process, so they affect other threads too. They are restored afterwards.
     """
     value = "tf32" if precision == "tf32" else "ieee"
     settings = _settings()
@@ -48,8 +48,8 @@ def float32_products(precision: Precision) -> Iterator[None]:
     if all(was == value for was in before):
         yield
         return
-    # torch refuses to read the older settings where only the newer ones have been changed, and torch.compile reads
-    # them: both are set, and the older ones first, as they write the newer ones too.
+    # torch.compile reads the older settings, and torch refuses to read them if only the newer ones were changed. So
+    # both are set, the older ones first, because they also write the newer ones.
     cpu = _BACKENDS.mkldnn.matmul
     before_cpu = cpu.fp32_precision
     older = [(put, read) for put, get in _OLDER if (read := _readable(get)) is not None]
@@ -80,7 +80,7 @@ def _set_allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-# The older settings: how each is set and read.
+# (set, get) of each older setting.
 _OLDER: list[tuple[Callable[[Any], None], Callable[[], Any]]] = [
     (torch.set_float32_matmul_precision, torch.get_float32_matmul_precision),
     (_set_allow_tf32, lambda: torch.backends.cudnn.allow_tf32),
@@ -88,7 +88,7 @@ _OLDER: list[tuple[Callable[[Any], None], Callable[[], Any]]] = [
 
 
 def _readable(get: Callable[[], Any]) -> Any:
-    """An older setting, None where torch refuses to read it: only the newer ones were changed."""
+    """An older setting; None if torch refuses to read it because only the newer ones were changed."""
     try:
         return get()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""What a run says while it runs, and the table at its end."""
+"""Progress bar, log lines and final summary of a run."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 from stn_fast.extras import extra
 from stn_fast.terminal import printable
 
-LINES = 12  # about so many progress lines where there is no terminal
-SILENCE = 60.0  # seconds without a line after which there is one more
-REDRAW = 0.1  # seconds between two pictures of the bar
+LINES = 12  # approximate number of progress lines without a terminal
+SILENCE = 60.0  # seconds without a line after which another one is printed
+REDRAW = 0.1  # seconds between two updates of the bar
 BAR = "{percentage:3.0f}%|{bar}| epoch {n:.2f}/{total} [{elapsed}<{remaining}{postfix}]"
 
 
 class Progress:
-    """A bar on a terminal, plain lines elsewhere, nothing if ``quiet``. All of it goes to standard error."""
+    """A bar on a terminal, plain lines elsewhere, nothing if ``quiet``. Everything goes to standard error."""
 
     def __init__(self, epochs: int = 0, quiet: bool = False) -> None:
         self.epochs, self.quiet = epochs, quiet
-        self.start = 0.0  # passes over the training set that an earlier process did
+        self.start = 0.0  # passes over the training set made by an earlier process
         self._bar: Any = None
         self._shown = time.monotonic()
 
     def say(self, text: str) -> None:
-        """One line of news."""
+        """Prints one line, unless ``quiet``."""
         if not self.quiet:
             print(printable(text), file=sys.stderr, flush=True)
             self._shown = time.monotonic()
 
     def warn(self, text: str) -> None:
-        """One line that matters even in silence."""
+        """Prints one line of warning, even if ``quiet``."""
         print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
     def row(self, row: dict[str, Any]) -> None:
@@ -50,7 +50,7 @@ class Progress:
             self.say(f"epoch {epoch:4d}/{self.epochs}  step {row['step']:6d}  {row['wall_seconds']:6.1f} s  {text}")
 
     def step(self, passes: float) -> None:
-        """Shows how many times the training set has been gone through, a part of one included."""
+        """Shows the number of passes over the training set, as a fraction."""
         if self._bar is not None and self._silent_for(REDRAW):
             self._bar.n, self._shown = passes, time.monotonic()
             self._bar.refresh()
@@ -74,7 +74,7 @@ class Progress:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Where each hyperparameter started and stands at the best step, then the scores of that step."""
+    """A table of each hyperparameter at the start, the best step and the end, then the scores of the best step."""
     start, best, end = (result[f"hyperparameters{part}"] for part in ("_start", "", "_end"))
     moved = result["moved_in_initial_scales"]
     width = max(len(printable(name)) for name in ("hyperparameter", *best))
@@ -86,7 +86,7 @@ def summary(result: dict[str, Any]) -> str:
         for name in best
     ]
     if result["method"] == "stn" and result["valid_steps"] == 0:
-        lines.append("no validation step was taken: nothing has been tuned yet")
+        lines.append("no validation step was run: nothing has been tuned yet")
     forms = {"test_loss": ".4f", "test_accuracy": ".4f", "test_perplexity": ".2f"}
     scores = [f"{key.replace('_', ' ')} {_shown(result[key], form)}" for key, form in forms.items() if key in result]
     lines.append(
@@ -98,11 +98,11 @@ def summary(result: dict[str, Any]) -> str:
         lines[-1] += f"; at most {result['peak_bytes'] / 1e6:,.0f} MB of memory"
     if "vocabulary" in result:
         lines.append(
-            f"{result['vocabulary']:,} words are known; {result['unknown_share']:.1%} of the test text is read as <unk>"
+            f"{result['vocabulary']:,} words in the vocabulary; {result['unknown_share']:.1%} of the test text is <unk>"
         )
     return "\n".join(lines)
 
 
 def _shown(value: float | None, form: str) -> str:
-    """A number of result.json, where one that is not finite is None."""
+    """A number of result.json; None stands for one that is not finite."""
     return "not finite" if value is None else format(value, form)

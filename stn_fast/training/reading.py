@@ -1,4 +1,4 @@
-"""A run directory read back and checked: its configuration and its rows of metrics."""
+"""Reads and checks a run directory: its configuration and its rows of metrics."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Run(NamedTuple):
 
     @property
     def loss_unit(self) -> str:
-        """The unit of the losses, empty where the task doesn't say."""
+        """The unit of the losses; empty if the task has none."""
         return self.rows["eval"][0].get("loss_unit", "")
 
 
 def read_run(directory: str | Path) -> Run:
-    """What ``directory`` holds. Numbers are floats, NaN where the file has null.
+    """The run in ``directory``. Numbers are floats, with NaN for null.
 
     Raises:
-        UserError: there is no such directory, it holds no run or a damaged one, or no evaluation has been written yet.
+        UserError: there is no such directory, it holds no run or a damaged one, or the run has no evaluation yet.
     """
     path = expanded(directory, "RUN_DIR")
     metrics = path / "metrics.jsonl"
@@ -62,15 +62,15 @@ def read_run(directory: str | Path) -> Run:
     config = build(Config, read_yaml(str(path / "config.yaml")))
     for name in config.enabled:
         if any(name not in row[part] for row in rows["eval"] for part in BY_NAME):
-            raise UserError(f"{metrics} lacks the hyperparameter {name!r} of config.yaml; restore the one or the other")
+            raise UserError(f"{metrics} lacks the hyperparameter {name!r} of config.yaml; restore one of the two files")
     return Run(path.name or str(path), config, rows)
 
 
 def read_runs(directories: Sequence[str | Path], warn: Callable[[str], None]) -> list[Run]:
-    """Those of ``directories`` that hold a run; ``warn`` is called with what is wrong with each other one.
+    """The runs in ``directories``; for each directory without a valid run, ``warn`` is called with the reason.
 
     Raises:
-        UserError: none of them does.
+        UserError: no directory holds a valid run.
     """
     if len(directories) == 1:
         return [read_run(directories[0])]
@@ -81,7 +81,7 @@ def read_runs(directories: Sequence[str | Path], warn: Callable[[str], None]) ->
         except UserError as error:
             warn(str(error))
     if not runs:
-        raise UserError(f"none of the {len(directories)} directories holds a run that can be drawn")
+        raise UserError(f"none of the {len(directories)} directories holds a run that can be plotted")
     return runs
 
 
@@ -99,7 +99,7 @@ def _row(line: str) -> Row:
 
 
 def _number(value: Any) -> float:
-    """A number of metrics.jsonl, NaN where it is not finite: null there."""
+    """A number of metrics.jsonl; NaN for null, which stands for numbers that are not finite."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise TypeError(f"{value!r} is not a number")
     return float(value) if value is not None and math.isfinite(value) else math.nan

@@ -1,6 +1,6 @@
-"""A step taken for trial, to see whether a CUDA graph could repeat it: everything is put back afterwards.
+"""A trial of a step, to see whether a CUDA graph could repeat it; all changes are reverted afterwards.
 
-A capture that fails may leave torch's random number generator unusable, so what would fail is looked for before.
+A failed capture may leave torch's random number generator unusable, so obstacles are looked for beforehand.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ _TORCH, _HERE = Path(torch.__file__).parent, Path(__file__)
 def obstacles(method: Method, run: Callable[[], Any]) -> list[str]:
     """The reasons why a CUDA graph cannot repeat ``run``, a step of ``method``; an empty list if it can.
 
-    ``run`` is called once, after a step of the same kind. What it has written to weights, gradients, buffers,
-    hyperparameters and optimizers is taken back, and so is what it has drawn from torch's own generator. A tensor that
-    can't be restored is a reason too.
+    ``run`` is called once, after a step of the same kind. Its changes to weights, gradients, buffers, hyperparameters,
+    optimizers and torch's own random number generator are reverted. A tensor that can't be restored is a reason too.
     """
     gradients = {name: parameter.grad for name, parameter in method.model.named_parameters()}
     sparse = [name for name, gradient in gradients.items() if gradient is not None and gradient.is_sparse]
@@ -43,21 +42,21 @@ def obstacles(method: Method, run: Callable[[], Any]) -> list[str]:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), method.guard.recording(), trial:
             run()
     except Exception as error:  # raised only in a trial, for example by compiled code under a TorchDispatchMode
-        trial.found.append(f"its trial has failed: {type(error).__name__}: {error}")
+        trial.found.append(f"a trial of it failed: {type(error).__name__}: {error}")
     finally:
         fresh, lost = memory.put_back()
-    anew = [f"it makes {listed(fresh)} anew at each step"] if fresh else []
+    anew = [f"it creates {listed(fresh)} at each step"] if fresh else []
     return list(dict.fromkeys([*trial.found, *anew, *lost]))
 
 
 class HostWork(TorchDispatchMode):
-    """Notes what the host does inside that no CUDA graph repeats.
+    """Records work of the host that a CUDA graph can't repeat.
 
-    That is reading a number or a shape of the device, making a tensor from numbers of its own, and everything with
+    This is reading a number or a shape from the device, making a tensor from numbers on the host, and any operation on
     tensors that are not on the device.
 
     Attributes:
-        found: each kind of it, where it was called from.
+        found: what was found, with the line that called it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -93,12 +92,12 @@ _INDEXING = (_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.defau
 
 
 def _is_fill(func: Any, arguments: Any) -> bool:
-    """Whether this is x[mask] = number, which torch fills in without looking for the places."""
+    """Whether this is x[mask] = number, which torch computes without reading the mask on the host."""
     return func is not _ATEN.index.Tensor and arguments[2].numel() == 1
 
 
 def _caller() -> str:
-    """The innermost line that is not torch's, nor this file's."""
+    """The innermost line of code outside of torch and this file."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
         if path != _HERE and _TORCH not in path.parents and not frame.filename.startswith("<"):
@@ -107,14 +106,14 @@ def _caller() -> str:
 
 
 class _Memory:
-    """All tensors that a step of a method may write to, and their numbers."""
+    """All tensors that a step of a method may write to, and copies of them."""
 
     def __init__(self, method: Method) -> None:
         self._states = [optimizer.state for optimizer in method.optimizers]
         self._kept = [(prefix, owner, dict(owner)) for prefix, owner in self._owners(method)]
         self._gradients = [(parameter, parameter.grad) for parameter in method.model.parameters()]
         trained = {id(p) for one in method.optimizers for group in one.param_groups for p in group["params"]}
-        # A step replaces the gradients of what it trains, and adds to others.
+        # A step replaces the gradients of the parameters that it trains, and adds to those of others.
         added = [
             (f"the gradient of {name}", parameter.grad)
             for name, parameter in method.model.named_parameters()
@@ -131,7 +130,7 @@ class _Memory:
 
     @staticmethod
     def _owners(method: Method) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Where tensors are kept by name, each with what goes before the name."""
+        """(prefix of the names, dict of tensors by name) of every module and optimizer."""
         for name, module in method.model.named_modules():
             for tensors in (module._parameters, module._buffers):
                 yield f"{name}." if name else "", tensors
@@ -141,7 +140,7 @@ class _Memory:
 
     @torch.no_grad()
     def put_back(self) -> tuple[list[str], list[str]]:
-        """Restores everything. The names of tensors at a new address, and why others could not be restored."""
+        """Restores everything. Returns the names of tensors with a new address, and why others can't be restored."""
         fresh, lost = [], []
         for prefix, owner, before in self._kept:
             fresh += [f"{prefix}{name}" for name, value in owner.items() if _moved(value, before.get(name))]
@@ -153,8 +152,8 @@ class _Memory:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         for name, tensor, version, numbers in self._numbers:
-            if tensor._version == version and torch.equal(tensor, numbers):  # batch norm writes without counting
-                continue  # a copy would count as a write, and large buffers that are written to are copied at each step
+            if tensor._version == version and torch.equal(tensor, numbers):  # batch norm doesn't increase the version
+                continue  # copying would count as a write, and large buffers with writes are copied at each step
             try:
                 tensor.copy_(numbers)
             except RuntimeError as error:
@@ -163,7 +162,7 @@ class _Memory:
 
 
 def _moved(value: Any, before: Any) -> bool:
-    """Whether a tensor has been put in place of another, or anything else has changed."""
+    """Whether a tensor was replaced by another, or any other value changed."""
     if value is before:
         return False
     if isinstance(value, Tensor) and isinstance(before, Tensor):

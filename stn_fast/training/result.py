@@ -1,4 +1,4 @@
-"""The shape of result.json, by which a damaged one is told from a run's."""
+"""Checks that the contents of a result.json are complete and undamaged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BY_NAME = ("hyperparameters", "hyperparameters_start", "hyperparameters_end", "m
 
 
 def is_result(value: Any, config: Config) -> bool:
-    """Whether ``value``, read from JSON, has all that a run as ``config`` says writes into its result."""
+    """Whether ``value``, read from JSON, has everything that a run with ``config`` writes into its result."""
     if not isinstance(value, dict):
         return False
     run = (value.get("recipe"), value.get("method"), value.get("seed"))
@@ -31,7 +31,7 @@ def is_result(value: Any, config: Config) -> bool:
         and isinstance(value.get("ended_by"), str)
         and isinstance(value.get("versions"), dict)
         and all(_is_nullable_by_name(value.get(key)) for key in BY_NAME)
-        and len({frozenset(value[key]) for key in BY_NAME}) == 1  # a task of one's own has names of its own
+        and len({frozenset(value[key]) for key in BY_NAME}) == 1  # a user's task may have any names
     )
 
 
@@ -40,12 +40,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _are_nullable(values: Iterable[Any]) -> bool:
-    """Whether each is a number; None stands for one that is not finite or not known."""
+    """Whether each is a number, or None, which stands for one that is not finite or unknown."""
     return all(value is None or _is_number(value) for value in values)
 
 
 def _is_capture(value: Any) -> bool:
-    """Whether this is what `stn_fast.training.run.captured` says, or None: no steps were to be captured."""
+    """Whether this is a result of `stn_fast.training.run.captured`."""
     if value is None:
         return True
     return isinstance(value, dict) and _is_number(value.get("steps")) and isinstance(value.get("reasons"), list)

@@ -1,4 +1,4 @@
-"""One run from a configuration to a result: set up or resume, fit, evaluate the best, write it down."""
+"""One run from a configuration to a result: set up or resume, train, evaluate the best checkpoint, write the result."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def run(
     resume: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Trains as ``config`` says in ``config.directory`` and returns what ``result.json`` holds.
+    """Trains as ``config`` says, in ``config.directory``, and returns the contents of ``result.json``.
 
-    With ``resume``, a run that is there goes on from its newest whole checkpoint, bit for bit as if it had never
-    stopped; a finished one only gives its result again. Both need the data that the run was trained on, wherever they
-    are now.
+    With ``resume``, a run in that directory continues from its newest undamaged checkpoint, bit for bit as if it had
+    never stopped; if it is finished, its result is returned. Both need the data that the run was trained on, though
+    they may have moved.
 
     Raises:
         UserError: the configuration, the data or the run directory cannot be used.
-        CannotWrite: the disk is full or refuses; the same command goes on from the last checkpoint.
+        CannotWrite: the disk is full or cannot be written; the same command continues from the last checkpoint.
         Diverged, Interrupted: as ``Trainer.fit``.
     """
     config, progress = config.resolved, progress or Progress(quiet=True)
@@ -54,7 +54,7 @@ def run(
         if resume and not directory.resumable:
             directory.check_free()
             if exists(directory.metrics):
-                progress.warn(f"{directory.path} holds a run but no checkpoint of it: starting over from step 0")
+                progress.warn(f"{directory.path} holds a run without a checkpoint: starting over from step 0")
             resume = False
         if resume:
             directory.check_same_run(config)
@@ -90,7 +90,7 @@ def _train(
 
 
 def _about(config: Config, task: Task, trainer: Trainer) -> str:
-    """One line on what is about to be learnt, from how much, and why it will be slow where it will be."""
+    """One line about the run: recipe, data, size, precision, and the reason if it uses a slow backend."""
     backend, reason = chosen(torch.device(config.device))
     train, valid, test = (len(split.targets) for split in task.data)
     parameters = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
@@ -98,13 +98,13 @@ def _about(config: Config, task: Task, trainer: Trainer) -> str:
     return (
         f"{config.recipe}, {config.method.label}: {train:,} training, {valid:,} validation, {test:,} test "
         f"{task.batching.unit}; {parameters:,} trained parameters; {steps:,} training steps an epoch"
-        + ("" if config.precision == "fp32" else f"; products of a step in {config.precision}")
-        + ("" if reason is None else f"; the slow backend {backend!r} computes: {reason}")
+        + ("" if config.precision == "fp32" else f"; matrix products in {config.precision}")
+        + ("" if reason is None else f"; using the slow backend {backend!r}: {reason}")
     )
 
 
 def _continue(trainer: Trainer, directory: RunDirectory, progress: Progress) -> None:
-    """Puts ``trainer`` where the newest whole checkpoint in ``directory`` stands."""
+    """Loads the newest undamaged checkpoint in ``directory`` into ``trainer``."""
     newest = checkpoint.read_newest(directory.checkpoints, trainer.config.device, progress.warn)
     if newest is None:
         return
@@ -116,8 +116,8 @@ def _continue(trainer: Trainer, directory: RunDirectory, progress: Progress) -> 
         section, _, name = key.partition(".")
         value, flag = getattr(getattr(trainer.config, section), name), FLAGS.get(key, f"--set {key}=...")
         raise UserError(
-            f"{directory.path} is already at step {trainer.step}, epoch {trainer.epoch}, past where {key} = {value} "
-            f"ends it: change that with {flag}, or choose another --run-dir"
+            f"{directory.path} is already at step {trainer.step}, epoch {trainer.epoch}, but {key} = {value} ends it "
+            f"earlier: change this with {flag}, or choose another --run-dir"
         )
     progress.say(f"resuming {directory.path} after step {trainer.step}")
     trainer.check_best(progress.warn)
@@ -125,9 +125,9 @@ def _continue(trainer: Trainer, directory: RunDirectory, progress: Progress) -> 
 
 @contextmanager
 def using_threads(count: int | None) -> Iterator[None]:
-    """torch, and with it the C++ core, on ``count`` CPU threads inside; None leaves the setting as it is.
+    """Inside, torch and the C++ core use ``count`` CPU threads; None keeps the current number.
 
-    Where OpenMP would start fewer, on one: torch's own layers may compute wrong numbers otherwise.
+    If OpenMP would start fewer threads, they use one: torch's own layers might compute wrong numbers otherwise.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
@@ -140,7 +140,7 @@ def using_threads(count: int | None) -> Iterator[None]:
 
 
 def checked_task(config: Config, build_task: Callable[[Config], Task]) -> Task:
-    """The task, once its device, its batch sizes and a first forward pass have shown that it fits together."""
+    """Builds the task, and checks its device, its batch sizes and a first forward pass."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device", "cuda", "needs a CUDA device and a CUDA build of torch; use cpu")
     try:
@@ -159,9 +159,9 @@ def checked_task(config: Config, build_task: Callable[[Config], Task]) -> Task:
 
 @torch.no_grad()
 def _rehearse(task: Task, batch_size: int) -> None:
-    """One forward pass, which raises what layers have to say against the hyperparameters and batches they are given.
+    """One forward pass, in which layers raise errors about unsuitable hyperparameters or batches.
 
-    Two examples do, which normalisation over the batch needs; what it keeps of them is put back.
+    It uses two examples, the fewest that batch norm accepts, and restores the running statistics afterwards.
     """
     device = next(task.model.parameters()).device
     first = task.batching.sequence(task.data.train, min(2, batch_size), seed=0, stream=0, device=device)[0]
@@ -176,7 +176,7 @@ def _rehearse(task: Task, batch_size: int) -> None:
 
 
 def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, Any]:
-    """Scores of the best checkpoint, read back from the disk, and where its hyperparameters stand."""
+    """The result: scores and hyperparameters of the best checkpoint, read back from the disk."""
     config, steps, epochs = trainer.config, trainer.step, trainer.epoch
     last_location = trainer.method.location.detach().clone()
     trainer.check_best(progress.warn)
@@ -210,18 +210,18 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
 
 
 def captured(trainer: Trainer) -> dict[str, Any] | None:
-    """How many steps of this process were replays of a CUDA graph, and why others were not; None where none was to be.
+    """How many steps of this process were replays of a CUDA graph, and why others were not; None without capture.
 
-    The first steps of each kind, which precede the capture, and the first window of a pass have no reason.
+    No reason is given for the first steps of each kind, which precede the capture, and the first window of a pass.
     """
     steps = trainer.captured
     return None if steps is None else {"steps": steps.replayed, "reasons": steps.reasons}
 
 
 def peak_bytes(device: str) -> int | None:
-    """The most memory at once: on CUDA of what torch allocated, else the whole process's in the host.
+    """Peak memory: on CUDA what torch allocated, otherwise the process's memory on the host.
 
-    None where the system doesn't say: Python has no call for it on Windows.
+    None on Windows, where Python has no call for it.
     """
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -234,7 +234,7 @@ def peak_bytes(device: str) -> int | None:
 
 
 def versions(device: str) -> dict[str, str | int]:
-    """What a result was computed with."""
+    """The versions, device, threads and backend that a result was computed with."""
     return {
         "stn_fast": stn_fast.__version__,
         "torch": torch.__version__,

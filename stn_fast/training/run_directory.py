@@ -1,4 +1,4 @@
-"""A run directory: what is in it, whether it can be written, and whether a run may go on in it."""
+"""A run directory: its files, and checks of whether it can be written and whether a run may continue in it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from stn_fast.training.layering import build, differences, read_yaml, to_yaml
 from stn_fast.training.result import is_result
 from stn_fast.values import from_json, to_json
 
-MOST_DIFFERENCES = 5  # named in an error
+MOST_DIFFERENCES = 5  # at most so many are listed in an error
 
 
 class RunDirectory:
     """The files of one run.
 
     Raises:
-        UserError: the directory cannot be made or written.
+        UserError: the directory cannot be created or written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -51,10 +51,10 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps every other run out inside. Where the system or the file system has no locks, nothing is kept out.
+        """Inside, no other run can use the directory (unless the system or the file system has no locks).
 
         Raises:
-            UserError: another run is in there.
+            UserError: another run is using it.
         """
         lock = self.path / ".lock"
         with ExitStack() as stack:
@@ -63,7 +63,7 @@ class RunDirectory:
                     stack.enter_context(files.locked(lock, wait=False))
             except files.Locked:
                 raise UserError(
-                    f"another run is going on in {self.path}; wait for it to end, or choose another --run-dir"
+                    f"another run is using {self.path}; wait for it to end, or choose another --run-dir"
                 ) from None
             try:
                 yield
@@ -71,14 +71,14 @@ class RunDirectory:
                 self._remove_if_unused()
 
     def _remove_if_unused(self) -> None:
-        """Leaves nothing behind where no run has begun: a directory made for it that holds only its lock goes."""
+        """If no run has begun, removes a directory that was created for it and holds only its lock."""
         with suppress(OSError):
             if self._made and [entry.name for entry in self.path.iterdir()] == [".lock"]:
                 (self.path / ".lock").unlink()
                 self.path.rmdir()
 
     def check_free(self) -> None:
-        """Raises UserError where ``clear`` would remove, or a run mix with, what no run has put here."""
+        """Raises UserError if there are files that no run has written, which ``clear`` or a new run would affect."""
         foreign = checkpoint.foreign(self.checkpoints)
         taken = [file for file in self._files if exists(file)]
         if taken and not self._holds_a_run:
@@ -90,14 +90,14 @@ class RunDirectory:
             )
 
     def clear(self) -> None:
-        """Removes what an earlier run left; files of other names stay."""
+        """Removes the files of an earlier run; files with other names stay."""
         checkpoint.clear(self.checkpoints)
         with writing(self.path):
             for file in self._files:
                 file.unlink(missing_ok=True)
 
     def clear_result(self) -> None:
-        """Removes what a run leaves at its end."""
+        """Removes the files that a run writes at its end."""
         with writing(self.path):
             self.result.unlink(missing_ok=True)
             self.schedule.unlink(missing_ok=True)
@@ -116,11 +116,11 @@ class RunDirectory:
 
     @property
     def resumable(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
+        """Whether there is a checkpoint to continue from."""
         return bool(checkpoint.steps(self.checkpoints))
 
     def check_same_run(self, config: Config) -> None:
-        """Raises UserError where ``config`` would give other numbers than the run that is here."""
+        """Raises UserError if ``config`` would give different numbers than the run in this directory."""
         if not exists(self.config):
             raise UserError(f"{self.path} has no config.yaml; restore it, or start over with --no-resume")
         cure = "choose another --run-dir, or start over with --no-resume"
@@ -134,12 +134,12 @@ class RunDirectory:
             raise UserError(f"{self.path} holds a run with other settings ({named}): {cure}")
 
     def check_same_data(self, data: dict[str, str], warn: Callable[[str], None]) -> None:
-        """Raises UserError where the run that is here was trained on other data than those of fingerprint ``data``.
+        """Raises UserError if the run in this directory was trained on data with another fingerprint than ``data``.
 
-        ``warn`` is called where that cannot be known: the run is from before fingerprints were saved.
+        ``warn`` is called if this cannot be checked, because the run is from before fingerprints were saved.
         """
         if not exists(self.data):
-            warn(f"{self.path} has no data.json: whether it was trained on these data cannot be checked")
+            warn(f"{self.path} has no data.json: cannot check whether it was trained on these data")
             return
         saved = self._saved_data()
         changed = [name for part, name in PARTS.items() if saved.get(part) != data.get(part)]
@@ -161,7 +161,7 @@ class RunDirectory:
         return saved
 
     def saved_config(self) -> Config:
-        """The configuration of the run that is here."""
+        """The configuration of the run in this directory."""
         try:
             return build(Config, read_yaml(str(self.config)))
         except UserError as error:
@@ -170,7 +170,7 @@ class RunDirectory:
             ) from None
 
     def finished_result(self, config: Config) -> dict[str, Any] | None:
-        """The result of the run that is here, if it is undamaged and went exactly as far as ``config`` asks."""
+        """The result of the run in this directory, if it is undamaged and the run was as long as ``config`` asks."""
         if not exists(self.result):
             return None
         saved = self.saved_config()

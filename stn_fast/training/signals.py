@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask the loop to stop at the end of its step; a second Ctrl-C stops at once."""
+"""Ctrl-C and SIGTERM stop the loop after the current step; a second Ctrl-C stops it immediately."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """The run stopped at a signal, with a checkpoint written."""
+    """A signal stopped the run, after a checkpoint was written."""
 
     def __init__(self, number: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, with a checkpoint")
@@ -34,7 +34,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         if number == signal.SIGINT and sys.stderr is not None and sys.stderr.isatty():
-            # Not print: a handler may come in the middle of one. A terminal that is gone need not be told.
+            # Not print, which the handler may have interrupted. Errors of a closed terminal don't matter.
             with suppress(OSError):
                 os.write(sys.stderr.fileno(), b"\nstopping after this step or evaluation; Ctrl-C again stops at once\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)

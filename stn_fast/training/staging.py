@@ -1,4 +1,4 @@
-"""Examples on their way from host memory to a CUDA device while the device computes."""
+"""Copies examples from host memory to a CUDA device while the device computes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from stn_fast.data import Split
 
 
 class Staging:
-    """Sends batches of ``batch_size`` examples of ``split`` to ``device``, through pinned memory and on its own stream.
+    """Sends batches of ``batch_size`` examples of ``split`` to ``device``, via pinned memory, on its own CUDA stream.
 
-    Two buffers take turns: one is filled while the copy out of the other may still be under way.
+    It alternates between two buffers: one is filled while the other may still be being copied.
     """
 
     def __init__(self, split: Split, batch_size: int, device: torch.device) -> None:
@@ -21,7 +21,7 @@ class Staging:
         self._turn = 0
 
     def send(self, chosen: Tensor) -> Split:
-        """Starts the way of the examples ``chosen`` (batch_size,); the batch is to be used after ``receive``."""
+        """Starts copying the examples ``chosen`` (batch_size,); call ``receive`` before using the batch."""
         self._turn = 1 - self._turn
         buffer, copied = self._buffers[self._turn], self._copied[self._turn]
         copied.synchronize()
@@ -33,7 +33,7 @@ class Staging:
         return batch
 
     def receive(self, batch: Split) -> Split:
-        """``batch``, the last one sent, for use on the current stream."""
+        """``batch``, the last one sent, ready for use on the current CUDA stream."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(self._copied[self._turn])
         for part in batch:

@@ -1,11 +1,11 @@
-"""A text read as streams side by side, window after window, and the state that each window leaves for the next.
+"""A text cut into columns that are read in parallel, window by window, and the state carried between windows.
 
     streams = Streams(split, 40, 70, seed=0, stream=0)
     for step in range(steps):
         loss = method.train_step(streams[step], step)
 
-The objective sees ``window.state`` and returns (loss, new state); the window hands the new state, detached, back to the
-streams, which give it to the next window.
+The objective reads ``window.state`` and returns (loss, new state); the new state, detached, becomes the state of the
+next window.
 """
 
 from __future__ import annotations
@@ -21,47 +21,47 @@ from torch.utils import _pytree as pytree
 
 from stn_fast.data import Split
 
-# A tensor, or tuples, lists and dictionaries of them: whatever the model makes of its past.
+# The model's state: a tensor, or tuples, lists and dictionaries of tensors.
 State = Any
 
-IGNORED = -100  # a target that counts for nothing, to torch.nn.functional.cross_entropy too
+IGNORED = -100  # a target without a loss, as for torch.nn.functional.cross_entropy
 
 
 class _Carrier:
     """Holds the state between two windows."""
 
     def __init__(self) -> None:
-        self._next: int | None = None  # the window that the state is for
+        self._next: int | None = None  # index of the window that starts from the state
         self._state: State | None = None
 
     def carry(self, index: int, state: State) -> None:
-        """Keeps what window ``index`` leaves, cut off from the graph that made it."""
+        """Keeps the state at the end of window ``index``, detached."""
         self._next, self._state = index + 1, _mapped(Tensor.detach, state)
 
     def forget(self, where: Tensor | None = None) -> None:
-        """Lets the next window start from zero: always, or where a scalar tensor of bools on the device is true."""
+        """Resets the state of the next window: always, or if the scalar bool tensor ``where`` is true."""
         self._state = None if where is None else _mapped(lambda kept: kept.masked_fill(where, 0), self._state)
 
     def state_for(self, index: int) -> State | None:
         """The state that window ``index`` starts from.
 
         Raises:
-            ValueError: it is not there: windows are gone through in another order, or a state was not carried on.
+            ValueError: there is none: windows are not read in order, or a state was not carried.
         """
         if self._next != index:
-            at_hand = "none has been carried" if self._next is None else f"the one at hand is for window {self._next}"
+            at_hand = "no state was carried" if self._next is None else f"the state is for window {self._next}"
             raise ValueError(
-                f"the state of window {index} is what window {index - 1} leaves, and {at_hand}: take windows in order, "
-                "and after each step window.carry(state), with None for a model without one"
+                f"window {index} starts from the state at the end of window {index - 1}, but {at_hand}: read windows "
+                "in order, and call window.carry(state) after each one, with None for a model without a state"
             )
         return self._state
 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of every stream: ``inputs`` and ``targets`` (T, B), and the ``state`` left by the window before.
+    """The next T words of every column: ``inputs`` and ``targets`` (T, B), and the ``state`` after the last window.
 
-    The `Batch` of a text: the state that an objective returns is kept for the next window.
+    It is the `Batch` of a text: the state that an objective returns is kept for the next window.
     """
 
     inputs: Tensor = field(repr=False)
@@ -72,24 +72,24 @@ class Window:
 
     @property
     def state(self) -> State | None:
-        """What the window before left; None where a text or a pass begins, and a model starts from zero.
+        """The state at the end of the previous window; None at the beginning of a text or pass (start from zero).
 
         Raises:
-            ValueError: the state at hand is for another window, or none was carried on.
+            ValueError: the kept state is for another window, or none was carried.
         """
         return None if self.begins else self.carrier.state_for(self.index)
 
     @property
     def examples(self) -> int:
-        """B: a stream is an example, which has one draw of the hyperparameters all along the window."""
+        """B: each column is an example, with one draw of the hyperparameters for the whole window."""
         return self.inputs.shape[1]
 
     def carry(self, state: State) -> None:
-        """Hands ``state``, detached, to the next window."""
+        """Passes ``state``, detached, to the next window."""
         self.carrier.carry(self.index, state)
 
     def finish(self, outcome: Any) -> Any:
-        """The first of (result, state), and the state is carried on; what is no tuple is a result without a state."""
+        """Carries the state of (result, state) and returns the result; without a tuple, the state is None."""
         result, state = outcome if isinstance(outcome, tuple) else (outcome, None)
         self.carry(state)
         return result
@@ -111,24 +111,24 @@ class Window:
 
 
 class Streams(_Carrier):
-    """The endless sequence of windows of ``batch_size`` streams of a text, ``window`` words each.
+    """An endless sequence of windows with the next ``window`` words of each of ``batch_size`` columns of a text.
 
-    A pass reads per_pass · window · batch_size predictions that follow one another in the text, cut into as many
-    contiguous streams as ``batch_size`` says. It begins as far into the text as seed and pass decide, so that what one
-    pass leaves over, less than a batch, another reads. Each pass starts without a state.
+    Each pass cuts per_pass · window · batch_size consecutive predictions of the text into ``batch_size`` contiguous
+    columns, and starts without a state. The seed and the pass decide where in the text it begins, so that the
+    predictions left over by one pass, fewer than a batch, are read by others.
 
-    Which predictions window ``index`` holds depends on nothing but the arguments and ``index``; to go on from the
-    middle of a pass, ``state_dict`` has the rest.
+    The predictions in window ``index`` depend only on the arguments and ``index``; ``state_dict`` holds the state that
+    is also needed to continue in the middle of a pass.
 
     Args:
         split: inputs and targets (N,), in the order of the text.
-        batch_size: the number of streams, B.
-        window: the number of words T that each stream advances at a step.
-        seed, stream: decide where passes begin; texts that draw from one seed are told apart by ``stream``.
-        device: where windows go; without one they stay where the split is.
+        batch_size: the number of columns, B.
+        window: the number of words T of each column in a step.
+        seed, stream: decide where passes begin; ``stream`` gives texts with the same seed different beginnings.
+        device: where to put windows; by default they stay on the device of the split.
 
     Raises:
-        ValueError: the text holds fewer words than one batch wants.
+        ValueError: the text has fewer words than one batch needs.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Streams(_Carrier):
     ) -> None:
         super().__init__()
         if batch_size < 1 or window < 1:
-            raise ValueError(f"Streams wants batch_size and window of at least 1; got {batch_size} and {window}")
+            raise ValueError(f"Streams: batch_size and window must be at least 1, got {batch_size} and {window}")
         if (wrong := misfit(split, batch_size, window)) is not None:
             raise ValueError(f"batch_size={batch_size} {wrong}")
         self.split, self.batch_size, self.window, self.seed, self.stream = split, batch_size, window, seed, stream
@@ -168,26 +168,26 @@ class Streams(_Carrier):
         return int(np.random.default_rng([self.seed, self.stream, number]).integers(spare + 1))
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next window wants to know of the past."""
+        """The state that the next window starts from."""
         return {"next": self._next, "state": _mapped(Tensor.clone, self._state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what ``state_dict`` gave."""
+        """Restores what ``state_dict`` returned."""
         self._next, self._state = state["next"], state["state"]
 
 
 class WholeText(_Carrier):
-    """Every prediction of a text exactly once, in ``streams`` contiguous streams side by side, about ``size`` at once.
+    """Every prediction of a text exactly once, in ``streams`` contiguous columns, about ``size`` words per window.
 
-    Streams differ in length by one at most; where the shorter ones have ended, in the last row, targets are
-    ``IGNORED``. ``size`` changes no prediction's past, and so no score; the number of streams does, for each begins
+    The lengths of columns differ by at most one; in the last row, the targets of the shorter ones are ``IGNORED``.
+    ``size`` does not affect the context of any prediction, nor any score; ``streams`` does, because each column begins
     without a state.
     """
 
     def __init__(self, split: Split, streams: int, size: int, device: torch.device | None = None) -> None:
         super().__init__()
         if streams < 1 or size < 1:
-            raise ValueError(f"WholeText wants streams and size of at least 1; got {streams} and {size}")
+            raise ValueError(f"WholeText: streams and size must be at least 1, got {streams} and {size}")
         self.split, self.device = split, device
         count = len(split.targets)
         bounds = torch.arange(min(streams, count) + 1, device=split.targets.device) * count // min(streams, count)
@@ -207,24 +207,24 @@ class WholeText(_Carrier):
 
 
 def misfit(split: Split, batch_size: int, window: int) -> str | None:
-    """What is wrong with so many streams of ``split``, None where they can be cut."""
+    """What is wrong with cutting ``split`` into ``batch_size`` columns; None if it is fine."""
     words = len(split.targets)
     if batch_size * window <= words:
         return None
     most = words // window
-    cure = f"at most {most} streams" if most else "a smaller window"
+    cure = f"at most {most} columns" if most else "a smaller window"
     return (
-        f"streams of {window} words at a step want {batch_size * window:,} words, the text has {words:,}: take {cure}"
+        f"columns of {window} words per step need {batch_size * window:,} words, but the text has {words:,}: use {cure}"
     )
 
 
 @dataclass(frozen=True)
 class ContinuousText:
-    """Batches of a text whose splits are inputs and targets (N,): ``Streams`` to learn from, ``WholeText`` to evaluate.
+    """Batches of a text with inputs and targets (N,): ``Streams`` for steps, ``WholeText`` for evaluations.
 
     Args:
-        window: the words each stream advances at a step, which is as far as gradients reach back.
-        valid_streams, test_streams: the streams that an evaluation cuts the text into.
+        window: the number of words of each column in a step; gradients reach back no further.
+        valid_streams, test_streams: the number of columns that an evaluation cuts the text into.
     """
 
     window: int = 70

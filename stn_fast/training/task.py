@@ -1,4 +1,4 @@
-"""What there is to learn: a model, its hyperparameters, its data, and the functions that score it."""
+"""A training task: model, hyperparameters, data, objectives and scores."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from stn_fast.training.batches import Batching, IndependentExamples
 
 
 class Objective(Protocol):
-    """A loss that steps descend, a function of these arguments by position.
+    """A loss that steps minimise, called with these positional arguments.
 
     Args:
         model: the network, to be called with the HyperBatch.
-        batch: its ``inputs`` and ``targets``, a ``Split`` or what the task's batching makes, such as a ``Window``.
+        batch: a batch with ``inputs`` and ``targets``: a ``Split``, or another kind made by the task's batching, such
+            as a ``Window``.
         hyper: the hyperparameters, one row for each example of the batch.
 
-    Returns a tensor of one number, the mean over the examples. For a batch that keeps a state for the next one it may
-    return (mean, new state).
+    Returns a tensor of one number, the mean over the examples; or (mean, new state), if the batch carries a state.
     """
 
     def __call__(self, model: nn.Module, batch: Any, hyper: HyperBatch, /) -> Tensor | tuple[Tensor, Any]: ...
 
 
 class Scores(Protocol):
-    """What an evaluation reports, a function of the arguments of an `Objective`.
+    """The scores that an evaluation computes, with the arguments of an `Objective`.
 
     Returns {name: scalar}, each a sum over the examples of the batch, or ({name: scalar}, new state).
     """
@@ -40,21 +40,21 @@ class Scores(Protocol):
     ) -> dict[str, Tensor] | tuple[dict[str, Tensor], Any]: ...
 
 
-# {name: mean score} -> {name: what is reported of it}.
+# {name: mean score} -> {name: reported score}.
 Report = Callable[[dict[str, float]], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """All that a recipe builds and a trainer needs.
+    """Everything that a recipe builds and a trainer needs.
 
-    ``training_objective`` may carry penalties; ``validation_objective`` must not: the hyperparameters descend it.
-    ``scores`` reports on a split; it must include ``loss``, the validation objective as a sum. ``report`` may add to
-    their means what is no mean itself. ``batching`` makes the batches that all of them see. ``facts`` are what a result
-    should say of the data, for it to be compared with others. ``vocabulary`` is the words that the numbers in a text
-    stand for; a run directory records it together with the splits. ``loss_unit`` is the unit of the losses in
-    plots. ``allow_unused`` is for objectives that read ``hyper.values`` in place of ``hyper["name"]``: a hyperparameter
-    that nothing looks up is an error otherwise.
+    ``training_objective`` may include penalties; ``validation_objective``, which the hyperparameters minimise, must
+    not. ``scores`` are computed in evaluations and must include ``loss``, the validation objective as a sum over
+    examples. ``report`` may add scores computed from their means, such as perplexity. ``batching`` makes the batches
+    for all of these. ``facts`` are facts about the data that the result records, for comparison with other results.
+    ``vocabulary`` lists the words of a text by their numbers; a run directory records its checksum with those of the
+    splits. ``loss_unit`` is the unit of the losses in plots. ``allow_unused`` is for objectives that read
+    ``hyper.values`` instead of ``hyper["name"]``; otherwise, a hyperparameter that is never looked up is an error.
     """
 
     space: HyperparameterSpace
@@ -77,10 +77,10 @@ def classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Te
 
 
 def decayed_classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:
-    """Cross entropy + ½·weight_decay·‖W_eff‖² averaged over examples, where there is a hyperparameter `weight_decay`.
+    """Cross entropy + ½·weight_decay·‖W_eff‖² averaged over examples, if there is a hyperparameter `weight_decay`.
 
-    The matrices and filters of gated layers are decayed; biases and norms are not. A layer of your own is decayed that
-    has a method ``weight_decay_penalty(hyper, decay)``, ½ · mean over examples of decay[b] · ‖W_eff[b]‖².
+    The matrices and filters of gated layers are decayed; biases and norms are not. Your own layers are decayed if they
+    have a method ``weight_decay_penalty(hyper, decay)`` that returns ½ · mean over examples of decay[b] · ‖W_eff[b]‖².
     """
     loss = classification_loss(model, batch, hyper)
     if "weight_decay" not in hyper:
@@ -94,7 +94,7 @@ def decayed_classification_loss(model: nn.Module, batch: Split, hyper: HyperBatc
 
 
 def classification_scores(model: nn.Module, batch: Split, hyper: HyperBatch) -> dict[str, Tensor]:
-    """Summed cross entropy in nats as ``loss`` and the count of right answers as ``accuracy``."""
+    """Sums over the batch: cross entropy in nats as ``loss``, and the number of correct answers as ``accuracy``."""
     logits = model(batch.inputs, hyper)
     right = (logits.argmax(1) == batch.targets).sum()
     return {"loss": F.cross_entropy(logits, batch.targets, reduction="sum"), "accuracy": right}

@@ -1,4 +1,4 @@
-"""The loop: steps, cycles of training and validation, epochs, evaluation, checkpoints."""
+"""The training loop: cycles of training and validation steps, epochs, evaluation, checkpoints."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class Diverged(RuntimeError):
 
 
 class Trainer:
-    """Runs ``method`` on ``task`` as ``config`` says and writes rows and checkpoints.
+    """Runs ``method`` on ``task`` as ``config`` says, and writes rows of metrics and checkpoints.
 
-    Everything that decides the next step is in ``state_dict``: batch orders and random draws are pure functions of
-    the seed and of the counts of steps, so nothing else has to be kept but what batches leave for those after them.
+    Everything that the next step depends on is in ``state_dict``: the method's state, the counts of steps, and the
+    states that batches carry. Batch orders and random draws are functions of the seed and the counts.
 
     Args:
         config, task, method: what to run.
         checkpoints: the directory that holds ``step-XXXXXXXX/``.
         report: called with every row as it is written.
-        on_step: called after every step with the passes over the training set, a part of one included.
-        warn: called with why steps are not captured as CUDA graphs, where they were to be.
+        on_step: called after every step with the number of passes over the training set, as a fraction.
+        warn: called with the reason if steps cannot be captured as CUDA graphs.
     """
 
     def __init__(
@@ -78,17 +78,17 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Steps done, training and validation alike; with the seed it fixes the next step's random draws."""
+        """Number of training and validation steps so far; with the seed, it fixes the next step's random draws."""
         return self.train_steps + self.valid_steps
 
     @property
     def epoch(self) -> int:
-        """Passes over the training set, the current one included."""
+        """Number of passes over the training set, including the current one."""
         return -(-self.train_steps // self.train_batches.per_pass)
 
     @property
     def finished(self) -> bool:
-        """Whether the schedule is done, or cut short by what the validation losses say."""
+        """Whether the run has reached the end of its schedule, or the validation losses have ended it."""
         schedule = self.config.schedule
         enough_epochs = self.train_steps >= schedule.epochs * self.train_batches.per_pass and self._cycle_closed
         return self.step >= (schedule.max_steps or math.inf) or enough_epochs or self.plateau.stop is not None
@@ -113,7 +113,7 @@ class Trainer:
 
     @property
     def _cycle_closed(self) -> bool:
-        """Whether every validation step due after the training steps so far is done."""
+        """Whether all validation steps that are due after the training steps so far have been done."""
         if not self.method.tunes:
             return True
         cycle = self.config.method
@@ -125,11 +125,11 @@ class Trainer:
         return self.train_steps % self.train_batches.per_pass == 0 and self._cycle_closed
 
     def fit(self, log: MetricsLog) -> None:
-        """Goes on from where the state is to the end of the schedule.
+        """Trains from the current state to the end of the schedule.
 
         Raises:
             Diverged: a loss or a gradient is not finite; no checkpoint holds that state.
-            Interrupted: SIGINT or SIGTERM came; a checkpoint of the last whole step is written.
+            Interrupted: SIGINT or SIGTERM was received; a checkpoint of the last completed step has been written.
         """
         self._stepping_since = time.perf_counter()
         self._started = self._stepping_since - self.wall_seconds
@@ -144,8 +144,8 @@ class Trainer:
                 if stop.number is not None:
                     self._save(log)
                     raise Interrupted(stop.number, self.step)
-            # The state of an unfinished epoch is kept from before its early report, so that a longer run
-            # continues from it as if it had never stopped.
+            # An unfinished epoch is saved before its early report, so that a longer run can continue from it as if it
+            # had never stopped.
             self._save(log)
             if not self._epoch_closed:
                 self._report_epoch(log)
@@ -174,7 +174,7 @@ class Trainer:
             self._save(log)
 
     def _report_epoch(self, log: MetricsLog) -> float:
-        """Writes the epoch's rows and keeps count of the best; its validation loss."""
+        """Writes the epoch's rows and updates the best; returns the validation loss."""
         try:
             self.method.check_finite()
         except NonFiniteError as error:
@@ -224,7 +224,7 @@ class Trainer:
         if self.method.tunes:
             rates.append(f"hyper_optimizer.learning_rate (now {self.config.hyper_optimizer.learning_rate})")
         if not all(math.isfinite(value) for value in values.values()):
-            rates.reverse()  # the hyperparameters went first
+            rates.reverse()  # the hyperparameters diverged, so name their learning rate first
         raise Diverged(
             f"{what} (epoch {self.epoch}), hyperparameters then: {named}; "
             f"lower {' or '.join(rates)}, with --no-resume or in another --run-dir. "
@@ -269,7 +269,7 @@ class Trainer:
         self._stepping_since = time.perf_counter()
 
     def check_best(self, warn: Callable[[str], None]) -> None:
-        """Where the best checkpoint cannot be read, the best of the others takes its place, and ``warn`` is called.
+        """If the best checkpoint cannot be read, replaces it by the best of the others, and calls ``warn``.
 
         Raises:
             UserError: no checkpoint can be read.
@@ -299,24 +299,24 @@ class Trainer:
             )
         lost, self.best = self.best, min(others, key=lambda other: other["valid_loss"])
         warn(
-            f"the best checkpoint (validation loss {lost['valid_loss']:.4f}) is lost: {damage}; of those that are left "
-            f"{self._path(self.best['step'])} is the best (validation loss {self.best['valid_loss']:.4f})"
+            f"the best checkpoint (validation loss {lost['valid_loss']:.4f}) is lost: {damage}; the best of the others "
+            f"is {self._path(self.best['step'])} (validation loss {self.best['valid_loss']:.4f})"
         )
 
     def _path(self, step: int) -> Path:
         return checkpoint.path_of(self.checkpoints, step)
 
     def restore_best(self) -> None:
-        """Puts back the weights and the hyperparameters of the lowest validation loss, together.
+        """Restores the weights and hyperparameters with the lowest validation loss.
 
         Raises:
-            DamagedCheckpoint: that checkpoint cannot be read.
+            DamagedCheckpoint: their checkpoint cannot be read.
         """
         state = checkpoint.read(self._path(self.best["step"]), self.method.location.device)
         self.method.load_state_dict(state["method"])
 
     def state_dict(self) -> Row:
-        """Everything that decides the next step and the next row."""
+        """Everything that the next step and the next row depend on."""
         return {
             "method": self.method.state_dict(),
             "train_steps": self.train_steps,
@@ -334,7 +334,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Row) -> None:
-        """Puts back what ``state_dict`` gave."""
+        """Restores what ``state_dict`` returned."""
         self.method.load_state_dict(state["method"])
         self.train_batches.load_state_dict(state["train_batches"])
         self.valid_batches.load_state_dict(state["valid_batches"])

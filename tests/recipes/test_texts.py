@@ -141,8 +141,10 @@ def test_a_result_says_how_many_words_are_known(short):
     got = run(short("text", "text.min_count=105", "schedule.max_steps=2"), recipe("text").build)
     assert 2 < got["vocabulary"] < 22
     assert 0 < got["unknown_share"] < 1
-    assert f"{got['vocabulary']} words are known; {got['unknown_share']:.1%} of the test text is" in summary(got)
-    assert "no validation step was taken: nothing has been tuned yet" in summary(got)
+    assert f"{got['vocabulary']} words in the vocabulary; {got['unknown_share']:.1%} of the test text is" in summary(
+        got
+    )
+    assert "no validation step was run: nothing has been tuned yet" in summary(got)
 
 
 def test_weights_are_drawn_from_the_seed(short):
@@ -167,7 +169,7 @@ def test_the_files_of_a_users_own_text_are_named_where_one_is_missing(short, tmp
     (tmp_path / "valid.txt").unlink()
     with pytest.raises(
         UserError,
-        match=r"there is no file .*valid.txt: the recipe text wants .*test.txt in --data-root or STN_FAST_DATA",
+        match=r"there is no file .*valid.txt: the recipe text needs .*test.txt in --data-root or STN_FAST_DATA",
     ):
         recipe("text").build(config)
 

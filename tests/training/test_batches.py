@@ -43,7 +43,7 @@ def test_every_batch_has_the_same_size_when_a_pass_leaves_some_over():
 
 @pytest.mark.parametrize("size", [0, 11])
 def test_a_batch_size_that_cannot_be_filled_is_refused(size):
-    with pytest.raises(ValueError, match="batch_size wants 1 to 10"):
+    with pytest.raises(ValueError, match="batch_size must be from 1 to 10"):
         Batches(numbered(10), size, seed=0, stream=0)
 
 
@@ -174,7 +174,7 @@ def test_targets_that_count_no_examples_are_named(targets, got):
 
 def test_a_state_that_nothing_carries_is_an_error():
     batch = as_batch((X, Y), torch.device("cpu"))
-    with pytest.raises(TypeError, match="no batch but a Window of Streams"):
+    with pytest.raises(TypeError, match="only a Window of Streams"):
         batch.finish((torch.zeros(()), torch.zeros(3)))
     assert batch.finish(torch.ones(())) == 1
 

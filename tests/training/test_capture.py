@@ -238,7 +238,7 @@ def test_settings_that_change_again_and_again_are_named(change, monkeypatch):
     assert different(one.method, other.method) == []
     assert steps.graphs.captured == 8
     assert steps.reasons == [
-        f"train_step is not captured: it has been captured 8 times, as these settings changed: {CHANGES[change]}"
+        f"train_step is not captured: it was captured 8 times because these settings changed: {CHANGES[change]}"
     ]
 
 
@@ -251,9 +251,7 @@ def test_a_batch_of_another_size_is_taken_one_by_one():
             batch = Split(batch.inputs[:20], batch.targets[:20])
         assert torch.equal(one.method.train_step(batch, step), steps.train_step(batch, step))
     assert different(one.method, other.method) == []
-    assert steps.reasons == [
-        "train_step: batches differ in shape, and those unlike the captured one are taken one by one"
-    ]
+    assert steps.reasons == ["train_step: batches differ in shape; those unlike the captured one run without a graph"]
     assert steps.graphs.captured == 1
 
 
@@ -608,7 +606,7 @@ def test_a_buffer_that_is_replaced_at_each_step_is_named():
     train_both(methods[0], steps, one.train, 6)
     assert methods[0].model.calls == methods[1].model.calls == 6
     assert different(*methods) == []
-    assert steps.reasons == ["train_step is not captured: it makes calls anew at each step"]
+    assert steps.reasons == ["train_step is not captured: it creates calls at each step"]
 
 
 class Late(torch.optim.SGD):
@@ -685,7 +683,7 @@ def test_an_unfused_optimizer_of_many_numbers_is_named(monkeypatch):
     steps = captured(one.method)
     for step in range(4):
         steps.train_step(one.train[step], step)
-    assert steps.reasons == ["train_step is not captured: SGD keeps much and is not fused (fused=True)"]
+    assert steps.reasons == ["train_step is not captured: SGD has a large state and is not fused (fused=True)"]
 
 
 def test_sparse_gradients_are_named():
@@ -718,7 +716,7 @@ def test_a_batch_that_holds_more_than_tensors_is_named():
     for step in range(4):
         inputs, targets = one.train[step]
         steps.train_step({"inputs": {"x": inputs, "names": "digits"}, "targets": targets}, step)
-    assert steps.reasons == ["train_step is not captured: its batch holds more than tensors"]
+    assert steps.reasons == ["train_step is not captured: its batch has parts that are not tensors"]
 
 
 def test_a_capture_that_cuda_refuses_is_given_up():
@@ -739,7 +737,7 @@ def test_on_another_device_steps_are_taken_one_by_one_and_that_is_said_once(monk
     monkeypatch.undo()
     one = digits_steps()
     steps = one.method.captured()
-    with pytest.warns(RuntimeWarning, match="CUDA graphs are made on a CUDA device, and the model is on cpu") as seen:
+    with pytest.warns(RuntimeWarning, match="CUDA graphs need a CUDA device, and the model is on cpu") as seen:
         cycle(one, 6, steps)
     assert len(seen) == 2  # one for each kind
     assert steps.replayed == 0
@@ -758,7 +756,7 @@ def test_a_run_captures_its_steps_and_says_how_many(train, same_run, capsys):
 def test_a_run_whose_steps_can_not_be_captured_says_why(train, monkeypatch, capsys):
     monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 10)
     other = train("hyper_optimizer.name=rmsprop")
-    reason = "valid_step is not captured: RMSprop keeps much and is not fused (fused=True)"
+    reason = "valid_step is not captured: RMSprop has a large state and is not fused (fused=True)"
     assert result(other, timeless=False)["captured"] == {"steps": 52, "reasons": [reason]}
     assert capsys.readouterr().err.count(reason) == 1
 

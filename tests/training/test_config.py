@@ -76,7 +76,7 @@ def test_a_wrong_value_is_refused_by_name(pair, says):
 
 def test_integers_cannot_respond_with_their_value():
     config = recipe("cifar10").config()
-    with pytest.raises(UserError, match=r"method.response = 'value': leaves integers untuned.*disable cutout_"):
+    with pytest.raises(UserError, match=r"method.response = 'value': cannot tune integers.*disable cutout_"):
         resolve(config, None, ["method.response=value"])
     names = [name for name, entry in config.hyperparameters.items() if entry.integer]
     without = [f"hyperparameters.{name}.enabled=false" for name in names]

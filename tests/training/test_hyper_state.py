@@ -122,7 +122,7 @@ def test_what_differs_is_named_and_nothing_is_loaded(kind, change, message):
 
 def test_other_names_are_named():
     state = saved(trained())
-    with pytest.raises(ValueError, match="other hyperparameters than this method: noise only there; jitter only here"):
+    with pytest.raises(ValueError, match="are not those of this method: noise only there; jitter only here"):
         method_of([RATE, DECAY, replace(NOISE, name="jitter")]).load_state_dict(state)
 
 
@@ -168,9 +168,9 @@ def test_factored_moments_follow_their_hyperparameters():
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (dict(optimizer=partial(torch.optim.Adam, lr=1e-3)), r"optimizers Adam, Adam, and this method has SGD, Adam"),
-        (dict(hyper_optimizer=partial(torch.optim.SGD, lr=0.1)), r"optimizers SGD, SGD, and this method has SGD, Adam"),
-        (dict(kind=FixedHyperparameters), r"method FixedHyperparameters, and this method has SelfTuning"),
+        (dict(optimizer=partial(torch.optim.Adam, lr=1e-3)), r"optimizers Adam, Adam, but this method has SGD, Adam"),
+        (dict(hyper_optimizer=partial(torch.optim.SGD, lr=0.1)), r"optimizers SGD, SGD, but this method has SGD, Adam"),
+        (dict(kind=FixedHyperparameters), r"method FixedHyperparameters, but this method has SelfTuning"),
     ],
 )
 def test_a_state_of_another_method_or_other_optimizers_is_refused_and_nothing_loaded(other, says):

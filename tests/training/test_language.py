@@ -153,7 +153,7 @@ def test_the_validation_text_is_cut_into_the_streams_that_are_asked_for(tmp_path
 def test_an_evaluation_that_loses_the_state_is_noticed(tmp_path, monkeypatch):
     trainer = trainer_of("schedule.eval_batch_size=7", tmp_path=tmp_path)
     forget(monkeypatch)
-    with pytest.raises(ValueError, match="window 0 leaves, and none has been carried"):
+    with pytest.raises(ValueError, match="window 0, but no state was carried"):
         trainer.evaluate(DATA.test)
 
 
@@ -342,11 +342,11 @@ def test_evaluating_leaves_the_states_of_training_alone(tmp_path):
     [
         (
             "schedule.batch_size=170",
-            r"schedule.batch_size = 170: streams of 12 words at a step want 2,040 words.*2,003",
+            r"schedule.batch_size = 170: columns of 12 words per step need 2,040 words.*2,003",
         ),
         (
             "text.window=120",
-            r"schedule.valid_batch_size = 4: .* want 480 words, the text has 403: take at most 3 streams",
+            r"schedule.valid_batch_size = 4: .* need 480 words, but the text has 403: use at most 3 columns",
         ),
     ],
 )

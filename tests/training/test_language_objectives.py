@@ -63,13 +63,13 @@ def test_a_window_of_one_word_has_no_change_to_penalise():
 
 
 def test_a_weight_that_could_be_negative_is_refused():
-    with pytest.raises(ValueError, match=r"'activation_regularization' weighs a penalty.*got low=None"):
+    with pytest.raises(ValueError, match=r"'activation_regularization' weights a penalty.*got None"):
         activation_penalty(*activations(), batch_of(Hyperparameter("activation_regularization", init=1.0)))
 
 
 @pytest.mark.parametrize("objective", [next_word_loss, regularised_next_word_loss, next_word_scores])
 def test_a_batch_that_is_no_window_is_named(objective):
-    with pytest.raises(TypeError, match="reads windows of Streams or WholeText; got a Split"):
+    with pytest.raises(TypeError, match="needs a Window of Streams or WholeText, got a Split"):
         objective(torch.nn.Identity(), Split(torch.zeros(3), torch.zeros(3)), None)
 
 

@@ -328,7 +328,7 @@ def test_arrays_of_numpy_are_a_batch(model, batch):
 def test_steps_without_gradients_blame_what_switched_them_off(model, batch, switch):
     method = self_tuning(model)
     for name in ("train_step", "valid_step"):
-        with switch(), pytest.raises(RuntimeError, match=f"{name} computes gradients, and torch.no_grad or"):
+        with switch(), pytest.raises(RuntimeError, match=f"{name} computes gradients, but torch.no_grad or"):
             getattr(method, name)(batch, 0)
 
 
@@ -363,7 +363,7 @@ def test_a_hyperparameter_that_nothing_uses_is_an_error_that_names_it(batch, kin
     model = mlp(space, (6, 16, 4))
     method = kind(model, space, *objectives)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"uses 'hiden_dropout_2', 'weight_decay', or looks"):
+    with pytest.raises(ValueError, match=r"looks up 'hiden_dropout_2', 'weight_decay', as"):
         method.train_step(batch, 0)
     assert not moved(before, model)
     kind(model, space, *objectives, allow_unused=True).train_step(batch, 0)
@@ -373,7 +373,9 @@ def test_an_objective_that_looks_up_no_hyperparameter_is_warned_of_once(batch):
     """It may read hyper.values."""
     space = HyperparameterSpace([Hyperparameter("weight_decay", low=0.0, init=0.1)])
     method = SelfTuning(mlp(space, (6, 16, 4)), space, classification_loss, classification_loss)
-    with pytest.warns(UserWarning, match=r"nothing in the training objective uses 'weight_decay'.*allow_unused=True"):
+    with pytest.warns(
+        UserWarning, match=r"nothing in the training objective looks up 'weight_decay'.*allow_unused=True"
+    ):
         method.train_step(batch, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -178,7 +178,9 @@ def test_a_run_that_stopped_early_goes_on_when_it_is_asked_to(train, same_run, l
 def test_a_run_that_would_have_stopped_before_is_refused(train, less):
     train("schedule.epochs=12", *DECAYING)
     key, _, value = less.partition("=")
-    with pytest.raises(UserError, match=rf"epoch 12, past where {key} = {value} ends it: change that with --set {key}"):
+    with pytest.raises(
+        UserError, match=rf"epoch 12, but {key} = {value} ends it earlier: change this with --set {key}"
+    ):
         train("schedule.epochs=12", less, *DECAYING)
 
 

@@ -122,7 +122,7 @@ def test_a_run_says_what_it_learns_from(make_config, name, trained):
 
 
 def test_a_run_without_a_validation_step_says_that_nothing_is_tuned_and_a_fixed_one_need_not(make_config):
-    says = "no validation step was taken"
+    says = "no validation step was run"
     assert says in summary(run(make_config("schedule.max_steps=1"), digits.build))
     assert says not in summary(run(make_config("schedule.max_steps=40", name="tuned"), digits.build))
     fixed = make_config("schedule.max_steps=1", "method.name=fixed", name="fixed")
@@ -170,7 +170,7 @@ def test_a_run_without_the_core_says_so_in_its_first_line_and_its_result(make_co
     without("stn_fast._C")
     progress = Recorder()
     got = run(make_config("schedule.max_steps=1"), digits.build, progress=progress)
-    assert "; the slow backend 'reference' computes: the C++ core stn_fast._C does not import (" in progress.said[0]
+    assert "; using the slow backend 'reference': the C++ core stn_fast._C does not import (" in progress.said[0]
     assert got["versions"]["backend"] == "reference"
 
 
@@ -178,7 +178,7 @@ def test_a_run_on_the_backend_that_was_asked_for_says_so(make_config):
     progress = Recorder()
     with dispatch.use_backend("reference"):
         got = run(make_config("schedule.max_steps=1"), digits.build, progress=progress)
-    assert "'reference' computes: use_backend('reference') asks for it" in progress.said[0]
+    assert "slow backend 'reference': use_backend('reference') asks for it" in progress.said[0]
     assert got["versions"]["backend"] == "reference"
     again = run(make_config("schedule.max_steps=1", name="again"), digits.build, progress=progress)
     assert again["versions"]["backend"] == "cpp"
@@ -188,7 +188,7 @@ def test_a_run_on_the_backend_that_was_asked_for_says_so(make_config):
 def test_the_first_line_of_a_run_names_a_precision_below_float32(make_config):
     progress = Recorder()
     run(make_config("schedule.max_steps=1", "precision=bf16"), digits.build, progress=progress)
-    assert progress.said[0].endswith("; products of a step in bf16")
+    assert progress.said[0].endswith("; matrix products in bf16")
     run(make_config("schedule.max_steps=1", name="fp32"), digits.build, progress=progress)
     assert "products" not in progress.said[-1]
 
@@ -204,11 +204,11 @@ def test_without_a_call_that_tells_the_memory_a_run_ends_well(make_config, witho
 def test_a_hyperparameter_that_the_task_does_not_use_is_a_users_error(tmp_path):
     config = digits.config()
     unused = {**config.hyperparameters, "hiden_dropout_1": HyperparameterConfig(init=0.3, low=0.0, high=0.9)}
-    with pytest.raises(UserError, match="nothing in the training objective uses 'hiden_dropout_1'"):
+    with pytest.raises(UserError, match="nothing in the training objective looks up 'hiden_dropout_1'"):
         run(replace(config, hyperparameters=unused, run_dir=str(tmp_path / "run")), digits.build)
 
     only = {"hiden_dropout_1": unused["hiden_dropout_1"]}
-    with pytest.raises(UserError, match="uses 'hiden_dropout_1'"):
+    with pytest.raises(UserError, match="looks up 'hiden_dropout_1'"):
         run(replace(config, hyperparameters=only, run_dir=str(tmp_path / "run")), digits.build)
 
     def build(config):

@@ -97,7 +97,7 @@ def test_checkpoints_that_cannot_be_looked_into_are_an_error_of_the_user(train, 
         return iterdir(path)
 
     monkeypatch.setattr(Path, "iterdir", refused)
-    with pytest.raises(UserError, match=r"cannot look into .*checkpoints \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"cannot list .*checkpoints \(Permission denied\)"):
         train("schedule.max_steps=5")
 
 
@@ -110,7 +110,7 @@ def test_a_second_run_in_the_same_directory_is_refused(train):
     ) as holder:
         assert holder.stdout.readline() == "held\n"
         for resume in (True, False):
-            with pytest.raises(UserError, match=rf"another run is going on in {directory}; .*--run-dir"):
+            with pytest.raises(UserError, match=rf"another run is using {directory}; .*--run-dir"):
                 train(resume=resume)
         assert rows(directory) == before
         holder.communicate("")
@@ -164,7 +164,7 @@ def test_a_run_whose_checkpoints_are_gone_says_that_it_starts_over(train, capsys
     directory = train()
     checkpoint.clear(directory / "checkpoints")
     train("schedule.epochs=7")
-    assert "holds a run but no checkpoint of it: starting over from step 0" in capsys.readouterr().err
+    assert "holds a run without a checkpoint: starting over from step 0" in capsys.readouterr().err
 
 
 def test_a_run_that_never_began_leaves_no_directory_that_was_not_there(make_config):

@@ -90,7 +90,7 @@ def test_a_window_out_of_order_is_refused_rather_than_given_anothers_state():
     text[0].carry(torch.zeros(1))
     text[1].carry(torch.ones(1))
     for index in (1, 3):
-        says = rf"state of window {index} is what window {index - 1} leaves, and the one at hand is for window 2: take"
+        says = rf"window {index} starts from .* window {index - 1}, but the state is for window 2: read"
         with pytest.raises(ValueError, match=says):
             text[index].state  # noqa: B018
     assert torch.equal(text[2].state, torch.ones(1))
@@ -104,7 +104,7 @@ def test_a_state_put_back_goes_on_and_is_no_view_of_anything_larger():
     assert saved["state"][0].untyped_storage().nbytes() == 8
     again.load_state_dict(saved)
     assert torch.equal(again[1].state[0], torch.tensor([0.0, 1.0]))
-    with pytest.raises(ValueError, match="the one at hand is for window 1"):
+    with pytest.raises(ValueError, match="the state is for window 1"):
         again[2].state  # noqa: B018
 
 
@@ -113,7 +113,7 @@ def test_a_state_that_is_never_carried_on_is_noticed():
     assert text[0].state is None
     assert next(whole).state is None
     for window in (text[1], next(whole)):
-        with pytest.raises(ValueError, match="window 0 leaves, and none has been carried"):
+        with pytest.raises(ValueError, match="window 0, but no state was carried"):
             window.state  # noqa: B018
 
 
@@ -130,16 +130,21 @@ def test_a_windows_repr_is_a_line():
 
 @pytest.mark.parametrize(("count", "size"), [(0, 4), (2, 0)])
 def test_an_evaluation_in_no_streams_or_no_words_is_refused(count, size):
-    with pytest.raises(ValueError, match=f"WholeText wants streams and size of at least 1; got {count} and {size}"):
+    with pytest.raises(ValueError, match=f"WholeText: streams and size must be at least 1, got {count} and {size}"):
         WholeText(counted(10), count, size)
 
 
 @pytest.mark.parametrize(
     ("words", "batch_size", "window", "says"),
     [
-        (11, 3, 4, r"batch_size=3 streams of 4 words at a step want 12 words, the text has 11: take at most 2 streams"),
-        (3, 1, 4, r"want 4 words, the text has 3: take a smaller window"),
-        (11, 0, 4, "batch_size and window of at least 1; got 0 and 4"),
+        (
+            11,
+            3,
+            4,
+            r"batch_size=3 columns of 4 words per step need 12 words, but the text has 11: use at most 2 columns",
+        ),
+        (3, 1, 4, r"need 4 words, but the text has 3: use a smaller window"),
+        (11, 0, 4, "batch_size and window must be at least 1, got 0 and 4"),
         (11, 1, 0, "got 1 and 0"),
     ],
 )

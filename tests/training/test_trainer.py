@@ -92,10 +92,10 @@ def test_a_finished_run_asked_again_gives_its_result_without_training(train, mak
 
 def test_a_run_that_went_further_than_asked_is_refused(train):
     train()
-    says = "already at step 72, epoch 6, past where schedule.epochs = 3 ends it: change that with --epochs"
+    says = "already at step 72, epoch 6, but schedule.epochs = 3 ends it earlier: change this with --epochs"
     with pytest.raises(UserError, match=says):
         train("schedule.epochs=3")
-    with pytest.raises(UserError, match=r"past where schedule.max_steps = 3 ends it.*--max-steps"):
+    with pytest.raises(UserError, match=r"but schedule.max_steps = 3 ends it earlier.*--max-steps"):
         train("schedule.max_steps=3")
 
 
@@ -171,7 +171,7 @@ def test_a_damaged_best_checkpoint_costs_no_more_than_itself(train, capfd, monke
     assert said.startswith("warning: the best checkpoint")
     assert said.count("warning") == 1
     assert f"step-{best:08d}" in said
-    assert f"step-{got['best_step']:08d} is the best" in said
+    assert f"step-{got['best_step']:08d} (validation loss" in said.partition("; the best of the others is ")[2]
     losses = {row["step"]: row["loss"] for row in rows(directory) if row["phase"] == "eval"}
     assert got["valid_loss"] == min(losses[step] for step in found if step != best)
 
