@@ -1,4 +1,4 @@
-"""Data sets, as tensors that live on the device."""
+"""Data sets, as tensors on the device."""
 
 from stn_fast.data.dataset import from_dataset
 from stn_fast.data.download import data_root

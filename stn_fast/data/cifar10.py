@@ -1,6 +1,6 @@
 """CIFAR-10: 60,000 colour images of 32 x 32 pixels, ten classes (Krizhevsky, 2009).
 
-Its files lie in ``cifar10/cifar-10-batches-py/`` under the data root, as published: pickled batches.
+Its files are in ``cifar10/cifar-10-batches-py/`` under the data root, as published: pickled batches.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def load(root: str | Path | None = None) -> Images:
     """50,000 training and 10,000 test images, (N, 3, 32, 32) uint8, red, green, blue; targets 0 to 9.
 
     Args:
-        root: the data root; without one as `data_root`. Files that are missing are downloaded.
+        root: the data root, by default as for `data_root`. Missing files are downloaded.
 
     Raises:
-        UserError: a file is damaged, or missing and not to be had.
+        UserError: a file is damaged, or missing and cannot be downloaded.
     """
     folder = data_root(root) / FOLDER / BATCHES
     missing = [file for file in (*TRAIN, *TEST) if not files.exists(folder / file.name)]
@@ -59,7 +59,7 @@ def load(root: str | Path | None = None) -> Images:
 
 
 def unpack(archive: Path, folder: Path, files: Sequence[Published]) -> None:
-    """Puts ``files``, and nothing else that the checked archive may hold, into ``folder``, each whole or not at all."""
+    """Extracts only ``files`` of the checked archive into ``folder``, each atomically."""
     with tarfile.open(archive) as tar:
         for file in files:
             member = tar.extractfile(f"{BATCHES}/{file.name}")
@@ -75,13 +75,13 @@ def _split(folder: Path, files: Sequence[Published]) -> Split:
 
 
 def unpickle(contents: bytes, name: str) -> Split:
-    """The images (N, 3, 32, 32) uint8 and labels (N,) int64 of a batch file; ``name`` stands for it in errors.
+    """The images (N, 3, 32, 32) uint8 and labels (N,) int64 of a batch file; errors call it ``name``.
 
-    The unpickler admits what an array of numbers is made of and refuses every other global, so that not even
-    a file with the right checksum calls anything else.
+    The unpickler only allows what NumPy arrays of numbers need and refuses every other global, so that no file can call
+    anything else.
 
     Raises:
-        UserError: the file is no pickle, asks for anything else, or holds no matched ``data`` and ``labels``.
+        UserError: the file is not a pickle, needs another global, or has no matching ``data`` and ``labels``.
     """
     try:
         batch = _ArraysOnly(io.BytesIO(contents), encoding="bytes").load()
@@ -106,11 +106,11 @@ _KNOWN: dict[tuple[str, str], Any] = {
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Knows what rebuilds a NumPy array, under the names that NumPy 1 and NumPy 2 write for it, and nothing else."""
+    """Only allows the globals that rebuild a NumPy array, by the names that NumPy 1 and NumPy 2 write."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch needs")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which batches don't need")
         return _KNOWN[module, name]
 
 

@@ -18,7 +18,7 @@ from stn_fast.data.splits import Split
 from stn_fast.errors import UserError
 
 CHANNELS = (1, 3)
-LABELS = 2**63  # so many numbers from 0 on are in int64
+LABELS = 2**63  # labels from 0 to LABELS - 1 fit in int64
 
 
 def from_dataset(dataset: Dataset) -> Split:
@@ -26,13 +26,13 @@ def from_dataset(dataset: Dataset) -> Split:
 
     An image is a uint8 tensor (H, W) or (C, H, W), a uint8 NumPy array (H, W) or (H, W, C), or a PIL image of mode
     L or RGB; a label is a whole number, at least 0. Augmentation and normalisation belong to the network, so the data
-    set wants no transform that makes floats of its images.
+    set must not transform its images to floats.
 
     Raises:
-        UserError: naming the example, for anything else, for images of different shapes, for no examples at all, and
-            for a data set without len() or without indexing that is no IterableDataset.
+        UserError: an example is anything else (the message names it), images differ in shape, there are no examples, or
+            the data set has no len() or indexing and is not an IterableDataset.
 
-    What the data set itself raises is not changed; from Python 3.11 on, a note on it says for which example.
+    Errors raised by the data set itself are passed on; from Python 3.11, with a note that names the example.
     """
     examples: Any = _listed(dataset) if isinstance(dataset, IterableDataset) else dataset
     count = _count(examples)
@@ -47,7 +47,7 @@ def from_dataset(dataset: Dataset) -> Split:
             if image.shape != inputs.shape[1:]:
                 raise UserError(
                     f"{where} has shape {tuple(image.shape)} and example 0 {tuple(inputs.shape[1:])} (C, H, W); "
-                    "images must be of one shape: resize or crop them"
+                    "all images must have the same shape: resize or crop them"
                 )
             inputs[i], targets[i] = image, label
     return Split(inputs, targets)
@@ -55,7 +55,7 @@ def from_dataset(dataset: Dataset) -> Split:
 
 @contextmanager
 def _example(i: int) -> Iterator[str]:
-    """What example ``i`` is called in errors; an error of the data set's own inside gets a note that names it."""
+    """The name of example ``i`` in errors; errors of the data set itself inside get a note with this name."""
     where = f"example {i} of the data set"
     try:
         yield where
@@ -90,7 +90,7 @@ def _count(examples: Any) -> int:
 
 def _pair(example: Any, where: str) -> tuple[Tensor, int]:
     try:
-        if isinstance(example, (Mapping, str, Tensor, np.ndarray)):  # what they unpack to is not an image and a label
+        if isinstance(example, (Mapping, str, Tensor, np.ndarray)):  # these may unpack to two, but not (image, label)
             raise TypeError
         image, label = example
     except (TypeError, ValueError):
@@ -98,7 +98,7 @@ def _pair(example: Any, where: str) -> tuple[Tensor, int]:
         raise UserError(f"{where} must be a pair (image, label); it is a {type(example).__name__}{length}") from None
     try:
         number = index(label)
-    except (TypeError, ValueError, RuntimeError):  # the last is torch's for an integer beyond int64
+    except (TypeError, ValueError, RuntimeError):  # torch raises RuntimeError for an integer too large for int64
         number = -1
     if not 0 <= number < LABELS:
         raise UserError(f"{where} has the label {_shown(label)}; it must be the number of its class, 0 to 2**63 - 1")
@@ -106,7 +106,7 @@ def _pair(example: Any, where: str) -> tuple[Tensor, int]:
 
 
 def _shown(label: Any) -> str:
-    """``label`` on one short line: of an array of several numbers only the shape."""
+    """``label`` on one short line; only the type and shape of an array."""
     shape = tuple(getattr(label, "shape", ()))
     if shape:
         return f"of type {type(label).__name__} and shape {shape}"
@@ -117,15 +117,15 @@ def _channels_first(image: Any, where: str) -> Tensor:
     """(C, H, W) uint8."""
     mode = getattr(image, "mode", None)  # a PIL image has one; nothing here imports PIL
     if isinstance(mode, str) and mode not in ("L", "RGB"):
-        raise UserError(f"{where} is an image of mode {mode}; it wants L or RGB, which its convert method makes")
+        raise UserError(f"{where} is an image of mode {mode}; convert the image to L or RGB")
     try:
         values = image if isinstance(image, Tensor) else np.asarray(image)
     except ValueError as error:
         raise UserError(f"{where} has an image of type {type(image).__name__} that is no array ({error})") from error
     if values.dtype not in (torch.uint8, np.uint8):
         raise UserError(
-            f"{where} holds {values.dtype} where uint8, 0 to 255, is meant; "
-            "leave out what converts it, or convert it to uint8"
+            f"{where} holds {values.dtype}, but images must be uint8, 0 to 255; "
+            "remove the transform that converts it, or convert it to uint8"
         )
     shape, layout = tuple(values.shape), "(C, H, W)" if isinstance(image, Tensor) else "(H, W, C)"
     pixels = values if isinstance(values, Tensor) else torch.from_numpy(values.copy())
@@ -134,5 +134,5 @@ def _channels_first(image: Any, where: str) -> Tensor:
     elif pixels.ndim == 3 and not isinstance(image, Tensor):
         pixels = pixels.movedim(-1, 0)
     if pixels.ndim != 3 or pixels.shape[0] not in CHANNELS or 0 in shape:
-        raise UserError(f"{where} has shape {shape}; it wants {layout} with 1 or 3 channels, or (H, W)")
+        raise UserError(f"{where} has shape {shape}; it must be {layout} with 1 or 3 channels, or (H, W)")
     return pixels

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, inside the package, nothing to download."""
+"""scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, included in scikit-learn, without any download."""
 
 import numpy as np
 import torch

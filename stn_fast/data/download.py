@@ -1,4 +1,4 @@
-"""Published files: fetched where they are missing, and never read before their checksum is right."""
+"""Published files: downloaded if they are missing, and always checked against their checksum before use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMEOUT = 30.0  # seconds without an answer
 
 @dataclass(frozen=True)
 class Published:
-    """A file as its authors published it: its name, its size in bytes, its SHA-256, and where it can be had."""
+    """A published file: its name, its size in bytes, its SHA-256, and its addresses."""
 
     name: str
     size: int
@@ -31,17 +31,17 @@ class Published:
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """``root``, else STN_FAST_DATA, else ~/.cache/stn_fast/data: it holds a folder for every data set.
+    """The folder that holds a folder for every data set: ``root``, else STN_FAST_DATA, else ~/.cache/stn_fast/data.
 
     Raises:
-        UserError: there is no home directory where one is needed.
+        UserError: there is no home directory, but one is needed.
     """
     path = root or os.environ.get("STN_FAST_DATA") or "~/.cache/stn_fast/data"
     return files.expanded(path, "--data-root or STN_FAST_DATA")
 
 
 def verified(path: Path, published: Published) -> bytes:
-    """The contents of ``path``, once their size and checksum are the published ones.
+    """The contents of ``path``, after checking their size and checksum.
 
     Raises:
         UserError: the file cannot be read, is cut short or has been changed.
@@ -53,10 +53,10 @@ def verified(path: Path, published: Published) -> bytes:
 
 
 def fetch(folder: Path, published: Published) -> bytes:
-    """The contents of ``published`` in ``folder``, downloaded first where it is missing.
+    """The contents of ``published`` in ``folder``, which is downloaded if it is missing.
 
     Raises:
-        UserError: as ``verified``; or the file is missing and no address gives it.
+        UserError: as ``verified``; or the file is missing and cannot be downloaded.
     """
     path = folder / published.name
     if not files.exists(path):
@@ -67,13 +67,12 @@ def fetch(folder: Path, published: Published) -> bytes:
 
 @contextmanager
 def downloaded(path: Path, published: Published) -> Iterator[Path]:
-    """A file with the published contents, checked: ``path`` itself where somebody has put it there, else one beside it.
+    """A checked file with the published contents: ``path`` if it exists, else a download beside it.
 
-    What is left at the end of a file that was downloaded is removed.
+    A downloaded file is removed at the end, unless it was renamed.
 
     Raises:
-        UserError: as ``verified``; or no address gives the file, and one line says what was missing, why, and where to
-            put it by hand.
+        UserError: as ``verified``; or the file cannot be downloaded. The message says why, and where to put it by hand.
     """
     if files.exists(path):
         verified(path, published)
@@ -98,7 +97,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class _NoAnswer(Exception):
-    """An address gives nothing, or stops in the middle."""
+    """A download failed or was interrupted."""
 
 
 def _download(path: Path, partial: Path, published: Published) -> None:
@@ -121,7 +120,7 @@ def _download(path: Path, partial: Path, published: Published) -> None:
 
 
 def _copy(url: str, partial: Path, published: Published) -> str | None:
-    """Writes what ``url`` gives to ``partial``, on the disk; what is wrong with it, None where it is as published."""
+    """Downloads ``url`` to ``partial``; returns what is wrong with the file, None if it is the published one."""
     digest, size = hashlib.sha256(), 0
     with partial.open("wb") as file:
         for chunk in _chunks(url):
@@ -146,7 +145,7 @@ def _chunks(url: str) -> Iterator[bytes]:
 
 
 def _damage(size: int, digest: hashlib._Hash, published: Published) -> str | None:
-    """What tells contents of ``size`` bytes from the published ones, as the tail of a sentence; None where nothing."""
+    """How contents of ``size`` bytes differ from the published ones, as the end of a sentence; None if they don't."""
     if size < published.size:
         return f"is cut short ({size:,} of {published.size:,} bytes)"
     if size > published.size or digest.hexdigest() != published.sha256:

@@ -1,6 +1,6 @@
 """Fashion-MNIST: 70,000 grey images of 28 x 28 pixels, ten kinds of clothing (Xiao, Rasul, Vollgraf, 2017).
 
-Its files lie in ``fashion_mnist/`` under the data root, as published: four idx files, compressed with gzip.
+Its files are in ``fashion_mnist/`` under the data root, as published: four idx files, compressed with gzip.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def load(root: str | Path | None = None) -> Images:
     """60,000 training and 10,000 test images, (N, 1, 28, 28) uint8 with 0 the background; targets 0 to 9.
 
     Args:
-        root: the data root; without one as `data_root`. Files that are missing are downloaded.
+        root: the data root, by default as for `data_root`. Missing files are downloaded.
 
     Raises:
-        UserError: a file is damaged, or missing and not to be had.
+        UserError: a file is damaged, or missing and cannot be downloaded.
     """
     folder = data_root(root) / FOLDER
     train, test = (_split(folder, *files) for files in (TRAIN, TEST))

@@ -1,4 +1,4 @@
-"""A fingerprint of a data set: SHA-256 of its contents, so that a run can tell whether its data are still the same."""
+"""The fingerprint of a data set: SHA-256 of its contents, by which a run recognises that its data have not changed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from stn_fast.data.splits import DataSet, Split
 
-# What each part of a fingerprint is called in a message.
+# Names of the parts of a fingerprint in messages.
 PARTS = {
     "train": "training split",
     "valid": "validation split",
@@ -20,10 +20,10 @@ PARTS = {
 
 
 def fingerprint(data: DataSet, vocabulary: Sequence[str] = ()) -> dict[str, str]:
-    """``sha256:...`` of each split of ``data``, and of the ``vocabulary`` where there is one, by the keys of ``PARTS``.
+    """``sha256:...`` of each split of ``data``, and of the ``vocabulary`` if there is one, by the keys of ``PARTS``.
 
-    A split's digest covers dtype, shape and values of its tensors and the order of its examples; not their device,
-    their memory layout, or the files they came from.
+    The digest of a split covers the dtype, shape and values of its tensors and the order of its examples, but not their
+    device, memory layout or source files.
     """
     digests = {name: _digest(split) for name, split in data._asdict().items()}
     if vocabulary:

@@ -29,14 +29,14 @@ def read(path: str | Path) -> Tensor:
 
 
 def parse(contents: bytes, name: str) -> Tensor:
-    """The uint8 array that the bytes of an idx file hold; ``name`` stands for them in errors.
+    """The uint8 array in the contents of an idx file; errors call the file ``name``.
 
-    Bytes 0 and 1 are 0, byte 2 is the type of the values, byte 3 the number of dimensions; a big-endian 32-bit size
-    for each of these follows.
+    Bytes 0 and 1 are 0, byte 2 is the type of the values, byte 3 the number of dimensions; then comes a big-endian
+    32-bit size for each dimension.
 
     Raises:
-        UserError: the gzip stream is damaged, the header is none or states a shape that no array has, or there are
-            more or fewer values than it states.
+        UserError: the gzip stream is damaged, the header is invalid or has an impossible shape, or the number of values
+            does not fit the shape.
     """
     if contents[:2] == b"\x1f\x8b":
         try:
@@ -47,7 +47,7 @@ def parse(contents: bytes, name: str) -> Tensor:
         raise UserError(f"{name} is not an idx file: it starts with {contents[:4].hex(' ') or 'nothing'}")
     kind, dimensions = contents[2], contents[3]
     if kind != UNSIGNED_BYTES:
-        raise UserError(f"{name} holds values of idx type 0x{kind:02x}; this reads unsigned bytes, 0x08")
+        raise UserError(f"{name} holds values of idx type 0x{kind:02x}; only unsigned bytes, 0x08, are supported")
     start = 4 + 4 * dimensions
     shape = [int.from_bytes(contents[i : i + 4], "big") for i in range(4, start, 4)]
     expected = start + int(np.prod(shape, dtype=object))

@@ -1,7 +1,7 @@
 """Penn Treebank, word level, as Mikolov prepared it: 929,589 training words, 10,000 distinct ones.
 
-Its files lie in ``ptb/`` under the data root. The text is of the Wall Street Journal and belongs to the Linguistic Data
-Consortium: it is for research, and no part of this package.
+Its files are in ``ptb/`` under the data root. The text is from the Wall Street Journal and belongs to the Linguistic
+Data Consortium; it is for research only, and not part of this package.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def load(
     """929,589 training, 73,760 validation and 82,430 test words, ends of lines included; rare words are ``<unk>``.
 
     Args:
-        root: the data root; without one as `data_root`. Files that are missing are downloaded.
+        root: the data root, by default as for `data_root`. Missing files are downloaded.
         min_count, train_fraction, cache: as for `stn_fast.data.text.load`.
 
     Raises:
-        UserError: a file is damaged, or missing and not to be had; or an argument is out of range.
+        UserError: a file is damaged, or missing and cannot be downloaded; or an argument is out of range.
     """
     folder = data_root(root) / FOLDER
     texts = [fetch(folder, file) for file in FILES]

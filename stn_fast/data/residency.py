@@ -1,4 +1,4 @@
-"""Where a data set lives while a network trains on it: on the device, whole, wherever that leaves room to train."""
+"""Placement of a data set during training: entirely on the device, if enough memory is left for training."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 
 from stn_fast.data.splits import DataSet
 
-SHARE = 0.25  # of the device's free memory; the rest is for the network and what it computes
+SHARE = 0.25  # largest fraction of the device's free memory for data; the rest is for the network and activations
 
 
 def placed(data: DataSet, device: torch.device | str) -> DataSet:
-    """``data`` on ``device`` where it takes at most ``SHARE`` of a CUDA device's free memory, else ``data`` itself.
+    """``data`` on ``device``, unless it needs more than ``SHARE`` of a CUDA device's free memory.
 
-    What stays in host memory reaches the device batch by batch, through `stn_fast.training.batches.Batches`.
+    Data that stay in host memory are copied to the device batch by batch by `stn_fast.training.batches.Batches`.
     """
     device = torch.device(device)
     if device.type == "cuda" and size(data) > SHARE * torch.cuda.mem_get_info(device)[0]:

@@ -1,4 +1,4 @@
-"""What every data set is: splits of inputs and targets, how they are cut, and what they pass before training."""
+"""Data sets as splits of inputs and targets: their types, how they are divided, and how they are checked."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DataSet(NamedTuple):
 
 
 class Images(NamedTuple):
-    """Published images, uint8 (N, C, H, W): ``mean`` and ``std`` are those of the training pixels / 255, by channel."""
+    """Published images, uint8 (N, C, H, W), with ``mean`` and ``std`` per channel of the training pixels / 255."""
 
     train: Split
     test: Split
@@ -47,10 +47,10 @@ class Images(NamedTuple):
 
 
 def split_validation(train: Split, valid_size: int, seed: int) -> tuple[Split, Split]:
-    """(training, validation): ``valid_size`` examples are set aside in an order that ``seed`` fixes.
+    """(training, validation) with ``valid_size`` validation examples, chosen at random by ``seed``.
 
     Raises:
-        UserError: no example would be left for one of the two.
+        UserError: one of the two would be empty.
     """
     examples = len(train.inputs)
     if not 1 <= valid_size < examples:
@@ -60,7 +60,7 @@ def split_validation(train: Split, valid_size: int, seed: int) -> tuple[Split, S
 
 
 def fraction(split: Split, share: float, seed: int) -> Split:
-    """The first ``share`` of the examples in an order that ``seed`` fixes, one at least; a smaller share is part of it.
+    """A fraction ``share`` of the examples, at least one, chosen by ``seed``; smaller fractions are subsets of it.
 
     Raises:
         UserError: ``share`` is not above 0 and at most 1.
@@ -83,10 +83,10 @@ def _chosen(split: Split, order: Tensor) -> Split:
 
 
 def checked(data: DataSet) -> DataSet:
-    """``data`` itself, once every split is non-empty, matched in length and finite.
+    """Returns ``data`` after checking that every split is non-empty and finite, with as many inputs as targets.
 
     Raises:
-        UserError: naming the split and, for NaN or infinity, the first example that holds one.
+        UserError: a check fails; the message names the split and, for NaN or infinity, the first such example.
     """
     for name, split in data._asdict().items():
         examples, targets = len(split.inputs), len(split.targets)

@@ -1,10 +1,10 @@
-"""Word-level corpora from plain text files: one vocabulary, built once from the training text, and cached.
+"""Word-level corpora from plain text files, with a vocabulary built from the training text; cached.
 
     corpus = text.load("train.txt", "valid.txt", "test.txt")
     corpus.words[corpus.train[0]]                       # the first word
-    data = corpus.data_set()                            # what a task wants
+    data = corpus.data_set()                            # the data of a task
 
-Words stand between white space; every line ends in ``<eos>``.
+Words are separated by white space; every line ends in ``<eos>``.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ from stn_fast.errors import UserError
 from stn_fast.files import cache_root, replace
 
 END, UNKNOWN = "<eos>", "<unk>"
-FORMAT = 1  # counts the layouts of cached corpora and the rules by which words become tokens
+FORMAT = 1  # version of the layout of cached corpora and of the tokenisation
 
 
 class Corpus(NamedTuple):
-    """Texts as word numbers (N,) int64, N counting the ends of lines; number k is ``words[k]``.
+    """Texts as word numbers (N,) int64, including ends of lines; number k is ``words[k]``.
 
-    Numbers follow the count in the training text, the commonest word first; words equally common, their first
-    appearance.
+    Words are numbered by their count in the training text, the most frequent first, then by their first occurrence.
     """
 
     train: Tensor
@@ -44,19 +43,19 @@ class Corpus(NamedTuple):
     words: tuple[str, ...]
 
     def data_set(self) -> DataSet:
-        """Every word of each text as a target once, its input the word before; that of the first is an end of line."""
+        """Each word of a text is a target once, with the word before it as input (``<eos>`` for the first word)."""
         end = self.words.index(END)
         return DataSet(*(predictions(tokens, end) for tokens in (self.train, self.valid, self.test)))
 
     def unknown_share(self) -> float:
-        """The share of the test text that is read as ``<unk>``, without which its perplexity says little."""
+        """The fraction of the test text that is read as ``<unk>``, which is needed to interpret its perplexity."""
         if UNKNOWN not in self.words:
             return 0.0
         return (self.test == self.words.index(UNKNOWN)).double().mean().item()
 
 
 def predictions(tokens: Tensor, before: int) -> Split:
-    """Targets ``tokens`` (N,), in the order of the text; inputs (N,) the word before each, ``before`` for the first."""
+    """Targets ``tokens`` (N,), in order; inputs (N,) are the words before them, ``before`` for the first."""
     text = torch.cat([tokens.new_tensor([before]), tokens])
     return Split(text[:-1], text[1:])
 
@@ -72,25 +71,25 @@ def load(
 ) -> Corpus:
     """The corpus in three UTF-8 files.
 
-    A word that the vocabulary lacks is ``<unk>``, where the vocabulary has that: because the training text does, or
-    by ``min_count``.
+    Words that are not in the vocabulary are read as ``<unk>``, if the vocabulary has it: either because it occurs in
+    the training text, or because of ``min_count``.
 
     Args:
         train, valid, test: the files.
-        min_count: rarer words of the training text are ``<unk>``; 1 keeps all.
-        train_fraction: the share of the training text that is used, from its start; the vocabulary is that part's.
-        cache: keep the result under ``cache_root``, by the checksums of the files, and read it from there.
+        min_count: words that occur less often in the training text are read as ``<unk>``; 1 keeps all words.
+        train_fraction: the fraction of the training text to use, from its start; the vocabulary is that of this part.
+        cache: whether to cache the result under ``cache_root``, by the checksums of the files.
 
     Raises:
-        UserError: a file cannot be read, holds no word or is not UTF-8; a word is in no vocabulary; or an argument is
-            out of range.
+        UserError: a file cannot be read, is empty or is not UTF-8; a word is not in the vocabulary and there is no
+            ``<unk>``; or an argument is out of range.
     """
     paths = [Path(path) for path in (train, valid, test)]
     return corpus_of([read(path) for path in paths], list(map(str, paths)), min_count, train_fraction, cache)
 
 
 def read(path: Path) -> bytes:
-    """The contents of ``path``; a ``UserError`` where it cannot be read."""
+    """The contents of ``path``; raises ``UserError`` if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -100,14 +99,14 @@ def read(path: Path) -> bytes:
 def corpus_of(
     texts: Sequence[bytes], names: Sequence[str], min_count: int = 1, train_fraction: float = 1.0, cache: bool = True
 ) -> Corpus:
-    """The corpus of the contents of three files, as ``load``; ``names`` stand for them in errors."""
+    """The corpus of the contents of three files, as ``load``; errors call them by ``names``."""
     if min_count < 1:
         raise UserError(f"min_count = {min_count}: must be at least 1, which keeps every word")
     if not 0 < train_fraction <= 1:
         raise UserError(f"train_fraction (--train-fraction) = {train_fraction}: must be above 0 and at most 1")
     try:
         root = cache_root() if cache else None
-    except UserError:  # the cache saves time and nothing else
+    except UserError:  # the cache only saves time
         root = None
     if root is None:
         return _built(texts, names, min_count, train_fraction)
@@ -150,7 +149,7 @@ def _words(text: str) -> list[str]:
 
 
 def vocabulary(train: Iterable[str], min_count: int = 1) -> tuple[str, ...]:
-    """The distinct words, the commonest first, with ``<eos>``; those rarer than ``min_count`` count as ``<unk>``."""
+    """The distinct words and ``<eos>``, most frequent first; words rarer than ``min_count`` count as ``<unk>``."""
     counts = Counter(train)
     counts[END] += 0
     if min_count > 1:
@@ -164,8 +163,8 @@ def _check_known(text: str, numbers: dict[str, int], name: str) -> None:
         for word in words:
             if word not in numbers:
                 raise UserError(
-                    f"{name}, line {line}: the word {word!r} is not in the training text, which has no {UNKNOWN} to "
-                    "take its place; min_count = 2 makes one of every word seen only once"
+                    f"{name}, line {line}: the word {word!r} is not in the training text, and there is no {UNKNOWN} to "
+                    "replace it; min_count = 2 reads every word that occurs only once as one"
                 )
 
 
@@ -175,7 +174,7 @@ def _numbered(words: list[str], numbers: dict[str, int]) -> Tensor:
 
 
 def _keep(path: Path, corpus: Corpus) -> None:
-    """Writes the corpus whole or not at all. Where the disk refuses, the next load is as slow as this one."""
+    """Writes the corpus atomically. Errors of the disk are ignored; the next load is then as slow as this one."""
     buffer = io.BytesIO()
     arrays = {name: getattr(corpus, name).numpy().astype(np.int32) for name in ("train", "valid", "test")}
     words = np.frombuffer("\n".join(corpus.words).encode(), np.uint8)
@@ -187,7 +186,7 @@ def _keep(path: Path, corpus: Corpus) -> None:
 
 
 def _restored(path: Path) -> Corpus | None:
-    """The corpus in ``path``, or None where there is none or it is not as it was written."""
+    """The corpus in ``path``; None if the file is missing or damaged."""
     try:
         contents = path.read_bytes()
     except OSError:

@@ -1,6 +1,6 @@
 """WikiText-2: good and featured articles of Wikipedia, 2,088,628 training words (Merity et al., 2016; CC BY-SA).
 
-``wiki.train.tokens``, ``wiki.valid.tokens`` and ``wiki.test.tokens`` lie in ``wikitext-2/`` under the data root.
+``wiki.train.tokens``, ``wiki.valid.tokens`` and ``wiki.test.tokens`` are in ``wikitext-2/`` under the data root.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ARCHIVE = Published(
     4475746,
     "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
     (
-        "https://wikitext.smerity.com/wikitext-2-v1.zip",  # an author's
-        "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-2-v1.zip",  # the first; refuses since 2024
+        "https://wikitext.smerity.com/wikitext-2-v1.zip",  # the site of one of the authors
+        "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-2-v1.zip",  # the original; blocked since 2024
     ),
 )
 
@@ -35,15 +35,15 @@ def load(
 ) -> Corpus:
     """2,088,628 training, 217,646 validation and 245,569 test words, ends of lines included; 33,278 distinct ones.
 
-    The archive's checksum is the published one before it is opened; of files that are there already, the numbers of
-    words are compared.
+    The archive is checked against the published checksum before it is opened; files that already exist are checked by
+    their numbers of words.
 
     Args:
-        root: the data root; without one as `data_root`. Files that are missing are downloaded.
+        root: the data root, by default as for `data_root`. Missing files are downloaded.
         min_count, train_fraction, cache: as for `stn_fast.data.text.load`.
 
     Raises:
-        UserError: a file is not the published one, or missing and not to be had; or an argument is out of range.
+        UserError: a file is not the published one, or missing and cannot be downloaded; or an argument is out of range.
     """
     folder = data_root(root) / FOLDER
     missing = [name for name in FILES if not files.exists(folder / name)]
@@ -63,7 +63,7 @@ def load(
 
 
 def unpack(archive: Path, folder: Path, names: Sequence[str]) -> None:
-    """Puts the files ``names`` of the checked archive into ``folder``, each whole or not at all."""
+    """Extracts the files ``names`` of the checked archive into ``folder``, each atomically."""
     with zipfile.ZipFile(archive) as source:
         for name in names:
             with writing(folder / name):

@@ -1,4 +1,4 @@
-"""The papers' networks, and small ones for tests and first steps."""
+"""The papers' networks, and small ones for tests and first experiments."""
 
 from stn_fast.models.alexnet import alexnet
 from stn_fast.models.convnet import ConvNet, ImageClassifier

@@ -23,20 +23,22 @@ def alexnet(
     classes: int = 10,
     response_rank: ResponseRank = None,
 ) -> ConvNet:
-    """Convolutions 3-64-192-384-256-256 (3 x 3, padding 1, the first of stride 2, max-pooling behind the first, second
-    and fifth), fully connected 1024-4096-4096-10, all gated (STN, section 4.2).
+    """The STN paper's AlexNet (section 4.2); all layers are gated.
 
-    `conv_dropout_1` … `conv_dropout_5` drop whole channels behind the convolutions, `conv_dropout` behind those whose
-    own name the space lacks; `fc_dropout_1`, `fc_dropout_2`, `last_dropout` drop inputs of the three layers after.
-    `response_rank` is that of `HyperConv2d` and
-    `HyperLinear`. With n hyperparameters and full responses it has 46,544,532 + 18,708·n parameters.
+    Convolutions 3-64-192-384-256-256 (3 x 3, padding 1, the first with stride 2, max-pooling after the first, second
+    and fifth), then fully connected layers 1024-4096-4096-10.
+
+    `conv_dropout_1` … `conv_dropout_5` drop whole channels after each convolution, `conv_dropout` after those whose own
+    name is not in the space; `fc_dropout_1`, `fc_dropout_2`, `last_dropout` drop inputs of the fully connected layers.
+    `response_rank` is passed to `HyperConv2d` and `HyperLinear`. With n hyperparameters and full responses, the network
+    has 46,544,532 + 18,708·n parameters.
 
     Raises:
         ValueError: the images are too small for four halvings.
     """
     side = -(-image_size // 2) // 8
     if side < 1:
-        raise ValueError(f"alexnet halves its images four times and wants image_size >= 15; got {image_size}")
+        raise ValueError(f"alexnet: image_size must be >= 15, because images are halved four times, got {image_size}")
     dropouts = Dropouts(space)
     gated: dict[str, Any] = dict(num_hyperparameters=len(space), response_rank=response_rank)
     blocks = []

@@ -1,4 +1,4 @@
-"""What the convolutional networks share: blocks, a head, dropouts by name, and augmentation in front of it all."""
+"""Shared parts of the convolutional networks: blocks, a head, dropouts by name, and augmentation."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ AUGMENTATION_STREAM = 1
 
 
 class Dropouts:
-    """Hands out the dropouts that a space names, each with a stream of its own.
+    """Creates the dropouts that a space names, each with its own random stream.
 
-    A place in a network has several names, its own before those that it shares with others: `conv_dropout_2`,
-    `conv_dropout`. The first that the space has is its rate; where the space has none, there is no dropout.
+    A place in a network has several names, the specific one before shared ones: `conv_dropout_2`, `conv_dropout`. Its
+    rate is the first of these in the space; if none is, there is no dropout.
     """
 
     def __init__(self, space: HyperparameterSpace):
@@ -36,7 +36,7 @@ class Dropouts:
         self._streams = count(AUGMENTATION_STREAM + 1)
 
     def of_elements(self, *names: str) -> PerExampleDropout | None:
-        """Dropout of single activations."""
+        """Dropout of individual activations."""
         name, stream = self._next(names)
         return PerExampleDropout(name, stream=stream) if name else None
 
@@ -46,12 +46,12 @@ class Dropouts:
         return PerExampleDropout2d(name, stream=stream) if name else None
 
     def _next(self, names: Sequence[str]) -> tuple[str | None, int]:
-        """A place draws from the same stream whatever the space has elsewhere."""
+        """Streams are counted for absent dropouts too, so that a mask does not depend on the other dropouts."""
         return next((name for name in names if name in self._names), None), next(self._streams)
 
 
 class ConvBlock(nn.Module):
-    """Gated convolution, gated batch norm where there is one, ReLU, max-pooling by 2 where asked, dropout."""
+    """Gated convolution, optional gated batch norm, ReLU, optional max-pooling by 2, optional dropout."""
 
     def __init__(
         self,
@@ -90,15 +90,15 @@ class ConvNet(nn.Module):
 
 
 class ImageClassifier(nn.Module):
-    """A network behind the augmentation that its space names.
+    """Augmentation of uint8 images, followed by a network.
 
     Args:
         space: the hyperparameters; those named in `stn_fast.ops.augment.STRENGTHS` augment training images.
-        network: called as `network(images, hyper)`, images normalised floats.
-        mean, std: of each channel, in units of pixel / 255.
+        network: called as `network(images, hyper)` with normalised float images.
+        mean, std: mean and standard deviation of each channel, in units of pixel / 255.
         image_size: side of the images, which bounds the cutout.
         flip: probability of a horizontal flip.
-        crop_padding: pixels of black border from which images are cropped at random.
+        crop_padding: black pixels added on every side before a random crop of the original size.
     """
 
     def __init__(
@@ -126,13 +126,13 @@ class ImageClassifier(nn.Module):
 
     def forward(self, x: Tensor, hyper: HyperBatch) -> Tensor:
         """uint8 images (B, C, H, W) → logits (B, classes)."""
-        # On the CPU max-pooling and plain convolutions take half the time or less in this layout; on CUDA it is the one
-        # that the fused convolution reads.
+        # In this layout, max-pooling and plain convolutions take at most half the time on the CPU. On CUDA, it is the
+        # only layout that the fused convolution reads.
         return self.network(channels_last(self.augmentation(x, hyper)), hyper)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Images (B, C, H, W) laid out pixel by pixel, and recognised so by their strides, also where C is 1."""
+    """Images (B, C, H, W) in channels_last memory format, with its exact strides even if C is 1."""
     batch, channels, height, width = x.shape
     return x.permute(0, 2, 3, 1).flatten(1).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
@@ -142,7 +142,7 @@ def head(
 ) -> MLP:
     """Gated fully connected layers with ReLU between them, from features `sizes[0]` to logits `sizes[-1]`.
 
-    `fc_dropout_1`, `fc_dropout_2`, … are the rates of dropout before each layer, `last_dropout` that before the last.
+    `fc_dropout_1`, `fc_dropout_2`, … are the dropout rates before each layer, `last_dropout` that before the last one.
     """
     layers = gated_layers(space, sizes, response_rank)
     names = [[f"fc_dropout_{i}"] for i in range(1, len(sizes))]

@@ -21,18 +21,20 @@ def fashion_cnn(
     classes: int = 10,
     response_rank: ResponseRank = None,
 ) -> ConvNet:
-    """Convolutions 1-16-32 (5 x 5, padding 2), each followed by max-pooling, fully connected 1568-hidden-10, all gated.
+    """Convolutions 1-16-32 (5 x 5, padding 2), each followed by max-pooling, then fully connected 1568-hidden-10.
 
-    `conv_dropout_1` and `conv_dropout_2` drop whole channels behind the convolutions, `conv_dropout` behind those whose
-    own name the space lacks; `fc_dropout_1` drops inputs of the hidden layer and `last_dropout` those of the last.
-    `response_rank` is that of `HyperConv2d` and `HyperLinear`. With n hyperparameters and full responses it has 4,978,260 + 3,252·n parameters, and 834,964 + 628·n where hidden is 256.
+    All layers are gated. `conv_dropout_1` and `conv_dropout_2` drop whole channels after each convolution,
+    `conv_dropout` after those whose own name is not in the space; `fc_dropout_1` drops inputs of the hidden layer and
+    `last_dropout` those of the last. `response_rank` is passed to `HyperConv2d` and `HyperLinear`. With n
+    hyperparameters and full responses, the network has 4,978,260 + 3,252·n parameters, or 834,964 + 628·n if hidden is
+    256.
 
     Raises:
         ValueError: the images are too small for two halvings.
     """
     side = image_size // 4
     if side < 1:
-        raise ValueError(f"fashion_cnn halves its images twice and wants image_size >= 4; got {image_size}")
+        raise ValueError(f"fashion_cnn: image_size must be >= 4, because images are halved twice, got {image_size}")
     dropouts = Dropouts(space)
     gated: dict[str, Any] = dict(num_hyperparameters=len(space), response_rank=response_rank)
     blocks = []

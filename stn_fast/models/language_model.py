@@ -1,4 +1,4 @@
-"""A self-tuning LSTM language model with the STN paper's regularisers, each where its space has it."""
+"""A self-tuning LSTM language model with those of the STN paper's regularisers that its space names."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from stn_fast.layers import EmbeddingDropout, HyperEmbedding, HyperLSTM, PerExam
 from stn_fast.layers.gated import check_sizes
 from stn_fast.ops.linear import linear
 
-# What each layer draws from, whatever the space has of the others; the LSTM takes as many from its own as it wants.
+# Random streams of the layers, whether or not the space has the others; the LSTM uses LSTM_STREAM and following ones.
 EMBEDDING_STREAM, INPUT_STREAM, OUTPUT_STREAM, LSTM_STREAM = 1, 2, 3, 4
 
 
 class Outputs(NamedTuple):
-    """What a language model makes of a window: logits (T, B, words), the state after it, and h of the last layer.
+    """Output of a language model for a window: logits (T, B, words) and the state after the window.
 
-    `raw` and `dropped` (T, B, H) are that h before and after output dropout, which penalties on activations look at.
+    `raw` and `dropped` (T, B, H) are the hidden states of the last layer before and after output dropout, for penalties
+    on activations.
     """
 
     logits: Tensor
@@ -30,24 +31,26 @@ class Outputs(NamedTuple):
 
 
 class LanguageModel(nn.Module):
-    """Embedding, LSTM and a decoder to words; the first two respond to the hyperparameters.
+    """Embedding, LSTM and a decoder to words; the embedding and the LSTM respond to the hyperparameters.
 
-    The decoder's weight is `weight` of the embedding, and its bias its own; neither is gated there. Dropouts are those
-    that the space names:
+    The decoder shares `weight` with the embedding and has its own bias; neither is gated in the decoder. It has those
+    of the following dropouts that the space names:
 
-    - `embedding_dropout`: words, everywhere in the batch (one rate a batch);
-    - `input_dropout`, `hidden_dropout`, `output_dropout`: what goes into the LSTM, from layer to layer, and out of it,
-      with one mask for each example that is locked over time (Gal and Ghahramani, 2016);
-    - `recurrent_dropout`: weights from hidden to hidden, one mask for W and R, one rate a batch (Merity et al., 2018).
+    - `embedding_dropout`: drops words everywhere in the batch, with one rate per batch;
+    - `input_dropout`, `hidden_dropout`, `output_dropout`: dropout before, between and after the layers of the LSTM,
+      with one mask per example that is locked over time (Gal and Ghahramani, 2016);
+    - `recurrent_dropout`: drops hidden-to-hidden weights, with one mask for W and R and one rate per batch (Merity et
+      al., 2018).
 
-    Names the model has no use for, such as `activation_regularization`, are left to the training objective.
+    Other names in the space, such as `activation_regularization`, are left to the training objective.
 
     Args:
         space: the hyperparameters.
         words: size of the vocabulary.
-        embedding, hidden: width of a word's vector and of the LSTM's layers; they must agree, as the decoder is tied.
-        layers: of the LSTM.
-        response_rank: that of `HyperEmbedding` and `HyperLSTM`.
+        embedding, hidden: sizes of the word embeddings and of the LSTM's hidden state; must be equal, because the
+            decoder is tied to the embedding.
+        layers: number of layers of the LSTM.
+        response_rank: passed to `HyperEmbedding` and `HyperLSTM`.
 
     Raises:
         ValueError: embedding and hidden differ, a size is below 1, or the space has a `hidden_dropout` and the LSTM
@@ -68,12 +71,12 @@ class LanguageModel(nn.Module):
         check_sizes("LanguageModel", words=words, embedding=embedding, hidden=hidden, layers=layers)
         if embedding != hidden:
             raise ValueError(
-                f"LanguageModel ties its decoder to the embedding and wants hidden = embedding; got {hidden} and "
-                f"{embedding}"
+                "LanguageModel: hidden must equal embedding, because the decoder is tied to the embedding, got "
+                f"{hidden} and {embedding}"
             )
         names, n = space.names, len(space)
         if "hidden_dropout" in names and layers == 1:
-            raise ValueError("hidden_dropout is applied between layers, and layers = 1 leaves no place for it")
+            raise ValueError("hidden_dropout is applied between layers, so it needs layers >= 2, got 1")
 
         def named(name: str) -> str | None:
             return name if name in names else None
@@ -100,7 +103,7 @@ class LanguageModel(nn.Module):
         self.decoder_bias = nn.Parameter(torch.zeros(words))
 
     def forward(self, tokens: Tensor, hyper: HyperBatch, state: tuple[Tensor, Tensor] | None = None) -> Outputs:
-        """Tokens (T, B) and the state before them, None for zeros, → `Outputs`. A stream of the text is an example."""
+        """Tokens (T, B), each column an example, and the state before them (None for zeros) → `Outputs`."""
         if self.embedding_dropout is not None:
             x = self.embedding_dropout(self.embedding, tokens, hyper, example_dim=1)
         else:

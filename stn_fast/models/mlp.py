@@ -1,4 +1,4 @@
-"""A gated multi-layer perceptron, regularised by whichever hyperparameters its space names."""
+"""A gated multi-layer perceptron with the regularisers that its space names."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class MLP(nn.Module):
 def gated_layers(
     space: HyperparameterSpace, sizes: Sequence[int], response_rank: ResponseRank = None
 ) -> list[HyperLinear]:
-    """From sizes[0] to sizes[-1]."""
+    """Gated linear layers from sizes[0] to sizes[-1]."""
     gated: dict[str, Any] = dict(num_hyperparameters=len(space), response_rank=response_rank)
     return [HyperLinear(i, o, **gated) for i, o in pairwise(sizes)]
 
@@ -50,22 +50,22 @@ def gated_layers(
 def mlp(
     space: HyperparameterSpace, sizes: Sequence[int] = (64, 256, 256, 10), *, response_rank: ResponseRank = None
 ) -> MLP:
-    """An MLP whose regularisers are those that `space` names.
+    """An MLP with the regularisers that `space` names.
 
-    `input_noise` is the standard deviation of noise on the input, `input_dropout` the rate of dropout on it, and
-    `hidden_dropout_1`, `hidden_dropout_2`, … those behind each hidden layer. Names the network has no use for, such
-    as `weight_decay`, are left to the training objective.
+    `input_noise` is the standard deviation of noise on the input, `input_dropout` the dropout rate of the input, and
+    `hidden_dropout_1`, `hidden_dropout_2`, … the dropout rates after each hidden layer. Other names, such as
+    `weight_decay`, are left to the training objective.
 
     Args:
         space: the hyperparameters.
         sizes: widths from input to logits.
-        response_rank: that of `HyperLinear`.
+        response_rank: passed to `HyperLinear`.
 
     Raises:
         ValueError: fewer than two sizes.
     """
     if len(sizes) < 2:
-        raise ValueError(f"mlp wants at least two sizes, input and output; got {tuple(sizes)}")
+        raise ValueError(f"mlp: sizes must have at least two entries, input and output, got {tuple(sizes)}")
     layers = gated_layers(space, sizes, response_rank)
     rates = ["input_dropout", *(f"hidden_dropout_{i}" for i in range(1, len(layers)))]
     dropouts = [PerExampleDropout(name, stream=i) if name in space else None for i, name in enumerate(rates, start=2)]

@@ -1,4 +1,4 @@
-"""Residual networks in the form for CIFAR: ResNet-18, and WideResNets of any depth and width."""
+"""Residual networks for CIFAR: ResNet-18, and WideResNets of any depth and width."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from stn_fast.models.mlp import MLP
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions around which the input goes by: as it is, or projected where the shape changes.
+    """Two 3 x 3 convolutions and a shortcut: the identity, or a projection if the shape changes.
 
     Args:
-        in_channels, channels, stride: of the first convolution; the second keeps what it makes.
+        in_channels, channels, stride: of the first convolution; the second keeps the shape.
         n: number of hyperparameters.
-        dropout: between the two convolutions.
-        response_rank: of the convolutions.
-        normed: channels that the first norm sees.
+        dropout: dropout between the two convolutions.
+        response_rank: passed to the convolutions.
+        normed: number of channels of the first norm.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ResidualBlock(nn.Module):
 
 
 class BasicBlock(ResidualBlock):
-    """Norm behind each convolution, ReLU behind the sum (He et al., CVPR 2016)."""
+    """Norm after each convolution, ReLU after the sum (He et al., CVPR 2016)."""
 
     def __init__(
         self,
@@ -102,8 +102,8 @@ class PreActivationBlock(ResidualBlock):
 class ResNet(nn.Module):
     """A convolution, residual blocks, the mean over pixels, one fully connected layer.
 
-    A norm with ReLU follows the convolution where blocks end in an activation (`first_norm`), and the last block where
-    they don't (`last_norm`).
+    Norm and ReLU follow the convolution if blocks end in an activation (`first_norm`), and the last block if they
+    don't (`last_norm`).
     """
 
     def __init__(
@@ -135,12 +135,13 @@ class ResNet(nn.Module):
 def resnet18(
     space: HyperparameterSpace, *, in_channels: int = 3, classes: int = 10, response_rank: ResponseRank = None
 ) -> ResNet:
-    """ResNet-18 for small images: a 3 x 3 convolution of stride 1 and no max-pooling, then four stages of two basic
-    blocks with 64, 128, 256 and 512 channels. All layers are gated, norms too.
+    """ResNet-18 for small images; all layers are gated, including norms.
 
-    `block_dropout_1` … `block_dropout_8` are rates of dropout between the convolutions of each block, `block_dropout`
-    for those whose own name the space lacks, `last_dropout` of that before the last layer.
-    `response_rank` is that of `HyperConv2d` and `HyperLinear`. With n hyperparameters and full responses it has 22,347,924 + 14,420·n parameters.
+    A 3 x 3 convolution of stride 1 without max-pooling, then four stages of two basic blocks with 64, 128, 256 and 512
+    channels. `block_dropout_1` … `block_dropout_8` are the dropout rates between the convolutions of each block,
+    `block_dropout` for blocks whose own name is not in the space, `last_dropout` before the last layer. `response_rank`
+    is passed to `HyperConv2d` and `HyperLinear`. With n hyperparameters and full responses, the network has
+    22,347,924 + 14,420·n parameters.
     """
     return _resnet(space, BasicBlock, 64, (64, 128, 256, 512), 2, in_channels, classes, response_rank)
 
@@ -154,18 +155,19 @@ def wide_resnet(
     classes: int = 10,
     response_rank: ResponseRank = None,
 ) -> ResNet:
-    """WRN-depth-width (Zagoruyko and Komodakis, 2016): three stages of (depth − 4)/6 pre-activation blocks with 16, 32
-    and 64 times `width` channels. All layers are gated, norms too. Dropouts as in `resnet18`.
+    """WRN-depth-width (Zagoruyko and Komodakis, 2016); all layers are gated, including norms.
 
-    `response_rank` is that of `HyperConv2d` and `HyperLinear`. With n hyperparameters and full responses WRN-28-10 has 72,958,388 + 28,068·n parameters.
+    Three stages of (depth − 4)/6 pre-activation blocks with 16, 32 and 64 times `width` channels; dropouts as in
+    `resnet18`. `response_rank` is passed to `HyperConv2d` and `HyperLinear`. With n hyperparameters and full responses,
+    WRN-28-10 has 72,958,388 + 28,068·n parameters.
 
     Raises:
         ValueError: depth is not 6·k + 4 with k at least 1, or width is below 1.
     """
     if depth < 10 or depth % 6 != 4:
-        raise ValueError(f"wide_resnet wants a depth of 6·k + 4, such as 10, 16, 22, 28; got {depth}")
+        raise ValueError(f"wide_resnet: depth must be 6·k + 4, such as 10, 16, 22, 28, got {depth}")
     if width < 1:
-        raise ValueError(f"wide_resnet wants width >= 1; got {width}")
+        raise ValueError(f"wide_resnet: width must be >= 1, got {width}")
     channels = [16 * width, 32 * width, 64 * width]
     return _resnet(space, PreActivationBlock, 16, channels, (depth - 4) // 6, in_channels, classes, response_rank)
 
@@ -180,7 +182,7 @@ def _resnet(
     classes: int,
     response_rank: ResponseRank,
 ) -> ResNet:
-    """Every stage but the first halves the image in its first block."""
+    """A ResNet in which every stage but the first halves the image in its first block."""
     dropouts, n = Dropouts(space), len(space)
     gated: dict[str, Any] = dict(num_hyperparameters=n, response_rank=response_rank)
     conv = HyperConv2d(in_channels, stem, 3, padding=1, bias=False, **gated)

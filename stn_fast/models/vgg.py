@@ -1,4 +1,4 @@
-"""VGG16 with batch norm, in the form for images of 32 x 32 pixels."""
+"""VGG16 with batch norm, for images of 32 x 32 pixels."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ def vgg16(
     classes: int = 10,
     response_rank: ResponseRank = None,
 ) -> ConvNet:
-    """Thirteen 3 x 3 convolutions in five stages (Simonyan and Zisserman, 2015), batch norm behind each, max-pooling
-    behind each stage; fully connected 512-512-512-10 as in Δ-STN's experiments. All layers are gated, norms too.
+    """VGG16 with batch norm (Simonyan and Zisserman, 2015); all layers are gated, including norms.
 
-    `conv_dropout_1` … `conv_dropout_13` drop whole channels behind the convolutions, `conv_dropout` behind those whose
-    own name the space lacks; `fc_dropout_1`, `fc_dropout_2`, `last_dropout` drop inputs of the three layers after.
-    `response_rank` is that of `HyperConv2d` and `HyperLinear`. With n hyperparameters and full responses it has 30,498,708 + 14,740·n parameters.
+    Thirteen 3 x 3 convolutions in five stages, each followed by batch norm, with max-pooling after each stage; then
+    fully connected layers 512-512-512-10, as in Δ-STN's experiments.
+
+    `conv_dropout_1` … `conv_dropout_13` drop whole channels after each convolution, `conv_dropout` after those whose
+    own name is not in the space; `fc_dropout_1`, `fc_dropout_2`, `last_dropout` drop inputs of the fully connected
+    layers. `response_rank` is passed to `HyperConv2d` and `HyperLinear`. With n hyperparameters and full responses, the
+    network has 30,498,708 + 14,740·n parameters.
 
     Raises:
         ValueError: the images are too small for five halvings.
     """
     side = image_size // 2 ** len(STAGES)
     if side < 1:
-        raise ValueError(f"vgg16 halves its images five times and wants image_size >= 32; got {image_size}")
+        raise ValueError(f"vgg16: image_size must be >= 32, because images are halved five times, got {image_size}")
     dropouts, n = Dropouts(space), len(space)
     blocks: list[ConvBlock] = []
     for stage in STAGES:

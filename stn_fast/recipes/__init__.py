@@ -1,7 +1,7 @@
-"""Recipes: what is trained, on what, and with which settings.
+"""Recipes: a model, its data and the default settings.
 
-A recipe is anything with ``config()``, its defaults, which imports nothing heavy, and ``build(config)``, its task: a
-`Recipe`, or a module with two functions of these names.
+A recipe is anything with ``config()``, which returns its defaults and imports nothing heavy, and ``build(config)``,
+which returns its task: a `Recipe`, or a module with two functions of these names.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RECIPES = {
 
 
 class RecipeLike(Protocol):
-    """What a recipe must have."""
+    """The functions that a recipe must have."""
 
     def config(self) -> Config: ...
 
@@ -43,20 +43,20 @@ class RecipeLike(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe out of two functions: ``config()``, its defaults, and ``build(config)``, its task."""
+    """A recipe made of two functions: ``config()`` returns its defaults, ``build(config)`` its task."""
 
     config: Callable[[], Config]
     build: Callable[[Config], Task]
 
 
 def recipe(name: str) -> RecipeLike:
-    """The recipe of a ``name`` in the table above, or one's own: ``path/to/file.py:name`` or ``package.module:name``.
+    """The recipe called ``name`` in the table above, or your own: ``path/to/file.py:name`` or ``package.module:name``.
 
-    Without ``:name`` it is the module itself. Finding one of the table imports nothing heavy.
+    Without ``:name``, it is the module itself. A recipe in the table is found without any heavy import.
 
     Raises:
-        UserError: there is no such recipe, or it lacks ``config`` or ``build``. What a module of one's own raises
-            while it is imported is not caught.
+        UserError: there is no such recipe, or it lacks ``config`` or ``build``. Errors raised by your own module on
+            import are not caught.
     """
     place = RECIPES.get(name, name)
     file, attribute = _split(place)
@@ -66,7 +66,7 @@ def recipe(name: str) -> RecipeLike:
         found = _module(file)
     else:
         near = did_you_mean(name, RECIPES)
-        raise UserError(f"unknown recipe '{name}': {near}; one of your own is named as in my_task.py:recipe")
+        raise UserError(f"unknown recipe '{name}': {near}; name your own as in my_task.py:recipe")
     if attribute:
         if not hasattr(found, attribute):
             raise UserError(f"recipe '{name}': {file} has no '{attribute}'")
@@ -79,7 +79,7 @@ def recipe(name: str) -> RecipeLike:
 
 
 def _split(place: str) -> tuple[str, str]:
-    """The file or module of a place, and the name in it, empty where there is none: paths may have colons too."""
+    """(file or module, name in it or an empty string); paths may contain colons too."""
     file, _, attribute = place.rpartition(":")
     is_place = file.endswith(".py") or all(part.isidentifier() for part in file.split("."))
     return (file, attribute) if is_place and attribute.isidentifier() else (place, "")
@@ -90,12 +90,12 @@ def _module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # found, but something that it imports is missing
+            raise  # the module exists, but a module that it imports is missing
         raise UserError(f"there is no module {name} to take a recipe from") from None
 
 
 def _module_of_file(file: str) -> ModuleType:
-    """The module in a file, known by its path, so that it is run once."""
+    """The module in a file, registered by its path, so that it is run only once."""
     path = expanded(file, "the recipe").resolve()
     if not is_file(path):
         raise UserError(f"there is no file {file} to take a recipe from")
@@ -105,7 +105,7 @@ def _module_of_file(file: str) -> ModuleType:
         assert spec is not None  # whatever ends in .py has a loader
         assert spec.loader is not None
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        sys.path.insert(0, str(path.parent))  # it finds its neighbours, as a script does
+        sys.path.insert(0, str(path.parent))  # so that it can import modules beside it, as a script can
         try:
             spec.loader.exec_module(module)
         except BaseException:

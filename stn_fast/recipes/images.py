@@ -2,10 +2,10 @@
 
 cifar10               AlexNet and fifteen tuned hyperparameters (STN, section 4.2)
 fashion_mnist         a convolutional network, six hyperparameters and weight decay (Δ-STN)
-fashion_mnist_small   minutes on a CPU: 5,000 images to train on, 5,000 to tune on, all 10,000 test images
+fashion_mnist_small   minutes on a CPU: 5,000 training, 5,000 validation and all 10,000 test images
 
-On CUDA, cifar10 and fashion_mnist stay in fp32 until their quality in bf16 is measured; fashion_mnist_small takes bf16,
-which holds it (benchmarks/results/precision.json).
+On CUDA, cifar10 and fashion_mnist use fp32 until their results with bf16 have been measured; fashion_mnist_small uses
+bf16, with which its losses are as good (benchmarks/results/precision.json).
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 VALID_SIZES = {"cifar10": 10_000, "fashion-mnist": 9_000, "fashion-mnist-small": 5_000}
 SMALL_TRAIN_SIZE = 5_000
 SMALL_HIDDEN = 256
-SPLIT_SEED = 0  # every run sets the same images aside
+SPLIT_SEED = 0  # every run uses the same validation images
 
 
 def _cifar10() -> Config:
-    """40,000 images to train on and 10,000 to tune on.
+    """40,000 training and 10,000 validation images.
 
     Weight decay is not one of the fifteen: ``--set hyperparameters.weight_decay.enabled=true`` tunes it too. The
-    paper's input dropout may reach 1, where nothing is left of an image; here it stays below 0.99. The two integers
-    start at 4.5 and 1.5, in the middle of what is floored to the paper's 4 and 1.
+    paper's input dropout may reach 1, which erases an image; here it stays below 0.99. The two integers start at 4.5
+    and 1.5, in the middle of the values that are rounded down to the paper's 4 and 1.
     """
     dropout = HyperparameterConfig(init=0.05, low=0.0, high=0.9)
     jitter = HyperparameterConfig(init=0.05, low=0.0, high=1.0)
@@ -70,10 +70,11 @@ def _cifar10() -> Config:
 
 
 def _fashion_mnist() -> Config:
-    """51,000 images to train on and 9,000 to tune on.
+    """51,000 training and 9,000 validation images.
 
-    The paper's six hyperparameters, and weight decay: ``--set hyperparameters.weight_decay.enabled=false`` leaves that
-    out. The two integers start at 4.5 and 1.5, in the middle of what is floored to the paper's 4 and 1.
+    The paper's six hyperparameters, and weight decay, which ``--set hyperparameters.weight_decay.enabled=false`` leaves
+    out. The two integers start at 4.5 and 1.5, in the middle of the values that are rounded down to the paper's 4 and
+    1.
     """
     dropout = HyperparameterConfig(init=0.05, low=0.0, high=0.95, scale=1.0)
     return Config(
@@ -95,7 +96,7 @@ def _fashion_mnist() -> Config:
 
 
 def _fashion_mnist_small() -> Config:
-    """The network of ``fashion-mnist`` with a hidden layer of 256, one rate of dropout for both convolutions."""
+    """The network of ``fashion-mnist`` with a hidden layer of 256 and one dropout rate for both convolutions."""
     dropout = HyperparameterConfig(init=0.05, low=0.0, high=0.95)
     return Config(
         recipe="fashion-mnist-small",
@@ -123,15 +124,15 @@ def build_task(
     valid_size: int,
     train_size: int | None = None,
 ) -> Task:
-    """Classification of ``images`` by an augmented network; its weights are drawn from ``config.seed``.
+    """Classification of ``images`` by a network with augmentation; its weights are drawn from ``config.seed``.
 
     Args:
-        make_network: called with the space of hyperparameters and the keyword ``response_rank``, as `alexnet` is.
-        valid_size: images set aside for validation, out of those for training.
-        train_size: how many of the others are trained on; None for all. ``config.train_fraction`` is a share of them.
+        make_network: called with the hyperparameter space and the keyword ``response_rank``, like `alexnet`.
+        valid_size: number of the training images to use for validation.
+        train_size: number of the others to train on, None for all; ``config.train_fraction`` is a fraction of these.
 
     Raises:
-        ValueError: a hyperparameter's range or scale is not one that the space or the layers take.
+        ValueError: the space or the layers refuse a hyperparameter's range or scale.
     """
     import torch
 
@@ -167,7 +168,7 @@ def _cifar10_task(config: Config) -> Task:
 
 
 def _fashion_mnist_task(config: Config) -> Task:
-    """Gates start at zero."""
+    """The task of ``fashion-mnist``, with gates initialised to zero."""
     from torch import nn
 
     from stn_fast.data import fashion_mnist

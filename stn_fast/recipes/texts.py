@@ -2,11 +2,11 @@
 
 ptb         on Penn Treebank, as published
 ptb_small   minutes on a CPU: two layers of 200 units on a twentieth of the text
-wikitext2   the network and the settings of ptb on twice its words and three times its vocabulary
-text        the network and the settings of ptb_small on three text files of one's own
+wikitext2   the network and settings of ptb on twice as many words and a vocabulary three times as large
+text        the network and settings of ptb_small on your own three text files
 
-On CUDA, all but ptb_small stay in fp32 until their quality in bf16 is measured; ptb_small takes bf16, which holds it
-(benchmarks/results/precision.json).
+On CUDA, all but ptb_small use fp32 until their results with bf16 have been measured; ptb_small uses bf16, with which
+its losses are as good (benchmarks/results/precision.json).
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     from stn_fast.data.text import Corpus
     from stn_fast.training.task import Task
 
-SMALL_SHARE = 0.05  # the first 46,480 words; 3,141 distinct ones are there at least twice
+SMALL_SHARE = 0.05  # the first 46,480 words, with 3,141 distinct words that occur at least twice
 FILES = ("train.txt", "valid.txt", "test.txt")
 
 
 def hyperparameters() -> dict[str, HyperparameterConfig]:
-    """The seven of the paper's table, in its order; σ is 1 and held.
+    """The seven hyperparameters of the paper's table, in its order; σ is 1 and not tuned.
 
-    Rates of words and of weights, which all examples share, and the weights α and β of the penalties on activations are
-    drawn once for a batch.
+    The dropout rates of words and weights, which all examples share, and the weights α and β of the penalties on
+    activations are drawn once per batch.
     """
     dropout = HyperparameterConfig(init=0.05, low=0.0, high=0.95, scale=1.0)
     dropout_of_batch = HyperparameterConfig(init=0.05, low=0.0, high=0.95, scale=1.0, per_example=False)
@@ -76,7 +76,7 @@ def published(recipe: str) -> Config:
 
 
 def _ptb() -> Config:
-    """Two layers of 650 units. 929,589 words in 40 streams of 70 are 331 steps, the published warm-up: one epoch."""
+    """Two layers of 650 units. 929,589 words in 40 columns, 70 at a time, are 331 steps: the published warm-up."""
     return published("ptb")
 
 
@@ -94,7 +94,7 @@ def _ptb_small() -> Config:
 
 
 def _wikitext2() -> Config:
-    """As ``ptb``; an epoch, and so the warm-up, has 745 steps."""
+    """As ``ptb``; an epoch, and so the warm-up, is 745 steps."""
     return published("wikitext2")
 
 
@@ -104,14 +104,14 @@ def _text() -> Config:
 
 
 def build_task(config: Config, load: Callable[..., Corpus]) -> Task:
-    """The task of naming the next word; weights are drawn from ``config.seed``.
+    """The task of predicting the next word; weights are drawn from ``config.seed``.
 
     Args:
-        load: reads a corpus, as `stn_fast.data.ptb.load`.
+        load: loads a corpus, like `stn_fast.data.ptb.load`.
 
     Raises:
-        UserError: what ``load`` raises.
-        ValueError: a hyperparameter's range or scale is not one that the space or the layers take.
+        UserError: as ``load``.
+        ValueError: the space or the layers refuse a hyperparameter's range or scale.
     """
     import torch
 
@@ -154,7 +154,7 @@ def load_files(root: str | None = None, *, min_count: int = 1, train_fraction: f
     for path in paths:
         if not is_file(path):
             raise UserError(
-                f"there is no file {path}: the recipe text wants {', '.join(FILES)} in --data-root or STN_FAST_DATA"
+                f"there is no file {path}: the recipe text needs {', '.join(FILES)} in --data-root or STN_FAST_DATA"
             )
     return text.load(*paths, min_count=min_count, train_fraction=train_fraction)
 

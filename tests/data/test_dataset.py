@@ -66,11 +66,14 @@ def test_the_tensor_does_not_share_memory_with_the_data_set():
 @pytest.mark.parametrize(
     ("image", "says"),
     [
-        (PIXELS[1] / np.float32(255), "example 1 .* holds float32 where uint8"),
-        (torch.zeros(3, 5, 6), "example 1 .* holds torch.float32 where uint8"),
+        (PIXELS[1] / np.float32(255), "example 1 .* holds float32, but images must be uint8"),
+        (torch.zeros(3, 5, 6), "example 1 .* holds torch.float32, but images must be uint8"),
         (np.zeros((5, 6, 3), np.int64), "holds int64"),
-        (np.zeros((3, 5, 6), np.uint8), r"has shape \(3, 5, 6\); it wants \(H, W, C\) with 1 or 3 channels"),
-        (torch.zeros(5, 6, 3, dtype=torch.uint8), r"has shape \(5, 6, 3\); it wants \(C, H, W\) with 1 or 3 channels"),
+        (np.zeros((3, 5, 6), np.uint8), r"has shape \(3, 5, 6\); it must be \(H, W, C\) with 1 or 3 channels"),
+        (
+            torch.zeros(5, 6, 3, dtype=torch.uint8),
+            r"has shape \(5, 6, 3\); it must be \(C, H, W\) with 1 or 3 channels",
+        ),
         (np.zeros((5, 6, 4), np.uint8), r"has shape \(5, 6, 4\)"),
         (np.zeros((0, 6, 3), np.uint8), r"has shape \(0, 6, 3\)"),
         (np.zeros(5, np.uint8), r"has shape \(5,\)"),
@@ -79,7 +82,7 @@ def test_the_tensor_does_not_share_memory_with_the_data_set():
             r"has shape \(3, 5, 7\) and example 0 \(3, 5, 6\).*resize or crop",
         ),
         (np.zeros((5, 6), np.uint8), r"has shape \(1, 5, 6\) and example 0 \(3, 5, 6\)"),
-        (Image.new("RGBA", (6, 5)), "is an image of mode RGBA; it wants L or RGB"),
+        (Image.new("RGBA", (6, 5)), "is an image of mode RGBA; convert the image to L or RGB"),
         (Image.new("P", (6, 5)), "mode P"),
         ("cat.png", "example 1 .* holds <U7"),
     ],

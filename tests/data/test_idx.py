@@ -44,7 +44,7 @@ def test_labels_have_one_dimension():
         (bytes([0, 0, 8, 255]) + bytes(4 * 255), r"states a shape that no array has \(.*found 255\); fetch it again"),
         (struct.pack(">4B65I", 0, 0, 8, 65, *[1] * 65) + b"x", r"states a shape that no array has \(.*found 65\)"),
         (struct.pack(">4B4I", 0, 0, 8, 4, 0, *[2**32 - 1] * 3), r"states a shape that no array has \(array is too big"),
-        (b"\0\0\x0d" + FILE[3:], "holds values of idx type 0x0d; this reads unsigned bytes"),
+        (b"\0\0\x0d" + FILE[3:], "holds values of idx type 0x0d; only unsigned bytes"),
         (gzip.compress(FILE)[:-9], "is not a whole gzip file"),
         (gzip.compress(FILE)[:-8] + b"\0" * 8, "is not a whole gzip file"),
         (b"\x1f\x8b" + b"\0" * 20, "is not a whole gzip file"),

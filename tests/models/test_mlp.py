@@ -44,5 +44,5 @@ def test_every_hyperparameter_gets_a_validation_gradient(k):
 
 
 def test_too_few_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"at least two sizes.*got \(5,\)"):
+    with pytest.raises(ValueError, match=r"sizes must have at least two.*got \(5,\)"):
         mlp(SPACE, (5,))

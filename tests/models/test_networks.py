@@ -217,12 +217,12 @@ def test_a_place_draws_the_same_numbers_whatever_other_rates_there_are():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (partial(alexnet, image_size=14), "image_size >= 15; got 14"),
-        (partial(fashion_cnn, image_size=3), "image_size >= 4; got 3"),
-        (partial(vgg16, image_size=31), "image_size >= 32; got 31"),
-        (partial(wide_resnet, depth=27), "depth of 6·k \\+ 4.*got 27"),
+        (partial(alexnet, image_size=14), "image_size must be >= 15.*got 14"),
+        (partial(fashion_cnn, image_size=3), "image_size must be >= 4.*got 3"),
+        (partial(vgg16, image_size=31), "image_size must be >= 32.*got 31"),
+        (partial(wide_resnet, depth=27), "depth must be 6·k \\+ 4.*got 27"),
         (partial(wide_resnet, depth=4), "got 4"),
-        (partial(wide_resnet, width=0), "width >= 1; got 0"),
+        (partial(wide_resnet, width=0), "width must be >= 1, got 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(make, says):
