@@ -1,4 +1,4 @@
-"""What the command lines share."""
+"""Parser, error handling and exit status of the command lines."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from stn_fast import values
 from stn_fast.errors import UserError, did_you_mean
 from stn_fast.terminal import outputs, printable
 
-READER_GONE = 128 + 13  # what a shell reports of a command that SIGPIPE has ended
+READER_GONE = 128 + 13  # the exit status of a command ended by SIGPIPE
 
 
 def whole_number(text: str) -> int:
-    """The type of an argument that is an integer, written as in a configuration file."""
+    """Argument type of an integer, written as in a configuration file."""
     try:
         return values.whole_number(text)
     except ValueError:
@@ -23,7 +23,7 @@ def whole_number(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """The type of an argument that is a number, written as in a configuration file."""
+    """Argument type of a number, written as in a configuration file."""
     try:
         return values.number(text)
     except ValueError:
@@ -31,12 +31,12 @@ def number(text: str) -> float:
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Runs ``command`` and returns the exit status: what it returned, or 2 for a UserError, which becomes one line.
+    """Runs ``command`` and returns its exit status, or 2 for a UserError, which is printed as one line.
 
-    A command goes on to its end when the reader of its output goes away: a run of hours loses no work to `| head`.
-    Where there was nothing to do but print, which ends in SystemExit as --help does, the status is then that of a
-    command which SIGPIPE has ended. Output that can't be written for another reason, such as a full disk, is an error
-    at the end, with status 1.
+    A command continues to its end even if the reader of its output, such as `head`, exits, so that long runs lose no
+    work. If it only printed something and raised SystemExit, as --help does, the status is then that of a command ended
+    by SIGPIPE. If output can't be written for another reason, such as a full disk, this is an error at the end, with
+    status 1.
     """
     with outputs() as (output, _):
         only_printed = False
@@ -59,13 +59,13 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 def complain(text: str, status: int) -> int:
-    """Prints one line on what went wrong; returns ``status``."""
+    """Prints ``text`` as one line of error; returns ``status``."""
     print(f"error: {printable(text)}", file=sys.stderr)
     return status
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as a UserError."""
+    """An argument parser that raises its errors as a UserError of one line."""
 
     def __init__(self, program: str, about: str | None):
         super().__init__(prog=program, description=about, allow_abbrev=False)
@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
     def given(self, arguments: Sequence[str] | None) -> dict[str, Any]:
-        """The arguments by name; an unknown one is an error that names the nearest right one."""
+        """The arguments by name; the error for an unknown one suggests the closest known one."""
         known, unknown = self.parse_known_args(arguments)
         if unknown:
             options = [option for action in self._actions for option in action.option_strings if len(option) > 2]

@@ -1,4 +1,4 @@
-"""``python -m stn_fast.contact_sheet DATA``: draws images of a data set beside what augmentation makes of them."""
+"""``python -m stn_fast.contact_sheet DATA``: draws images of a data set, original and augmented."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DATA = {"cifar10": "stn_fast.data.cifar10", "fashion-mnist": "stn_fast.data.fashion_mnist"}
 
-# A strength of each effect that is plain to see in images of thirty pixels.
+# A strength of each effect that is clearly visible in images of about thirty pixels.
 VISIBLE: dict[str, float] = {
     "flip": 0.5,
     "crop_padding": 4,
@@ -40,24 +40,24 @@ VISIBLE: dict[str, float] = {
     "cutout_holes": 2,
 }
 OF_COLOUR = ("saturation", "hue")
-MILDER = 0.3  # of those strengths, in the row that has all of them
+MILDER = 0.3  # factor of these strengths in the row with all effects
 STREAM = 1
-SEED = 224  # a small one with which ten images show both directions of every effect
+SEED = 224  # chosen so that ten images show both directions of every effect
 COLUMNS, MOST_COLUMNS = 10, 50
 
 CELL, GAP, LABEL = 0.62, 0.04, 1.3  # inches
-FONT_SIZE, LABEL_LINES = 8.0, 4  # and how many lines of it stand beside a row
+FONT_SIZE, LABEL_LINES = 8.0, 4  # points; lines of text that fit beside a row
 
 
 class Row(NamedTuple):
-    """One row of the sheet: what stands beside it, and the strengths that its images are drawn under."""
+    """One row of the sheet: its label and the strengths of its augmentation."""
 
     label: str
     setting: Mapping[str, float]
 
 
 def default_rows(channels: int) -> list[Row]:
-    """Every effect alone, then all of them together, milder."""
+    """One row for every effect, then one with all of them at lower strengths."""
     names = [name for name in VISIBLE if channels == 3 or name not in OF_COLOUR]
     alone = [{name: VISIBLE[name]} for name in names if not name.startswith("cutout")]
     cutout = {name: VISIBLE[name] for name in names if name.startswith("cutout")}
@@ -67,17 +67,17 @@ def default_rows(channels: int) -> list[Row]:
 
 
 def row_of(setting: Mapping[str, float]) -> Row:
-    """A row that is labelled with its strengths."""
+    """A row labelled with its strengths."""
     parts = [f"{name.replace('_', ' ')} {strength:g}" for name, strength in setting.items()]
     abreast = 1 if len(parts) <= LABEL_LINES else 2
     return Row("\n".join(", ".join(parts[i : i + abreast]) for i in range(0, len(parts), abreast)), setting)
 
 
 def parse_setting(text: str) -> dict[str, float]:
-    """``brightness=0.5,hue=0.1`` by name.
+    """Parses ``brightness=0.5,hue=0.1`` to {name: strength}.
 
     Raises:
-        UserError: an unknown name, one given twice, or something else than a number.
+        UserError: a name is unknown or given twice, or a strength is not a number.
     """
     setting: dict[str, float] = {}
     for pair in text.split(","):
@@ -89,8 +89,8 @@ def parse_setting(text: str) -> dict[str, float]:
         try:
             setting[name] = values.whole_number(strength) if name == "crop_padding" else values.number(strength)
         except ValueError:
-            wants = "a whole number" if name == "crop_padding" else "a number"
-            raise UserError(f"--set {text}: {name} wants {wants}, as in {name}={VISIBLE[name]:g}") from None
+            kind = "a whole number" if name == "crop_padding" else "a number"
+            raise UserError(f"--set {text}: {name} must be {kind}, as in {name}={VISIBLE[name]:g}") from None
     return setting
 
 
@@ -106,24 +106,24 @@ def load(data: str, root: str | None) -> Images:
 
 
 def chosen(inputs: Tensor, first: int, columns: int, same: bool) -> Tensor:
-    """The images of the columns: those from number ``first`` on, or that one in every column.
+    """The images of the columns, beginning with number ``first``; if ``same``, that one in every column.
 
     Raises:
-        UserError: there are not so many.
+        UserError: there are fewer images, or too many columns.
     """
     last = first if same else first + columns - 1
     if not 1 <= columns <= MOST_COLUMNS:
-        raise UserError(f"--columns {columns}: a sheet has from 1 to {MOST_COLUMNS} of them")
+        raise UserError(f"--columns {columns}: must be from 1 to {MOST_COLUMNS}")
     if first < 0 or last >= len(inputs):
-        raise UserError(f"--first {first}: training images {first} to {last} are wanted, of 0 to {len(inputs) - 1}")
+        raise UserError(f"--first {first}: needs images {first} to {last}, but there are 0 to {len(inputs) - 1}")
     return inputs[first].expand(columns, -1, -1, -1) if same else inputs[first : last + 1]
 
 
 def augmented(x: Tensor, row: Row, data: Images, seed: int) -> Tensor:
-    """``x`` under a row's strengths, in [0, 1]: the normalisation undone, and what is beyond black and white cut off.
+    """``x`` augmented with a row's strengths; the normalisation is undone and values are clamped to [0, 1].
 
     Raises:
-        UserError: a strength is outside of its domain, or wants colours that the images don't have.
+        UserError: a strength is outside of its domain, or needs colour images.
     """
     import torch
 
@@ -144,7 +144,7 @@ def augmented(x: Tensor, row: Row, data: Images, seed: int) -> Tensor:
 
 
 def draw(x: Tensor, rows: Sequence[Row], data: Images, seed: int, title: str) -> Figure:
-    """Images (N, C, H, W) as they are, and below them one row for every setting."""
+    """The original images (N, C, H, W), and below them one row for every setting."""
     pictures = [x / 255, *(augmented(x, row, data, seed) for row in rows)]
     labels = ["originals", *(row.label for row in rows)]
     pitch, head = CELL + GAP, 0.45
@@ -166,21 +166,22 @@ def draw(x: Tensor, rows: Sequence[Row], data: Images, seed: int, title: str) ->
 
 def parser() -> Parser:
     """The flags."""
-    it = Parser("python -m stn_fast.contact_sheet", "Draws what augmentation makes of the images of a data set.")
+    it = Parser("python -m stn_fast.contact_sheet", "Draws images of a data set, original and augmented.")
     flag = it.add_argument
     flag("data", nargs="?", default="cifar10", metavar="DATA", help=f"{' or '.join(DATA)} (default: cifar10)")
     names = ", ".join(f"{name}={strength:g}" for name, strength in VISIBLE.items())
     rows = (
-        f"one row, e.g. brightness=0.5,hue=0.1; repeat for more (default: a row for each of {names}; and all, milder)"
+        "strengths of one row, e.g. brightness=0.5,hue=0.1; repeat for more rows "
+        f"(default: a row for each of {names}; and one with all of them, milder)"
     )
     flag("--set", action="append", default=[], metavar="NAME=STRENGTH,...", help=rows)
     flag("--columns", type=whole_number, default=COLUMNS, metavar="N", help=f"images in a row (default: {COLUMNS})")
     flag("--first", type=whole_number, default=0, metavar="N", help="training image of the first column (default: 0)")
-    flag("--same", action="store_true", help="that image in every column, drawn anew")
-    flag("--seed", type=whole_number, default=SEED, metavar="N", help=f"fixes everything random (default: {SEED})")
-    root = "where data sets are, or are downloaded to (default: $STN_FAST_DATA, else ~/.cache/stn_fast/data)"
+    flag("--same", action="store_true", help="show this image in every column, each with new random draws")
+    flag("--seed", type=whole_number, default=SEED, metavar="N", help=f"seed of all random numbers (default: {SEED})")
+    root = "folder of the data sets; missing ones are downloaded (default: $STN_FAST_DATA, else ~/.cache/stn_fast/data)"
     flag("--data-root", metavar="DIR", help=root)
-    output = "PNG, PDF or SVG (default: contact-sheet-DATA.png)"
+    output = "PNG, PDF or SVG file (default: contact-sheet-DATA.png)"
     flag("-o", "--output", metavar="FILE", help=output)
     return it
 

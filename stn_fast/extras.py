@@ -1,4 +1,4 @@
-"""Packages that only the command lines and the recipes need, installed by the extra ``train``."""
+"""Optional packages for the command lines and recipes, installed by the extra ``train``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from stn_fast.errors import UserError
 
 @contextmanager
 def extra(package: str) -> Iterator[None]:
-    """Around an import of ``package``, named as it is installed: where it is missing, one line says what to do.
+    """Turns a failed import of ``package`` (its name for pip) inside into an error that says how to install it.
 
     Raises:
-        UserError: it is missing.
+        UserError: the package is missing.
     """
     try:
         yield
@@ -25,7 +25,7 @@ def extra(package: str) -> Iterator[None]:
 
 
 def require(package: str) -> None:
-    """Raises UserError where ``package``, whose module has its name, is missing; imports nothing."""
+    """Raises UserError if ``package``, whose module has the same name, is missing; imports nothing."""
     with extra(package):
         if find_spec(package) is None:
             raise ModuleNotFoundError(f"No module named '{package}'", name=package)

@@ -1,6 +1,6 @@
-"""Files and folders: those that users name, locks, and writing that leaves a file whole or not there.
+"""Files and folders: paths given by users, locks, and atomic writes.
 
-``~`` is expanded in what users name, and what can't be looked at is a UserError.
+``~`` is expanded in paths given by users, and a path that can't be accessed is a UserError.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ except ImportError:  # not a POSIX system
 
 
 def expanded(path: str | Path, setting: str) -> Path:
-    """``path`` with a leading ``~`` or ``~user`` replaced by that home directory; ``setting`` says where it was named.
+    """``path`` with a leading ``~`` or ``~user`` replaced by the home directory; errors name ``setting``.
 
     Raises:
-        UserError: there is no such home directory, or the path has a null character.
+        UserError: there is no such home directory, or the path contains a null character.
     """
     if "\0" in str(path):
         raise UserError(f"{setting} {str(path)!r}: a path can't have a null character")
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise UserError(f"there is no home directory that {path} could be in; name another with {setting}") from None
+        raise UserError(f"there is no home directory for {path}; choose another path with {setting}") from None
 
 
 def status(path: Path) -> os.stat_result | None:
-    """What the system says of ``path``, symbolic links followed; None where nothing is there.
+    """The status of ``path``, following symbolic links; None if it does not exist.
 
     Raises:
-        UserError: it can't be looked at: no permission, or a name that is too long.
+        UserError: the path can't be accessed: no permission, or the name is too long.
     """
     try:
         return path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise UserError(f"cannot look at {path} ({error.strerror})") from None
+        raise UserError(f"cannot access {path} ({error.strerror})") from None
 
 
 def exists(path: Path) -> bool:
-    """Whether there is anything at ``path``; raises as ``status``."""
+    """Whether ``path`` exists; raises as ``status``."""
     return status(path) is not None
 
 
@@ -66,17 +66,17 @@ def is_directory(path: Path) -> bool:
 
 
 def entries(directory: Path) -> list[Path]:
-    """What is in ``directory``, sorted; nothing where there is none.
+    """The sorted entries of ``directory``; an empty list if it does not exist.
 
     Raises:
-        UserError: it can't be looked at.
+        UserError: the directory can't be read.
     """
     if not is_directory(directory):
         return []
     try:
         return sorted(directory.iterdir())
     except OSError as error:
-        raise UserError(f"cannot look into {directory} ({error.strerror})") from None
+        raise UserError(f"cannot list {directory} ({error.strerror})") from None
 
 
 def read_bytes(path: Path) -> bytes:
@@ -106,10 +106,10 @@ def read_text(path: Path) -> str:
 
 
 def cache_root() -> Path:
-    """The folder of what can be made again: STN_FAST_CACHE, else ~/.cache/stn_fast.
+    """The cache folder: STN_FAST_CACHE, else ~/.cache/stn_fast.
 
     Raises:
-        UserError: there is no home directory where one is needed.
+        UserError: there is no home directory, but one is needed.
     """
     return expanded(os.environ.get("STN_FAST_CACHE") or "~/.cache/stn_fast", "STN_FAST_CACHE")
 
@@ -120,11 +120,11 @@ class Locked(Exception):
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Inside, no other process is inside with the same ``path``, where the system and the disk know locks.
+    """Inside, this process holds an exclusive lock on ``path``, if the system and the disk support locks.
 
     Raises:
-        Locked: another is, and ``wait`` is False.
-        OSError: the file can't be made.
+        Locked: another process holds the lock, and ``wait`` is False.
+        OSError: the file can't be created.
     """
     if fcntl is None:
         yield
@@ -141,9 +141,9 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` for what is to become it, with a name that no process anywhere has; removed at the end.
+    """A temporary file beside ``path``, to be renamed to it; removed at the end if it still exists.
 
-    Machines that share a disk share process ids too.
+    Its name is globally unique, because process ids are not unique on a disk shared by several machines.
     """
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
@@ -153,10 +153,10 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def replace(path: Path, contents: bytes) -> None:
-    """Writes the file whole: a reader finds the old contents or the new ones, whenever the machine stops.
+    """Writes the file atomically: whenever the machine stops, it has either the old contents or the new ones.
 
     Raises:
-        OSError: it can't be written; the old contents are intact.
+        OSError: the file can't be written; the old contents are intact.
     """
     with beside(path) as partial:
         write_through(partial, contents)
@@ -173,7 +173,7 @@ def write_through(path: Path, contents: bytes) -> None:
 
 
 def sync(directory: Path) -> None:
-    """Waits until the names in ``directory`` are on the disk; Windows has no such call and needs none."""
+    """Waits until the entries of ``directory`` are on the disk; not needed on Windows."""
     if os.name == "nt":
         return
     descriptor = os.open(directory, os.O_RDONLY)
@@ -184,7 +184,7 @@ def sync(directory: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Makes ``path`` and its parents where they are missing, for good."""
+    """Creates ``path`` and its missing parents, and waits until they are on the disk."""
     missing = [directory for directory in (path, *path.parents) if not directory.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for directory in missing:

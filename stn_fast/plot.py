@@ -1,4 +1,4 @@
-"""``python -m stn_fast.plot RUN_DIR...``: draws hyperparameter schedules and loss curves of one run or several."""
+"""Plots the hyperparameter schedules and loss curves of one or several runs (python -m stn_fast.plot RUN_DIR...)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "draw", "new_figure", "read_run", "read_runs", "save", "save_schedule"]
 
-# Okabe and Ito's palette: eight colours that stay apart for colour-blind readers.
+# Okabe and Ito's palette: eight colours that colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A600")
 GREY = "#555555"
 PANEL = (3.7, 2.5)  # inches
 COLUMNS = 3
-TITLE = 24  # characters of a panel's title that leave room beside them
+TITLE = 24  # longest title of a panel, in characters, that leaves room beside it
 LEGEND_COLUMNS = 2
 LEGEND: dict[str, Any] = {
     "ncols": 3,
@@ -43,15 +43,15 @@ LEGEND: dict[str, Any] = {
 
 
 def colour_of(number: int) -> str:
-    """The colour of run ``number``; they repeat after the last."""
+    """The colour of run ``number``; colours repeat after the last one."""
     return COLOURS[number % len(COLOURS)]
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches on matplotlib's Agg canvas, whatever MPLBACKEND names.
+    """An empty figure on matplotlib's Agg canvas, whatever MPLBACKEND says; width and height are in inches.
 
-    matplotlib refuses to be imported where MPLBACKEND is misspelt or names a backend that is not installed. So it is
-    imported without; a backend that there is remains the one of pyplot, which is not used here.
+    matplotlib cannot be imported if MPLBACKEND is misspelt or names a backend that is not installed. So it is imported
+    without MPLBACKEND; a valid backend is then set for pyplot, which is not used here.
     """
     backend = os.environ.pop("MPLBACKEND", None)
     try:
@@ -71,19 +71,19 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def warn(text: str) -> None:
-    """One line on standard error."""
+    """Prints one line of warning on standard error."""
     print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def save_schedule(
     directories: Sequence[str | Path], output: str | Path | None = None, warn: Callable[[str], None] = warn
 ) -> Path:
-    """Draws the runs over each other into a PNG; by default ``schedule.png`` in the run's own directory.
+    """Plots the runs together; returns the file, by default ``schedule.png`` in the directory of a single run.
 
-    Of several directories, those that hold no run are left out, and ``warn`` is called with what is wrong with each.
+    If there are several directories, those without a valid run are left out, and ``warn`` is called with each reason.
 
     Raises:
-        UserError: no directory holds a run, or the picture cannot be written.
+        UserError: no directory holds a run, or the file cannot be written.
     """
     runs = read_runs(directories, warn)
     single = Path(directories[0]) / "schedule.png"
@@ -91,12 +91,12 @@ def save_schedule(
 
 
 def save(figure: Figure, output: str | Path) -> Path:
-    """Writes ``figure`` in the format that the ending of ``output`` names, PNG without one; returns the file.
+    """Writes ``figure`` in the format given by the extension of ``output``, by default PNG; returns the file.
 
-    All text in it is drawn as it is: no ``$`` begins a formula, and no setting of the user has TeX typeset it.
+    All text is drawn literally: ``$`` does not begin a formula, and the user's settings cannot make TeX typeset it.
 
     Raises:
-        UserError: it cannot be written there, or not in that format.
+        UserError: the file or the format cannot be written.
     """
     from matplotlib import rc_context
     from matplotlib.text import Text
@@ -107,7 +107,7 @@ def save(figure: Figure, output: str | Path) -> Path:
         text.set_usetex(False)
     try:
         target = target if target.suffix else target.with_suffix(".png")
-        with rc_context({"text.parse_math": False, "text.usetex": False}):  # for ticks, which are made while drawing
+        with rc_context({"text.parse_math": False, "text.usetex": False}):  # for ticks, which are created on drawing
             figure.savefig(target, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(f"--output {target} cannot be written ({error}); name a .png, .pdf or .svg file") from None
@@ -115,7 +115,7 @@ def save(figure: Figure, output: str | Path) -> Path:
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """One panel for the losses and one for every hyperparameter, all over epochs."""
+    """One panel for the losses and one for each hyperparameter, all plotted over epochs."""
     names = list(dict.fromkeys(name for run in runs for name in run.config.enabled))
     panels = 1 + len(names)
     columns = min(COLUMNS, panels)
@@ -172,7 +172,7 @@ def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
 
 
 def draw_hyperparameter(axis: Axes, runs: Sequence[Run], name: str) -> None:
-    """The constrained value over epochs in the band from λ − σ to λ + σ; the dotted line is the first guess."""
+    """The constrained value over epochs, with a band from λ − σ to λ + σ; the dotted line is the first guess."""
     for number, run in enumerate(runs):
         rows = [row for row in run.rows["eval"] if name in row.get("hyperparameters", {})]
         if not rows:
@@ -195,7 +195,7 @@ def draw_hyperparameter(axis: Axes, runs: Sequence[Run], name: str) -> None:
 
 
 def _scale(axis: Axes, entries: Sequence[Any]) -> None:
-    """A logarithmic axis for what is positive and unbounded, such as weight decay; else from bound to data."""
+    """A logarithmic axis for positive values without an upper bound, such as weight decay; else a linear one."""
     if all(entry.low == 0 and entry.high is None for entry in entries):
         axis.set_yscale("log")
         _plain_log_labels(axis)
@@ -204,7 +204,7 @@ def _scale(axis: Axes, entries: Sequence[Any]) -> None:
 
 
 def _plain_log_labels(axis: Axes) -> None:
-    """Numbers such as 0.05 on a log axis; between the powers of ten only where few of those are in sight."""
+    """Numbers such as 0.05 on a log axis; between powers of ten only if few of these are visible."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     low, high = axis.get_ylim()
@@ -224,7 +224,7 @@ def _finish(axis: Axes, runs: Sequence[Run]) -> None:
 
 
 def _head(figure: Figure, runs: Sequence[Run], top: float) -> None:
-    """A title or a legend of runs in the uppermost ``top`` inches, and a line that says how to read the panels."""
+    """A title or a legend of runs in the top ``top`` inches, and a line that explains the panels."""
     from matplotlib.lines import Line2D
 
     height = figure.get_figheight()
@@ -246,7 +246,7 @@ def _head(figure: Figure, runs: Sequence[Run], top: float) -> None:
         }
         legend = figure.legend(handles, ["run"] * len(runs), ncols=LEGEND_COLUMNS, frameon=False, fontsize=10, **place)
         for text, label in zip(legend.get_texts(), labels, strict=True):
-            text.set_text(label)  # matplotlib leaves out a label that it is given with a _ in front
+            text.set_text(label)  # set afterwards, because matplotlib omits labels that begin with _
     note = "line: value    band: ± σ of its perturbation    dot: best validation loss    dotted: first guess"
     shaded = "    shaded: warm-up" if any(run.config.method.tunes for run in runs) else ""
     figure.text(0.5, 1 - (top - 0.12) / height, note + shaded, ha="center", va="center", fontsize=8.5, color=GREY)
@@ -259,8 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     it = Parser("python -m stn_fast.plot", __doc__)
-    it.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directories that stn_fast.train has written")
-    output = "PNG, PDF or SVG (default: schedule.png in the run's directory; schedules.png here for several)"
+    it.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="run directories written by stn_fast.train")
+    output = "PNG, PDF or SVG file (default: schedule.png in RUN_DIR; for several runs ./schedules.png)"
     it.add_argument("-o", "--output", metavar="FILE", help=output)
     flags = it.given(arguments)
     print(printable(str(save_schedule(flags["run_dirs"], flags["output"]))))

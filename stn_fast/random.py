@@ -1,7 +1,7 @@
-"""The random number generator of the package, in NumPy, written to be read: Philox 4x32-10.
+"""The package's random number generator, Philox 4x32-10: the readable reference in NumPy.
 
-Counter-based (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123): a draw is a function
-of its coordinates alone, so the C++ core and the Triton kernels compute the same ones.
+It is counter-based (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123): a draw is a
+function of its coordinates only, so the C++ core and the Triton kernels compute the same numbers.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ def philox4x32(counters: NDArray[np.integer], keys: NDArray[np.integer]) -> NDAr
     """Ten rounds of Philox 4x32: counters (..., 4) and keys (..., 2), values below 2³², → (..., 4) uint32.
 
     One round, with 32-bit words c₀..c₃, key k₀, k₁ and 64-bit products p₀ = M₀c₀, p₁ = M₁c₂:
-    (c₀, c₁, c₂, c₃) ← (high(p₁) ⊕ c₁ ⊕ k₀, low(p₁), high(p₀) ⊕ c₃ ⊕ k₁, low(p₀)); then k₀ and k₁ grow by constants.
+    (c₀, c₁, c₂, c₃) ← (high(p₁) ⊕ c₁ ⊕ k₀, low(p₁), high(p₀) ⊕ c₃ ⊕ k₁, low(p₀)); then k₀, k₁ increase by constants.
     """
     c0, c1, c2, c3 = np.moveaxis(np.asarray(counters, np.uint64), -1, 0)
     k0, k1 = np.moveaxis(np.asarray(keys, np.uint64), -1, 0)
@@ -31,7 +31,7 @@ def bits(seed: int, step: int, stream: int, examples: int, elements: int, first_
     """(examples, elements) uint32: word `element mod 4` of counter (element div 4, example, step, stream).
 
     Row i belongs to example `first_example` + i of the global batch. The key is the 64-bit `seed`, low word first;
-    example, step and stream count modulo 2³².
+    example, step and stream are taken modulo 2³².
     """
     blocks = -(-elements // 4)
     counters = np.empty((examples, blocks, 4), np.uint64)
@@ -57,7 +57,7 @@ def normal(
 
     n₀ = sqrt(−2 log(1 − a)) cos(2πb), n₁ = sqrt(−2 log(1 − a)) sin(2πb)
 
-    The angle is first reduced to the nearest quarter turn, which is exact: where a sine is 0, so is the number.
+    The angle is first reduced by the nearest quarter turn, which is exact, so that a sine of 0 gives exactly 0.
     """
     pairs = -(-elements // 2)
     u = uniform(seed, step, stream, examples, 2 * pairs, first_example).astype(np.float64).reshape(examples, pairs, 2)

@@ -1,4 +1,4 @@
-"""Standard output and error of the command lines: any encoding will do, and a reader may go away."""
+"""Standard output and error of the command lines: robust to any encoding and to readers that exit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 
 def printable(text: str) -> str:
-    """``text`` on one line: control characters, such as a newline or the start of a colour code, as escapes."""
+    """``text`` on one line, with control characters, such as newlines and colour codes, escaped."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode("ascii")
         for character in text
@@ -19,9 +19,9 @@ def printable(text: str) -> str:
 
 
 class Output:
-    """A text stream whose writer goes on when nothing can be written any more; ``failure`` then says why.
+    """A text stream that ignores all writes after one has failed; ``failure`` is then its error.
 
-    Characters that the stream's encoding lacks are written as escapes.
+    Characters that the encoding lacks are written as escapes.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -47,12 +47,12 @@ class Output:
 
     @property
     def reader_gone(self) -> bool:
-        """Whether what failed is the other end of a pipe: `head` has seen enough. Windows says EINVAL."""
+        """Whether the reader at the other end of a pipe has exited, as `head` does. On Windows this is EINVAL."""
         return self.failure is not None and self.failure.errno in (errno.EPIPE, errno.EINVAL)
 
     def _fail(self, error: OSError) -> None:
         self.failure = error
-        # The interpreter flushes the stream once more at exit: what is left in it goes nowhere instead.
+        # The interpreter flushes the stream again at exit: send the rest to the null device instead.
         with suppress(OSError, ValueError):
             descriptor = self.stream.fileno()
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -65,7 +65,7 @@ class Output:
 
 @contextmanager
 def outputs() -> Iterator[tuple[Output, Output]]:
-    """sys.stdout and sys.stderr as ``Output`` inside; one that is closed (None) leads nowhere."""
+    """Inside, sys.stdout and sys.stderr are ``Output``; a closed one (None) writes to the null device."""
     with open(os.devnull, "w") as nowhere:
         output, error = Output(sys.stdout or nowhere), Output(sys.stderr or nowhere)
         with redirect_stdout(output), redirect_stderr(error):

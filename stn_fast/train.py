@@ -1,4 +1,4 @@
-"""``python -m stn_fast.train``: trains a recipe and leaves a run directory."""
+"""``python -m stn_fast.train``: trains a recipe and writes a run directory."""
 
 from __future__ import annotations
 
@@ -20,27 +20,29 @@ DEFAULT_RECIPE = "digits"
 
 
 def parser() -> Parser:
-    """The flags. Those that override a key of the configuration carry that key as their name."""
-    about = "Trains a self-tuning network, or the same network without the tuning."
+    """The flags. A flag that overrides a key of the configuration has that key as its ``dest``."""
+    about = "Trains a self-tuning network, or the same network without tuning."
     it = Parser(PROGRAM, about)
     flag = it.add_argument
     default = f"the recipe in --config, else {DEFAULT_RECIPE}"
     flag("recipe", nargs="?", help=f"what to train: {', '.join(RECIPES)}, or FILE.py:NAME (default: {default})")
     flag("--method", dest="method.name", metavar="NAME", help="stn or fixed (default: stn)")
-    flag("--freeze", dest="method.freeze", action="store_true", default=None, help="stn, hyperparameters held still")
-    flag("--seed", type=whole_number, metavar="N", help="fixes everything random (default: 0)")
+    frozen = "train the self-tuning network without tuning its hyperparameters"
+    flag("--freeze", dest="method.freeze", action="store_true", default=None, help=frozen)
+    flag("--seed", type=whole_number, metavar="N", help="seed of all random numbers (default: 0)")
     flag("--device", metavar="DEVICE", help="cpu or cuda (default: cpu)")
     flag("--epochs", dest="schedule.epochs", type=whole_number, metavar="N", help="passes over the training set")
-    flag("--max-steps", dest="schedule.max_steps", type=whole_number, metavar="N", help="stop after so many steps")
-    share = "use so much of the training set, above 0 and at most 1 (default: 1)"
+    flag("--max-steps", dest="schedule.max_steps", type=whole_number, metavar="N", help="stop after N steps")
+    share = "fraction of the training set to use, above 0 and at most 1 (default: 1)"
     flag("--train-fraction", dest="train_fraction", type=number, metavar="F", help=share)
-    root = "where data sets are, or are downloaded to (default: $STN_FAST_DATA, else ~/.cache/stn_fast/data)"
+    root = "folder of the data sets; missing ones are downloaded (default: $STN_FAST_DATA, else ~/.cache/stn_fast/data)"
     flag("--data-root", dest="data_root", metavar="DIR", help=root)
-    flag("--run-dir", dest="run_dir", metavar="DIR", help="default: runs/RECIPE-METHOD-seedSEED")
-    flag("--config", metavar="FILE", help="YAML laid over the recipe's defaults; --print-config shows its form")
-    flag("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. optimizer.learning_rate=0.1")
-    flag("--print-config", action="store_true", help="print the resolved configuration as YAML and stop")
-    resume = "go on from the newest checkpoint in the run directory (default); --no-resume starts over"
+    flag("--run-dir", dest="run_dir", metavar="DIR", help="output directory (default: runs/RECIPE-METHOD-seedSEED)")
+    flag("--config", metavar="FILE", help="YAML file that overrides the recipe's defaults; see --print-config")
+    override = "override any key, e.g. optimizer.learning_rate=0.1; may be repeated"
+    flag("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
+    flag("--print-config", action="store_true", help="print the resolved configuration as YAML and exit")
+    resume = "continue from the newest checkpoint in the run directory (default); --no-resume starts over"
     flag("--resume", action=argparse.BooleanOptionalAction, default=True, help=resume)
     return it
 
@@ -64,10 +66,10 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def recipe_name(argument: str | None, settings: Mapping[str, Any], file: str | None) -> str:
-    """The recipe that the first ``argument`` or the ``settings`` in the --config ``file`` name.
+    """The recipe named by the first ``argument``, or by the ``settings`` in the --config ``file``.
 
     Raises:
-        UserError: they name two different ones, or the settings name something that is not text.
+        UserError: the two name different recipes, or the name in the settings is not text.
     """
     if "recipe" not in settings:
         return argument or DEFAULT_RECIPE
@@ -75,7 +77,7 @@ def recipe_name(argument: str | None, settings: Mapping[str, Any], file: str | N
     if not isinstance(named, str):
         raise ConfigError("recipe", named, f"must be the name of a recipe in {file}: {', '.join(RECIPES)}")
     if argument is not None and argument not in RECIPES:
-        return argument  # one's own, which names itself in its configuration
+        return argument  # a user's recipe, which has its own name in its configuration
     if argument is not None and argument != named:
         raise UserError(
             f"the first argument is the recipe '{argument}', but {file} is for '{named}': leave out the argument, "
@@ -85,8 +87,8 @@ def recipe_name(argument: str | None, settings: Mapping[str, Any], file: str | N
 
 
 def train(config: Any, module: Any, resume: bool) -> int:
-    """Runs ``config`` and tells how it went."""
-    require("matplotlib")  # told before the run, not after it
+    """Runs ``config``, prints the result and plots the schedules; returns the exit status."""
+    require("matplotlib")  # fail before the run rather than after it
     from stn_fast.plot import save_schedule
     from stn_fast.training.progress import Progress, summary
     from stn_fast.training.run import run
@@ -102,7 +104,7 @@ def train(config: Any, module: Any, resume: bool) -> int:
         return complain(str(error), 1)
     print(summary(result))
     schedule = save_schedule([config.directory])
-    files = f"everything is in {config.directory}, the schedules in {schedule}"
+    files = f"results are in {config.directory}, the schedules in {schedule}"
     print(f"{result['wall_seconds']:.1f} s; {printable(files)}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Text to values and back: YAML by the rules of version 1.2, and JSON that every reader accepts."""
+"""Conversion of values from and to text: YAML 1.2, and JSON that every parser accepts."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from stn_fast.extras import extra
 
-# Plain scalars of YAML 1.2, whole.
+# Patterns of complete plain scalars of YAML 1.2.
 NULL = re.compile(r"~|null|Null|NULL|")
 BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
-MOST_DIGITS = 1000  # of a whole number; Python prints no more than some thousands
+MOST_DIGITS = 1000  # most digits of a whole number; Python can't print more than a few thousand
 
 
 class NotYaml(ValueError):
-    """Text that is not YAML: ``problem`` says why, ``line`` where, counted from 1, if that is known."""
+    """Text that is not YAML: ``problem`` says why; ``line``, counted from 1, says where, if known."""
 
     def __init__(self, problem: str, line: int | None = None) -> None:
         self.problem, self.line = problem, line
@@ -61,7 +61,7 @@ def number(text: str) -> float:
         try:
             return float(whole_number(text))
         except OverflowError:
-            raise ValueError(f"{text[:20]}... is beyond the range of floating point numbers") from None
+            raise ValueError(f"{text[:20]}... is too large for a floating point number") from None
     if not FLOAT.fullmatch(text):
         raise ValueError(f"{text!r} is not a number")
     return parsed(text, whole=False)
@@ -82,14 +82,14 @@ def from_yaml(text: str) -> Any:
 
 
 def to_yaml(value: Any) -> str:
-    """``value`` as a YAML document, which ``from_yaml`` reads back as an equal one."""
+    """``value`` as a YAML document, from which ``from_yaml`` gives an equal value."""
     with extra("pyyaml"):
         from stn_fast import yaml_1_2
     return yaml_1_2.dump(value)
 
 
 def finite(value: Any) -> Any:
-    """``value`` with None in place of every number that is not finite, at any depth of mappings and sequences."""
+    """``value`` with every number that is not finite replaced by None, also in nested mappings and sequences."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -98,7 +98,7 @@ def finite(value: Any) -> Any:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """``value`` as JSON. A number that is not finite is null: JSON has no name for it."""
+    """``value`` as JSON. Numbers that are not finite become null, because JSON can't represent them."""
     return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""PyYAML, which reads and writes YAML 1.1, by the rules of version 1.2; `stn_fast.values` has what others call."""
+"""Makes PyYAML, which implements YAML 1.1, follow YAML 1.2; to be used through `stn_fast.values`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
     """Resolves plain scalars by the core schema of YAML 1.2; refuses a mapping that has a key twice."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Checked before merge keys are replaced by what they stand for, which may well repeat a key.
+        # Checked before merge keys are expanded, which may repeat a key legitimately.
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
         if pattern.fullmatch(text):
             try:
                 return text.lower() == "true" if kind == "bool" else parsed(text, whole=kind == "int")
-            except ValueError:  # Python converts no more than some thousand digits
+            except ValueError:  # Python converts at most a few thousand digits
                 pass
         raise yaml.constructor.ConstructorError(None, None, f"{text[:40]!r} is not a YAML {kind}", node.start_mark)
 
@@ -60,7 +60,7 @@ for _tag, _pattern, _first in _CORE_SCHEMA:
 for _tag in ("bool", "int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 _Loader.add_constructor("tag:yaml.org,2002:merge", _Loader.construct_text)
-for _tag in ("timestamp", "binary", "set", "omap", "pairs"):  # of version 1.1 alone
+for _tag in ("timestamp", "binary", "set", "omap", "pairs"):  # only in version 1.1
     _Loader.yaml_constructors.pop(f"tag:yaml.org,2002:{_tag}")
 
 

@@ -89,13 +89,13 @@ LOADERS = [fashion_mnist.load, cifar10.load, ptb.load, wikitext2.load, load_file
 
 @pytest.mark.parametrize("load", LOADERS)
 def test_a_data_root_with_too_long_a_name_is_an_error_of_the_user(load, tmp_path):
-    with pytest.raises(UserError, match=r"cannot look at .*\(File name too long\)"):
+    with pytest.raises(UserError, match=r"cannot access .*\(File name too long\)"):
         load(tmp_path / LONG)
 
 
 @pytest.mark.parametrize("load", LOADERS)
 def test_a_data_root_that_may_not_be_looked_into_is_an_error_of_the_user(load, locked):
-    with pytest.raises(UserError, match=r"cannot look at .*\(Permission denied\)"):
+    with pytest.raises(UserError, match=r"cannot access .*\(Permission denied\)"):
         load(locked)
 
 
@@ -120,7 +120,7 @@ def test_what_is_missing_is_told_from_what_cannot_be_looked_at(tmp_path):
     assert files.entries(tmp_path / "file") == files.entries(tmp_path / "absent") == []
     for path in (tmp_path / LONG, tmp_path / "loop"):
         for ask in (files.exists, files.is_file, files.is_directory, files.entries):
-            with pytest.raises(UserError, match="cannot look at"):
+            with pytest.raises(UserError, match="cannot access"):
                 ask(path)
 
 
