@@ -1,15 +1,14 @@
-# Every target sets up what it needs. PYTHON is the interpreter that .venv is made from; test-gpu and bench-gpu
-# use it directly, with the torch and Triton that it already has.
+# Every target installs what it needs. PYTHON is the interpreter from which .venv is created; test-gpu and bench-gpu
+# use it directly, with its own torch and Triton.
 #
-# The clone may be in a folder of any name: no recipe contains its path, all paths are relative. What make itself
-# can't do: PYTHON is a command, so a path with a space in it needs quotes of its own (make PYTHON='"/my tools/python"'),
-# and a $ in a variable on the command line is written $$.
+# The clone may be in a folder of any name, because all paths are relative. PYTHON is a command, so a path with a space
+# needs additional quotes (make PYTHON='"/my tools/python"'), and a $ in a variable on the command line is written $$.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-# Where the oldest Triton that is supported is installed, apart from the one in .venv.
+# The oldest supported Triton is installed here, separate from the one in .venv.
 OLDEST := build/triton-oldest
-# Test files side by side, each on two threads that leave the processors to one another when they wait.
+# Run test files in parallel, each on two threads that release their processors while they wait.
 WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: help venv train check test lint launched-kernels count-compilations cases bench test-gpu bench-gpu gpu-report clean
@@ -43,7 +42,7 @@ lint: venv  ## style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# Of most parts something, of no part what takes long.
+# A few fast tests of most parts.
 QUICK := tests/test_checks.py tests/test_core.py tests/test_dispatch.py tests/test_files.py tests/test_hyperparameters.py \
   tests/layers tests/ops/test_linear.py tests/ops/test_weight_decay.py tests/kernels/test_autotune.py \
   tests/training/test_config.py tests/training/test_methods.py tests/training/test_checkpoint.py tests/data/test_text.py
@@ -62,7 +61,7 @@ launched-kernels: triton-oldest  ## compile every variant of a kernel that a ste
 COUNT := COMPILATIONS=benchmarks/results/compilations.json PYTHONPATH=tests OMP_NUM_THREADS=1 $(RUN) -m pytest -q \
   -p count_compilations -m "cuda and not gpu"
 
-count-compilations: venv  ## count what the tests of `make gpu-report` compile, for the plan of its time
+count-compilations: venv  ## count the compilations of the tests of `make gpu-report`, to plan its time
 	PART=kernels $(COUNT) tests/kernels tests/ops -k "not 2_to_the_31"
 	PART=steps $(COUNT) tests/layers tests/models tests/training || test $$? -eq 5
 
@@ -77,7 +76,7 @@ compile-ahead: triton-oldest  ## compile every kernel for sm_80 and sm_90 with b
 	$(RUN) tests/compile_table.py --triton $(OLDEST) $(ARGS)
 	$(RUN) tests/compile_table.py $(ARGS)
 
-cases: venv  ## every script in a folder (CASES=DIR): its exit status and seconds, then how many failed
+cases: venv  ## run every script in a folder (CASES=DIR); prints exit status and seconds, then the number of failures
 	$(RUN) tests/run_cases.py "$$CASES"
 
 bench: venv  ## speed on the CPU: compare tables, then ratios to the bare library products
@@ -96,8 +95,8 @@ test-gpu: gpu  ## every test that computes on a CUDA device; no network needed
 bench-gpu: gpu  ## ratios on a CUDA device; no network needed
 	$(PYTHON) -m benchmarks.ratios --device cuda --json benchmarks/results/cuda.json $(ARGS)
 
-# Needs what the GPU's Python has and nothing installed. A dry run is for machines without a GPU.
-gpu-report: $(if $(DRY),venv)  ## prove and measure all that needs a GPU in nine minutes, into OUT=build/gpu (DRY=1: check the plan)
+# Uses the packages of the GPU's Python and installs nothing. A dry run is for machines without a GPU.
+gpu-report: $(if $(DRY),venv)  ## all tests and measurements that need a GPU in nine minutes, into OUT=build/gpu (DRY=1: check the plan)
 	$(if $(DRY),$(RUN),$(PYTHON)) -m benchmarks.gpu_report $(if $(DRY),--dry,--out "$${OUT:-build/gpu}") $(ARGS)
 
 clean:  ## remove what was built and cached, .venv included; runs/ stays
