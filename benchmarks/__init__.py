@@ -1,4 +1,4 @@
-"""How fast the operations are, against the baselines that matter, on whatever device is here."""
+"""Speed of the operations against relevant baselines, on the available device."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The speeds aimed at on one H100 or H200 in bfloat16, and where recorded rows have the figure of each."""
+"""Target speeds on one H100 or H200 in bfloat16, and how to compute each figure from recorded rows."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What `augment` is compared with: batched torch operations, and Pillow with NumPy, image by image.
+"""Baselines of `augment`: batched torch operations, and Pillow with NumPy, image by image.
 
-Nothing here knows the code of stn_fast. Both draw with the generators of their own library, and a test feeds them the
-same numbers to see that they do the same job. Images are (N, 3, H, W) uint8; strengths are {name: (N,) float32}, all
-thirteen of them. Only functions that compute with Pillow import it: where it is missing, the others run.
+Both are independent of the code of stn_fast. They use the random generators of their own library; a test gives them the
+same numbers to check that they compute the same. Images are (N, 3, H, W) uint8; strengths are {name: (N,) float32}, all
+thirteen. Only functions that use Pillow import it, so that the others work without it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Draws(NamedTuple):
 
 
 class Jitters(NamedTuple):
-    """What each of the 13 uniforms of an image decides: tensors for a batch, numbers for one image."""
+    """The 13 uniforms of an image by their use: tensors for a batch, numbers for one image."""
 
     flip: Any
     crop_x: Any
@@ -54,7 +54,7 @@ class Jitters(NamedTuple):
 
 
 def draw(images: Tensor) -> Draws:
-    """Fresh numbers from torch's generator."""
+    """New numbers from torch's generator."""
     batch, channels, height, width = images.shape
     return Draws(
         torch.rand(batch, 13, device=images.device),
@@ -65,7 +65,7 @@ def draw(images: Tensor) -> Draws:
 
 
 def augment(images: Tensor, strengths: Mapping[str, Tensor], draws: Draws) -> Tensor:
-    """The batch at once, in torch operations."""
+    """Augments the whole batch at once, by torch operations."""
     u = Jitters(*draws.one.view(len(images), 13, 1, 1, 1).unbind(1))
     s = {name: strength.view(-1, 1, 1, 1) for name, strength in strengths.items()}
     theta = _theta(images, strengths, Jitters(*(draw.flatten() for draw in u)))
@@ -135,7 +135,7 @@ def augment_image_by_image(
     names: tuple[str, ...],
     transform: Callable[[NDArray[np.uint8], Mapping[str, float], Draws], NDArray[np.float32]] | None = None,
 ) -> Tensor:
-    """As a data loader without workers does it: images (N, H, W, 3), strengths (N, 13), the results stacked."""
+    """Augments image by image, like a data loader without workers: images (N, H, W, 3), strengths (N, 13)."""
     generator = np.random.default_rng()
     _, height, width, _ = images.shape
     with_noise = "input_noise" in names
@@ -170,7 +170,7 @@ def augment_image(image: NDArray[np.uint8], s: Mapping[str, float], draws: Draws
 
 
 def augment_image_for_cifar10(image: NDArray[np.uint8], s: Mapping[str, float], draws: Draws) -> NDArray[np.float32]:
-    """What of this the CIFAR-10 recipe tunes: no geometry, no noise. (3, H, W)."""
+    """Only the parts that the CIFAR-10 recipe tunes, without geometry and noise. (3, H, W)."""
     from PIL import Image
 
     u = Jitters(*draws.one.tolist())

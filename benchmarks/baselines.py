@@ -1,6 +1,6 @@
-"""What the operations are compared with: plain torch, and the bare library products that nothing can beat.
+"""Baselines of the operations: plain torch, and the bare library products as a limit.
 
-Tests use them too, so they are written to be read, and nothing here knows the code of stn_fast.
+Tests use them too, so they are written for readability and are independent of the code of stn_fast.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def gated_epilogue(
     bias_gate: Tensor,
     h: Tensor,
 ) -> Tensor:
-    """y from [P, Q] = x [W; R]ᵀ (B, 2·O): all of gated_linear but its large product."""
+    """y from [P, Q] = x [W; R]ᵀ (B, 2·O): everything in gated_linear except its large product."""
     plain, response = products.chunk(2, dim=-1)
     return plain + bias + F.linear(h, weight_gate) * response + F.linear(h, bias_gate) * response_bias
 
@@ -64,14 +64,14 @@ def gated_conv2d(
 def gated_channels(
     products: Tensor, bias: Tensor, response_bias: Tensor, weight_gate: Tensor, bias_gate: Tensor, h: Tensor
 ) -> Tensor:
-    """y from [P, Q] = conv(x, [W; R]) (B, 2·O, H, W): all of gated_conv2d but its convolution."""
+    """y from [P, Q] = conv(x, [W; R]) (B, 2·O, H, W): everything in gated_conv2d except its convolution."""
     plain, response = products.chunk(2, dim=1)
     shift = bias + F.linear(h, bias_gate) * response_bias
     return plain + F.linear(h, weight_gate)[:, :, None, None] * response + shift[:, :, None, None]
 
 
 class Limit(NamedTuple):
-    """The bare library products of a gated linear layer, with all that they read prepared beforehand.
+    """The bare library products of a gated linear layer, with all operands prepared beforehand.
 
     P = x Wᵀ, Q = x Rᵀ forward; dx = dy W + g R, dW = dyᵀ x, dR = gᵀ x backward, where g = dy ⊙ s. No bias, no
     gates, nothing elementwise. Either as products of the concatenations [W; R] and [dy, g], or two by two.
@@ -118,7 +118,7 @@ class Range(NamedTuple):
 def perturb(
     location: Tensor, raw_scale: Tensor, center: Tensor, ranges: Sequence[Range], batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """(values, λ̃ − center), each (B, n): sampled and constrained op by op, a transform to a column."""
+    """(values, λ̃ − center), each (B, n): sampled and constrained op by op, with one transform per column."""
     scale = F.softplus(raw_scale.clamp(-4.0, 3.0))
     noise = torch.randn(batch_size, len(ranges), device=location.device)
     unconstrained = location + scale * noise
@@ -141,7 +141,7 @@ def constrain(unconstrained: Tensor, bounds: Range) -> Tensor:
 
 
 def dropout(x: Tensor, rate: Tensor, example_dim: int, shared_dims: Sequence[int]) -> Tensor:
-    """x ⊙ keep / (1 − rate[b]), keep = [u ≥ rate[b]], the mask drawn once along every shared dimension."""
+    """x ⊙ keep / (1 − rate[b]), keep = [u ≥ rate[b]], with one mask along every shared dimension."""
     mask_shape = [1 if dim in shared_dims else size for dim, size in enumerate(x.shape)]
     rate = rate.view([-1 if dim == example_dim else 1 for dim in range(x.ndim)])
     keep = torch.rand(mask_shape, device=x.device) >= rate

@@ -1,4 +1,4 @@
-"""What is measured: operations × shapes × modes, and everyone who can compute each of them."""
+"""The measured cases: operations × shapes × modes, and the providers of each."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ DROPOUT_MODES = ("forward", "full")
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to compute. ``compiled`` says whether torch.compile takes part: it takes long to get ready."""
+    """One computation to measure. ``compiled``: whether to include torch.compile, which takes long to warm up."""
 
     op: str
     mode: str
@@ -70,7 +70,7 @@ class Case:
     compiled: bool = True
 
     def providers(self) -> dict[str, Provider]:
-        """Everyone who computes this case, by name. Those named limit... are bounds, not implementations."""
+        """The providers of this case, by name. Those named limit... are bounds rather than implementations."""
         torch.manual_seed(0)
         torch._dynamo.reset()
         if self.op == "gated_linear":
@@ -92,7 +92,7 @@ class Case:
 def all_cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
     """Every case of this device: float32 on the CPU, bfloat16 and float32 on CUDA.
 
-    ``quick`` is for trying the machinery: small shapes, one dtype, nothing compiled.
+    ``quick`` only tests that everything runs: small shapes, one dtype, nothing compiled.
     """
     on_cuda = device.type == "cuda"
     dtypes = (torch.bfloat16, torch.float32) if on_cuda and not quick else (torch.float32,)
@@ -122,7 +122,7 @@ def all_cases(device: torch.device, quick: bool = False) -> Iterator[Case]:
 
 
 def gated_linear_inputs(case: Case) -> tuple[list[Tensor], Tensor]:
-    """x, W, b, R, r, Gw, Gb, h of sizes that a trained layer has, and dy."""
+    """x, W, b, R, r, Gw, Gb, h with magnitudes as in a trained layer, and dy."""
     batch, inputs, outputs = case.shape
     n = HYPERPARAMETERS
 
@@ -212,7 +212,7 @@ def _perturb(case: Case) -> dict[str, Provider]:
     if case.compiled:
         functions["compiled"] = compiled(eager)
 
-    # Full: gradients from both outputs. Valid: from the response alone, which is all that a validation step has.
+    # full: gradients from both outputs. valid: only from the response, as in a validation step.
     first = 1 if case.mode == "valid" else 0
     incoming = [torch.randn(batch, HYPERPARAMETERS, device=case.device) for _ in range(2)][first:]
     wanted = (case.mode != "forward",) * 2

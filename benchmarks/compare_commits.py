@@ -1,10 +1,10 @@
-"""What a change of the code changed: losses bit for bit, compiled kernels by hash, speed by turns.
+"""Compares two commits: losses bit for bit, compiled kernels by hash, and speed by interleaved timing.
 
-    python -m benchmarks.compare_commits HEAD~1            a commit with the files as they are
+    python -m benchmarks.compare_commits HEAD~1            a commit with the working tree
     python -m benchmarks.compare_commits v1 v2 --ops gated_lstm --json ratios.json
 
-Each commit gets a folder of its own under build/compare, with its C++ core built, and processes of its own. On the CPU.
-The exit status is 1 where losses or kernels differ; ratios are printed, not judged.
+Each commit has its own folder under build/compare, with its own C++ core, and its own processes. Runs on the CPU. The
+exit status is 1 if losses or kernels differ; speed ratios are only printed.
 """
 
 from __future__ import annotations

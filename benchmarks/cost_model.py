@@ -1,16 +1,16 @@
-"""What each aim's case must cost: operations, bytes and launches, against what a GPU reaches.
+"""Predicts the time of each target's case from its operations, bytes and launches, and the rates of a GPU.
 
     python -m benchmarks.cost_model
     python -m benchmarks.cost_model --measured build/gpu/machine.json --rows build/gpu
 
-A launch takes as long as the slowest of its operations, its bytes in memory and its bytes on the chip, and starts some
-time after the one before. Everything is bfloat16, weights and their updates are float32. Rates are assumptions (see
-`H100`), or those that `make gpu-report` has measured.
+A launch takes the longest of the times for its operations, its bytes in memory and its bytes on the chip, and starts a
+fixed gap after the previous one. Everything is bfloat16, except that weights and their updates are float32. Rates are
+assumptions (see `H100`), or measured by `make gpu-report`.
 
-Left out: operands that stay in the L2 cache from one launch to the next; waves of tiles that don't fill the device;
-rows that pad a product of few examples to the tensor cores' 64; the arithmetic of random numbers and activations; what
-the host adds where nothing is captured; lower clocks under load. Absolute times are therefore rough, mostly too short.
-Ratios, whose two sides leave out the same, are better.
+Not modelled: operands that stay in the L2 cache between launches; waves of tiles that don't fill the device; padding of
+a product of few examples to the 64 rows of the tensor cores; the arithmetic of random numbers and activations; the
+host's time if nothing is captured; lower clocks under load. So absolute times are rough, and mostly too short. Ratios
+are better, because both sides omit the same.
 """
 
 from __future__ import annotations

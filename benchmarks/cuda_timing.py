@@ -1,9 +1,9 @@
-"""Timing on CUDA: replays of a CUDA graph, so that the device is timed and not Python.
+"""Timing on CUDA by replays of a CUDA graph, which gives the time of the device without Python.
 
-The calls of a turn are captured into one graph, and its replay is timed between two events. What the host needs to
-issue one eager call is measured apart. A provider that can't be captured is timed eagerly, behind a sleep on the device
-that is long enough for the host to queue all of its launches; where it never is (a CUDA stream holds about a thousand
-pending launches), the row says that the time is the host's.
+The calls of a turn are captured into one graph, and its replay is timed between two events. The host's time to issue
+one eager call is measured separately. A provider that can't be captured is timed eagerly, after a sleep on the device
+that is long enough for the host to queue all launches; if no sleep is (a CUDA stream holds about a thousand pending
+launches), the row says that the time is the host's.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A CUDA device that computes nothing: what a step would launch, found out on a machine without a GPU.
+"""A CUDA device that computes nothing, to record the launches of a step on a machine without a GPU.
 
-Within `dry_device`, tensors that are put on "cuda" have shapes and no numbers (torch's meta device), and answer as CUDA
-tensors do; so Triton kernels are chosen, specialised as for a launch, and recorded in place of being compiled and run.
-Torch's own operators are recorded below autograd, as they would be launched.
+Within `dry_device`, tensors on "cuda" have shapes but no numbers (torch's meta device), and behave like CUDA tensors.
+So Triton kernels are chosen and specialised as for a launch, but recorded instead of compiled and run. Torch's own
+operators are recorded below autograd, as they would be launched.
 
-Triton must not interpret: kernels are what they are when they are defined, so TRITON_INTERPRET is to be unset.
+TRITON_INTERPRET must be unset when kernels are defined, because interpreted kernels can't be recorded.
 """
 
 from __future__ import annotations

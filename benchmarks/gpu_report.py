@@ -1,20 +1,20 @@
-"""Proves and measures on this machine's GPU everything that needs one, within nine minutes: `make gpu-report`.
+"""Runs all tests and measurements that need a GPU on this machine's GPU, within nine minutes: `make gpu-report`.
 
     python -m benchmarks.gpu_report --out build/gpu
     python -m benchmarks.gpu_report --dry
 
-Nothing is installed or built, and no network is used: the Python that runs this has torch with CUDA, Triton, and what
-the extras `train` and `test` name; the kernels need no C++. Parts run one after the other, the most telling first, each
-in a process of its own that is ended when its time is over; none stops the next. The output folder holds:
+Nothing is installed or built, and no network is used: the Python that runs this needs CUDA torch, Triton, and the
+packages of the extras `train` and `test`; the kernels need no C++. Parts run one after the other, the most informative
+first, each in its own process with a time limit; a failure does not stop the next part. The output folder contains:
 
-    report.log     all that the parts printed
-    summary.md     aims against figures, on a page
+    report.log     the output of all parts
+    summary.md     target speeds and measurements, on one page
     machine.json   versions, bandwidth and rates
-    rows.json      rows of the benchmarks, written anew after each part
-    <device>.json  what the tuner chose, to be shipped as kernels/tuned/<device>.json
+    rows.json      rows of the benchmarks, rewritten after each part
+    <device>.json  the autotuner's choices, to be shipped as kernels/tuned/<device>.json
 
-A dry run, which needs no GPU, collects the tests as on a machine with one and nothing built, imports every module, lets
-each command check its arguments, and prints the plan of the time: of tests from counted compilations.
+A dry run, which needs no GPU, collects the tests as on a machine with a GPU and nothing built, imports every module,
+checks the arguments of each command, and prints the planned times, for tests from the counted compilations.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Providers of a function with the gradients that are wanted, and without."""
+"""Providers that time a function with the needed gradients, or without gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def differentiate(
     grad_outputs: Tensor | Sequence[Tensor],
     forward: bool = True,
 ) -> Provider:
-    """Time ``function``, with the gradients of the wanted inputs; ``forward=False`` times those gradients alone."""
+    """Times ``function`` and the gradients of the wanted inputs; ``forward=False`` times only the gradients."""
     if not any(wanted):
         plain = [tensor.detach() for tensor in inputs]
 

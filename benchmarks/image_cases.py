@@ -1,4 +1,4 @@
-"""What is measured on images: gated convolutions and augmentation, and everyone who can compute them."""
+"""The measured cases on images: gated convolutions and augmentation, and their providers."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What a step of each recipe launches on CUDA, and what it costs the host; no GPU is needed.
+"""Counts the CUDA launches of a step of each recipe, and measures the host's time; no GPU is needed.
 
     python -m benchmarks.launches digits cifar10 ptb
     python -m benchmarks.launches --seconds 0 --json benchmarks/results/launches.json
 
-Launches are those of a third training and a third validation step of the recipe's own sizes, on `dry_device`, with the
-autotuner's defaults. The host's time is that of the same steps on CPU tensors, with all of Triton's launching but the
-driver's part, where networks are so narrow and batches so small that arithmetic hardly counts. In turns with them runs
-a training step of the plain network: torch's layers and dropouts in the place of the gated ones.
+Launches are counted in the third training and the third validation step at the recipe's own sizes, on `dry_device`,
+with the autotuner's defaults. The host's time is that of the same steps on CPU tensors, including Triton's launch code
+but not the driver, with networks and batches so small that arithmetic hardly matters. These steps alternate with a
+training step of the plain network, with torch's layers and dropouts instead of the gated ones.
 """
 
 from __future__ import annotations
@@ -269,8 +269,8 @@ def host_microseconds(name: str, seconds: float) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Records and prints; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__.splitlines()[0])
-    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"out of {', '.join(RECIPES)}; default: all")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of host time measured for each; 0 measures none")
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"from {', '.join(RECIPES)}; default: all")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time to measure each recipe's host time; 0: don't")
     parser.add_argument("--operators", action="store_true", help="list launches by kernel and operator")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     parser.add_argument(

@@ -1,7 +1,7 @@
-"""What one commit computes and how long it takes: the half of `benchmarks.compare_commits` that runs in its files.
+"""The part of `benchmarks.compare_commits` that runs in the files of one commit: its losses and times.
 
-Runs as `python -c` with the text of this file, so that nothing but the commit's own files is imported. Of them it uses
-what seldom changes: the command line of the trainer, and the cases of the benchmarks.
+Runs as `python -c` with the text of this file, so that only the commit's own files are imported. It only uses parts
+that seldom change: the command line of the trainer, and the cases of the benchmarks.
 
     losses RECIPE STEPS FOLDER SETTING...   prints what `losses` returns
     turns                                    answers requests, a line of JSON each: see `turns`

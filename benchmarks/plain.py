@@ -1,8 +1,8 @@
 """Plain training of the networks that the package tunes: torch.nn modules, fixed hyperparameters, the same optimizer.
 
-Dropout has the rate at which the hyperparameters start. The language model has what torch.nn.LSTM offers: no
-DropConnect and no dropout of whole words, and its loss has no penalty on activations. All of that is work that the
-self-tuning steps do, so ratios to these steps contain it.
+Dropout uses the initial rates of the hyperparameters. The language model is limited to what torch.nn.LSTM offers: it
+has no DropConnect, no dropout of whole words, and no penalty on activations. The self-tuning steps do this additional
+work, so it is included in ratios to these steps.
 """
 
 from __future__ import annotations

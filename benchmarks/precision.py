@@ -1,10 +1,10 @@
-"""Whether a recipe's self-tuned runs are as good in bf16 as in fp32: the same seeds in both, on the CPU.
+"""Compares a recipe's self-tuned runs in bf16 and fp32, with the same seeds, on the CPU.
 
     python -m benchmarks.precision digits fashion-mnist-small ptb-small --seeds 3 --jobs 2
 
-Prints one row for every run, medians, and for each recipe whether bf16 holds its quality: its mean best validation loss
-exceeds that of fp32 by no more than the range (largest less smallest) of fp32 over the seeds, of which there must be
-two at least. Where it holds, the recipe's ``precision`` is ``auto``, which is bf16 on CUDA.
+Prints one row for every run, medians, and for each recipe whether bf16 is as good as fp32: its mean best validation
+loss must not exceed that of fp32 by more than the range (largest minus smallest) of fp32 over at least two seeds. If
+so, the recipe's ``precision`` is ``auto``, which is bf16 on CUDA.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ COMPARED: tuple[Precision, Precision] = ("fp32", "bf16")
 
 
 def losses(runs: Sequence[Result], precision: Precision) -> list[float]:
-    """Best validation losses of the runs in ``precision``; infinite for a run that turned non-finite."""
+    """Best validation losses of the runs in ``precision``; infinite for a run that became non-finite."""
     return [score(run, "valid_loss") for run in runs if run["precision"] == precision]
 
 
 def spread(values: Sequence[float]) -> float:
-    """The largest less the smallest."""
+    """The largest value minus the smallest."""
     return max(values) - min(values)
 
 
 def holds(runs: Sequence[Result]) -> bool:
-    """Whether bf16 holds the quality of fp32 in these runs of a recipe; see the top of this file."""
+    """Whether bf16 is as good as fp32 in these runs of a recipe; see the top of this file."""
     fp32, bf16 = (losses(runs, precision) for precision in COMPARED)
     enough = min(len(fp32), len(bf16)) >= 2
     return enough and statistics.mean(bf16) - statistics.mean(fp32) <= spread(fp32)

@@ -1,8 +1,8 @@
-"""What this machine's GPU is and what it reaches: versions, copy bandwidth, rates of matrix products.
+"""Measures this machine's GPU: versions, copy bandwidth, rates of matrix products.
 
     python -m benchmarks.preflight --json machine.json
 
-The measured ceilings are what the aims of `benchmarks.summary` are read against.
+The figures of `benchmarks.summary` are to be read in relation to these measured ceilings.
 """
 
 from __future__ import annotations

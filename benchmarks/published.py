@@ -1,7 +1,7 @@
-"""A self-tuning AlexNet's steps as the paper's code takes them, in eager torch.
+"""Steps of a self-tuning AlexNet as in the paper's code, in eager torch.
 
-Two branches a layer with their gates materialised, one hyperparameter transformed at a time, every parameter's gradient
-computed whether the step uses it or not, and images augmented one by one.
+Each layer has two branches with materialised gates, hyperparameters are transformed one by one, gradients of all
+parameters are computed even if the step does not use them, and images are augmented one by one.
 """
 
 from __future__ import annotations

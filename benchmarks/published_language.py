@@ -1,7 +1,7 @@
-"""A self-tuning LSTM language model's steps as the paper's code takes them, in eager torch.
+"""Steps of a self-tuning LSTM language model as in the paper's code, in eager torch.
 
-Time is a Python loop with six products a step and layer: two branches from the input and two from the state before, and
-the gates of each, made anew at every step. Every parameter's gradient is computed whether the step uses it or not.
+A Python loop over time computes six products per time step and layer: two branches from the input, two from the
+previous state, and the gates of each. Gradients of all parameters are computed even if the step does not use them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far from the limit: every operation against its baselines, interleaved, as a table and as rows of JSON.
+"""Times every operation against its baselines and its limit, interleaved, as a table and as rows of JSON.
 
     python -m benchmarks.ratios --device cpu --json benchmarks/results/cpu.json
 
@@ -44,7 +44,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What took part in the measurement."""
+    """Versions of the software used in the measurement."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for module in ("triton", "stn_fast"):
         try:
@@ -158,9 +158,9 @@ def print_means(rows: Sequence[Row]) -> None:
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """A JSON array with one row to a line, so that two recordings can be compared with diff.
+    """Writes a JSON array with one row per line, so that two recordings can be compared with diff.
 
-    The file is replaced in one go: a process that is killed leaves the rows before or the rows after.
+    The file is replaced atomically: an interrupted process leaves either the old rows or the new ones.
     """
     path = expanded(path, "--json")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,16 +183,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", metavar="OP", help="only operations whose names start so")
     parser.add_argument("--modes", nargs="+", metavar="MODE", help="only these modes")
     parser.add_argument(
-        "--dtypes", nargs="+", choices=("bfloat16", "float32"), help="only these; on the CPU there is float32 alone"
+        "--dtypes", nargs="+", choices=("bfloat16", "float32"), help="only these dtypes; on the CPU only float32"
     )
     parser.add_argument("--seconds", type=float, default=6.0, help="time for each case, warm-up not counted")
-    parser.add_argument("--rounds", type=int, default=15, help="at least so many rounds of each case")
+    parser.add_argument("--rounds", type=int, default=15, help="minimum number of rounds of each case")
     parser.add_argument(
-        "--no-compile", action="store_true", help="leave torch.compile out, which takes long to get ready"
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes long to warm up"
     )
     parser.add_argument("--threads", type=int, help="threads of torch, instead of its own choice")
     parser.add_argument(
-        "--quick", action="store_true", help="small shapes, nothing compiled: does it run, not how fast"
+        "--quick", action="store_true", help="small shapes, nothing compiled: only checks that everything runs"
     )
     return parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""Reading what benchmarks have written, as far as it can be read."""
+"""Reads the files written by benchmarks, including damaged ones as far as possible."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ NEEDED = ("op", "mode", "shape", "provider", "device")
 
 
 def read_rows(directory: Path) -> tuple[list[Row], list[str]]:
-    """The rows of all JSON files below ``directory``, those of older files first, and what could not be read.
+    """The rows of all JSON files below ``directory``, oldest files first, and the files that could not be read.
 
-    A damaged file gives the lines that are whole rows. JSON that holds no rows is passed over.
+    A damaged file gives the rows on its complete lines. JSON without rows is ignored.
     """
     rows: list[Row] = []
     problems: list[str] = []
@@ -40,7 +40,7 @@ def read_rows(directory: Path) -> tuple[list[Row], list[str]]:
 
 
 def rows_in(text: str) -> tuple[list[Row], bool]:
-    """The rows of a file, and whether all of it could be read."""
+    """The rows of a file, and whether the whole file could be read."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -67,12 +67,12 @@ def _is_row(value: Any) -> bool:
 
 
 def on_cuda(row: Row) -> bool:
-    """Whether a row was measured on a GPU: only there is the host's time told apart."""
+    """Whether a row was measured on a GPU: only then is the host's time measured separately."""
     return row.get("host_us") is not None
 
 
 def read_machine(path: Path) -> dict[str, Any]:
-    """What `benchmarks.preflight` wrote; nothing where it can't be read."""
+    """The results of `benchmarks.preflight`; empty if they can't be read."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

@@ -1,12 +1,12 @@
-"""Whether self-tuning pays: the same network from the same bad guess, tuned, fixed and frozen, over several seeds.
+"""Compares the same network from the same bad guess with tuned, fixed and frozen hyperparameters, over several seeds.
 
     python -m benchmarks.self_tuning digits --seeds 5
     python -m benchmarks.self_tuning digits --seeds 20 --methods stn --learning-rate-factor 2
     python -m benchmarks.self_tuning fashion-mnist-small --seeds 3 --methods stn fixed --guesses .05 .5 --jobs 2
     python -m benchmarks.self_tuning ptb-small --seeds 2 --guesses .05 .6 --jobs 2
 
-Prints one row for every run, medians, the ratios of validation and test losses (of texts: perplexities), and how many
-runs turned non-finite.
+Prints one row for every run, medians, the ratios of validation and test losses (perplexities for texts), and the number
+of runs that became non-finite.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ Result = dict[str, Any]
 
 
 def dropout_rates(defaults: Config) -> list[str]:
-    """The hyperparameters that a guess is for: every rate of dropout, of words and weights too, and nothing else."""
+    """The hyperparameters that a guess sets: every dropout rate, including those of words and weights."""
     return [name for name in defaults.hyperparameters if "dropout" in name]
 
 
 def guessed(defaults: Config, guess: float | None) -> Config:
-    """``defaults`` with every dropout rate starting from ``guess``; None leaves the recipe's own.
+    """``defaults`` with every dropout rate starting from ``guess``; None keeps the recipe's own first guess.
 
     Raises:
-        UserError: the recipe has no dropout, or ``guess`` is no rate that its bounds allow.
+        UserError: the recipe has no dropout, or its bounds do not allow ``guess``.
     """
     if guess is None:
         return defaults
@@ -75,7 +75,7 @@ def guessed(defaults: Config, guess: float | None) -> Config:
 
 
 def configure(defaults: Config, method: str, seed: int, factor: float, run_dir: Path, epochs: int | None) -> Config:
-    """``defaults`` under ``method`` and ``seed``, with both learning rates times ``factor``."""
+    """``defaults`` with ``method`` and ``seed``, and both learning rates multiplied by ``factor``."""
     changed: MethodConfig = replace(defaults.method, **METHODS[method])
     weights, hyper = defaults.optimizer, defaults.hyper_optimizer
     schedule = replace(defaults.schedule, epochs=epochs or defaults.schedule.epochs)
@@ -105,7 +105,7 @@ def measure(config: Config) -> Result:
 
 @contextmanager
 def measured(configs: Sequence[Config], jobs: int) -> Iterator[Iterator[Result]]:
-    """The results of ``configs`` in order, as they come; ``jobs`` runs at a time, each in a process of its own."""
+    """Yields the results of ``configs`` in order; ``jobs`` runs at a time, each in its own process."""
     if jobs == 1:
         yield map(measure, configs)
         return
@@ -114,7 +114,7 @@ def measured(configs: Sequence[Config], jobs: int) -> Iterator[Iterator[Result]]
 
 
 def score(result: Result, key: str) -> float:
-    """``key`` of a run; infinite where it is beyond a float, or the run turned non-finite."""
+    """``key`` of a run; infinite if it is too large for a float, or the run became non-finite."""
     return math.inf if result["diverged"] or result[key] is None else result[key]
 
 
@@ -138,12 +138,12 @@ def table(title: str, results: Sequence[Result]) -> str:
 
 
 def median_score(results: Sequence[Result], key: str) -> float:
-    """Median over runs of ``key`` at the best validation loss; infinite for a run that turned non-finite."""
+    """Median over runs of ``key`` at the best validation loss; infinite for a run that became non-finite."""
     return statistics.median(score(result, key) for result in results)
 
 
 def ratios(one: Sequence[Result], other: Sequence[Result], says: str) -> list[str]:
-    """One line for every score in which runs are compared."""
+    """One line for every score by which runs are compared."""
     of_text = any("test_perplexity" in result for result in [*one, *other])
     return [
         f"{says.format(what)}: {median_score(one, key) / median_score(other, key):.3f}"
@@ -178,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     it.add_argument(
         "--guesses", nargs="+", type=float, metavar="RATE",
-        help="what every dropout rate starts from; the other hyperparameters keep the recipe's guess (default: recipe)",
+        help="first guess of every dropout rate; other hyperparameters keep the recipe's guess (default: recipe's)",
     )  # fmt: skip
     it.add_argument("--learning-rate-factor", type=float, default=1.0, help="multiplies both learning rates")
     add_run_flags(it, seeds=5)
@@ -186,23 +186,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_run_flags(it: argparse.ArgumentParser, seeds: int) -> None:
-    """The flags of a command that makes runs; ``seeds`` is the default number of them."""
+    """The flags of a command that makes runs; ``seeds`` is the default number of seeds."""
     it.add_argument("--seeds", type=int, default=seeds, help="seeds 0 to N - 1 (default: %(default)s)")
-    it.add_argument("--epochs", type=int, help="instead of the recipe's own")
-    it.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the CPU's threads (default: 1)")
-    it.add_argument("--data-root", metavar="DIR", default=os.environ.get("STN_FAST_DATA"), help="data sets")
-    it.add_argument("--run-dir", metavar="DIR", help="keep the runs here, a folder each (default: nowhere)")
+    it.add_argument("--epochs", type=int, help="epochs of each run (default: the recipe's)")
+    it.add_argument("--jobs", type=int, default=1, help="parallel runs, which share the CPU's threads (default: 1)")
+    it.add_argument("--data-root", metavar="DIR", default=os.environ.get("STN_FAST_DATA"), help="data sets' folder")
+    it.add_argument("--run-dir", metavar="DIR", help="keep the runs in this folder (default: don't keep them)")
     it.add_argument("--json", metavar="FILE", help="write every result here")
 
 
 def check_run_flags(it: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
-    """Ends the command with a message where --jobs or --seeds is not a count."""
+    """Ends the command with a message if --jobs or --seeds is not a positive number."""
     if flags.jobs < 1 or flags.seeds < 1:
         it.error(f"--jobs and --seeds must be at least 1; got {flags.jobs} and {flags.seeds}")
 
 
 def sharing(defaults: Config, jobs: int) -> Config:
-    """``defaults`` on no more threads than there are for each of ``jobs`` runs at a time."""
+    """``defaults`` with at most as many threads as there are for each of ``jobs`` parallel runs."""
     if jobs == 1:
         return defaults
     share = max(1, (os.cpu_count() or 1) // jobs)
@@ -210,7 +210,7 @@ def sharing(defaults: Config, jobs: int) -> Config:
 
 
 def compare(flags: argparse.Namespace, defaults: Config) -> dict[str, list[Result]]:
-    """Makes the runs, guess by guess and method by method, and prints them as they come; the results by method."""
+    """Makes the runs for each guess and method, and prints them as they finish; returns the results by method."""
     guesses: list[float | None] = flags.guesses or [None]
     if flags.guesses:
         print(f"a guess is where these start: {', '.join(dropout_rates(defaults))}\n")

@@ -1,4 +1,4 @@
-"""What is measured on sequences: a layer of a gated LSTM, and everyone who can compute it."""
+"""The measured cases on sequences: a layer of a gated LSTM, and its providers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What gated LSTMs are compared with: cell by cell in plain torch, products of many steps at once, and bare products.
+"""Baselines of gated LSTMs: cell by cell in plain torch, products for many time steps at once, and bare products.
 
-Nothing here knows the code of stn_fast. An LSTM's operands are x (T, B, I), h_0 and c_0 (B, H), then W, b, R, r, Gw, Gb
-of the input-to-hidden layer, the same of the hidden-to-hidden layer, and h (B, n); its result is y (T, B, H).
+All are independent of the code of stn_fast. An LSTM's operands are x (T, B, I), h_0 and c_0 (B, H), then W, b, R, r,
+Gw, Gb of the input-to-hidden layer, the same of the hidden-to-hidden layer, and h (B, n); its result is y (T, B, H).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ State = tuple[Tensor, Tensor]
 
 
 def lstm_cell(gates: Tensor, cell: Tensor) -> State:
-    """(h_t, c_t) from what the activations of i, f, g, o (B, 4·H) are applied to, and c_{t−1}."""
+    """(h_t, c_t) from the pre-activations of i, f, g, o (B, 4·H), and c_{t−1}."""
     i, f, g, o = gates.chunk(4, dim=-1)
     cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
     return o.sigmoid() * cell.tanh(), cell
@@ -43,7 +43,7 @@ def gated_lstm(
 
 
 def gated_cell(gates: Tensor, products: Tensor, scale: Tensor, shift: Tensor, cell: Tensor) -> State:
-    """(h_t, c_t) from x's share of the gates and [P, Q] = h_{t−1} [W; R]ᵀ (B, 8·H): all of a step but its product."""
+    """(h_t, c_t) from x's part of the gates and [P, Q] = h_{t−1} [W; R]ᵀ (B, 8·H): a time step without its product."""
     plain, response = products.chunk(2, dim=-1)
     return lstm_cell(gates + plain + scale * response + shift, cell)
 
@@ -56,7 +56,7 @@ def concatenated_lstm(
     epilogue: Callable[..., Tensor] = gated_epilogue,
     step: Callable[..., State] = gated_cell,
 ) -> Tensor:
-    """One product on [W; R] for x of all steps and one a step for the hidden state; what does not change, once."""
+    """One product with [W; R] for x over all time steps, and one per time step; constant parts are computed once."""
     w, b, r, rb, w_gate, b_gate = weights_and_h[:6]
     recurrent, recurrent_bias, response, response_bias, *gates, h = weights_and_h[6:]
     of_input = epilogue(F.linear(x, torch.cat([w, r])), b, rb, w_gate, b_gate, h)

@@ -1,8 +1,8 @@
-"""A few steps of every recipe, at its real sizes, on random data in place of its own: does all of it run here?
+"""Runs a few steps of every recipe at its real sizes, on random data, to check that everything works here.
 
     python -m benchmarks.smoke cifar10 ptb --device cuda --steps 6
 
-Warm-up is left out, so that training and validation steps both come.
+Warm-up is skipped, so that both training and validation steps are run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VOCABULARY = 10_000
 
 
 def random_images(channels: int, side: int, train: int, test: int = 200) -> Images:
-    """Images and labels that have nothing to do with each other."""
+    """Random images with independent random labels."""
     generator = torch.Generator().manual_seed(0)
 
     def split(count: int) -> Split:
@@ -42,7 +42,7 @@ def random_images(channels: int, side: int, train: int, test: int = 200) -> Imag
 
 
 def random_text(train: int, test: int = 2000) -> Corpus:
-    """Words drawn one by one."""
+    """A text of independent random words."""
     generator = torch.Generator().manual_seed(0)
     texts = (torch.randint(VOCABULARY, (count,), generator=generator) for count in (train, test, test))
     return Corpus(next(texts), next(texts), next(texts), ("<eos>", "<unk>", *(f"w{k}" for k in range(VOCABULARY - 2))))
@@ -50,7 +50,7 @@ def random_text(train: int, test: int = 2000) -> Corpus:
 
 @contextmanager
 def random_data() -> Iterator[None]:
-    """Inside, the recipes find random data of the published shapes, fewer of them."""
+    """Inside, the recipes load fewer examples of random data with the published shapes."""
     from stn_fast.data import cifar10, fashion_mnist, ptb
     from stn_fast.recipes import images as recipes
 
@@ -65,7 +65,7 @@ def random_data() -> Iterator[None]:
 
 
 def short_run(name: str, settings: Sequence[str], steps: int) -> dict[str, Any]:
-    """What ``result.json`` holds after ``steps`` steps of the recipe ``name``."""
+    """The contents of ``result.json`` after ``steps`` steps of the recipe ``name``."""
     from stn_fast.recipes import recipe
     from stn_fast.training.layering import resolve
     from stn_fast.training.run import run

@@ -1,10 +1,10 @@
-"""Aims against figures, on a page, from the rows in a folder.
+"""Compares target speeds with the measured rows in a folder, on one page.
 
     python -m benchmarks.summary build/gpu
 
-Reads every JSON file below the folder, damaged and half-written ones as far as they can be read, and prints a table for
-each GPU that rows are from. Rows of a CPU take no part. Predictions are those of `benchmarks.cost_model`, with the
-rates in the folder's machine.json where it is there.
+Reads every JSON file below the folder, including damaged and incomplete ones as far as possible, and prints a table for
+each GPU. Rows of a CPU are ignored. Predictions are from `benchmarks.cost_model`, with the rates in the folder's
+machine.json if it exists.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOT_MEASURED = "not measured"
 
 
 def table(rows: Sequence[Row], machine: Machine) -> list[str]:
-    """Markdown: a line for each aim, with what was measured, what was predicted, and whether the aim is met."""
+    """Markdown: a line for each target with the measured and predicted figures, and whether it is met."""
     recorded = Rows(rows)
     lines = ["| what | aim | measured | predicted | |", "|---|---|---|---|---|"]
     for aim in AIMS:

@@ -1,9 +1,9 @@
-"""Interleaved timing: what is compared takes turns in one process, so a noisy machine is fair to all.
+"""Interleaved timing: providers take turns in one process, so that noise of the machine affects all of them equally.
 
-Round after round, each provider has a turn, in an order that rotates by one every round. A turn is one call, or as
-many as fill a millisecond, back to back as in a loop, and counts as their mean. A ratio is formed within a round,
-where both sides saw the same machine, and its median over the rounds is what counts. Warm-up (compilation, autotuning,
-first touches of memory) is left out. On CUDA a turn replays a CUDA graph of the calls: see `benchmarks.cuda_timing`.
+In each round, every provider has one turn; the order rotates by one every round. A turn is one call, or as many calls
+as fill a millisecond, and its time is their mean. Ratios are computed within a round, where the state of the machine is
+similar, and their median over the rounds is reported. Warm-up (compilation, autotuning, first touches of memory) is not
+timed. On CUDA, a turn replays a CUDA graph of the calls: see `benchmarks.cuda_timing`.
 """
 
 from __future__ import annotations
