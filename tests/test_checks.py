@@ -82,7 +82,7 @@ def _takes(draw, name):
         ("first_example", None),
     ],
 )
-def test_coordinates_that_do_not_fit_are_a_value_error_that_names_them(draw, name, value):
+def test_wrong_rng_coordinates_are_a_value_error_that_names_them(draw, name, value):
     with pytest.raises(ValueError, match=rf"\w+: {name} must be "):
         draw(**{name: value})
 
@@ -95,19 +95,19 @@ def test_a_tensor_below_zero_is_refused_as_a_step_where_it_draws(draw):
 
 @pytest.mark.parametrize("draw", [dropped, noisy, augmented, looked_up])
 @pytest.mark.parametrize("value", [1.5, 0, -1, 2**32, True, "2", None, torch.tensor(2)])
-def test_a_stream_that_does_not_fit_is_a_value_error_that_names_it(draw, value):
+def test_a_wrong_stream_is_a_value_error_that_names_it(draw, value):
     with pytest.raises(ValueError, match=r"stream must be an int >= 1 and < 2\*\*32 .*, got "):
         draw(stream=value)
 
 
 @pytest.mark.parametrize("make", [sampled, unperturbed])
 @pytest.mark.parametrize("value", [-1, 1.0, True, "4", 2**63, np.float32(4), None])
-def test_a_batch_size_that_does_not_fit_is_a_value_error_that_names_it(make, value):
+def test_a_wrong_batch_size_is_a_value_error_that_names_it(make, value):
     with pytest.raises(ValueError, match=r"(sample|at): batch_size must be an int >= 0 "):
         make(batch_size=value)
 
 
-def test_a_step_whose_value_is_not_there_is_not_looked_at():
+def test_a_step_without_a_known_value_is_not_read():
     """Under torch.compile and on the meta device reading it would break the graph, or fail."""
     compiled = torch.compile(lambda step: dropped(step=step), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(torch.tensor(5)), dropped())
@@ -121,7 +121,7 @@ def test_a_layers_stream_and_padding_are_checked_where_it_is_made(value):
         PerExampleAugmentation([], mean=[0.5], std=[0.5], stream=1, crop_padding=value)
 
 
-def test_numpys_settings_of_an_augmentation_are_taken():
+def test_numpy_numbers_are_accepted_as_augmentation_settings():
     given = dict(crop_padding=np.int64(2), image_size=np.int32(4), flip=np.float32(0.5), stream=np.int64(3))
     layer = PerExampleAugmentation([], mean=[0.5] * 3, std=[0.5] * 3, **given)
     plain = PerExampleAugmentation([], mean=[0.5] * 3, std=[0.5] * 3, crop_padding=2, image_size=4, flip=0.5, stream=3)
@@ -130,7 +130,7 @@ def test_numpys_settings_of_an_augmentation_are_taken():
 
 
 @pytest.mark.parametrize("value", ["0.5", True, None, np.nan, torch.tensor(0.5)])
-def test_a_rate_of_mirror_images_that_is_no_number_is_named(value):
+def test_a_flip_rate_that_is_not_a_number_is_named(value):
     with pytest.raises(ValueError, match="augment: flip must be a finite number, got"):
         augmented(flip=value)
 

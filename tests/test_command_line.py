@@ -102,7 +102,7 @@ def test_text_stays_as_it_is_where_it_can_be_printed():
     assert printable("a\tb\u202ec\x7f") == "a\\tb\\u202ec\\x7f"
 
 
-def test_streams_are_put_back(monkeypatch):
+def test_output_streams_are_restored(monkeypatch):
     before = sys.stdout, sys.stderr
     assert run_command(lambda: 3) == 3
     assert (sys.stdout, sys.stderr) == before

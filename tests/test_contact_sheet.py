@@ -38,7 +38,7 @@ def labels(figure):
     return [text.get_text() for text in figure.texts[1:]]
 
 
-def test_every_strength_there_is_has_a_row_and_changes_the_images():
+def test_every_strength_has_a_row_and_changes_the_images():
     assert set(VISIBLE) == {"flip", "crop_padding", *STRENGTHS}
     x = COLOUR.train.inputs[:10]
     rows = default_rows(3)

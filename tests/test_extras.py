@@ -45,7 +45,7 @@ def test_a_missing_extra_is_told_before_the_run_begins(tmp_path, missing, packag
     assert not list(tmp_path.rglob("result.json"))
 
 
-def test_what_a_module_of_ours_lacks_is_no_missing_extra():
+def test_an_import_error_of_our_own_module_is_not_reported_as_a_missing_extra():
     with pytest.raises(ModuleNotFoundError), extra("pyyaml"):
         raise ModuleNotFoundError("No module named 'stn_fast.nowhere'", name="stn_fast.nowhere")
     with pytest.raises(UserError, match="no_such_package is missing"):

@@ -67,7 +67,7 @@ def test_data_and_caches_below_home_are_found_there(home, monkeypatch):
     assert cache_root() == cache_file().parent == home / "cache"
 
 
-def test_a_home_directory_that_there_is_not_is_one_line(home, capsys):
+def test_a_missing_home_directory_is_one_line_of_error(home, capsys):
     assert train.main(["--run-dir=~nobody-at-all/run"]) == 2
     said = capsys.readouterr().err
     assert "no home directory" in said
@@ -94,14 +94,14 @@ def test_a_data_root_with_too_long_a_name_is_an_error_of_the_user(load, tmp_path
 
 
 @pytest.mark.parametrize("load", LOADERS)
-def test_a_data_root_that_may_not_be_looked_into_is_an_error_of_the_user(load, locked):
+def test_a_data_root_without_permission_is_a_users_error(load, locked):
     with pytest.raises(UserError, match=r"cannot access .*\(Permission denied\)"):
         load(locked)
 
 
 @pytest.mark.parametrize("option", ["--run-dir", "--data-root", "--config", "--set=run_dir"])
 @pytest.mark.parametrize("value", [LONG, "a\0b"])
-def test_a_path_that_cannot_be_is_one_line_and_status_2(option, value, tmp_path, capsys, monkeypatch):
+def test_an_impossible_path_is_one_line_and_status_2(option, value, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quoted = '"a\\0b"' if "\0" in value and "--set" in option else value
     assert train.main(["text", f"{option}={quoted}"]) == 2
@@ -110,7 +110,7 @@ def test_a_path_that_cannot_be_is_one_line_and_status_2(option, value, tmp_path,
     assert "error: " in said
 
 
-def test_what_is_missing_is_told_from_what_cannot_be_looked_at(tmp_path):
+def test_missing_files_are_distinguished_from_inaccessible_ones(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert not files.exists(tmp_path / "absent")
@@ -132,7 +132,7 @@ def test_a_configuration_that_may_not_be_read_or_is_not_utf_8_is_an_error_of_the
         read_yaml(str(tmp_path / "c.yaml"))
 
 
-def test_what_is_not_whole_yet_has_a_name_that_nobody_else_writes_and_is_removed(tmp_path):
+def test_a_partial_file_has_a_unique_name_and_is_removed(tmp_path):
     names = set()
     for _ in range(10):
         with files.beside(tmp_path / "file.bin") as partial:

@@ -305,7 +305,7 @@ def test_an_integer_just_below_a_whole_number_starts_below_it():
         assert one.values(one.initial_state()[0])["n"] == whole
 
 
-def test_the_default_device_and_dtype_have_no_say_in_the_checks():
+def test_the_checks_do_not_depend_on_the_default_device_and_dtype():
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
@@ -340,7 +340,7 @@ def test_numpys_numbers_are_kept_as_pythons_and_bools_are_refused(field):
 
 
 @pytest.mark.parametrize("field", ["integer", "per_example"])
-def test_text_is_no_switch(field):
+def test_text_is_not_accepted_as_a_bool(field):
     """'False' is true to Python."""
     for wrong in ("False", "no", 0, None):
         with pytest.raises(ValueError, match=f"'p': {field} must be True or False, got"):

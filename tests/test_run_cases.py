@@ -50,7 +50,7 @@ def test_a_script_that_fails_in_any_way_is_counted_and_the_others_run(cases, cod
 
 
 @pytest.mark.parametrize("arguments", [[], [""], ["absent"], ["a", "b"]])
-def test_a_folder_without_scripts_is_not_taken_for_one_where_all_pass(arguments, capsys):
+def test_a_folder_without_scripts_is_a_failure(arguments, capsys):
     assert run_cases.main(arguments) == 2
     assert capsys.readouterr().err.startswith("error: ")
 

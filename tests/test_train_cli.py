@@ -105,7 +105,7 @@ def test_a_wrong_argument_is_one_line_and_status_2(arguments, says, capsys):
     assert said.count("\n") == 1
 
 
-def test_a_run_directory_that_cannot_be_is_one_line_and_status_2(tmp_path, capsys):
+def test_an_impossible_run_directory_is_one_line_and_status_2(tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     for directory, says in ((file, "is a file"), (file / "below", "cannot be written (Not a directory)")):
@@ -144,7 +144,7 @@ def test_the_saved_configuration_repeats_the_run(whole, tmp_path):
     assert rows(again) == rows(whole)
 
 
-def test_the_end_is_a_table_of_where_the_hyperparameters_went(whole, capsys):
+def test_a_run_ends_with_a_table_of_the_hyperparameters(whole, capsys):
     assert train.main([*SHORT, "--run-dir", str(whole)]) == 0
     said = capsys.readouterr()
     assert "is finished" in said.err
@@ -169,7 +169,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(whole, tmp_path
     assert rows(directory) == rows(whole)
 
 
-def test_signal_handlers_are_put_back(whole):
+def test_signal_handlers_are_restored(whole):
     assert {number: signal.getsignal(number) for number in HANDLERS} == HANDLERS
 
 
@@ -297,7 +297,7 @@ def test_a_configuration_can_come_from_a_pipe_which_is_read_once(tmp_path, capsy
 
 
 @pytest.mark.parametrize(("name", "root"), [("text", "."), ("cifar10", "nowhere")])
-def test_another_recipe_in_a_run_directory_is_one_short_line_and_status_2(whole, capsys, name, root):
+def test_a_run_directory_of_another_recipe_is_one_short_line_and_status_2(whole, capsys, name, root):
     assert train.main([name, "--run-dir", str(whole), "--data-root", root]) == 2
     said = capsys.readouterr().err
     assert said == (

@@ -117,7 +117,7 @@ def test_a_merge_key_may_repeat_what_is_merged(text, value):
     "text",
     ["[1", "a: 1\n---\nb: 2", "\0", "[" * 5000, "9" * 5000, "!!timestamp 2001-99-99", "!!int 1_000", "{[1]: 2}"],
 )
-def test_what_is_not_yaml_is_one_kind_of_error(text):
+def test_all_invalid_yaml_raises_the_same_error(text):
     with pytest.raises(NotYaml) as caught:
         from_yaml(text)
     assert "\n" not in str(caught.value)
@@ -177,7 +177,7 @@ def test_no_json_has_a_number_that_is_not_finite(indent):
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", b"\xff", "9" * 5000])
-def test_what_is_not_json_is_one_kind_of_error(text):
+def test_all_invalid_json_raises_the_same_error(text):
     with pytest.raises(ValueError):  # noqa: PT011  what it says is json's
         from_json(text)
 

@@ -95,7 +95,7 @@ def test_the_values_of_a_conjugate_view_count_and_not_what_it_is_a_view_of():
     assert of_view == of_copy != of_base
 
 
-def test_texts_of_the_same_pattern_differ_in_their_vocabulary_alone(tmp_path):
+def test_texts_with_equal_numbers_differ_only_in_their_vocabulary(tmp_path):
     found = []
     for words in ("red green blue", "one two three"):
         first, second, third = words.split()
@@ -108,7 +108,7 @@ def test_texts_of_the_same_pattern_differ_in_their_vocabulary_alone(tmp_path):
     assert [part for part in one if one[part] != other[part]] == ["vocabulary"]
 
 
-def test_where_one_word_ends_counts():
+def test_the_fingerprint_depends_on_word_boundaries():
     assert fingerprint(DATA, ["a", "b c"])["vocabulary"] != fingerprint(DATA, ["a b", "c"])["vocabulary"]
     assert "vocabulary" not in fingerprint(DATA)
 

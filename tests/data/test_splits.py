@@ -46,7 +46,7 @@ def test_a_fraction_keeps_inputs_and_targets_together():
     assert torch.equal(got.targets, got.inputs * 2)
 
 
-def test_all_of_it_is_the_split_itself_and_next_to_nothing_one_example():
+def test_fraction_1_is_the_split_itself_and_a_tiny_fraction_is_one_example():
     whole = numbered(10)
     assert fraction(whole, 1.0, seed=0) is whole
     assert len(fraction(whole, 1e-9, seed=0).inputs) == 1

@@ -106,7 +106,7 @@ def test_a_share_of_the_training_text_is_its_start_and_makes_the_vocabulary(file
     assert len(part.valid) == len(whole.valid)
 
 
-def test_a_share_without_a_line_end_still_knows_it(files):
+def test_a_fraction_without_a_line_end_still_has_eos(files):
     corpus = text.load(*files(test="the cat\n"), train_fraction=0.45)
     assert said(corpus, "train") == "the cat saw the dog"
     assert said(corpus, "valid") == "the dog saw the cat <eos>"
@@ -149,7 +149,7 @@ def test_a_second_load_reads_the_cache_and_gives_the_same(files, building):
     assert len(building) == 1
 
 
-def test_another_text_or_option_is_another_corpus(files, building):
+def test_another_text_or_option_is_cached_separately(files, building):
     text.load(*files())
     swapped = {"valid": TEST, "test": VALID}
     others = (({}, {"valid": TEST}), ({}, swapped), ({"min_count": 2}, {}), ({"train_fraction": 0.9}, {}))

@@ -128,7 +128,7 @@ def test_settings_are_refused_where_the_layer_is_made(options, message):
         layer(**options)
 
 
-def test_misfits_are_named():
+def test_wrong_arguments_are_named_in_the_error():
     with pytest.raises(ValueError, match="no strength 'brightnes'; did you mean 'brightness'"):
         layer(["brightnes"])
     with pytest.raises(ValueError, match="given twice: hue"):

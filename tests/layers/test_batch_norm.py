@@ -73,7 +73,7 @@ def test_folded_statistics_are_a_copy():
     assert not torch.equal(plain.running_mean, before)
 
 
-def test_running_statistics_are_those_of_the_perturbed_batches_in_training_alone():
+def test_running_statistics_come_only_from_perturbed_training_batches():
     """Behind a layer that responds, each training pass moves them as torch.nn does on the activations it had."""
     torch.manual_seed(0)
     convolution, layer = stn.HyperConv2d(3, 5, 3, num_hyperparameters=2), layer_of(dtype=torch.float32)
@@ -130,7 +130,7 @@ def test_16_bit_activations_keep_their_dtype(training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_tangent_is_right_not_silently_zero_and_leaves_the_statistics_alone(training):
+def test_the_tangent_is_right_and_does_not_change_the_statistics(training):
     before = {name: value.clone() for name, value in layer_of().state_dict().items()}
     layer, x, response = layer_of().train(training), images(), torch.randn(4, 2, dtype=torch.float64)
     direction = torch.randn_like(response)
@@ -151,7 +151,7 @@ def test_channels_last_stays_channels_last():
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_weight_decay_leaves_scale_and_shift_alone():
+def test_scale_and_shift_are_not_decayed():
     penalty = layer_of(dtype=torch.float32).weight_decay_penalty(sampled(4), torch.ones(4))
     assert penalty.shape == ()
     assert penalty == 0
@@ -166,7 +166,7 @@ def test_statistics_of_a_batch_of_one_are_refused():
     layer.eval()(images(1), torch.zeros(1, 2, dtype=torch.float64))
 
 
-def test_misfits_are_named():
+def test_wrong_arguments_are_named_in_the_error():
     layer = layer_of(dtype=torch.float32)
     x = images().float()
     with pytest.raises(ValueError, match=r"x must be \(B, C, H, W\) with C = num_features=5, got \(4, 3, 6, 7\)"):
@@ -221,7 +221,7 @@ def test_a_momentum_out_of_range_is_refused(momentum):
 
 
 @pytest.mark.parametrize("eps", [-1e-5, "0", None])
-def test_an_eps_that_is_no_variance_is_refused(eps):
+def test_a_negative_eps_is_refused(eps):
     with pytest.raises(ValueError, match="HyperBatchNorm2d: eps must be"):
         stn.HyperBatchNorm2d(5, eps=eps, num_hyperparameters=2)
 

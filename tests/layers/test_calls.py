@@ -175,7 +175,7 @@ def test_slices_and_copies_of_a_batch_count_with_it():
     )
 
 
-def test_masks_that_are_one_for_the_batch_stay_one():
+def test_per_batch_masks_are_the_same_at_every_call():
     """W and R under DropConnect, and words of an embedding that is read twice."""
     connect, weight, hyper = stn.DropConnect("connect", stream=3), torch.ones(40, 50), sampled()
     assert torch.equal(connect(weight, hyper), connect(weight, hyper))

@@ -131,7 +131,7 @@ def test_bad_arguments_are_refused_by_name(change, message):
         stn.HyperConv2d(**(dict(in_channels=4, out_channels=6, kernel_size=3, num_hyperparameters=2) | change))
 
 
-def test_misfits_are_named():
+def test_wrong_arguments_are_named_in_the_error():
     layer = layer_of(kernel_size=3)
     for hyper in (sampled(3), SPACE.at(SPACE.initial_state()[0], batch_size=3)):
         with pytest.raises(ValueError, match=r"HyperBatch has 3 examples, but x \(4, 4, 9, 9\) has 4"):

@@ -112,7 +112,7 @@ def test_dropout_in_eval_mode_is_the_embedding():
     assert torch.equal(dropout(layer, tokens, sampled(6), 1), layer(tokens, sampled(6), 1))
 
 
-def test_a_rate_of_each_example_is_refused():
+def test_a_per_example_rate_of_embedding_dropout_is_refused():
     with pytest.raises(ValueError, match=r"'own_rate' must have per_example=False, because EmbeddingDropout"):
         stn.EmbeddingDropout("own_rate", stream=1)(layer_of(), words(5, 4), sampled(4), 1)
 
@@ -135,7 +135,7 @@ def test_sizes_below_one_are_refused_by_name(change):
         stn.HyperEmbedding(**(dict(num_embeddings=2, embedding_dim=2, num_hyperparameters=2) | change))
 
 
-def test_misfits_are_named():
+def test_wrong_arguments_are_named_in_the_error():
     layer = layer_of()
     with pytest.raises(ValueError, match=r"HyperBatch has 3 examples, but x \(5, 4\) has 4"):
         layer(words(5, 4), sampled(3), 1)

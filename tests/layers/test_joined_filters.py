@@ -135,7 +135,7 @@ layouts = pytest.mark.parametrize("layout", FORMATS.values(), ids=FORMATS.keys()
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 @layouts
-def test_no_filters_are_concatenated_after(way, layout):
+def test_calls_do_not_concatenate_filters(way, layout):
     layer = way(layer_of())
     assert joined(layer)
     found, concatenations = outcome(layer, layout)
@@ -235,7 +235,7 @@ def test_filters_that_are_no_longer_halves_give_the_same(change, around):
         )
 
 
-def test_filters_in_memory_of_somebody_else_stay_there():
+def test_filters_in_externally_owned_memory_are_not_moved():
     """As those of a flat buffer of parameters do, or those that processes share."""
     layer = layer_of()
     flat = torch.cat([layer.weight.detach().flatten(), torch.zeros(3), layer.response_weight.detach().flatten()])
@@ -247,7 +247,7 @@ def test_filters_in_memory_of_somebody_else_stay_there():
     assert not layer.response_weight.any()
 
 
-def test_each_of_both_is_written_to_on_its_own():
+def test_each_half_can_be_written_separately():
     layer = layer_of()
     versions = layer.weight._version, layer.response_weight._version
     before = layer.response_weight.detach().clone()
@@ -327,7 +327,7 @@ def test_per_sample_gradients_are_those_of_each_filter():
         torch.testing.assert_close(found[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_filters_in_shared_memory_stay_there():
+def test_filters_in_shared_memory_are_not_moved():
     layer = layer_of()
     layer._apply(lambda tensor: tensor.detach().clone().share_memory_())
     assert layer.weight.is_shared()

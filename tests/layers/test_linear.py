@@ -61,7 +61,7 @@ def test_shared_hyperparameters_run_folded_with_half_the_arithmetic(monkeypatch)
     layer(x, shared.response.clone())
 
 
-def test_sequences_give_one_row_an_example():
+def test_a_sequence_uses_one_row_of_h_per_example():
     layer, hyper = stn.HyperLinear(5, 7, num_hyperparameters=2), sampled(4)
     x = torch.randn(4, 6, 5)
     time_first = layer(x.transpose(0, 1), hyper, example_dim=1)
@@ -91,7 +91,7 @@ def test_sizes_below_one_are_refused_by_name(change):
         stn.HyperLinear(**(dict(in_features=2, out_features=2, num_hyperparameters=2) | change))
 
 
-def test_misfits_are_named():
+def test_wrong_arguments_are_named_in_the_error():
     layer = stn.HyperLinear(5, 7, num_hyperparameters=2)
     for hyper in (sampled(3), SPACE.at(SPACE.initial_state()[0], batch_size=3)):
         with pytest.raises(ValueError, match=r"HyperBatch has 3 examples, but x \(4, 5\) has 4"):

@@ -315,12 +315,12 @@ def test_unfit_arguments_are_named(change, message):
         ("unbounded", r"'unbounded' is a dropout rate, so its bounds must be 0 <= low and high < 1, got low=None"),
     ],
 )
-def test_a_rate_that_is_none_of_the_batch_is_refused(name, message):
+def test_a_per_example_rate_of_drop_connect_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
         layer_of(5, 7, recurrent_dropout=name, stream=1)(drawn(2, 4, 5), sampled(4))
 
 
-def test_misfits_are_named():
+def test_wrong_arguments_are_named_in_the_error():
     layer, x = layer_of(5, 7, 2), drawn(6, 4, 5)
     fitting = torch.zeros(2, 4, 7)
     for name, state in {"h_0": (torch.zeros(1, 4, 7), fitting), "c_0": (fitting, torch.zeros(2, 3, 7))}.items():

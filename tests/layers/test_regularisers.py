@@ -103,12 +103,12 @@ def test_a_rate_of_whole_numbers_is_refused():
         DropConnect("rate", stream=1),
     ],
 )
-def test_a_response_alone_says_nothing_to_draw_by(layer):
+def test_regularisers_refuse_a_response_without_rng_coordinates(layer):
     with pytest.raises(TypeError, match=r"\('(rate|noise)'\): hyper must be a HyperBatch in training mode, got Tensor"):
         layer(torch.ones(3, 4, 2, 2), sampled(3).response)
 
 
-def test_misfits_are_named():
+def test_wrong_arguments_are_named_in_the_error():
     with pytest.raises(ValueError, match=r"stream must be an int >= 1.*got 0"):
         stn.PerExampleDropout("rate", stream=0)
     with pytest.raises(ValueError, match=r"x \(4, 2\) has 4 examples.*HyperBatch has 3"):

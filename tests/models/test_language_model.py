@@ -160,7 +160,7 @@ def test_a_validation_step_moves_every_hyperparameter_through_the_response_alone
     assert location.grad.all()
 
 
-def test_misfits_are_named():
+def test_wrong_arguments_are_named_in_the_error():
     with pytest.raises(ValueError, match=r"hidden must equal embedding.*got 8 and 6"):
         model_of(hidden=8)
     with pytest.raises(ValueError, match=r"words must be an int >= 1.*got 0"):

@@ -66,6 +66,6 @@ def test_a_language_model_keeps_nothing_from_step_to_step():
     assert kept_bytes(lambda: [cycle() for _ in range(3)]) == 0
 
 
-def test_what_is_kept_would_show():
+def test_the_test_detects_memory_that_is_kept():
     kept = []
     assert kept_bytes(lambda: kept.append(torch.ones(1000))) == 4000

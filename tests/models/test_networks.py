@@ -197,7 +197,7 @@ def test_dropouts_are_those_that_the_space_names_each_with_a_stream_of_its_own(n
     assert not any(isinstance(m, stn.PerExampleDropout) for m in bare.modules())
 
 
-def test_a_place_s_own_rate_comes_before_the_shared_one():
+def test_a_specific_dropout_name_takes_precedence_over_the_shared_one():
     with torch.device("meta"):
         model = vgg16(SPACES["vgg16"])
         alone = alexnet(SPACES["alexnet"])
@@ -250,7 +250,7 @@ def test_channels_last_is_a_layout_that_torch_recognises(channels):
     assert gated(x, torch.randn(2, 2)).is_contiguous()
 
 
-def test_an_image_classifier_wants_bytes_and_augments_by_the_strengths_that_its_space_names():
+def test_an_image_classifier_takes_uint8_images_and_augments_by_the_strengths_in_its_space():
     space = rates("input_dropout", "last_dropout")
     model = ImageClassifier(space, fashion_cnn(space), mean=(0.5,), std=(0.25,), image_size=28)
     assert model.augmentation.names == ("input_dropout",)

@@ -140,7 +140,7 @@ def test_a_geometry_of_strength_zero_copies_exactly_too(cpu_backend, name):
     assert torch.allclose(got, augment(x, {}, **WHERE, **PLAIN, **CROPPED), rtol=2e-7, atol=0)
 
 
-def test_black_lies_outside_of_the_image(cpu_backend):
+def test_pixels_outside_of_the_image_are_black(cpu_backend):
     x = images().clamp(min=1)
     # Half the draws are ± 50 widths and more away.
     got = augment(x, dict(translation=full(100)), **WHERE, **PLAIN)
@@ -169,7 +169,7 @@ def test_halves_of_a_batch_are_augmented_as_the_whole(cpu_backend, channels):
         assert torch.equal(got, whole[part])
 
 
-def test_what_is_drawn_depends_on_seed_step_stream_and_example_alone():
+def test_draws_depend_only_on_seed_step_stream_and_example():
     x, strengths = images(1).expand(2, -1, -1, -1), dict(input_noise=full(0.5, 2), rotation=full(20, 2))
     one = augment(x, strengths, **WHERE, **PLAIN)
     assert torch.equal(one, augment(x, strengths, **WHERE, **PLAIN))
@@ -180,7 +180,7 @@ def test_what_is_drawn_depends_on_seed_step_stream_and_example_alone():
 
 @use_backend("cpp")
 @pytest.mark.parametrize("name", STRENGTHS)
-def test_a_strength_changes_no_other_draws(name):
+def test_switching_a_strength_on_does_not_change_other_draws(name):
     """With a strength at 0 everything is as without it: elements are numbered whether or not an effect is on."""
     x, strengths = images(), some([other for other in STRENGTHS if other != name], 4)
     if name.startswith("cutout"):
@@ -255,7 +255,7 @@ def test_compiles_without_graph_break_to_the_same_numbers():
     assert torch.equal(compiled(x, strengths), augment(x, strengths, **WHERE, **COLOUR))
 
 
-def test_it_is_a_constant_of_forward_mode_and_of_transforms():
+def test_augmentation_is_a_constant_in_forward_mode_and_transforms():
     x, strengths, one = images(), some(STRENGTHS, 4), torch.ones(())
     want = augment(x, strengths, **WHERE, **COLOUR)
     _, tangent = torch.func.jvp(lambda w: w * augment(x, strengths, **WHERE, **COLOUR), (one,), (one,))
@@ -325,7 +325,7 @@ def test_input_scale_is_uniform_between_its_ends(cpu_backend):
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.3, 1.0])
-def test_the_rate_of_mirror_images(cpu_backend, flip):
+def test_images_are_mirrored_at_the_flip_rate(cpu_backend, flip):
     x = torch.tensor([0, 255], dtype=torch.uint8).expand(1000, 1, 1, 2)
     got = augment(x, {}, **WHERE, mean=[0.0], std=[1.0], flip=flip)
     share = (got[..., 0] == 1).float().mean()
@@ -373,7 +373,7 @@ X = images()
         (X, {}, dict(first_example=1.5), r"first_example must be an int >= 0.*got 1.5"),
     ],
 )
-def test_misfits_are_named(x, strengths, change, message):
+def test_wrong_arguments_are_named_in_the_error(x, strengths, change, message):
     with pytest.raises(ValueError, match=message):
         augment(x, strengths, **(WHERE | COLOUR | change))
 

@@ -78,7 +78,7 @@ def test_every_dtype_by_the_2x_rule_and_backward_redraws_the_mask(backend, dtype
     assert_twice_as_good(dx, dy * slope.to(dtype), dy.double() * slope, "dx")
 
 
-def test_mean_and_variance_of_what_passes():
+def test_dropout_keeps_the_mean_and_has_the_right_variance():
     y = dropout(torch.ones(50, 4000), torch.full((50,), 0.3), **WHERE)
     assert y.mean().item() == pytest.approx(1.0, abs=0.01)
     assert (y != 0).float().mean().item() == pytest.approx(0.7, abs=0.005)
@@ -208,6 +208,6 @@ X, RATE = torch.ones(4, 6, 5, 3), torch.full((4,), 0.5)
         (X, RATE, dict(shared_dims=(2,)), r"too many groups"),
     ],
 )
-def test_misfits_are_named(x, rate, change, message):
+def test_wrong_arguments_are_named_in_the_error(x, rate, change, message):
     with pytest.raises(ValueError, match=message):
         dropout(x, rate, **(WHERE | change))

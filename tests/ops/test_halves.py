@@ -113,7 +113,7 @@ def test_halves_and_their_gradients_are_converted_in_one_pass(layout, dtype):
         assert gradient.is_contiguous(memory_format=layout)
 
 
-def test_nothing_is_copied_where_nothing_changes():
+def test_conversion_to_the_same_dtype_and_layout_copies_nothing():
     pair = halves()
     converted, took = copies(convert, *pair, torch.float32, torch.contiguous_format)
     assert took == 0
@@ -153,7 +153,7 @@ def test_conversion_can_be_differentiated_twice():
         assert torch.allclose(second_order[1], 3 * first**2)
 
 
-def test_parameters_that_are_unlike_each_other_stay_where_they_are():
+def test_parameters_that_do_not_match_are_not_joined():
     first = nn.Parameter(torch.randn(SHAPE))
     others = (torch.randn(SHAPE).double(), torch.randn(5, *SHAPE[1:]), torch.randn(SHAPE).to_sparse())
     for second in (*map(nn.Parameter, others), None):

@@ -44,7 +44,9 @@ def calls(monkeypatch):
     wanted=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     seed=st.integers(0, 9),
 )
-def test_values_and_the_wanted_gradients(shape, inputs, outputs, has_bias, contiguous, expanded, wanted, seed):
+def test_values_and_only_the_needed_gradients_are_computed(
+    shape, inputs, outputs, has_bias, contiguous, expanded, wanted, seed
+):
     x, weight = drawn(*shape, inputs, seed=seed), drawn(outputs, inputs, seed=seed + 10)
     bias = drawn(outputs, seed=seed + 20) if has_bias else None
     if not contiguous:
@@ -64,7 +66,7 @@ def test_values_and_the_wanted_gradients(shape, inputs, outputs, has_bias, conti
         assert_twice_as_good(ours, plain, exact, name=f"result {number}")
 
 
-def test_it_is_onednn_that_computes_float32_on_the_cpu(calls, monkeypatch):
+def test_onednn_computes_float32_products_on_the_cpu(calls, monkeypatch):
     x, weight = drawn(2, 3, 4), drawn(5, 4).requires_grad_()
     linear(x, weight)
     with torch.no_grad():
@@ -88,7 +90,7 @@ def test_small_products_are_left_to_torch(calls, monkeypatch):
     assert len(calls) == 1
 
 
-def test_a_folded_layer_takes_it(calls):
+def test_a_folded_layer_uses_the_faster_product(calls):
     layer = stn_fast.HyperLinear(4, 5, num_hyperparameters=2)
     layer(drawn(3, 4), torch.zeros(2))
     assert len(calls) == 1
@@ -103,7 +105,7 @@ def test_the_input_of_frozen_weights_may_change_in_place():
     torch.testing.assert_close(x.grad, weight.sum(0).expand(6, 4))
 
 
-def test_weights_may_change_in_place_where_the_input_wants_no_gradient():
+def test_weights_may_change_in_place_if_the_input_needs_no_gradient():
     x, weight = drawn(6, 4), drawn(5, 4, seed=1).requires_grad_()
     y = linear(x, weight)
     with torch.no_grad():
@@ -146,7 +148,7 @@ def test_transforms_compilers_and_autocast_see_torch():
 @pytest.mark.parametrize(
     "shapes", [[(6, 4), (3, 5)], [(6, 4), (5, 3, 4)], [(6, 4), ()], [(), (5, 4)], [(6, 4), (5, 4), (4,)]]
 )
-def test_what_does_not_fit_is_torchs_error(shapes):
+def test_mismatched_shapes_raise_the_error_of_torch(shapes):
     given = [drawn(*shape) for shape in shapes]
     with pytest.raises(RuntimeError) as theirs:
         F.linear(*given)
@@ -155,6 +157,6 @@ def test_what_does_not_fit_is_torchs_error(shapes):
     assert str(ours.value) == str(theirs.value)
 
 
-def test_a_bias_of_one_number_is_everybodys():
+def test_a_bias_expanded_from_one_number_is_added_to_all_outputs():
     x, weight, bias = drawn(6, 4), drawn(5, 4), drawn(1)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))

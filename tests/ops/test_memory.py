@@ -190,7 +190,7 @@ def test_a_checkpointed_operation_has_the_same_gradients(function, operands):
 
 
 @each_operation
-def test_saved_tensors_on_their_way_through_hooks_have_the_same_gradients(function, operands):
+def test_gradients_are_the_same_with_saved_tensor_hooks(function, operands):
     def hooked(*inputs):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t.double(), lambda t: t.float()):
             return function(*inputs)
@@ -204,7 +204,7 @@ def test_saved_tensors_on_their_way_through_hooks_have_the_same_gradients(functi
 @pytest.mark.parametrize("name", ["reference", "cpp"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @each_operation
-def test_autocast_around_the_backward_pass_alone_changes_nothing(function, operands, name, dtype):
+def test_autocast_around_only_the_backward_pass_changes_nothing(function, operands, name, dtype):
     def around():
         return torch.autocast("cpu", dtype=dtype)
 
@@ -283,7 +283,7 @@ ODD_FILTERS = {
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("size", [(9, 7), (1, 7), (7, 1), (19, 17)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_strides_of_dimensions_of_size_one_are_not_believed(filters, last, size, dtype):
+def test_unusual_strides_of_dimensions_of_size_1_do_not_matter(filters, last, size, dtype):
     weight, groups = filters().to(dtype), 2
     if weight.shape[2] > size[0] + 2 or weight.shape[3] > size[1] + 2:
         pytest.skip("the filters are larger than the image")
@@ -380,7 +380,7 @@ def test_batched_gradients_are_computed_as_one_by_one(backend, monkeypatch):
                     assert relative_error(got[k], want) < 1e-5, name
 
 
-def test_a_missing_tensor_is_named_instead_of_read():
+def test_a_missing_tensor_is_named_in_the_error():
     x, weight, gate, h = (torch.ones(size) for size in ((4, 5), (5, 5), (5, 2), (4, 2)))
     tokens = torch.zeros(4, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="gated_linear: response_weight must be a tensor, got None"):

@@ -39,7 +39,7 @@ def test_output_and_gradients_by_the_2x_rule(backend, shape, example_dim, dtype)
     assert_twice_as_good(d_scale, plain.float(), want, "d_scale")
 
 
-def test_two_halves_of_a_batch_draw_what_the_whole_draws(backend):
+def test_two_halves_of_a_batch_draw_the_same_as_the_whole(backend):
     x, scale = torch.zeros(6, 9, device=backend), torch.ones(6, device=backend)
     halves = [noise(x[i : i + 3], scale[:3], **WHERE, first_example=i) for i in (0, 3)]
     assert torch.equal(torch.cat(halves), noise(x, scale, **WHERE))
@@ -110,6 +110,6 @@ def test_forward_mode_tangent_is_not_silently_zero():
         (torch.ones(4, 3), torch.ones(4), dict(stream=0), r"stream must be an int >= 1 and < 2\*\*32"),
     ],
 )
-def test_misfits_are_named(x, scale, change, message):
+def test_wrong_arguments_are_named_in_the_error(x, scale, change, message):
     with pytest.raises(ValueError, match=message):
         noise(x, scale, **(WHERE | change))

@@ -103,7 +103,7 @@ def test_a_team_that_openmp_cannot_be_asked_about_is_not_full(monkeypatch):
         openmp._ask_openmp_of_torch.cache_clear()
 
 
-def test_torch_s_internal_products_are_called_behind_the_question_alone():
+def test_torch_s_internal_products_are_only_called_after_the_team_check():
     """In `products.py`, by functions that ask `library` or `full_team`; `offers_onednn` tries them on 12 numbers."""
     asked = {"library", "full_team"}
     for path in Path(stn_fast.__file__).parent.rglob("*.py"):
@@ -114,7 +114,7 @@ def test_torch_s_internal_products_are_called_behind_the_question_alone():
                 assert node.name == "offers_onednn" or calls & asked, node.name
 
 
-def test_a_run_takes_one_thread_where_openmp_would_start_fewer_than_asked_for(monkeypatch):
+def test_a_run_uses_one_thread_if_openmp_would_start_fewer_than_asked_for(monkeypatch):
     from stn_fast.training import run
 
     before = torch.get_num_threads()
@@ -138,7 +138,7 @@ def test_a_team_that_shrinks_before_the_backward_pass_of_a_folded_layer_is_an_er
         y.sum().backward()
 
 
-def test_onednn_is_on_again_after_threads_that_switched_it_off_side_by_side(monkeypatch):
+def test_onednn_is_on_again_after_concurrent_threads_have_switched_it_off(monkeypatch):
     monkeypatch.setattr(openmp, "full_team", lambda: False)
     meet, seen = threading.Barrier(4), []
 

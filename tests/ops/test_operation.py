@@ -125,7 +125,7 @@ def test_gradients_that_are_their_inputs_or_parts_of_one_tensor_are_copied_in_a_
     assert second.untyped_storage().nbytes() == second.nbytes
 
 
-def test_a_gradient_may_pass_as_it_is_and_be_finished():
+def test_an_input_may_share_the_gradient_of_an_output_and_gradients_may_be_postprocessed():
     def forward(a: Tensor, b: Tensor) -> Tensor:
         return a + 2 * b
 
@@ -189,7 +189,7 @@ def test_without_backward_an_operation_is_its_own_transpose_and_differentiable_a
     assert torch.autograd.gradgradcheck(lambda x_: operation(x_, scale, 3.0).pow(3), x)
 
 
-def test_what_does_not_fit_together_is_refused_where_it_is_declared():
+def test_an_inconsistent_operation_is_refused_at_its_declaration():
     def takes_options_first(option: int, a: Tensor) -> Tensor:
         return a
 

@@ -105,7 +105,7 @@ def test_gradients_of_the_definition_match_finite_differences():
     assert torch.autograd.gradcheck(outputs, [t.clone().requires_grad_() for t in picked[:2]])
 
 
-def test_the_formula_of_the_paper(backend):
+def test_perturbation_follows_the_formula_of_the_paper(backend):
     """λ̃ = λ + σ ε with ε from the generator, value by the stated transforms: against plain Python floats."""
     results = draw(arguments(backend, requires_grad=False), 3)
     epsilon = random.normal(3, 5, 0, 3, N)
@@ -137,7 +137,7 @@ def test_backends_agree_on_every_draw(backend):
     assert relative_error(ours.response, exact.response) < 1e-6
 
 
-def test_two_halves_of_a_batch_draw_what_the_whole_draws(backend):
+def test_two_halves_of_a_batch_draw_the_same_as_the_whole(backend):
     whole = draw(arguments(backend, requires_grad=False), 10)
     halves = [draw(arguments(backend, requires_grad=False), 5, first_example=first) for first in (0, 5)]
     for field in Perturbed._fields:
@@ -253,7 +253,7 @@ def test_forward_mode_tangent_is_not_silently_zero():
         (dict(seed=2**63), r"seed must be an int >= 0 and < 2\*\*63, got 9223372036854775808"),
     ],
 )
-def test_misfits_are_named(change, message):
+def test_wrong_arguments_are_named_in_the_error(change, message):
     names = ("location", "raw_scale", "center", "table")
     given_ = dict(zip(names, arguments(), strict=True), step=torch.tensor(0), seed=0, batch_size=4) | change
     with pytest.raises(ValueError, match=message):

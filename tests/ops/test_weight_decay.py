@@ -41,7 +41,7 @@ def test_16_bit_layers_have_a_float32_penalty(dtype):
     assert torch.autograd.grad(penalty, tensors[0])[0].dtype == dtype
 
 
-def test_misfits_are_named():
+def test_wrong_arguments_are_named_in_the_error():
     weight, response_weight, weight_gate, h, decay = operands()
     with pytest.raises(ValueError, match=r"decay \(B,\), got .*\(4, 3\), \(3,\)"):
         weight_decay_penalty(weight, response_weight, weight_gate, h, decay[:3])

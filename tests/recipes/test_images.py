@@ -156,7 +156,7 @@ def test_the_small_recipe_trains_on_5000_images(short, monkeypatch):
     assert [len(split.inputs) for split in small.build(config).data] == [24, 32, 16]
 
 
-def test_every_seed_sets_the_same_images_aside(short):
+def test_every_seed_uses_the_same_validation_images(short):
     first, second = (recipe("fashion-mnist").build(short("fashion-mnist", f"seed={seed}")) for seed in (0, 1))
     assert torch.equal(first.data.valid.inputs, second.data.valid.inputs)
     same = (
@@ -221,14 +221,14 @@ def test_one_key_drops_a_hyperparameter_and_what_it_regulates(short):
     assert all(block.dropout is None for block in model.network.blocks)
 
 
-def test_what_is_dropped_stays_dropped_in_the_written_configuration(short, tmp_path):
+def test_a_disabled_hyperparameter_stays_disabled_in_the_saved_configuration(short, tmp_path):
     config = short("fashion-mnist", "hyperparameters.cutout_holes.enabled=false")
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
     assert resolve(recipe("fashion-mnist").config(), str(file)).enabled == config.enabled
 
 
-def test_cutout_wants_both_its_hyperparameters(short):
+def test_cutout_with_only_one_of_its_hyperparameters_is_refused(short):
     with pytest.raises(UserError, match=r"cutout_holes"):
         checked_task(
             short("fashion-mnist", "hyperparameters.cutout_holes.enabled=false"), recipe("fashion-mnist").build

@@ -89,7 +89,7 @@ def test_a_colon_in_a_path_does_not_end_it(file):
         ("{file}:broken", "has no function config and no function build: see stn_fast.recipes.Recipe"),
     ],
 )
-def test_what_is_no_recipe_is_told(file, name, says):
+def test_an_invalid_recipe_is_a_clear_error(file, name, says):
     with pytest.raises(UserError, match=says):
         recipe(name.format(file=file))
 

@@ -126,7 +126,7 @@ class Pair(NamedTuple):
         (((X.numpy(), 2 * X), Y.numpy()), (X, 2 * X)),
     ],
 )
-def test_what_a_loader_gives_has_inputs_and_targets(batch, inputs):
+def test_batches_of_a_loader_are_split_into_inputs_and_targets(batch, inputs):
     examples = as_batch(batch, torch.device("cpu"))
     assert torch.equal(examples.targets, Y)
     assert examples.examples == 4
@@ -153,7 +153,7 @@ def test_examples_are_counted_by_the_targets():
         ({}, r"got a dict with the keys \(none\)"),
     ],
 )
-def test_what_is_no_batch_is_named_with_what_would_be(batch, got):
+def test_the_error_for_a_wrong_batch_says_what_would_be_right(batch, got):
     with pytest.raises(TypeError, match=rf"a batch must be \(inputs, targets\).*a dict with 'targets'.*{got}$"):
         as_batch(batch, torch.device("cpu"))
 
@@ -179,7 +179,7 @@ def test_a_state_that_nothing_carries_is_an_error():
     assert batch.finish(torch.ones(())) == 1
 
 
-def test_a_batch_is_taken_as_it_is():
+def test_a_batch_object_is_returned_unchanged():
     examples = Examples({"words": X}, Y)
     window = Streams(Split(Y, Y), 2, 2, seed=0, stream=0)[0]
     assert all(as_batch(batch, torch.device("cpu")) is batch for batch in (examples, window))

@@ -109,7 +109,7 @@ def stale_step(kept):
 
 @pytest.mark.parametrize("plant", [stale_inputs, stale_step])
 @pytest.mark.parametrize("task", TASKS)
-def test_a_step_on_stale_memory_would_show(task, plant):
+def test_the_test_detects_a_step_on_stale_memory(task, plant):
     one, other = (TASKS[task]() for _ in range(2))
     steps = captured(other.method)
     cycle(one, 12)
@@ -125,7 +125,7 @@ def test_a_step_on_stale_memory_would_show(task, plant):
     assert different(one.method, other.method) != []
 
 
-def test_a_state_that_is_not_carried_on_would_show():
+def test_the_test_detects_a_state_that_is_not_carried():
     one, other = (language_steps() for _ in range(2))
     steps = captured(other.method)
     losses = cycle(one, 12)
@@ -135,7 +135,7 @@ def test_a_state_that_is_not_carried_on_would_show():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_another_learning_rate_is_taken_on(fused, monkeypatch):
+def test_a_changed_learning_rate_is_used_by_captured_steps(fused, monkeypatch):
     monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 1 << 20)
     options = dict(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9, fused=fused))
     one, other = (digits_steps(**options) for _ in range(2))
@@ -150,7 +150,7 @@ def test_another_learning_rate_is_taken_on(fused, monkeypatch):
     assert steps.graphs.captured == (1 if fused else 3)
 
 
-def test_a_learning_rate_kept_from_the_capture_would_show(monkeypatch):
+def test_the_test_detects_a_learning_rate_kept_from_the_capture(monkeypatch):
     monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 1 << 20)
     monkeypatch.setattr(capture._Step, "_settings", lambda self, first_example: {})
     options = dict(optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9))
@@ -165,7 +165,7 @@ def test_a_learning_rate_kept_from_the_capture_would_show(monkeypatch):
     assert different(one.method, other.method) != []
 
 
-def test_another_first_example_is_taken_on():
+def test_a_changed_first_example_is_used_by_captured_steps():
     one, other = (digits_steps() for _ in range(2))
     steps = captured(other.method)
     for take in (one.method, steps):
@@ -175,7 +175,7 @@ def test_another_first_example_is_taken_on():
     assert (steps.graphs.captured, steps.replayed) == (2, 12 - 2 - 1)  # anew after one step with the other
 
 
-def test_modes_and_state_that_change_are_taken_on():
+def test_changed_modes_and_state_are_used_by_captured_steps():
     one, other = (digits_steps() for _ in range(2))
     steps = captured(other.method)
     state = None
@@ -242,7 +242,7 @@ def test_settings_that_change_again_and_again_are_named(change, monkeypatch):
     ]
 
 
-def test_a_batch_of_another_size_is_taken_one_by_one():
+def test_a_batch_of_another_size_runs_without_a_graph():
     one, other = (digits_steps() for _ in range(2))
     steps = captured(other.method)
     for step in range(9):
@@ -437,7 +437,7 @@ def test_more_captured_steps_in_a_row_than_allowed_are_an_error():
 @pytest.mark.parametrize("kind", ["train_step", "valid_step"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_nothing_of_a_step_keeps_it_from_being_captured(task, kind, precision, monkeypatch):
+def test_no_part_of_a_step_prevents_its_capture(task, kind, precision, monkeypatch):
     """Every operation of a step after the first ones, as it is queued on the device."""
     monkeypatch.setattr("stn_fast.ops.augment._check_values", lambda *given: None)  # on the CPU alone
     one = TASKS[task](precision=precision)
@@ -566,7 +566,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("kind", ["train_step", "valid_step"])
 @pytest.mark.parametrize("planted", PLANTED)
-def test_what_no_graph_repeats_is_named_and_taken_one_by_one(planted, kind):
+def test_work_that_a_graph_cannot_repeat_is_named_and_runs_without_one(planted, kind):
     change, reason = PLANTED[planted]
     one, other = (digits_steps(allow_unused=True) for _ in range(2))
     for method in (one.method, other.method):
@@ -588,7 +588,7 @@ def test_what_no_graph_repeats_is_named_and_taken_one_by_one(planted, kind):
     [(torch.tensor([0, 2]), False), (torch.tensor([True, False, True]), True), ((None, torch.tensor([1])), False)],
     ids=["places", "mask", "places of columns"],
 )
-def test_places_are_no_mask(index, shape):
+def test_an_index_tensor_is_not_taken_for_a_mask(index, shape):
     x = torch.zeros(3, 2)
     with HostWork(x.device) as noted:
         x[index]
@@ -733,7 +733,7 @@ def test_a_capture_that_cuda_refuses_is_given_up():
     )
 
 
-def test_on_another_device_steps_are_taken_one_by_one_and_that_is_said_once(monkeypatch):
+def test_on_another_device_steps_run_without_a_graph_and_warn_once(monkeypatch):
     monkeypatch.undo()
     one = digits_steps()
     steps = one.method.captured()

@@ -81,14 +81,14 @@ def test_a_missing_file_is_damage(tmp_path, file):
         checkpoint.read(path)
 
 
-def test_when_all_are_damaged_the_error_names_the_cure(tmp_path):
+def test_if_all_checkpoints_are_damaged_the_error_says_what_to_do(tmp_path):
     for step in (1, 2):
         damage(checkpoint.write(tmp_path, step, state(step), 1))
     with pytest.raises(UserError, match=r"every checkpoint under .* is damaged.*--no-resume"):
         checkpoint.read_newest(tmp_path, "cpu", lambda text: None)
 
 
-def test_a_damaged_one_goes_when_the_run_has_fallen_back_from_it(tmp_path):
+def test_a_damaged_checkpoint_is_removed_after_falling_back(tmp_path):
     for step in (1, 2, 4):
         path = checkpoint.write(tmp_path, step, state(step), 1)
     damage(path)
@@ -123,14 +123,14 @@ def test_a_kill_while_a_step_is_written_again_does_not_lose_it(tmp_path, monkeyp
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_what_a_kill_left_at_another_step_goes(tmp_path):
+def test_remains_of_an_interrupted_write_are_removed(tmp_path):
     for name in (".step-00000002.partial", ".step-00000003.replaced", "step-00000003"):
         (tmp_path / name).mkdir()
     checkpoint.write(tmp_path, 4, state(4), 4)
     assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
 
 
-def test_clearing_leaves_what_is_no_checkpoint(tmp_path):
+def test_clearing_keeps_files_that_are_not_checkpoints(tmp_path):
     checkpoint.write(tmp_path, 1, state(1), 1)
     (tmp_path / ".step-00000002.partial").mkdir()
     (tmp_path / "weights.pt").touch()

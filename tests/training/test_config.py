@@ -179,7 +179,7 @@ def test_run_directories_of_different_methods_do_not_collide():
     assert len(labels) == 3
 
 
-def test_a_bound_that_is_absent_bounds_nothing():
+def test_a_missing_bound_means_unbounded():
     assert HyperparameterConfig(init=-1e9).low is None
 
 

@@ -213,7 +213,7 @@ def test_a_gradient_longer_than_float32_is_named_as_such(model, batch):
     method.train_step(batch, 3)
 
 
-def test_up_to_k_in_a_row_are_left_out_and_one_more_is_an_error(model, batch, judge):
+def test_up_to_k_steps_in_a_row_are_skipped_and_one_more_is_an_error(model, batch, judge):
     method = warmed(tuned(model, skip_nonfinite=2), batch)
     bad = poisoned(batch)
     with warnings.catch_warnings():
@@ -320,7 +320,7 @@ def test_numbers_are_waited_for_on_the_device_that_they_come_from(monkeypatch):
     assert recorded == [(second, f"stream of {second}")]
 
 
-def test_what_a_checkpoint_holds_is_judged_first(model, batch, monkeypatch):
+def test_steps_are_checked_before_a_checkpoint_is_made(model, batch, monkeypatch):
     monkeypatch.setattr(finite, "_decides", lambda device: True)
     method = warmed(tuned(model), batch)
     method.train_step(poisoned(batch), 2)
@@ -338,7 +338,7 @@ def test_a_good_state_can_be_loaded_after_a_step_that_nobody_has_judged_yet(mode
     method.check_finite()
 
 
-def test_an_unfused_optimizer_of_many_numbers_is_judged_by_the_host(model, batch, monkeypatch):
+def test_steps_of_a_large_unfused_optimizer_are_checked_by_the_host(model, batch, monkeypatch):
     monkeypatch.setattr(finite, "_decides", lambda device: True)
     monkeypatch.setattr(finite, "MAX_COPIED_NUMBERS", 10)
     method = warmed(tuned(model, optimizer=OPTIMIZERS["unfused adamw"]), batch)
@@ -493,19 +493,19 @@ def test_the_norm_that_clips_is_that_of_torch(model, batch):
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "2", None])
-def test_a_count_of_steps_to_leave_out_that_is_none_is_refused(model, value):
+def test_a_wrong_skip_nonfinite_is_refused(model, value):
     with pytest.raises(ValueError, match="SelfTuning: skip_nonfinite must be an int >= 0"):
         tuned(model, skip_nonfinite=value)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, NAN, "1", True])
-def test_a_clip_that_is_no_length_is_refused(model, value):
+def test_a_clip_that_is_not_positive_is_refused(model, value):
     with pytest.raises(ValueError, match="SelfTuning: clip must be"):
         tuned(model, clip=value)
 
 
 @pytest.mark.parametrize("name", ["tune_scales", "freeze"])
-def test_text_is_no_switch_of_a_method(model, name):
+def test_text_is_not_accepted_as_a_bool_argument_of_a_method(model, name):
     with pytest.raises(ValueError, match=f"SelfTuning: {name} must be True or False, got 'False'"):
         tuned(model, **{name: "False"})
 

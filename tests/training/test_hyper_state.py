@@ -64,7 +64,7 @@ def saved(method):
     [{}, {"optimizer": torch.optim.Adam, "hyper_optimizer": torch.optim.RMSprop}, {"tune_scales": False}],
     ids=lambda options: "-".join(options) or "default",
 )
-def test_another_order_is_put_back_by_name(order, options):
+def test_a_state_with_another_order_is_matched_by_name(order, options):
     one, other = trained(**options), method_of([SPACE[k] for k in order], **options)
     other.load_state_dict(saved(one))
     want, got = (method.space.values(method.location) for method in (one, other))
@@ -85,7 +85,7 @@ def test_another_order_is_put_back_by_name(order, options):
         torch.testing.assert_close(theirs, value[:, order] if "gate" in name else value, rtol=1e-4, atol=1e-6)
 
 
-def test_moments_go_with_their_hyperparameters():
+def test_optimizer_moments_are_reordered_with_their_hyperparameters():
     one, other = trained(), method_of(SPACE[::-1])
     other.load_state_dict(saved(one))
     for mine, theirs in ((one.location, other.location), (one.raw_scale, other.raw_scale)):
@@ -109,7 +109,7 @@ def test_moments_go_with_their_hyperparameters():
         (dict(init=0.05), "rate init=0.3 there, 0.05 here"),
     ],
 )
-def test_what_differs_is_named_and_nothing_is_loaded(kind, change, message):
+def test_differences_are_named_and_nothing_is_loaded(kind, change, message):
     state = saved(trained(kind=kind))
     other = method_of([replace(RATE, **change), DECAY, NOISE], kind)
     before = copy.deepcopy(other.state_dict())
@@ -120,19 +120,19 @@ def test_what_differs_is_named_and_nothing_is_loaded(kind, change, message):
     assert all(torch.equal(value, before["model"][name]) for name, value in after["model"].items())
 
 
-def test_other_names_are_named():
+def test_different_hyperparameter_names_are_listed_in_the_error():
     state = saved(trained())
     with pytest.raises(ValueError, match="are not those of this method: noise only there; jitter only here"):
         method_of([RATE, DECAY, replace(NOISE, name="jitter")]).load_state_dict(state)
 
 
-def test_another_response_is_named():
+def test_a_different_response_is_named_in_the_error():
     state, raw = saved(trained()), [replace(one, response="raw") for one in SPACE]
     with pytest.raises(ValueError, match="rate response='shifted' there, 'raw' here"):
         method_of(raw).load_state_dict(state)
 
 
-def test_where_the_start_has_no_part_in_the_response_it_may_differ():
+def test_a_different_first_guess_is_accepted_unless_the_response_depends_on_it():
     raw = [replace(one, response="raw") for one in SPACE]
     other = method_of([replace(raw[0], init=0.05), *raw[1:]])
     one = trained(raw)
@@ -140,7 +140,7 @@ def test_where_the_start_has_no_part_in_the_response_it_may_differ():
     assert torch.equal(other.location, one.location)
 
 
-def test_another_scale_to_start_from_is_no_difference():
+def test_a_different_initial_scale_is_accepted():
     one, other = trained(), method_of([replace(RATE, scale=1.0), DECAY, NOISE])
     other.load_state_dict(saved(one))
     assert torch.equal(other.raw_scale, one.raw_scale)
@@ -182,7 +182,7 @@ def test_a_state_of_another_method_or_other_optimizers_is_refused_and_nothing_lo
 
 
 @pytest.mark.parametrize("state", [None, {}, torch.nn.Linear(2, 2).state_dict()], ids=["None", "empty", "of a module"])
-def test_what_is_no_state_of_a_method_is_refused(state):
+def test_anything_but_a_state_of_a_method_is_refused(state):
     with pytest.raises(ValueError, match=r"must be one that a method's state_dict\(\) has returned, got "):
         method_of(SPACE).load_state_dict(state)
 

@@ -310,7 +310,7 @@ def test_a_run_reports_perplexity_and_words(train):
     assert evaluations[-1]["step"] == 4 * 20 + (3 * 20) // 2  # 2003 words in 8 streams of 12 words at a step
 
 
-def test_what_a_run_says_and_draws_names_its_perplexity(train, capsys):
+def test_output_and_plot_of_a_run_show_its_perplexity(train, capsys):
     directory = train("schedule.epochs=1")
     got = result(directory, timeless=False)
     assert f"test perplexity {got['test_perplexity']:.2f}" in summary(got)
@@ -322,7 +322,7 @@ def test_what_a_run_says_and_draws_names_its_perplexity(train, capsys):
     assert any(f"test perplexity there {best['test_perplexity']:.1f}" in text.get_text() for text in figure.texts)
 
 
-def test_self_tuning_moves_what_a_text_is_learnt_with(train):
+def test_self_tuning_moves_the_hyperparameters_of_a_language_model(train):
     moved = result(train("hyper_optimizer.learning_rate=0.05"))["moved_in_initial_scales"]
     assert abs(moved["dropout"]) > 0.1
 

@@ -49,7 +49,7 @@ def test_every_example_may_have_weights_of_its_own():
     torch.testing.assert_close(activation_penalty(raw, dropped, hyper), want, check_dtype=False)
 
 
-def test_a_change_pulls_on_the_steps_on_both_of_its_sides():
+def test_the_temporal_penalty_has_gradients_for_both_time_steps():
     (raw, dropped), hyper = activations(), batch_of(BETA)
     pull = 2 * hyper.values[0, 0].item() * (raw[1:] - raw[:-1]) / raw[1:].numel()
     want = F.pad(pull, (0, 0, 0, 0, 1, 0)) - F.pad(pull, (0, 0, 0, 0, 0, 1))
@@ -62,13 +62,13 @@ def test_a_window_of_one_word_has_no_change_to_penalise():
     assert activation_penalty(*activations(1), batch_of(BETA)) == 0
 
 
-def test_a_weight_that_could_be_negative_is_refused():
+def test_a_penalty_weight_that_could_be_negative_is_refused():
     with pytest.raises(ValueError, match=r"'activation_regularization' weights a penalty.*got None"):
         activation_penalty(*activations(), batch_of(Hyperparameter("activation_regularization", init=1.0)))
 
 
 @pytest.mark.parametrize("objective", [next_word_loss, regularised_next_word_loss, next_word_scores])
-def test_a_batch_that_is_no_window_is_named(objective):
+def test_a_batch_that_is_not_a_window_is_an_error(objective):
     with pytest.raises(TypeError, match="needs a Window of Streams or WholeText, got a Split"):
         objective(torch.nn.Identity(), Split(torch.zeros(3), torch.zeros(3)), None)
 

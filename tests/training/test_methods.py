@@ -226,7 +226,7 @@ def tuning(model, space, objective, **options):
         (partial(FixedHyperparameters, seed=3), "train_step"),
     ],
 )
-def test_two_halves_of_a_batch_draw_what_the_whole_draws(batch, make, call):
+def test_two_halves_of_a_batch_draw_the_same_as_the_whole(batch, make, call):
     whole = drawn(make, call, batch, 0)
     halves = [drawn(make, call, Split(*(part[k : k + 16] for part in batch)), k) for k in (0, 16)]
     assert len(whole) == 4
@@ -234,7 +234,7 @@ def test_two_halves_of_a_batch_draw_what_the_whole_draws(batch, make, call):
         assert torch.equal(one, torch.cat([first, second]))
 
 
-def test_batches_of_a_data_loader_will_do(model, batch):
+def test_batches_of_a_data_loader_are_accepted(model, batch):
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batch), batch_size=32)
     method = self_tuning(model)
     for pair in loader:
@@ -242,7 +242,7 @@ def test_batches_of_a_data_loader_will_do(model, batch):
         assert method.valid_step(pair, 1).isfinite()
 
 
-def test_a_model_that_does_not_respond_is_named_instead_of_a_graph(batch):
+def test_a_model_without_a_response_is_a_clear_error(batch):
     class Plain(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -256,7 +256,7 @@ def test_a_model_that_does_not_respond_is_named_instead_of_a_graph(batch):
         method.valid_step(batch, 0)
 
 
-def test_a_layer_of_ones_own_counts_among_those_that_draw(model):
+def test_a_user_s_regulariser_is_checked_for_its_stream_too(model):
     class Jitter(PerExampleNoise):
         """Derives from the layers that draw without being one of those that the package names."""
 
@@ -270,7 +270,7 @@ def test_a_layer_of_ones_own_counts_among_those_that_draw(model):
         self_tuning(model)
 
 
-def test_layers_that_would_share_their_noise_are_refused(model):
+def test_two_layers_with_the_same_stream_are_refused(model):
     model.again = copy.deepcopy(model.dropouts[1])
     for build in (self_tuning, lambda m: FixedHyperparameters(m, SPACE, classification_loss)):
         with pytest.raises(ValueError, match=r"'dropouts\.1' and 'again' both draw from stream 3"):
@@ -317,7 +317,7 @@ def test_a_model_of_several_inputs_takes_them_from_the_batch(batch):
     assert losses[0] == losses[1]
 
 
-def test_arrays_of_numpy_are_a_batch(model, batch):
+def test_numpy_arrays_are_accepted_as_a_batch(model, batch):
     one, other = self_tuning(copy.deepcopy(model)), self_tuning(model)
     arrays = {"inputs": batch.inputs.numpy(), "targets": batch.targets.numpy()}
     assert torch.equal(one.train_step(arrays, 0), other.train_step(batch, 0))
@@ -325,7 +325,7 @@ def test_arrays_of_numpy_are_a_batch(model, batch):
 
 
 @pytest.mark.parametrize("switch", [torch.no_grad, torch.inference_mode])
-def test_steps_without_gradients_blame_what_switched_them_off(model, batch, switch):
+def test_steps_with_gradients_switched_off_name_the_cause(model, batch, switch):
     method = self_tuning(model)
     for name in ("train_step", "valid_step"):
         with switch(), pytest.raises(RuntimeError, match=f"{name} computes gradients, but torch.no_grad or"):
@@ -413,7 +413,7 @@ def test_a_copy_of_a_batch_counts_as_the_batch(batch):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_batch_of_ones_own_keeps_what_its_objective_returns_beside_the_loss(model, batch):
+def test_a_user_s_batch_type_keeps_the_state_that_an_objective_returns(model, batch):
     method = SelfTuning(model, SPACE, summed_loss, summed_loss, allow_unused=True, skip_nonfinite=1)
     kept = Sum()
     losses = [

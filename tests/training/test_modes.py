@@ -66,7 +66,7 @@ def test_an_evaluation_between_two_steps_unfreezes_nothing():
         assert torch.equal(method.model.backbone[1].running_mean, still)
 
 
-def test_what_is_frozen_or_thawed_later_counts_from_then_on():
+def test_modules_frozen_or_unfrozen_later_keep_their_new_modes():
     for method in methods(frozen):
         steps(method)
         method.model.backbone.train()

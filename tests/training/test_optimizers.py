@@ -25,7 +25,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_on_the_cpu_an_optimizer_stays_as_it_is(name):
+def test_an_optimizer_on_the_cpu_is_not_changed(name):
     optimizer = of(OPTIMIZERS[name])
     before = copy.deepcopy(optimizer.state_dict())
     make_capturable(optimizer)

@@ -28,7 +28,7 @@ def fed(losses, patience=None, **optimizer):
 
 
 @pytest.mark.parametrize("decay_patience", [1, 2, 5])
-def test_the_rate_falls_where_a_loss_is_no_better_than_one_so_many_epochs_ago(decay_patience):
+def test_the_rate_decays_if_a_loss_is_no_better_than_decay_patience_epochs_ago(decay_patience):
     losses = np.random.default_rng(0).normal(size=40) - np.linspace(0, 3, 40)
     expected = [
         now for now in range(40) if any(losses[now] >= losses[earlier] for earlier in range(now - decay_patience + 1))
@@ -63,7 +63,7 @@ def test_a_learning_rate_below_the_minimum_stops():
     assert fed(losses, patience=1, min_learning_rate=0.02, **options).stop == Stop(1, "schedule.patience")
 
 
-def test_its_state_is_all_there_is_to_it():
+def test_a_plateau_restored_from_its_state_decides_the_same():
     options = dict(patience=4, decay_factor=0.5, decay_patience=2, min_learning_rate=0.02)
     losses = [1.0, 0.5, 0.7, 0.6, 0.8, 0.4]
     whole, first = fed([*losses, *losses], **options), fed(losses, **options)

@@ -115,7 +115,7 @@ def test_a_step_computes_in_its_precision_and_leaves_torch_as_it_was(precision, 
     ],
     ids=["defaults", "medium", "older matmul", "older cudnn", "all", "newer conv", "newer matmul"],
 )
-def test_every_setting_is_put_back_whichever_way_it_was_made(change, precision, settings):
+def test_precision_settings_are_restored_whichever_api_made_them(change, precision, settings):
     change()
     before = newer(), older()
     unchanged = before[0][1] == before[0][3] == before[0][4] == {"fp32": "ieee", "tf32": "tf32"}[precision]
@@ -126,7 +126,7 @@ def test_every_setting_is_put_back_whichever_way_it_was_made(change, precision, 
     assert all(now == was or was == "refused" for now, was in zip(older(), before[1], strict=True))
 
 
-def test_settings_are_put_back_after_an_error_too(settings):
+def test_precision_settings_are_restored_after_an_error_too(settings):
     def objective(model, batch, hyper):
         raise KeyError
 
@@ -136,7 +136,7 @@ def test_settings_are_put_back_after_an_error_too(settings):
     assert (newer(), older()) == before
 
 
-def test_a_setting_for_all_still_reaches_those_that_followed_it(settings):
+def test_torch_s_common_precision_setting_still_works_afterwards(settings):
     backends.fp32_precision = "tf32"
     with float32_products("fp32"):
         pass
@@ -214,7 +214,7 @@ def test_a_window_of_a_text_casts_each_matrix_once():
         assert casts.seen[23, 7] == 1
 
 
-def test_bf16_keeps_what_is_learnt_and_what_is_summed_in_float32():
+def test_with_bf16_parameters_and_sums_stay_in_float32():
     seen = {}
 
     def objective(model, batch, hyper):
@@ -269,7 +269,7 @@ def test_a_copy_made_without_a_graph_does_not_swallow_a_gradient():
     assert torch.equal(weight.grad, torch.ones(2))
 
 
-def test_a_method_and_a_configuration_name_a_precision_that_is_none():
+def test_an_unknown_precision_is_named_by_methods_and_configurations():
     for make in (partial(method_of, classification_loss), partial(FixedHyperparameters, nn.Linear(1, 1), SPACE, None)):
         with pytest.raises(ValueError, match=r"precision 'bf61': did you mean 'bf16'"):
             make(precision="bf61")
@@ -326,14 +326,14 @@ def test_a_method_is_built_in_the_precision_of_the_device(device, precision):
     assert build_method(replace(config, device=device), digits.build(config)).precision == precision
 
 
-def test_a_run_writes_down_the_precision_that_auto_stood_for(make_config):
+def test_a_run_records_the_precision_that_replaced_auto(make_config):
     config = replace(make_config("schedule.max_steps=20"), precision="auto")
     assert run(config, digits.build)["precision"] == "fp32"
     directory = Path(config.directory)
     assert result(directory)["precision"] == read_yaml(str(directory / "config.yaml"))["precision"] == "fp32"
 
 
-def test_auto_goes_on_in_the_same_precision_and_in_no_other(make_config):
+def test_a_run_with_auto_resumes_only_in_the_same_precision(make_config):
     config = make_config("precision=fp32", "schedule.max_steps=20")
     done = run(config, digits.build)
     assert run(replace(config, precision="auto"), digits.build) == done  # finished, and read back

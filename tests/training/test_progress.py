@@ -32,7 +32,7 @@ def test_a_long_epoch_is_not_silent(clock, capsys):
     assert [line.split() for line in said] == [["epoch", f"{part:.2f}/200"] for part in (0.6, 1.2, 1.8)]
 
 
-def test_a_row_is_shown_where_nothing_was_for_long(clock, capsys):
+def test_a_row_is_shown_after_a_long_silence(clock, capsys):
     it = Progress(epochs=200)
     it.row(evaluation(1))
     assert capsys.readouterr().err == ""
@@ -64,7 +64,7 @@ def test_on_a_terminal_the_bar_moves_within_an_epoch(clock, capsys, monkeypatch)
     assert "epoch 1.50/2" in said
 
 
-def test_the_bar_of_a_resumed_run_counts_its_own_time_alone(clock, capsys, monkeypatch):
+def test_the_bar_of_a_resumed_run_only_counts_its_own_time(clock, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     it = Progress(epochs=4)
     it.start = 3.0

@@ -41,7 +41,7 @@ def damaged(whole):
     yield wrong
 
 
-def test_a_result_of_another_shape_is_not_believed(train):
+def test_an_incomplete_or_damaged_result_is_rejected(train):
     directory = train("schedule.max_steps=2")
     config = build(Config, read_yaml(str(directory / "config.yaml")))
     whole = result(directory, timeless=False)

@@ -142,7 +142,7 @@ def test_a_finished_run_from_before_fingerprints_says_that_its_data_are_unknown(
 
 
 @pytest.mark.parametrize("contents", ["", "[1", "3"])
-def test_a_damaged_fingerprint_names_itself_and_the_cure(train, contents):
+def test_the_error_for_a_damaged_fingerprint_names_the_file_and_what_to_do(train, contents):
     directory = train("schedule.max_steps=3")
     (directory / "data.json").write_text(contents)
     with pytest.raises(UserError, match=r"run/data.json is not a fingerprint .*restore it.*--no-resume"):

@@ -38,7 +38,7 @@ def test_a_file_that_no_run_wrote_is_refused_and_kept(train, tmp_path, name):
     assert file.read_text() == "mine: 1\n"
 
 
-def test_starting_over_keeps_what_is_no_checkpoint(train, tmp_path):
+def test_starting_over_keeps_files_that_are_not_checkpoints(train, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for name in ("checkpoints/weights.pt", "notes.txt", "config.yaml"):
         (tmp_path / "run" / name).write_text("mine")
@@ -59,7 +59,7 @@ WRONG_SHAPES = ["- 1\n", "3\n", "recipe: digits\nhyperparameters: 3\n", "recipe:
 
 
 @pytest.mark.parametrize("text", ["", "recipe: digits\n", "a: [1\n", "\0", "[" * 5000, *WRONG_SHAPES])
-def test_a_config_that_is_cut_short_names_itself_and_the_cure(train, text):
+def test_the_error_for_a_truncated_config_names_the_file_and_what_to_do(train, text):
     directory = train("schedule.max_steps=5")
     (directory / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"run/config.yaml is not a run's configuration .*restore it.*--no-resume"):
@@ -87,7 +87,7 @@ def test_a_damaged_manifest_makes_its_checkpoint_a_damaged_one(train, same_run, 
     same_run(whole, directory)
 
 
-def test_checkpoints_that_cannot_be_looked_into_are_an_error_of_the_user(train, monkeypatch):
+def test_checkpoints_without_permission_are_a_users_error(train, monkeypatch):
     directory = train("schedule.max_steps=5")
     iterdir = Path.iterdir
 
@@ -123,7 +123,7 @@ def test_without_locks_a_run_goes_ahead(tmp_path, monkeypatch):
         pass
 
 
-def test_names_are_on_the_disk_before_what_relies_on_them(tmp_path, monkeypatch):
+def test_directory_entries_are_synced_before_files_that_rely_on_them(tmp_path, monkeypatch):
     synced = []
     fsync = os.fsync
 

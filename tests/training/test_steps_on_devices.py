@@ -72,7 +72,7 @@ def test_steps_are_as_good_as_plain_torch(task, precision, captured, count, devi
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("task", TASKS)
-def test_captured_steps_are_those_taken_one_by_one(task, precision, optimizer, device):
+def test_captured_steps_equal_steps_without_a_graph(task, precision, optimizer, device):
     if device == "cpu" and (precision, optimizer) != ("fp32", "adam, rmsprop"):
         pytest.skip("test_capture.py takes these steps on the CPU")
     make = partial(TASKS[task], device, precision=precision, **OPTIMIZERS[optimizer])

@@ -46,14 +46,14 @@ def test_a_window_has_the_word_before_every_target():
     assert window.targets.is_contiguous()
 
 
-def test_what_a_pass_leaves_over_others_read():
+def test_words_left_over_by_one_pass_are_read_by_others():
     text = streams(words=65, batch_size=3, window=11)
     seen = torch.cat([one_pass(text, number).flatten() for number in range(300)])
     assert text.per_pass == 1
     assert set(seen.tolist()) == set(range(65))
 
 
-def test_windows_depend_on_seed_stream_and_index_alone():
+def test_windows_depend_only_on_seed_stream_and_index():
     def begins(seed, stream, number):
         return streams(words=1000, window=100, seed=seed, stream=stream)[number * 3].targets[0, 0].item()
 
@@ -65,7 +65,7 @@ def test_windows_depend_on_seed_stream_and_index_alone():
         assert torch.equal(backwards[index].targets, there[index])
 
 
-def test_the_state_of_a_window_is_what_the_one_before_left_and_a_pass_begins_without():
+def test_a_window_starts_from_the_state_of_the_previous_one_and_a_pass_without_a_state():
     text = streams()
     assert text.per_pass == 8
     for index in range(20):
@@ -75,7 +75,7 @@ def test_the_state_of_a_window_is_what_the_one_before_left_and_a_pass_begins_wit
         window.carry({"seen": [torch.tensor(index)]})
 
 
-def test_a_carried_state_is_cut_off_from_the_graph():
+def test_a_carried_state_is_detached():
     text = streams()
     weight = torch.ones(2, requires_grad=True)
     text[0].carry((weight * 2, [weight * 3]))
@@ -97,7 +97,7 @@ def test_a_window_out_of_order_is_refused_rather_than_given_anothers_state():
     assert text[8].state is None
 
 
-def test_a_state_put_back_goes_on_and_is_no_view_of_anything_larger():
+def test_a_restored_state_continues_and_does_not_keep_a_larger_tensor():
     text, again = streams(), streams()
     text[0].carry((torch.arange(1000.0)[:2], torch.ones(2)))
     saved = text.state_dict()
@@ -194,7 +194,7 @@ def test_a_window_keeps_the_state_that_an_objective_returns():
     assert text[1].state is None
 
 
-def test_a_window_for_a_graph_is_by_itself_and_its_state_is_copied_to_the_text():
+def test_a_window_for_a_graph_is_independent_and_its_state_is_copied_back():
     text = streams()
     text[0].carry(torch.zeros(3))
     window = text[1]

@@ -36,7 +36,7 @@ def setting(*names):
     return model, Split(torch.randn(5, 2, 6, 6), torch.randint(4, (5,))), hyper
 
 
-def test_decay_is_that_of_every_example_s_own_weights():
+def test_weight_decay_is_the_mean_over_the_weights_of_each_example():
     model, batch, hyper = setting("weight_decay", "input_noise")
     expected = F.cross_entropy(model(batch.inputs, hyper), batch.targets).double()
     for row, decay in zip(hyper.response, hyper["weight_decay"], strict=True):
@@ -48,6 +48,6 @@ def test_decay_is_that_of_every_example_s_own_weights():
     assert decayed_classification_loss(model, batch, hyper).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_without_such_a_hyperparameter_nothing_decays():
+def test_without_the_hyperparameter_weight_decay_nothing_is_decayed():
     model, batch, hyper = setting("input_noise")
     assert decayed_classification_loss(model, batch, hyper) == classification_loss(model, batch, hyper)

@@ -99,7 +99,7 @@ def test_a_run_that_went_further_than_asked_is_refused(train):
         train("schedule.max_steps=3")
 
 
-def test_resuming_with_other_settings_names_them_and_the_cure(train):
+def test_the_error_for_resuming_with_other_settings_names_them_and_what_to_do(train):
     train("schedule.max_steps=3")
     says = r"optimizer.learning_rate: 0.05 -> 0.1; seed: 0 -> 4.*another --run-dir.*--no-resume"
     with pytest.raises(UserError, match=says):
@@ -228,7 +228,7 @@ def test_a_checkpoint_that_lacks_an_entry_is_refused_by_name(train):
         train()
 
 
-def test_when_every_checkpoint_is_damaged_the_error_names_the_cure(train):
+def test_if_every_checkpoint_is_damaged_the_error_says_what_to_do(train):
     directory = train("schedule.max_steps=50")
     for step in checkpoint.steps(directory / "checkpoints"):
         damage(directory, step)
