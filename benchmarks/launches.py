@@ -37,6 +37,7 @@ from benchmarks.ratios import write
 from stn_fast import layers
 from stn_fast.command_line import run_command
 from stn_fast.data import Split, cifar10
+from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.recipes import recipe
 from stn_fast.recipes.images import build_task
@@ -76,11 +77,11 @@ def build(name: str, device: Literal["cpu", "cuda"], narrow: bool = False) -> tu
         return config, build_task(config, cifar10.load(), partial(_resnet18, narrow), valid_size=500)
 
 
-def _resnet18(narrow: bool, space: HyperparameterSpace) -> nn.Module:
+def _resnet18(narrow: bool, space: HyperparameterSpace, response_rank: ResponseRank) -> nn.Module:
     from stn_fast.models import resnet
 
     stages = (8,) * 4 if narrow else (64, 128, 256, 512)
-    return resnet._resnet(space, resnet.BasicBlock, stages[0], stages, 2, 3, 10)
+    return resnet._resnet(space, resnet.BasicBlock, stages[0], stages, 2, 3, 10, response_rank)
 
 
 def steps(config: Config, task: Task) -> dict[str, Callable[[], object]]:

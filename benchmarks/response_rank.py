@@ -53,9 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "factors-dropped": {"response_rank": RANK},
 }
 DEFAULT = ("full", *(f"rank-{rank}" for rank in RANKS), "frozen")
-KEPT = (
-    "valid_loss", "test_loss", "test_accuracy", "test_perplexity", "hyperparameters", "best_step", "steps", "wall_seconds",
-)  # fmt: skip
+KEPT = ("valid_loss", "test_loss", "test_accuracy", "test_perplexity", "hyperparameters", "best_step", "steps")
 
 
 class FactorsDropped(HyperLSTM):
@@ -65,7 +63,8 @@ class FactorsDropped(HyperLSTM):
         weights = super()._connected(suffix, hyper)
         drop = self.drop_connects[suffix]
         projection = weights.response_projection
-        assert projection is not None and isinstance(hyper, HyperBatch)
+        assert projection is not None
+        assert isinstance(hyper, HyperBatch)
         return weights._replace(
             response_weight=drop(weights.response_weight, hyper), response_projection=drop(projection, hyper)
         )

@@ -1,9 +1,10 @@
 """What the commands for whole steps share: modes, precision, rows, and turns of everyone who takes part.
 
-A step is what a user waits for, host included. `fixed` is the package's own training without a response, `plain` that of
-a network without regularisers; `stn_fast_rank16` and others have responses of low rank. In mode `cycle` a self-tuning provider takes two training steps and one
-validation step, whose batch is as large as that of a training step, and a plain one two training steps: the ratio of
-the two is what a 2:1 cycle costs in units of plain training. In the other modes it is one step against one plain step.
+A step is what a user waits for, host included. `fixed` is the package's own training with fixed hyperparameters,
+`plain` trains the network without regularisers, and `stn_fast_rank16` and similar names have a low-rank response. In
+mode `cycle` a self-tuning provider takes two training steps and one validation step with a batch of the same size,
+and a plain one takes two training steps: the ratio of the two is what a 2:1 cycle costs in units of plain training.
+In the other modes one step is compared with one plain step.
 """
 
 from __future__ import annotations

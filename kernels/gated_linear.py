@@ -148,8 +148,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(y, q): x (outer·B·inner, I) of examples h (B, n), contiguous and of one dtype; q = x Rᵀ where it is to be saved.
 
-    With a projection B the response is R = A B and response_weight is A. Then u = x Bᵀ is what is saved, and the library
-    computes all products, which A and B make small.
+    With a projection B the response is R = A B, response_weight is A, and u = x Bᵀ is saved in place of q. The library
+    computes the products with W and B; the one with A is part of the fused pass where that fits (`_response`).
 
     config fixes "library", a configuration's name or a configuration; by default the autotuner chooses.
     """
@@ -282,7 +282,8 @@ class _Backward:
         if want_h:
             partial_dh = self.dy.new_empty(splits, problem.M, problem.n, dtype=torch.float32)
         gated_linear_epilogue_bwd_rows_kernel[(row_tiles, splits)](
-            self.dy, self.q, self.factor, self.h, self.weight_gate, self.response_bias, self.bias_gate, self.g, partial_dh,
+            self.dy, self.q, self.factor, self.h, self.weight_gate, self.response_bias, self.bias_gate,
+            self.g, partial_dh,
             problem.M, problem.O, problem.n, self.rank, problem.batch, problem.inner, each,
             K_PAD=_padded_rank(self.factor), HAS_BIAS=self.response_bias is not None, STORE_G=want_g, WANT_H=want_h,
             **problem.pass_options(config),
@@ -315,7 +316,8 @@ class _Backward:
             self.dy, self.q, self.factor, self.h, self.weight_gate, self.response_bias, self.bias_gate, self.g,
             s_partial, c_partial, bias_partial, partial_dh,
             problem.M, problem.O, problem.n, self.rank, problem.batch, problem.inner, each,
-            K_PAD=_padded_rank(self.factor), HAS_BIAS=self.response_bias is not None, STORE_G=want_g, WANT_S=want_s, WANT_C=want_c, WANT_H=want_h,
+            K_PAD=_padded_rank(self.factor), HAS_BIAS=self.response_bias is not None,
+            STORE_G=want_g, WANT_S=want_s, WANT_C=want_c, WANT_H=want_h,
             **problem.pass_options(config),
         )  # fmt: skip
         d_weight_gate = torch.empty_like(self.weight_gate) if want_s else None

@@ -17,11 +17,11 @@ from .gates import gate_columns, gate_shift, response_input
 from .launch import narrow
 from .matmul import dot
 
-# (BLOCK_M, BLOCK_N) tiles of rows by outputs. Forward, one shape fits every dtype; a second product needs a smaller one.
+# (BLOCK_M, BLOCK_N) tiles of rows by outputs. One forward shape fits every dtype; a second product needs a smaller one.
 EPILOGUE_CONFIG = triton.Config({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=2)
 LOW_RANK_CONFIG = triton.Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=8, num_stages=2)
-# On tensor cores a response of up to so high a rank is made in the passes, tile by tile, and never written. With more, or
-# in float32 proper, registers don't suffice.
+# The highest rank whose response the passes compute themselves, tile by tile, on tensor cores. Higher ranks, and
+# products in float32 on ordinary cores, would need more registers than there are.
 MAX_RANK = 16
 # Partial sums by outputs.
 FINISH_CONFIG = triton.Config({"BLOCK_S": 32, "BLOCK_N": 4}, num_warps=4, num_stages=1)
@@ -29,7 +29,7 @@ FINISH_CONFIG = triton.Config({"BLOCK_S": 32, "BLOCK_N": 4}, num_warps=4, num_st
 
 @cache
 def backward_config(dtype: torch.dtype, n_pad: int, k_pad: int = 0) -> triton.Config:
-    """The tile of both passes over dy. Products in float32 take more registers, and so do longer rows of h, and of u."""
+    """The tile of both passes over dy. Products in float32 take more registers, and so do longer rows of h or u."""
     rows = 16 if n_pad > 16 else 32 if dtype == torch.float32 else 64
     rows = max(16, rows // 2) if k_pad else rows
     return triton.Config({"BLOCK_M": rows, "BLOCK_N": 64}, num_warps=8, num_stages=1)

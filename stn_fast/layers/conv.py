@@ -131,17 +131,16 @@ class HyperConv2d(GatedLayer):
         padding: str | tuple[int, int] = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._pads(), mode=self.padding_mode), (0, 0)
-        *six, projection = self.gated_parameters
         return functional.gated_conv2d(
             x,
-            *six,
+            *self.gated_parameters[:6],
             hyper,
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,
             groups=self.groups,
             relu=self.relu,
-            response_projection=projection,
+            response_projection=self.response_projection,
         )
 
     def _pads(self) -> tuple[int, int, int, int]:

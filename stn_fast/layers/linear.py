@@ -63,8 +63,8 @@ class HyperLinear(GatedLayer):
                 f"HyperLinear: x must be (..., I) with I = in_features={self.in_features}, got {tuple(x.shape)}"
             )
         self._check_response(hyper)
-        *six, projection = self.gated_parameters
-        return functional.gated_linear(x, *six, hyper, example_dim, response_projection=projection)
+        parameters, projection = self.gated_parameters[:6], self.response_projection
+        return functional.gated_linear(x, *parameters, hyper, example_dim, response_projection=projection)
 
     def fold(self, response: Tensor) -> nn.Linear:
         """The plain layer that this one equals at one response input (n,)."""

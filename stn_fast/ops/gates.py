@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 class GatedParameters(NamedTuple):
     """W, b, R, r, Gw, Gb of a gated layer with O outputs and n hyperparameters; b, r and Gb may be None together.
 
-    A response of rank k is R = A B, with A as `response_weight` and B as `response_projection`, which is None where
-    `response_weight` is R itself.
+    A response of rank k is R = A B: `response_weight` is A and `response_projection` is B. For a full response
+    `response_weight` is R and `response_projection` is None.
 
-    Shapes: weight, R (O, ...); bias, response_bias (O,); weight_gate, bias_gate (O, n). A and B are (O, k) and (k, I) of
-    a linear layer; (O, k, 1, 1) and (groups·k, I/groups, kh, kw) of a convolution; of an embedding, whose R is B Aᵀ,
-    (D, k) and (V, k).
+    Shapes: weight, R (O, ...); bias, response_bias (O,); weight_gate, bias_gate (O, n). In a linear layer A is (O, k)
+    and B (k, I); in a convolution (O, k, 1, 1) and (groups·k, I/groups, kh, kw); in an embedding, where R = B Aᵀ, (D,
+    k) and (V, k).
     """
 
     weight: Tensor
@@ -179,10 +179,10 @@ def response_input(hyper: HyperBatch | Tensor, like: Tensor) -> Tensor:
 
 
 def rows_are_cheaper(h: Tensor, *layers: GatedParameters) -> bool:
-    """Whether one h (n,) for all examples is better treated as a row for each than folded into the weights.
+    """Whether one h (n,) for all examples should be expanded to a row per example instead of folded into the weights.
 
-    The gradient of a folded layer's h is made of that of its weights, which is a product as large as the layer's own. Of
-    a response of low rank the products of rows are small, and no other gradient is needed.
+    Folded, the gradient of h is computed from the gradient of the weights, a product as large as the layer's own. With
+    a low-rank response, rows only need small products.
     """
     asked = torch.is_grad_enabled() and h.requires_grad
     return asked and all(layer.response_projection is not None for layer in layers)
@@ -250,8 +250,8 @@ def check_parameters(operation: str, parameters: GatedParameters, side: str = ""
         raise ValueError(f"{operation}: {missing[0]} must be a tensor, got None")
     if projection is not None and projection.ndim != weight.ndim:
         raise ValueError(
-            f"{operation}: {side}response_projection must have as many dimensions as {side}weight {tuple(weight.shape)}; "
-            f"got {tuple(projection.shape)}"
+            f"{operation}: {side}response_projection must have as many dimensions as "
+            f"{side}weight {tuple(weight.shape)}; got {tuple(projection.shape)}"
         )
     if (bias is None) != (response_bias is None) or (bias is None) != (bias_gate is None):
         raise ValueError(f"{operation}: give bias, response_bias and bias_gate together, or none of them")

@@ -1,10 +1,11 @@
 """Products of float32 matrices on the CPU by the faster of torch's two libraries.
 
 `torch.mm` calls MKL on x86-64. On AMD processors with AVX-512, oneDNN's product took .60 to .95 of its time for x Wᵀ
-and dy W, and .65 to .75 for dyᵀ x of many rows (benchmarks/README.md), so oneDNN is used there. torch itself only calls these products of oneDNN in compiled
-code. They assume as many threads as OpenMP promises, and leave part of the result unwritten if they get fewer. So
-`full_team` is checked before each choice, and torch.mm, which is always right, is used without a full team. Otherwise
-the choice only depends on the processor, so that results on a machine don't change from run to run.
+and dy W, and .65 to .75 for dyᵀ x of many rows (benchmarks/README.md), so oneDNN is used there. torch itself only
+calls these products of oneDNN in compiled code. They assume as many threads as OpenMP promises, and leave part of the
+result unwritten if they get fewer. So `full_team` is checked before each choice, and torch.mm, which is always right,
+is used without a full team. Otherwise the choice only depends on the processor, so that results on a machine don't
+change from run to run.
 """
 
 from __future__ import annotations

@@ -89,9 +89,11 @@ def test_weight_decay_is_that_of_the_whole_response(kind):
     got, want = layer.weight_decay_penalty(h, decay), full.weight_decay_penalty(h, decay)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
     names = ("weight", "weight_gate")
-    for of_got, of_want in zip(
-        *(torch.autograd.grad(p, [getattr(l, n) for n in names]) for p, l in ((got, layer), (want, full))), strict=True
-    ):
+    gradients = [
+        torch.autograd.grad(penalty, [getattr(of, name) for name in names])
+        for penalty, of in ((got, layer), (want, full))
+    ]
+    for of_got, of_want in zip(*gradients, strict=True):
         torch.testing.assert_close(of_got, of_want, rtol=1e-5, atol=1e-9)
 
 

@@ -94,7 +94,7 @@ def test_the_rank_of_the_response_is_a_number_auto_or_null(given, rank, tmp_path
 
 @pytest.mark.parametrize("given", ["0", "-1", "automatic", "1.5", "true"])
 def test_a_wrong_rank_is_refused_by_its_key(given):
-    with pytest.raises(UserError, match="method.response_rank"):
+    with pytest.raises(UserError, match=r"method\.response_rank"):
         resolve(recipe("digits").config(), None, [f"method.response_rank={given}"])
 
 

@@ -203,7 +203,7 @@ def gated_conv2d(
         stride, padding, dilation, groups: as in torch.nn.functional.conv2d; padding also "same" or "valid".
         relu: whether ReLU is applied, in the same pass over the result.
         response_projection: B (groups·k, I/groups, kh, kw) of a response of rank k in each group, conv(x, R) =
-            conv(conv(x, B), A), and then response_weight is A (O, k, 1, 1). None where response_weight is R.
+            conv(conv(x, B), A), whose A (O, k, 1, 1) is response_weight. None if response_weight is R.
 
     All tensors are on one device and of one dtype: float32, float64, bfloat16 or float16. Under autocast each is cast
     to autocast's, but float64 is left alone, as in torch. Gradients are computed only for inputs that require

@@ -337,7 +337,7 @@ def _saved(q: Tensor, layout: Plan, wanted: Wanted) -> Tensor | None:
 
 
 def _image_for(reads: bool, x: Tensor, block: slice, layout: Plan) -> Tensor:
-    """A block of x in the library's layout; the data gradient asks for its shape and layout alone, and nothing reads it."""
+    """A block of x in the library's layout, or memory like it where only the shape and layout are needed."""
     return _image(x, block, layout) if reads else _empty(x[block].shape, layout.inner)
 
 

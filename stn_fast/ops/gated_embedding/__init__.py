@@ -203,8 +203,8 @@ def gated_embedding(
             The optimizer has to take them, and torch.compile does not.
         rate: (1,) float32 in [0, 1]; not looked at, which would wait for the device.
         seed, step, stream: fix the draw of u; step may be a 0-dim int64 tensor. They matter where there is a rate.
-        response_projection: B (V, k) of a response of rank k, R = B Aᵀ, and then response_weight is A (D, k). None where
-            response_weight is R. Padding, dropout and sparse gradients are those of the rows of E and B.
+        response_projection: B (V, k) of a response R = B Aᵀ of rank k, whose A (D, k) is response_weight. None if
+            response_weight is R. Padding, dropout and sparse gradients apply to the rows of E and B.
 
     All floating point tensors are of one dtype: float32, float64, bfloat16 or float16; autocast leaves them alone, as
     it does torch.nn.Embedding. Gradients are computed only for inputs that require one. Forward-mode AD and

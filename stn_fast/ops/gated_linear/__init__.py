@@ -119,8 +119,8 @@ def gated_linear(
         hyper: a HyperBatch, or its response input h, (B, n) with one row an example, or (n,) shared by all of them:
             then the layer is folded into plain weights and costs one product instead of two.
         example_dim: the dimension of x that counts examples.
-        response_projection: B (k, I) of a response of rank k, R = A B, and then response_weight is A (O, k); its product
-            costs k (I + O) multiplications a position instead of I O. None where response_weight is R.
+        response_projection: B (k, I) of a response R = A B of rank k, whose A (O, k) is response_weight. It costs
+            k (I + O) multiplications per position instead of I O. None if response_weight is R.
 
     All tensors are on one device and of one dtype: float32, float64, bfloat16 or float16. Under autocast each is cast
     to autocast's, but float64 is left alone, as in torch. Accumulation is in float32 for the 16-bit ones on CUDA.

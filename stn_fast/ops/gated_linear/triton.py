@@ -19,8 +19,8 @@ def forward(
     x: Tensor, parameters: GatedParameters, h: Tensor, outer: int, inner: int, save_response: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(y, x Rᵀ where it is to be saved), or of a response of low rank (y, u), u = x Bᵀ"""
-    *six, projection = parameters
-    return kernels.forward(x, *six, h, outer, inner, save_response, projection=projection)
+    projection = parameters.response_projection
+    return kernels.forward(x, *parameters[:6], h, outer, inner, save_response, projection=projection)
 
 
 def backward(
@@ -35,8 +35,7 @@ def backward(
 ) -> Gradients:
     weight, _, response_weight, response_bias, weight_gate, bias_gate, projection = parameters
     operands = (x, weight, response_weight, response_bias, weight_gate, bias_gate, h, saved)
-    asked = wanted._asdict()
-    last = asked.pop("response_projection")
-    found = kernels.backward(dy, *operands, outer, inner, (*asked.values(), last), projection=projection)
-    *others, d_h = found[:8]
-    return Gradients(*others, found[8] if projection is not None else None, d_h)
+    *asked, last, wants_h = wanted
+    found = kernels.backward(dy, *operands, outer, inner, (*asked, wants_h, last), projection=projection)
+    d_projection = None if projection is None else found[8]
+    return Gradients._make([*found[:7], d_projection, found[7]])

@@ -163,8 +163,7 @@ def gated_lstm(
     Args:
         x: (T, B, I), at least one time step.
         h_0, c_0: the state before the first step, (B, H).
-        from_input, from_hidden: `GatedParameters` of 4H outputs, of I and of H inputs, each with a response of full or of
-            low rank.
+        from_input, from_hidden: `GatedParameters` of 4H outputs, of I and of H inputs; either may be of low rank.
         hyper: a HyperBatch, or its response input h, (B, n) with one row an example, or (n,) shared by all of them:
             then the layer is folded into a plain LSTM and costs half the products.
         reverse: whether time runs from the last step to the first; y stays in the order of x.
