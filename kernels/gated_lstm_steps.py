@@ -14,54 +14,34 @@ ROW = 8
 GATES = 4
 
 
-def _units(hidden: int) -> int:
-    """H, padded."""
-    return ceil_div(hidden, ROW) * ROW
-
-
-def _of_gates(matrix: Tensor, hidden: int) -> Tensor:
-    """The rows of W, R or A, (4H, columns), with those of each gate padded by zeros: (4·row, columns)."""
-    row = _units(hidden)
-    if row == hidden:
-        return matrix
-    padded = matrix.new_zeros(GATES, row, matrix.shape[1])
-    padded[:, :hidden] = matrix.view(GATES, hidden, -1)
-    return padded.view(GATES * row, -1)
-
-
-def _of_units(matrix: Tensor, hidden: int) -> Tensor:
-    """The columns of W, R or B, (rows, H), padded by zeros: (rows, row)."""
-    row = _units(hidden)
-    if row == hidden:
-        return matrix
-    padded = matrix.new_zeros(len(matrix), row)
-    padded[:, :hidden] = matrix
-    return padded
-
-
 class _Weights:
-    """[W; R], or of a response of low rank [W; B] and A, each gate and each row of units padded."""
+    """[W; R], or [W; B] and A of a low-rank response, with each gate and each row of units padded by zeros."""
 
     def __init__(self, weight: Tensor, response_weight: Tensor, projection: Tensor | None) -> None:
         hidden = weight.shape[1]
-        self.row = _units(hidden)
+        row = self.row = ceil_div(hidden, ROW) * ROW
         self.factor: Tensor | None = None
-        second = _of_gates(response_weight, hidden)
-        if projection is not None:
-            # Rows of A begin at 16 bytes where k is a multiple of ROW, and so do those of [P, u] then.
-            rank = ceil_div(len(projection), ROW) * ROW
-            self.factor = second.new_zeros(len(second), rank)
-            self.factor[:, : len(projection)] = second
-            second = projection.new_zeros(rank, hidden)
-            second[: len(projection)] = projection
-        self.stacked = _of_units(torch.cat([_of_gates(weight, hidden), second]), hidden)
+        if projection is None and row == hidden:
+            self.stacked = torch.cat([weight, response_weight])
+            return
+        # Rows of [P, u] begin at 16 bytes if the rank is padded too.
+        rank = 0 if projection is None else ceil_div(len(projection), ROW) * ROW
+        wide = GATES * row
+        self.stacked = weight.new_zeros(wide + (rank or wide), row)
+        of_gates = (GATES, row, row)
+        self.stacked[:wide].view(of_gates)[:, :hidden, :hidden] = weight.view(GATES, hidden, hidden)
+        if projection is None:
+            self.stacked[wide:].view(of_gates)[:, :hidden, :hidden] = response_weight.view(GATES, hidden, hidden)
+            return
+        self.stacked[wide : wide + len(projection), :hidden] = projection
+        factor = weight.new_zeros(GATES, row, rank)
+        factor[:, :hidden, : len(projection)] = response_weight.view(GATES, hidden, -1)
+        self.factor = factor.view(wide, rank)
 
-    def buffers(self, like: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What a product with `stacked` fills, zeros; P or its gradient in it; Q or its gradient, in it or apart."""
-        wide = GATES * self.row
-        both = like.new_zeros(batch, len(self.stacked))
-        p, second = both[:, :wide], both[:, wide:]
-        return both, p, second if self.factor is None else like.new_zeros(batch, wide)
+    def buffers(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """P and Q, or their gradients, as parts of `both`, a product with `stacked`; with a factor, Q is apart."""
+        p, second = both.split([GATES * self.row, len(self.stacked) - GATES * self.row], dim=1)
+        return p, second if self.factor is None else torch.zeros_like(p, memory_format=torch.contiguous_format)
 
 
 def _launch_options(batch: int, row: int) -> tuple[tuple[int], dict[str, object]]:
@@ -93,8 +73,8 @@ def forward(
     weights = _Weights(weight, response_weight, projection)
     row, rank = weights.row, 0 if projection is None else len(projection)
     response = gates.new_empty(steps, batch, rank or gates.shape[2]) if save_response else None
-    h = h_0.new_zeros(batch, row)
-    products, p, q = weights.buffers(h_0, batch)
+    h, products = h_0.new_zeros(batch, row), h_0.new_empty(batch, len(weights.stacked))
+    p, q = weights.buffers(products)
     u = products[:, p.shape[1] :]
     h[:, :hidden] = h_0
     cell = c_0.to(torch.float32, copy=True)
@@ -130,8 +110,8 @@ def backward(
     d_gates = torch.empty_like(gates)
     weights = _Weights(weight, response_weight, projection)
     row = weights.row
-    dh = dy.new_zeros(batch, row)
-    d_both, d_p, d_q = weights.buffers(dy, batch)
+    dh, d_both = dy.new_zeros(batch, row), dy.new_zeros(batch, len(weights.stacked))
+    d_p, d_q = weights.buffers(d_both)
     du = d_both[:, d_p.shape[1] :]
     dc = torch.zeros_like(c_0, dtype=torch.float32)
     if d_last_cell is not None:
