@@ -1,14 +1,19 @@
 """What every test shares: Triton's interpreter where there is no GPU, every backend, and poisoned outputs."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
+import quick_interpreter
 import torch
 
 # Read when triton is imported, so it must be set before any kernel module is.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if os.environ["TRITON_INTERPRET"] == "1" and find_spec("triton"):
+    quick_interpreter.install()
 
 # float32 is float32 in every test but those of TF32. The older settings first: torch reads them no more where only the
 # newer ones are changed.
