@@ -12,15 +12,24 @@ from stn_fast.training.layering import resolve
 from stn_fast.training.run import run
 
 
+def short(directory: Path, *pairs: str) -> Config:
+    """Two epochs of warm-up, six in all."""
+    pairs = ("schedule.epochs=6", "method.warmup_epochs=2", "schedule.checkpoint_epochs=2", *pairs)
+    return replace(resolve(digits.config(), None, pairs), run_dir=str(directory))
+
+
 @pytest.fixture
 def make_config(tmp_path):
-    """make_config("key=value", ..., name="a"): two epochs of warm-up, six in all, in tmp_path/name."""
+    """make_config("key=value", ..., name="a"): `short` in tmp_path/name."""
+    return lambda *pairs, name="run": short(tmp_path / name, *pairs)
 
-    def make(*pairs: str, name: str = "run") -> Config:
-        short = ("schedule.epochs=6", "method.warmup_epochs=2", "schedule.checkpoint_epochs=2")
-        return replace(resolve(digits.config(), None, [*short, *pairs]), run_dir=str(tmp_path / name))
 
-    return make
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The directory of a `short` run that nothing disturbed, to be read only."""
+    directory = tmp_path_factory.mktemp("undisturbed") / "whole"
+    run(short(directory), digits.build)
+    return directory
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,8 +49,7 @@ def test_starting_over_keeps_files_that_are_not_checkpoints(train, tmp_path):
     assert "recipe: digits" in (directory / "config.yaml").read_text()
 
 
-def test_a_run_that_died_before_its_first_checkpoint_starts_again(train, same_run):
-    whole = train(name="whole")
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(train, same_run, whole):
     died = train("schedule.epochs=1", name="died")
     checkpoint.clear(died / "checkpoints")
     same_run(whole, train(name="died"))
@@ -78,8 +78,8 @@ def test_a_file_in_the_run_that_cannot_be_read_is_an_error_of_the_user_and_nothi
 
 
 @pytest.mark.parametrize("manifest", ["[]", "3", "null", '{"best_step": 1e999}', "{}", "[" * 100_000, "\0"])
-def test_a_damaged_manifest_makes_its_checkpoint_a_damaged_one(train, same_run, manifest):
-    whole, directory = train(name="whole"), train(name="damaged")
+def test_a_damaged_manifest_makes_its_checkpoint_a_damaged_one(train, same_run, whole, tmp_path, manifest):
+    directory = shutil.copytree(whole, tmp_path / "damaged")
     newest = checkpoint.steps(directory / "checkpoints")[-1]
     (checkpoint.path_of(directory / "checkpoints", newest) / "manifest.json").write_text(manifest)
     (directory / "result.json").unlink()

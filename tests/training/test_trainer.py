@@ -62,13 +62,12 @@ def test_rows_carry_what_they_should(train):
 
 
 @pytest.mark.parametrize("step", [5, 9, 25, 40, 71])
-def test_a_run_killed_anywhere_and_resumed_equals_one_never_killed(train, same_run, step):
-    whole = train(name="whole")
+def test_a_run_killed_anywhere_and_resumed_equals_one_never_killed(train, same_run, whole, tmp_path, step):
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, step)
         with pytest.raises(Killed):
             train(name="killed")
-    killed = whole.with_name("killed")
+    killed = tmp_path / "killed"
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9')
     train(name="killed")
@@ -76,8 +75,7 @@ def test_a_run_killed_anywhere_and_resumed_equals_one_never_killed(train, same_r
 
 
 @pytest.mark.parametrize("first", ["schedule.max_steps=31", "schedule.max_steps=45", "schedule.epochs=3"])
-def test_a_finished_run_that_is_asked_for_more_equals_one_that_never_stopped(train, same_run, first):
-    whole = train(name="whole")
+def test_a_finished_run_that_is_asked_for_more_equals_one_that_never_stopped(train, same_run, whole, first):
     short = train(first, name="short")
     assert result(short)["steps"] < result(whole)["steps"]
     same_run(whole, train(name="short"))
@@ -139,8 +137,7 @@ def test_the_best_checkpoint_holds_weights_and_hyperparameters_of_the_best_row(t
     assert task.space.values(trainer.method.location.detach()) == best["hyperparameters"]
 
 
-def test_a_damaged_last_checkpoint_falls_back_and_says_so(train, same_run, capfd):
-    whole = train(name="whole")
+def test_a_damaged_last_checkpoint_falls_back_and_says_so(train, same_run, whole, capfd):
     directory = train("schedule.max_steps=50", name="hurt")
     last = checkpoint.steps(directory / "checkpoints")[-1]
     damage(directory, last)
@@ -195,8 +192,7 @@ def test_a_resumed_run_does_not_write_again_the_checkpoint_it_came_from(train):
     assert (last.stat().st_ino, last.stat().st_mtime_ns) == before
 
 
-def test_an_only_checkpoint_caught_between_two_names_is_resumed(train, same_run):
-    whole = train(name="whole")
+def test_an_only_checkpoint_caught_between_two_names_is_resumed(train, same_run, whole):
     root = train("schedule.max_steps=31", name="hurt") / "checkpoints"
     *others, last = checkpoint.steps(root)
     for step in others:
@@ -343,8 +339,7 @@ def test_self_tuning_beats_fixed_and_frozen_hyperparameters(train):
     assert set(frozen["moved_in_initial_scales"].values()) == {0.0}
 
 
-def test_a_copied_run_directory_resumes_like_the_original(train, same_run, make_config):
-    whole = train(name="whole")
+def test_a_copied_run_directory_resumes_like_the_original(train, same_run, whole):
     short = train("schedule.max_steps=31", name="short")
     shutil.copytree(short, short.with_name("copy"))
     same_run(whole, train(name="copy"))
