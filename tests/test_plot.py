@@ -77,6 +77,13 @@ def renamed(run, name, other):
     return run._replace(config=dataclasses.replace(run.config, hyperparameters=entries))
 
 
+def only(run, name):
+    """``run`` as if it had one hyperparameter."""
+    return run._replace(
+        config=dataclasses.replace(run.config, hyperparameters={name: run.config.hyperparameters[name]})
+    )
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_titles_do_not_overlap(runs, count):
     long = "temporal_activation_regularization"
@@ -169,7 +176,8 @@ def test_of_several_directories_those_that_can_be_are_drawn_and_the_others_named
 DRAW = """
 import os, sys
 from stn_fast.plot import save_schedule
-save_schedule(sys.argv[1:2], sys.argv[2])
+for picture in sys.argv[2:]:
+    save_schedule(sys.argv[1:2], picture)
 assert os.environ["MPLBACKEND"] == {backend!r}
 import matplotlib
 print(matplotlib.rcParams._get("backend"))
@@ -177,14 +185,13 @@ print(matplotlib.rcParams._get("backend"))
 
 
 @pytest.mark.parametrize("backend", ["aggg", "module://not_installed.backend", "gtk4agg", "", "pdf"])
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_the_backend_that_the_environment_names_does_not_matter(runs, tmp_path, backend, suffix):
+def test_the_backend_that_the_environment_names_does_not_matter(runs, tmp_path, backend):
     environment = os.environ | {"MPLBACKEND": backend}
-    picture = tmp_path / f"x.{suffix}"
-    command = [sys.executable, "-c", DRAW.format(backend=backend), str(runs[0]), str(picture)]
+    pictures = [tmp_path / "x.png", tmp_path / "x.svg"]
+    command = [sys.executable, "-c", DRAW.format(backend=backend), str(runs[0]), *map(str, pictures)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert picture.stat().st_size > 10_000
+    assert all(picture.stat().st_size > 10_000 for picture in pictures)
     if backend == "pdf":
         assert done.stdout == "pdf\n"  # pyplot, if somebody uses it next, has the one that was asked for
 
@@ -195,7 +202,7 @@ ODD = ["$x^2$", "$\\frac{1}$", "a $ b $ c_{", "_hidden", "a\nb", "\x1b[31mred", 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_name_is_drawn_as_text(runs, tmp_path, name, count):
-    read = [renamed(plot.read_run(directory), "weight_decay", name) for directory in runs[:count]]
+    read = [only(renamed(plot.read_run(directory), "weight_decay", name), name) for directory in runs[:count]]
     read = [run._replace(name=name, config=dataclasses.replace(run.config, recipe=name)) for run in read]
     figure = plot.draw(read)
     with matplotlib.rc_context({"text.usetex": True}):
