@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numerics import assert_twice_as_good, relative_error
 
 from stn_fast import random
-from stn_fast.dispatch import use_backend
+from stn_fast.dispatch import choose, use_backend
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
 from stn_fast.ops.perturb import Perturbed, perturb, perturbation_noise, reference
 
@@ -132,8 +132,8 @@ def test_perturbation_follows_the_formula_of_the_paper(backend):
 
 def test_backends_agree_on_every_draw(backend):
     """Same seed, same hyperparameters, whichever backend: equal up to the rounding of float32."""
-    ours = draw(arguments(backend, requires_grad=False), 50)
-    _, exact = by_definition(arguments(), 50, torch.float64)
+    ours = draw(arguments(backend, requires_grad=False), 2000)
+    _, exact = by_definition(arguments(), 2000, torch.float64)
     assert relative_error(ours.response, exact.response) < 1e-6
 
 
@@ -183,7 +183,8 @@ def test_scale_stays_in_its_interval_and_its_gradient_stops_outside(backend):
 
 
 def test_noise_is_standard_normal(backend):
-    results = draw(arguments(backend, requires_grad=False), 20000 if backend == "cpu" else 2000)
+    interpreted = choose(torch.device(backend)) == "triton" and backend == "cpu"  # slow; it agrees on every draw
+    results = draw(arguments(backend, requires_grad=False), 2000 if interpreted else 20000)
     _, raw_scale = (t.to(backend) for t in SPACE.initial_state())
     noise = (results.response / SPACE.scales(raw_scale))[:, 0].double().cpu().numpy()
     bound = 5 / math.sqrt(len(noise))
