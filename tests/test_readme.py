@@ -24,7 +24,7 @@ def commands() -> list[str]:
     lines = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     named = re.findall(r"`((?:make|python|pip) [^`]+)`", prose)
-    return [line for line in [*lines, *named] if line]
+    return list(dict.fromkeys(line for line in [*lines, *named] if line))
 
 
 def test_the_readme_has_commands_and_python() -> None:
@@ -34,7 +34,7 @@ def test_the_readme_has_commands_and_python() -> None:
 
 @pytest.mark.parametrize("command", commands())
 def test_command_runs(command: str, tmp_path: Path) -> None:
-    """make: the target exists (`make -n`). Training and evidence run an epoch, timings once."""
+    """make: the target exists (`make -n`). Training and evidence run an epoch on few examples, timings once."""
     if command.startswith("make "):
         planned = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert planned.returncode == 0, planned.stderr
@@ -49,9 +49,11 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
         command += " --batch 8 --modes cycle --rounds 1 --seconds 0.1"
     if command.startswith("pip "):
         pytest.skip("tests/test_packaging.py builds and installs the package")
+    folder = next((data for name, data in DATA.items() if f" {name}" in command), None)
     if command.startswith("python -m stn_fast.train ptb --device"):
+        folder = None
         command = command.replace("--device cuda", "--print-config")  # its test text alone is minutes on a CPU
-    elif folder := next((data for name, data in DATA.items() if f" {name}" in command), None):
+    elif folder:
         needed = Path(folder)
         if not (Path(os.environ.get("STN_FAST_DATA", "missing")) / needed).exists():
             pytest.skip(f"STN_FAST_DATA names no folder that holds {needed}")
@@ -63,10 +65,21 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
         command += " --sizes ptb-small --modes cycle --rounds 1 --seconds 0.1"
     program, *arguments = command.split()
     assert program == "python"
-    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if folder and "contact_sheet" not in command:
+        assert arguments[0] == "-m"
+        arguments[0] = str(ROOT / "tests" / "few_examples.py")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     if "stn_fast.train" in command and "--help" not in command and "--print-config" not in command:
         assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("module", sorted({line.split()[2] for line in commands() if line.startswith("python -m")}))
+def test_module_runs_by_its_name(module: str) -> None:
+    subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("code", blocks("python"))
