@@ -139,10 +139,3 @@ def compile_all(jobs: Iterable[Job], processes: int = 2, triton_folder: Path | N
     folder = None if triton_folder is None else str(triton_folder.resolve())
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare, initargs=(folder,)) as pool:
         return list(pool.map(compile_job, jobs))
-
-
-def failures(jobs: Iterable[Job], processes: int = 2, triton_folder: Path | None = None) -> dict[str, list[str]]:
-    """The `problems` of every job that may not ship, by label."""
-    jobs = list(jobs)
-    compiled = zip(jobs, compile_all(jobs, processes, triton_folder), strict=True)
-    return {job.label: found for job, usage in compiled if (found := problems(job, usage))}

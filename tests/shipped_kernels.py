@@ -1,5 +1,6 @@
 """Every kernel in every shipped configuration, as jobs to compile ahead of time: JOBS by label."""
 
+import importlib
 import itertools
 from dataclasses import replace
 
@@ -392,10 +393,24 @@ def on_tensor_cores(job):
     return job.types.get("p_x") != "*fp32" or tf32
 
 
+def specialised(job):
+    """What Triton compiles for a job: of its types and constants only those that its kernel takes."""
+    module, name = job.kernel.split(":")
+    names = set(getattr(importlib.import_module(module), name).arg_names)
+    constants = {(name, value) for name, value in job.constants.items() if name in names}
+    types = {(name, kind) for name, kind in job.types.items() if name in names - job.constants.keys()}
+    divisible = job.divisible & dict(types).keys()
+    return job.kernel, job.capability, job.num_warps, job.num_stages, *map(frozenset, (constants, types, divisible))
+
+
 def all_jobs():
+    """What several groups name is compiled once."""
+    seen = set()
     for jobs in (*GROUPS, corner_jobs):
         for job in jobs():
-            yield replace(job, tensor_cores=jobs in (matrix_jobs, conv_jobs) and on_tensor_cores(job))
+            if (compiled := specialised(job)) not in seen:
+                seen.add(compiled)
+                yield replace(job, tensor_cores=jobs in (matrix_jobs, conv_jobs) and on_tensor_cores(job))
 
 
 def fewer_jobs():
