@@ -1,18 +1,18 @@
 """How well a recipe tunes by its response's rank, its cycle and its validation batch, over several seeds.
 
-    python -m benchmarks.response_rank digits --seeds 5 --out results/response-rank.jsonl
+    python -m benchmarks.response_rank digits --out benchmarks/results/response-rank.jsonl
     python -m benchmarks.response_rank ptb-small --variants full rank-16 factors-dropped --seeds 3 --out FILE
 
-A row is appended to FILE as each run ends, and a run whose row is there already is not made again: the command can be
-ended at any time and goes on where it was. Seeds are the outer loop, so that a table of the rows so far compares like
-with like. Then it prints for each recipe the mean and the range over seeds of what each variant came to.
+Each finished run appends a row to FILE, and runs with a row in FILE are skipped: the command can be stopped at any time
+and continues where it stopped. Seeds are the outer loop, so that partial results compare the same seeds. At the end it
+prints the mean and the range over seeds of each variant's losses and final hyperparameters.
 
-full           the recipe as it is: a full response
-rank-K, auto   ``method.response_rank``
-frozen         the control: a full response, location and scale held still
-cycle-N        rank 16, N training steps to one validation step
-half-batch     rank 16, half the recipe's validation batch
-factors-dropped  rank 16, DropConnect on the factors of a recurrent response too, not on W alone
+full             a full response, as in the recipe
+rank-K, auto     ``method.response_rank``
+frozen           the control: a full response, but hyperparameters that are never updated
+cycle-N          rank 16, N training steps per validation step
+half-batch       rank 16, half the recipe's validation batch
+factors-dropped  rank 16, with DropConnect on A and B of recurrent matrices as well as on W
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half-batch": {"response_rank": RANK},
     "factors-dropped": {"response_rank": RANK},
 }
-DEFAULT = ("full", *(f"rank-{rank}" for rank in RANKS), "frozen")
+DEFAULT = tuple(variant for variant in VARIANTS if variant != "factors-dropped")  # which needs an LSTM
 KEPT = ("valid_loss", "test_loss", "test_accuracy", "test_perplexity", "hyperparameters", "best_step", "steps")
 
 
@@ -71,7 +71,7 @@ class FactorsDropped(HyperLSTM):
 
 
 def build(config: Config) -> Task:
-    """The task, and in a run named so the LSTM that drops factors."""
+    """The task; for the variant factors-dropped, with LSTMs that drop factors."""
     task = recipe(config.recipe).build(config)
     if "factors-dropped" in (config.run_dir or ""):
         _drop_factors(task.model)
@@ -98,7 +98,7 @@ def configure(name: str, variant: str, seed: int, run_dir: Path, flags: argparse
 
 
 def measure(config: Config) -> Result:
-    """What a run came to; ``diverged`` says how it failed."""
+    """A run's result; ``diverged`` says how it failed, if it did."""
     from stn_fast.training.run import run
     from stn_fast.training.trainer import Diverged
 
@@ -110,7 +110,7 @@ def measure(config: Config) -> Result:
 
 
 def rows(path: Path) -> list[Result]:
-    """What the file holds so far.
+    """The rows of the file so far.
 
     Raises:
         UserError: a line of it is no row.
@@ -154,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
     it = argparse.ArgumentParser(prog="python -m benchmarks.response_rank", description=(__doc__ or "").splitlines()[0])
     it.add_argument("recipes", nargs="+", metavar="RECIPE", choices=list(RECIPES), help=", ".join(RECIPES))
     it.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(DEFAULT))
-    it.add_argument("--out", metavar="FILE", required=True, help="JSON lines, to which a row is added for each run")
+    it.add_argument("--out", metavar="FILE", help="JSON lines, to which each run adds a row (default: not kept)")
     it.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 (default: %(default)s)")
     it.add_argument("--epochs", type=int, help="instead of the recipe's own")
     it.add_argument("--data-root", metavar="DIR", default=os.environ.get("STN_FAST_DATA"), help="data sets")
@@ -163,15 +163,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what is not in the file yet, and prints what then is; returns 0."""
+    """Makes the runs that are not in the file yet and prints the tables; returns 0."""
     it = parser()
     flags = it.parse_args(arguments)
     if flags.seeds < 1:
         it.error(f"--seeds must be at least 1; got {flags.seeds}")
-    out = expanded(flags.out, "--out")
     try:
-        done = {key(row) for row in rows(out)}
         with tempfile.TemporaryDirectory() as scratch:
+            out = expanded(flags.out or str(Path(scratch) / "rows.jsonl"), "--out")
+            done = {key(row) for row in rows(out)}
             for seed in range(flags.seeds):
                 for name in flags.recipes:
                     for variant in flags.variants:
@@ -181,9 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         config = configure(name, variant, seed, Path(flags.run_dir or scratch), flags)
                         with out.open("a") as file:
                             file.write(json.dumps(row | measure(config)) + "\n")
-        for name in flags.recipes:
-            asked = [row for row in rows(out) if row["recipe"] == name and row["epochs"] == flags.epochs]
-            print(table(name, [row for row in asked if row["variant"] in flags.variants]) + "\n", flush=True)
+            for name in flags.recipes:
+                asked = [row for row in rows(out) if row["recipe"] == name and row["epochs"] == flags.epochs]
+                print(table(name, [row for row in asked if row["variant"] in flags.variants]) + "\n", flush=True)
     except UserError as error:
         it.error(str(error))
     return 0

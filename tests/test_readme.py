@@ -43,7 +43,7 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
         (line,) = [line for line in planned.stdout.splitlines() if "stn_fast.train" in line]
         command = line.partition("python ")[1] + line.partition("python ")[2]
         command += f" --epochs 1 --run-dir {tmp_path / 'run'}"
-    if "self_tuning" in command or "benchmarks.precision" in command:
+    if any(name in command for name in ("self_tuning", "benchmarks.precision", "response_rank")):
         command += " --epochs 1 --seeds 1"
     if "benchmarks.steps" in command:
         command += " --batch 8 --modes cycle --rounds 1 --seconds 0.1"

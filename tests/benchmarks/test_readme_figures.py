@@ -62,6 +62,29 @@ def test_scores_are_the_medians_that_were_recorded(name, file, method, guess, ke
     assert_shown(re.findall(NUMBER, cells[0][len(name) + 2 :]), medians(file, method, guess, keys))
 
 
+RANKS = {
+    "full": "full",
+    **{f"rank {rank}": f"rank-{rank}" for rank in (64, 16, 4, 1)},
+    "auto (rank 2, 6 and 1)": "auto",
+    "full, hyperparameters frozen": "frozen",
+    "rank 16, 5 training steps per validation step": "cycle-5",
+    "rank 16, 10 training steps per validation step": "cycle-10",
+    "rank 16, half the validation batch": "half-batch",
+}
+
+
+@pytest.mark.parametrize(("name", "variant"), RANKS.items())
+def test_losses_of_ranks_are_those_that_were_recorded(name, variant):
+    recorded = [json.loads(line) for line in (RESULTS / "response-rank.jsonl").read_text().splitlines()]
+    runs = [row for row in recorded if (row["recipe"], row["variant"]) == ("digits", variant)]
+    assert [row["seed"] for row in runs] == [0, 1, 2, 3, 4]
+    figures = []
+    for key in ("valid_loss", "test_loss"):
+        losses = [row[key] for row in runs]
+        figures += [statistics.mean(losses), min(losses), max(losses)]
+    assert_shown(table("response")[name], figures)
+
+
 def rows(op: str, mode: str, provider: str = "stn_fast", file: str = "cpu.json", shape: tuple[int, ...] = ()) -> list:
     found = json.loads((RESULTS / file).read_text())
     key = (op, mode, provider)

@@ -1,0 +1,79 @@
+"""The command that compares ranks keeps its rows, goes on where it stopped, and varies what it says it does."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import response_rank
+from stn_fast.layers import HyperLSTM
+
+FLAGS = argparse.Namespace(data_root=None, epochs=1)
+
+
+def test_a_run_that_has_a_row_is_not_made_again(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "rows.jsonl"
+    arguments = ["digits", "--epochs", "1", "--seeds", "1", "--out", str(out), "--variants", "full", "rank-4"]
+    assert response_rank.main(arguments) == 0
+    before = out.read_text()
+    rows = [json.loads(line) for line in before.splitlines()]
+    assert [(row["variant"], row["seed"]) for row in rows] == [("full", 0), ("rank-4", 0)]
+    assert rows[0]["valid_loss"] != rows[1]["valid_loss"]
+
+    measured = []
+    monkeypatch.setattr(response_rank, "measure", lambda config: measured.append(config) or {"diverged": "never"})
+    assert response_rank.main(arguments) == 0
+    assert not measured
+    assert out.read_text() == before
+    assert response_rank.main([*arguments[:4], "2", *arguments[5:]]) == 0
+    assert [config.seed for config in measured] == [1, 1]
+    printed = capsys.readouterr().out
+    assert f"{rows[0]['valid_loss']:.4f}" in printed
+    assert "inf" in printed  # of the runs that did not end
+
+
+def test_variants_change_what_their_names_say():
+    def of(variant, recipe="digits"):
+        return response_rank.configure(recipe, variant, 3, Path("runs"), FLAGS)
+
+    full = of("full")
+    assert of("rank-16").method.response_rank == 16
+    assert of("auto").method.response_rank == "auto"
+    assert (full.method.response_rank, full.seed, full.schedule.epochs) == (None, 3, 1)
+    assert of("frozen").method.freeze
+    assert (of("cycle-5").method.train_steps, of("cycle-5").method.response_rank) == (5, 16)
+    assert of("half-batch").schedule.valid_batch_size == full.schedule.valid_batch_size // 2
+
+
+def test_factors_are_dropped_too_where_asked():
+    from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
+
+    space = HyperparameterSpace([Hyperparameter("drop", low=0.0, high=0.9, init=0.5, per_example=False)])
+    options = dict(num_hyperparameters=1, response_rank=4, recurrent_dropout="drop", stream=1)
+    model = torch.nn.Sequential(HyperLSTM(20, 24, **options))
+    response_rank._drop_factors(model)
+    weights = model[0]._connected("l0", space.at(space.initial_state()[0], batch_size=2))
+    for dropped in (weights.weight, weights.response_weight, weights.response_projection):
+        assert 0.2 < (dropped == 0).float().mean() < 0.8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["digits", "--seeds", "0"], "--seeds must be at least 1"),
+        (
+            ["digits", "--seeds", "1", "--epochs", "1", "--variants", "factors-dropped"],
+            "factors-dropped is for a recipe",
+        ),
+        (["digits", "--out", "bad.jsonl"], "a line is not JSON"),
+        (["no-recipe"], "invalid choice"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text("not a row\n")
+    with pytest.raises(SystemExit):
+        response_rank.main(arguments)
+    assert says in capsys.readouterr().err
