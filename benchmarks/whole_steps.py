@@ -125,8 +125,9 @@ def add_options(parser: argparse.ArgumentParser, modes: Sequence[str], providers
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     parser.add_argument("--modes", nargs="+", choices=modes, default=list(modes))
     parser.add_argument(
-        "--providers", nargs="+", choices=providers, help="all by default, but published on CUDA: it takes long"
-    )
+        "--providers", nargs="+", choices=providers,
+        help="default: all except ranks and fixed, and on CUDA except published, which takes long",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=30.0, help="time for each mode, warm-up not counted")
     parser.add_argument("--rounds", type=int, default=15, help="at least so many rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
@@ -151,7 +152,8 @@ def _measure(
     rows: list[Row] = []
     failed = 0
     for title, mode, shape, makers in cases:
-        asked = options.providers or [name for name in makers if device.type == "cpu" or name != "published"]
+        left_out = {*RANKS, "fixed", *(() if device.type == "cpu" else ("published",))}
+        asked = options.providers or [name for name in makers if name not in left_out]
         providers: dict[str, Provider] = {}
         for name in asked:
             if name in makers:

@@ -36,20 +36,15 @@ def backward_config(dtype: torch.dtype, n_pad: int, k_pad: int = 0) -> triton.Co
 
 
 @triton.jit
-def response(p_q, p_factor, i_m, i_o, in_m, in_o, O, rank, PRECISION: tl.constexpr, K_PAD: tl.constexpr):
-    """A tile of Q in float32: as it is stored, or where K_PAD isn't 0 made of u (M, rank), which p_q then is, and A."""
-    if K_PAD == 0:
-        inside = in_m[:, None] & in_o[None, :]
-        b_q = tl.load(p_q + i_m.to(tl.int64)[:, None] * O + i_o[None, :], mask=inside, other=0.0).to(tl.float32)
-    else:
-        i_k = tl.arange(0, K_PAD)
-        in_k = i_k < rank
-        i_u = i_m.to(tl.int64)[:, None] * rank + i_k[None, :]
-        i_a = i_o.to(tl.int64)[None, :] * rank + i_k[:, None]
-        b_u = tl.load(p_q + i_u, mask=in_m[:, None] & in_k[None, :], other=0.0)
-        b_a = tl.load(p_factor + i_a, mask=in_o[None, :] & in_k[:, None], other=0.0)
-        b_q = dot(b_u, b_a, tl.zeros((i_m.shape[0], i_o.shape[0]), tl.float32), PRECISION)
-    return b_q
+def response(p_u, p_factor, i_m, i_o, in_m, in_o, rank, PRECISION: tl.constexpr, K_PAD: tl.constexpr):
+    """A tile of Q = u Aᵀ in float32, of u (M, rank) and A (O, rank)."""
+    i_k = tl.arange(0, K_PAD)
+    in_k = i_k < rank
+    i_u = i_m.to(tl.int64)[:, None] * rank + i_k[None, :]
+    i_a = i_o.to(tl.int64)[None, :] * rank + i_k[:, None]
+    b_u = tl.load(p_u + i_u, mask=in_m[:, None] & in_k[None, :], other=0.0)
+    b_a = tl.load(p_factor + i_a, mask=in_o[None, :] & in_k[:, None], other=0.0)
+    return dot(b_u, b_a, tl.zeros((i_m.shape[0], i_o.shape[0]), tl.float32), PRECISION)
 
 
 @triton.jit
@@ -86,7 +81,10 @@ def gated_linear_epilogue_fwd_kernel(
     zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b_s = dot(b_h, gate_columns(p_weight_gate, i_o, in_o, n, N_PAD), zero, PRECISION)
     b_p = tl.load(p_y + i_y, mask=inside, other=0.0).to(tl.float32)
-    b_y = b_p + b_s * response(p_q, p_factor, i_m, i_o, in_m, in_o, O, rank, PRECISION, K_PAD)
+    if K_PAD:  # p_q is u
+        b_y = b_p + b_s * response(p_q, p_factor, i_m, i_o, in_m, in_o, rank, PRECISION, K_PAD)
+    else:
+        b_y = b_p + b_s * tl.load(p_q + i_y, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         b_y += gate_shift(b_h, p_bias, p_response_bias, p_bias_gate, i_o, in_o, n, PRECISION, N_PAD)
     tl.store(p_y + i_y, narrow(b_y, p_y.dtype.element_ty), mask=inside)
@@ -146,7 +144,11 @@ def gated_linear_epilogue_bwd_rows_kernel(
             b_g = b_wide * dot(b_h, b_gate, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             tl.store(p_g + i_y, narrow(b_g, dtype), mask=inside)
         if WANT_H:
-            b_ds = narrow(b_wide * response(p_q, p_factor, i_m, i_o, in_m, in_o, O, rank, PRECISION, K_PAD), dtype)
+            if K_PAD:  # p_q is u
+                b_q = response(p_q, p_factor, i_m, i_o, in_m, in_o, rank, PRECISION, K_PAD)
+                b_ds = narrow(b_wide * b_q, dtype)
+            else:
+                b_ds = narrow(b_wide * tl.load(p_q + i_y, mask=inside, other=0.0).to(tl.float32), dtype)
             b_dh = dot(b_ds, tl.trans(b_gate), b_dh, PRECISION)
             if HAS_BIAS:
                 b_both = response_gates(p_response_bias, p_bias_gate, i_o, in_o, n, N_PAD)
@@ -216,7 +218,11 @@ def gated_linear_epilogue_bwd_gates_kernel(
             b_g = b_wide * dot(b_h, b_gate, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             tl.store(p_g + i_y, narrow(b_g, dtype), mask=inside)
         if WANT_S or WANT_H:
-            b_ds = narrow(b_wide * response(p_q, p_factor, i_m, i_o, in_m, in_o, O, rank, PRECISION, K_PAD), dtype)
+            if K_PAD:  # p_q is u
+                b_q = response(p_q, p_factor, i_m, i_o, in_m, in_o, rank, PRECISION, K_PAD)
+                b_ds = narrow(b_wide * b_q, dtype)
+            else:
+                b_ds = narrow(b_wide * tl.load(p_q + i_y, mask=inside, other=0.0).to(tl.float32), dtype)
             if WANT_S:
                 b_s = dot(tl.trans(b_ds), b_h, b_s, PRECISION)
             if WANT_H:

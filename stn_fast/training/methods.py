@@ -323,8 +323,8 @@ class FixedHyperparameters(Method):
     """Ordinary training: hyperparameters stay at their first guess, and the weights do not respond to them.
 
     The response parameters of gated layers (``response_weight``, ``response_projection``, ``response_bias``,
-    ``weight_gate``, ``bias_gate``, and those of each LSTM layer, such as ``weight_gate_hh_l0``) have no effect: they are
-    not trained, and the response input is zero. Arguments are those of `Method`.
+    ``weight_gate``, ``bias_gate``, and those of each LSTM layer, such as ``weight_gate_hh_l0``) have no effect: they
+    are not trained, and the response input is zero. Arguments are those of `Method`.
     """
 
     def __init__(

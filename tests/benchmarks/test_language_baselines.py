@@ -94,3 +94,15 @@ def test_the_command_prints_a_ratio_and_writes_rows(tmp_path, capsys, monkeypatc
     rows = json.loads(file.read_text())
     assert {row["provider"] for row in rows} == {"stn_fast", "plain", "published"}
     assert len(rows) == 3 * len(language_steps.MODES)
+
+
+def test_steps_of_low_rank_are_compared_with_fixed_hyperparameters(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(language_steps.SHAPES, "ptb", (5, 2, 6, 13))
+    file = tmp_path / "rows.json"
+    arguments = ["--sizes", "ptb", "--seconds", "0", "--rounds", "2", "--providers", "stn_fast_rank4", "fixed"]
+    assert language_steps.main([*arguments, "--json", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert sum("stn_fast_rank4" in line and "ratio to fixed" in line for line in said.splitlines()) == 3
+    rows = json.loads(file.read_text())
+    assert all(row["ratio_to_fixed"] == 1 for row in rows if row["provider"] == "fixed")
+    assert len(rows) == 2 * len(language_steps.MODES)

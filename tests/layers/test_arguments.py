@@ -30,9 +30,8 @@ def sampled(batch=3):
 
 @pytest.mark.parametrize(("layer", "array", "name"), LAYERS, ids=lambda value: type(value).__name__)
 def test_the_error_for_a_numpy_array_says_how_to_convert_it(layer, array, name):
-    with pytest.raises(
-        TypeError, match=rf"{type(layer).__name__}: {name} must be a torch.Tensor, got numpy.ndarray; torch.from_numpy"
-    ):
+    says = f"{type(layer).__name__}: {name} must be a torch.Tensor, got numpy.ndarray; convert it by torch.from_numpy"
+    with pytest.raises(TypeError, match=says):
         layer(array, sampled())
     layer(torch.from_numpy(array), sampled())
 
