@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.self_tuning import Result, score
+from benchmarks.self_tuning import Result, measure, score
 from stn_fast.command_line import run_command
 from stn_fast.errors import UserError
 from stn_fast.files import expanded
@@ -53,7 +53,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "factors-dropped": {"response_rank": RANK},
 }
 DEFAULT = tuple(variant for variant in VARIANTS if variant != "factors-dropped")  # which needs an LSTM
-KEPT = ("valid_loss", "test_loss", "test_accuracy", "test_perplexity", "hyperparameters", "best_step", "steps")
+KEPT = (
+    "valid_loss", "test_loss", "test_accuracy", "test_perplexity", "hyperparameters", "best_step", "steps", "diverged",
+)  # fmt: skip
 
 
 class FactorsDropped(HyperLSTM):
@@ -71,10 +73,9 @@ class FactorsDropped(HyperLSTM):
 
 
 def build(config: Config) -> Task:
-    """The task; for the variant factors-dropped, with LSTMs that drop factors."""
+    """The recipe's task, with LSTMs that drop factors."""
     task = recipe(config.recipe).build(config)
-    if "factors-dropped" in (config.run_dir or ""):
-        _drop_factors(task.model)
+    _drop_factors(task.model)
     return task
 
 
@@ -95,18 +96,6 @@ def configure(name: str, variant: str, seed: int, run_dir: Path, flags: argparse
     return replace(
         defaults, method=method, schedule=schedule, seed=seed, run_dir=str(run_dir / f"{name}-{variant}-{seed}")
     )
-
-
-def measure(config: Config) -> Result:
-    """A run's result; ``diverged`` says how it failed, if it did."""
-    from stn_fast.training.run import run
-    from stn_fast.training.trainer import Diverged
-
-    try:
-        result = run(config, build, resume=False)
-    except Diverged as error:
-        return {"diverged": str(error)}
-    return {key: result[key] for key in KEPT if key in result} | {"diverged": None}
 
 
 def rows(path: Path) -> list[Result]:
@@ -179,8 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         if key(row) in done:
                             continue
                         config = configure(name, variant, seed, Path(flags.run_dir or scratch), flags)
+                        result = measure(config, build if variant == "factors-dropped" else None)
+                        row |= {name: result[name] for name in KEPT if name in result}
                         with out.open("a") as file:
-                            file.write(json.dumps(row | measure(config)) + "\n")
+                            file.write(json.dumps(row) + "\n")
             for name in flags.recipes:
                 asked = [row for row in rows(out) if row["recipe"] == name and row["epochs"] == flags.epochs]
                 print(table(name, [row for row in asked if row["variant"] in flags.variants]) + "\n", flush=True)

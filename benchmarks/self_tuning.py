@@ -18,11 +18,11 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stn_fast.command_line import run_command
 from stn_fast.errors import UserError
@@ -30,6 +30,9 @@ from stn_fast.files import expanded
 from stn_fast.recipes import RECIPES, recipe
 from stn_fast.training.config import Config, MethodConfig
 from stn_fast.values import to_json
+
+if TYPE_CHECKING:
+    from stn_fast.training.task import Task
 
 METHODS: dict[str, dict[str, Any]] = {"stn": {}, "fixed": {"name": "fixed"}, "frozen": {"freeze": True}}
 COLUMNS = {
@@ -90,13 +93,16 @@ def configure(defaults: Config, method: str, seed: int, factor: float, run_dir: 
     )
 
 
-def measure(config: Config) -> Result:
-    """One run's result, with the count of hyperparameters that moved by more than their initial σ as ``moved``."""
+def measure(config: Config, build: Callable[[Config], Task] | None = None) -> Result:
+    """One run's result, with the count of hyperparameters that moved by more than their initial σ as ``moved``.
+
+    ``build`` makes the task; by default the recipe does.
+    """
     from stn_fast.training.run import run
     from stn_fast.training.trainer import Diverged
 
     try:
-        result = run(config, recipe(config.recipe).build, resume=False)
+        result = run(config, build or recipe(config.recipe).build, resume=False)
     except Diverged as error:
         return {"seed": config.seed, "diverged": str(error)}
     moved = sum(abs(distance) > 1 for distance in result["moved_in_initial_scales"].values())

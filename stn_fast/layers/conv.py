@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from stn_fast import functional
 from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch
-from stn_fast.layers.gated import Factors, GatedLayer, check_sizes, check_switches, give_parameters, rank_to_use
+from stn_fast.layers.gated import GatedLayer, check_sizes, check_switches, factors_to_use, give_parameters
 from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gated_conv2d import pair
 from stn_fast.ops.halves import are_halves, make_halves
@@ -83,9 +82,7 @@ class HyperConv2d(GatedLayer):
             raise ValueError(f"HyperConv2d: padding_mode must be one of {get_args(PaddingMode)}, got {padding_mode!r}")
         kernel = _pair("kernel_size", kernel_size, 1)
         shape = (out_channels, in_channels // groups, *kernel)
-        of_output, outputs = math.prod(shape[1:]), out_channels // groups
-        rank = rank_to_use("HyperConv2d", response_rank, of_output * outputs, of_output + outputs)
-        factors = None if rank is None else Factors(rank, (out_channels, rank, 1, 1), (groups * rank, *shape[1:]))
+        factors = factors_to_use("HyperConv2d", response_rank, shape, groups)
         super().__init__(shape, bias, num_hyperparameters, device, dtype, factors=factors)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = kernel
@@ -96,7 +93,7 @@ class HyperConv2d(GatedLayer):
             raise ValueError(f"HyperConv2d: padding must be numbers, 'same' or 'valid', got {padding!r}")
         if self.padding == "same" and self.stride != (1, 1):
             raise ValueError(f"HyperConv2d: padding='same' requires stride 1, as in torch, got stride={stride}")
-        if groups == 1 and rank is None:
+        if groups == 1 and factors is None:
             make_halves(*self._filters())
 
     def _filters(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,12 +11,11 @@ from stn_fast import functional
 from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter
 from stn_fast.layers.gated import (
-    Factors,
     GatedLayer,
     check_folding,
     check_sizes,
     check_switches,
-    rank_to_use,
+    factors_to_use,
     start_response,
 )
 from stn_fast.layers.regularisers import _PerBatchRegulariser, check_rate
@@ -72,9 +70,10 @@ class HyperEmbedding(GatedLayer):
             raise ValueError(f"HyperEmbedding: padding_idx must be one of {num_embeddings} rows, got {padding_idx}")
         self.num_embeddings, self.embedding_dim, self.sparse = num_embeddings, embedding_dim, sparse
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        factors = factors_to_use("HyperEmbedding", response_rank, (embedding_dim, num_embeddings))
+        if factors is not None:
+            factors = factors[0], factors[1][::-1]  # a table has a row for each input
         sizes = num_embeddings, embedding_dim
-        rank = rank_to_use("HyperEmbedding", response_rank, math.prod(sizes), sum(sizes))
-        factors = None if rank is None else Factors(rank, (embedding_dim, rank), (num_embeddings, rank))
         super().__init__(sizes, False, num_hyperparameters, device, dtype, gated_dim=1, factors=factors)
 
     def reset_parameters(self) -> None:
@@ -113,10 +112,9 @@ class HyperEmbedding(GatedLayer):
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
         """½ · mean_b decay[b] ‖E + R diag(Gw h[b])‖², a scalar."""
         h = response_input(hyper, self.weight)
-        if self.response_projection is None:
-            return functional.weight_decay_penalty(self.weight.T, self.response_weight.T, self.weight_gate, h, decay)
-        factors = self.response_weight, self.response_projection.T
-        return functional.weight_decay_penalty(self.weight.T, factors[0], self.weight_gate, h, decay, factors[1])
+        response, projection = self.response_weight, self.response_projection
+        operands = (response.T, None) if projection is None else (response, projection.T)
+        return functional.weight_decay_penalty(self.weight.T, operands[0], self.weight_gate, h, decay, operands[1])
 
     @torch.no_grad()
     def fold(self, response: Tensor) -> nn.Embedding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,39 +11,32 @@ from torch import Tensor, nn
 from stn_fast import checks, functional
 from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch
-from stn_fast.ops.gates import GatedParameters, fold, response_input
+from stn_fast.ops.gates import Factors, GatedParameters, factors_of, fold, response_input
 
 AUTO_OVERHEAD = 0.05  # response_rank="auto" adds at most this fraction of the plain layer's multiplications
 
 
-class Factors(NamedTuple):
-    """The shapes of A and B of a response R = A B of rank k."""
-
-    rank: int
-    response_weight: tuple[int, ...]
-    response_projection: tuple[int, ...]
-
-
-def rank_to_use(layer: str, response_rank: ResponseRank, whole: int, each: int) -> int | None:
-    """The rank k of a layer's response; None for a full one.
+def factors_to_use(layer: str, response_rank: ResponseRank, matrix: Sequence[int], groups: int = 1) -> Factors | None:
+    """The shapes of A and B of a layer's response R = A B; None for a full one.
 
     Args:
         layer: name for the error message.
-        response_rank: the user's choice: k; "auto" for the largest k, at least 1, with k · ``each`` <=
-            AUTO_OVERHEAD · ``whole``; None for a full response. If k · ``each`` >= ``whole``, the result is None: a
-            full response costs no more.
-        whole: number of entries of W, and of multiplications with it per position.
-        each: number of entries, and of multiplications, that each rank adds.
+        response_rank: the user's choice: k; "auto" for the largest k, at least 1, whose A and B have at most
+            AUTO_OVERHEAD times as many entries as W, and so as many multiplications; None for a full response. If A and
+            B would have as many entries as W or more, the response is full.
+        matrix: shape of W (O, ...).
+        groups: of a convolution.
 
     Raises:
         ValueError: response_rank is none of these.
     """
     if response_rank is None:
         return None
+    whole, each = math.prod(matrix), sum(map(math.prod, factors_of(matrix, 1, groups)))
     if response_rank == "auto":
         response_rank = max(1, int(AUTO_OVERHEAD * whole / each))
     checks.whole_number(layer, "response_rank", response_rank, 1, otherwise=", 'auto' or None for full rank")
-    return response_rank if response_rank * each < whole else None
+    return factors_of(matrix, response_rank, groups) if response_rank * each < whole else None
 
 
 def start_response(response_weight: Tensor, projection: Tensor | None, bound: float) -> None:
@@ -88,14 +81,14 @@ class GatedLayer(nn.Module):
     ):
         super().__init__()
         self.num_hyperparameters = num_hyperparameters
-        self.response_rank = None if factors is None else factors.rank
+        self.response_rank = None if factors is None else factors[0][1]
         outputs = weight_shape[gated_dim]
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
         self.weight = parameter(*weight_shape)
-        self.response_weight = parameter(*(weight_shape if factors is None else factors.response_weight))
+        self.response_weight = parameter(*(weight_shape if factors is None else factors[0]))
         self.weight_gate = parameter(outputs, num_hyperparameters)
         self.bias: nn.Parameter | None = None
         self.response_bias: nn.Parameter | None = None
@@ -103,7 +96,7 @@ class GatedLayer(nn.Module):
         if bias:
             self.bias, self.response_bias = parameter(outputs), parameter(outputs)
             self.bias_gate = parameter(outputs, num_hyperparameters)
-        self.response_projection = None if factors is None else parameter(*factors.response_projection)
+        self.response_projection = None if factors is None else parameter(*factors[1])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

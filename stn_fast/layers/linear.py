@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from stn_fast import functional
 from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch
-from stn_fast.layers.gated import Factors, GatedLayer, check_sizes, check_switches, give_parameters, rank_to_use
+from stn_fast.layers.gated import GatedLayer, check_sizes, check_switches, factors_to_use, give_parameters
 from stn_fast.ops.arguments import check_tensor
 
 
@@ -50,9 +50,9 @@ class HyperLinear(GatedLayer):
             num_hyperparameters=num_hyperparameters,
         )
         check_switches("HyperLinear", bias=bias)
-        rank = rank_to_use("HyperLinear", response_rank, in_features * out_features, in_features + out_features)
-        factors = None if rank is None else Factors(rank, (out_features, rank), (rank, in_features))
-        super().__init__((out_features, in_features), bias, num_hyperparameters, device, dtype, factors=factors)
+        shape = (out_features, in_features)
+        factors = factors_to_use("HyperLinear", response_rank, shape)
+        super().__init__(shape, bias, num_hyperparameters, device, dtype, factors=factors)
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x: Tensor, hyper: HyperBatch | Tensor, example_dim: int = 0) -> Tensor:

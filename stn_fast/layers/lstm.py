@@ -19,7 +19,7 @@ from stn_fast.layers.gated import (
     check_response,
     check_sizes,
     check_switches,
-    rank_to_use,
+    factors_to_use,
     start_response,
 )
 from stn_fast.layers.regularisers import DropConnect, PerExampleDropout
@@ -103,8 +103,7 @@ class HyperLSTM(nn.Module):
             inputs = input_size if layer == 0 else hidden_size * (2 if bidirectional else 1)
             for suffix in self._suffixes(layer):
                 for side, columns in (("ih", inputs), ("hh", hidden_size)):
-                    rank = rank_to_use("HyperLSTM", response_rank, wide * columns, wide + columns)
-                    factors = None if rank is None else ((wide, rank), (rank, columns))
+                    factors = factors_to_use("HyperLSTM", response_rank, (wide, columns))
                     shapes = GatedParameters.shapes((wide, columns), wide, n, factors)
                     for name, shape in zip_longest(GatedParameters._fields, shapes):
                         absent = shape is None or ("bias" in name and not bias)
@@ -145,11 +144,10 @@ class HyperLSTM(nn.Module):
     def reset_parameters(self) -> None:
         bound = 1 / math.sqrt(self.hidden_size)
         for name, parameter in self.named_parameters():
-            projection = getattr(self, name.replace("response_weight", "response_projection"), None)
             if "gate" in name:
                 nn.init.normal_(parameter, std=0.01)
             elif name.startswith("response_weight"):
-                start_response(parameter, projection, bound)
+                start_response(parameter, getattr(self, name.replace("weight", "projection")), bound)
             elif not name.startswith("response_projection"):
                 nn.init.uniform_(parameter, -bound, bound)
 

@@ -23,8 +23,9 @@ class ResidualBlock(nn.Module):
         n: number of hyperparameters.
         dropout: dropout between the two convolutions.
         response_rank: passed to the convolutions.
-        normed: number of channels of the first norm.
     """
+
+    norm_comes_first = False  # whether norms come before the convolutions; if not, the projection has one too
 
     def __init__(
         self,
@@ -34,10 +35,9 @@ class ResidualBlock(nn.Module):
         n: int,
         dropout: PerExampleDropout | None,
         response_rank: ResponseRank,
-        normed: int,
     ):
         super().__init__()
-        self.norm1 = HyperBatchNorm2d(normed, num_hyperparameters=n)
+        self.norm1 = HyperBatchNorm2d(in_channels if self.norm_comes_first else channels, num_hyperparameters=n)
         gated: dict[str, Any] = dict(bias=False, num_hyperparameters=n, response_rank=response_rank)
         self.conv1 = HyperConv2d(in_channels, channels, 3, stride, 1, **gated)
         self.norm2 = HyperBatchNorm2d(channels, num_hyperparameters=n)
@@ -46,6 +46,9 @@ class ResidualBlock(nn.Module):
         self.projection: HyperConv2d | None = None
         if stride != 1 or in_channels != channels:
             self.projection = HyperConv2d(in_channels, channels, 1, stride, **gated)
+        self.projection_norm: HyperBatchNorm2d | None = None
+        if self.projection is not None and not self.norm_comes_first:
+            self.projection_norm = HyperBatchNorm2d(channels, num_hyperparameters=n)
 
     def _dropped(self, x: Tensor, hyper: HyperBatch) -> Tensor:
         return x if self.dropout is None else self.dropout(x, hyper)
@@ -53,20 +56,6 @@ class ResidualBlock(nn.Module):
 
 class BasicBlock(ResidualBlock):
     """Norm after each convolution, ReLU after the sum (He et al., CVPR 2016)."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        stride: int,
-        n: int,
-        dropout: PerExampleDropout | None,
-        response_rank: ResponseRank = None,
-    ):
-        super().__init__(in_channels, channels, stride, n, dropout, response_rank, normed=channels)
-        self.projection_norm: HyperBatchNorm2d | None = None
-        if self.projection is not None:
-            self.projection_norm = HyperBatchNorm2d(channels, num_hyperparameters=n)
 
     def forward(self, x: Tensor, hyper: HyperBatch) -> Tensor:
         """(B, in_channels, H, W) → (B, channels, H/stride, W/stride)."""
@@ -80,16 +69,7 @@ class BasicBlock(ResidualBlock):
 class PreActivationBlock(ResidualBlock):
     """Norm and ReLU before each convolution (He et al., ECCV 2016), as in WideResNets."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        stride: int,
-        n: int,
-        dropout: PerExampleDropout | None,
-        response_rank: ResponseRank = None,
-    ):
-        super().__init__(in_channels, channels, stride, n, dropout, response_rank, normed=in_channels)
+    norm_comes_first = True
 
     def forward(self, x: Tensor, hyper: HyperBatch) -> Tensor:
         """(B, in_channels, H, W) → (B, channels, H/stride, W/stride)."""
@@ -195,6 +175,6 @@ def _resnet(
             blocks.append(make_block(before, channels, stride, n, dropout, response_rank))
             before = channels
     classifier = head(space, (before, classes), dropouts, response_rank)
-    if make_block is PreActivationBlock:
+    if make_block.norm_comes_first:
         return ResNet(conv, blocks, classifier, last_norm=HyperBatchNorm2d(before, num_hyperparameters=n))
     return ResNet(conv, blocks, classifier, first_norm=HyperBatchNorm2d(stem, num_hyperparameters=n))

@@ -8,7 +8,7 @@ which has few rows, and Q = A u.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from stn_fast.ops.casts import cast
 
 if TYPE_CHECKING:
     from stn_fast.hyperparameters import HyperBatch
+
+
+Factors: TypeAlias = tuple[Sequence[int], Sequence[int]]  # shapes of A and B
 
 
 class GatedParameters(NamedTuple):
@@ -40,7 +43,7 @@ class GatedParameters(NamedTuple):
 
     @staticmethod
     def shapes(
-        matrix: Sequence[int], outputs: int, n: int, factors: tuple[Sequence[int], Sequence[int]] | None = None
+        matrix: Sequence[int], outputs: int, n: int, factors: Factors | None = None
     ) -> tuple[Sequence[int], ...]:
         """Those of all, for W and R of shape ``matrix``, or with A and B of the shapes ``factors``.
 
@@ -263,19 +266,32 @@ def expected(
     outputs: int,
     n: int,
     side: str = "",
-    factors: tuple[Sequence[int], Sequence[int]] | None = None,
+    *,
+    groups: int = 1,
+    factors: Factors | None = None,
 ) -> list[Expected]:
-    """What `check_operands` compares, for W and R of shape ``matrix``, or for R of ``factors`` of these shapes."""
+    """What `check_operands` compares, for W and R of shape ``matrix``.
+
+    A and B must have the shapes ``factors``; by default `factors_of` the matrix, with the rank of B.
+    """
+    projection = parameters.response_projection
+    if factors is None and projection is not None:
+        factors = factors_of(matrix, len(projection) // groups, groups)
     shapes = GatedParameters.shapes(matrix, outputs, n, factors)
     return list(zip(_NAMES[side], parameters, shapes, strict=False))
 
 
-def factors(parameters: GatedParameters, matrix: Sequence[int]) -> tuple[Sequence[int], Sequence[int]] | None:
-    """The shapes of A and B that fit W (O, I) of shape ``matrix``, the rank as B says; None without B."""
-    if parameters.response_projection is None:
-        return None
-    (outputs, inputs), rank = matrix, len(parameters.response_projection)
-    return (outputs, rank), (rank, inputs)
+def factors_of(matrix: Sequence[int], rank: int, groups: int = 1) -> Factors:
+    """The shapes of A and B, R = A B in each group, for W and R (O, ...) of shape ``matrix``."""
+    outputs, *of_output = matrix
+    return (outputs, rank, *[1] * (len(of_output) - 1)), (groups * rank, *of_output)
+
+
+def response_is_read(h: Tensor, *layers: GatedParameters) -> bool:
+    """Whether backward will read what forward computes of the response: for dh, dGw, or dA of a low rank."""
+    readers = [h, *(layer.weight_gate for layer in layers)]
+    readers += [layer.response_weight for layer in layers if layer.response_projection is not None]
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in readers)
 
 
 def check_operands(

@@ -23,7 +23,9 @@ def test_a_run_that_has_a_row_is_not_made_again(tmp_path, capsys, monkeypatch):
     assert rows[0]["valid_loss"] != rows[1]["valid_loss"]
 
     measured = []
-    monkeypatch.setattr(response_rank, "measure", lambda config: measured.append(config) or {"diverged": "never"})
+    monkeypatch.setattr(
+        response_rank, "measure", lambda config, build: measured.append(config) or {"diverged": "never"}
+    )
     assert response_rank.main(arguments) == 0
     assert not measured
     assert out.read_text() == before

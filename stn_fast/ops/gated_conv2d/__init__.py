@@ -23,6 +23,7 @@ from stn_fast.ops.gates import (
     expected,
     fold,
     response_input,
+    response_is_read,
     rows_are_cheaper,
 )
 from stn_fast.ops.halves import convert
@@ -244,15 +245,13 @@ def gated_conv2d(
         return reference(x, parameters, h, stride=stride, padding=padding, dilation=dilation, groups=groups, relu=relu)
     layout = joined.memory_format(x, parameters.weight)
     weight, bias, response_weight, response_bias, weight_gate, bias_gate, projection = parameters
-    readers = [h, weight_gate]
     if projection is None:
         weight, response_weight = convert(weight, response_weight, weight.dtype, layout)
     else:
-        readers.append(response_weight)
         weight, response_weight, projection = (
             filters.contiguous(memory_format=layout) for filters in (weight, response_weight, projection)
         )
-    save_response = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in readers)
+    save_response = response_is_read(h, parameters)
     bias, response_bias, *gates = contiguous(bias, response_bias, weight_gate, bias_gate)
     filters_and_gates = (weight, bias, response_weight, response_bias, *gates, projection)
     operands = (x.contiguous(memory_format=layout), *filters_and_gates, h.contiguous())
@@ -295,14 +294,6 @@ def _check_image(x: Tensor, weight: Tensor, padding: list[int], dilation: list[i
             )
 
 
-def _factors(parameters: GatedParameters, groups: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The shapes of A and B that fit W, the rank as B says; None without B."""
-    if parameters.response_projection is None:
-        return None
-    rank, (outputs, *of_filter) = len(parameters.response_projection) // groups, parameters.weight.shape
-    return (outputs, rank, 1, 1), (groups * rank, *of_filter)
-
-
 def _check(x: Tensor, parameters: GatedParameters, h: Tensor, groups: int) -> None:
     weight = parameters.weight
     if weight.ndim != 4 or h.ndim not in (1, 2) or x.ndim != 4:
@@ -318,7 +309,7 @@ def _check(x: Tensor, parameters: GatedParameters, h: Tensor, groups: int) -> No
         )
     operands = (
         ("x", x, (x.shape[0], weight.shape[1] * groups, *x.shape[2:])),
-        *expected(parameters, weight.shape, outputs, n, factors=_factors(parameters, groups)),
+        *expected(parameters, weight.shape, outputs, n, groups=groups),
         ("h", h, (x.shape[0], n) if h.ndim == 2 else (n,)),
     )
     check_operands("gated_conv2d", operands, weight, x=x, weight=weight, h=h, groups=groups)

@@ -18,9 +18,9 @@ from stn_fast.ops.gates import (
     check_parameters,
     contiguous,
     expected,
-    factors,
     fold,
     response_input,
+    response_is_read,
     rows_are_cheaper,
 )
 from stn_fast.ops.linear import linear
@@ -153,10 +153,7 @@ def gated_linear(
     if in_transform():
         y = reference(rows, parameters, h, outer, inner)
     else:
-        readers = [h, parameters.weight_gate]
-        if response_projection is not None:
-            readers.append(parameters.response_weight)
-        save_response = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in readers)
+        save_response = response_is_read(h, parameters)
         y, _ = _operation(*contiguous(rows, *parameters, h), outer, inner, save_response)
     return y.view(*x.shape[:-1], parameters.weight.shape[0])
 
@@ -175,7 +172,7 @@ def _check(x: Tensor, parameters: GatedParameters, h: Tensor, example_dim: int) 
     (outputs, inputs), n = weight.shape, h.shape[-1]
     operands = (
         ("x", x, (*x.shape[:-1], inputs)),
-        *expected(parameters, weight.shape, outputs, n, factors=factors(parameters, weight.shape)),
+        *expected(parameters, weight.shape, outputs, n),
         ("h", h, (x.shape[example_dim], n) if h.ndim == 2 else (n,)),
     )
     check_operands("gated_linear", operands, weight, x=x, weight=weight, h=h, example_dim=example_dim)

@@ -17,9 +17,9 @@ from stn_fast.ops.gates import (
     check_parameters,
     contiguous,
     expected,
-    factors,
     fold,
     response_input,
+    response_is_read,
     rows_are_cheaper,
 )
 from stn_fast.ops.memory import autocast_dtype
@@ -202,9 +202,7 @@ def gated_lstm(
         return _folded(x, h_0, c_0, fold(from_input, h), fold(from_hidden, h), reverse)
     tensors = (x, h_0, c_0, *from_input, *from_hidden, h)
     needed = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    readers = [h, from_input.weight_gate, from_hidden.weight_gate]
-    readers += [side.response_weight for side in (from_input, from_hidden) if side.response_projection is not None]
-    save_response = needed and any(tensor.requires_grad for tensor in readers)
+    save_response = response_is_read(h, from_input, from_hidden)
     y, c_n, *_ = _operation(*contiguous(*tensors), reverse, needed, save_response)
     return y, (y[0 if reverse else -1], c_n)
 
@@ -257,7 +255,7 @@ def _check(
         ("h_0", h_0, (batch, hidden)),
         ("c_0", c_0, (batch, hidden)),
         ("h", h, (batch, n) if h.ndim == 2 else (n,)),
-        *expected(from_input, (wide, inputs), wide, n, "from_input.", factors(from_input, (wide, inputs))),
-        *expected(from_hidden, (wide, hidden), wide, n, "from_hidden.", factors(from_hidden, (wide, hidden))),
+        *expected(from_input, (wide, inputs), wide, n, "from_input."),
+        *expected(from_hidden, (wide, hidden), wide, n, "from_hidden."),
     )
     check_operands("gated_lstm", operands, from_input.weight, "from_input.weight", x=x, h_0=h_0, h=h)
