@@ -29,10 +29,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.self_tuning import Result, measure, score
+from benchmarks.self_tuning import Result, measure, score, writable
 from stn_fast.command_line import run_command
 from stn_fast.errors import UserError
-from stn_fast.files import expanded
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers import HyperLSTM
 from stn_fast.ops.gates import GatedParameters
@@ -107,9 +106,14 @@ def rows(path: Path) -> list[Result]:
     if not path.exists():
         return []
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in found:
+            key(row)
     except ValueError as error:
         raise UserError(f"--out {path}: a line is not JSON ({error}); name another file or mend it") from None
+    except (KeyError, TypeError):
+        raise UserError(f"--out {path} holds other things than rows of this command: name another file") from None
+    return found
 
 
 def key(row: Mapping[str, Any]) -> tuple[str, str, int, int | None]:
@@ -159,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         it.error(f"--seeds must be at least 1; got {flags.seeds}")
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            out = expanded(flags.out or str(Path(scratch) / "rows.jsonl"), "--out")
+            out = writable(flags.out or str(Path(scratch) / "rows.jsonl"), "--out")
             done = {key(row) for row in rows(out)}
             for seed in range(flags.seeds):
                 for name in flags.recipes:

@@ -201,10 +201,27 @@ def add_run_flags(it: argparse.ArgumentParser, seeds: int) -> None:
     it.add_argument("--json", metavar="FILE", help="write every result here")
 
 
+def writable(path: str, flag: str) -> Path:
+    """A file that ``flag`` names, which runs will be written to when they end, hours later.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    file = expanded(path, flag)
+    if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise UserError(f"{flag} {file} can't be written: choose a file in a folder that exists and may be written to")
+    return file
+
+
 def check_run_flags(it: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
-    """Ends the command with a message if --jobs or --seeds is not a positive number."""
+    """Ends the command with a message if --jobs or --seeds is not a positive number, or --json can't be written."""
     if flags.jobs < 1 or flags.seeds < 1:
         it.error(f"--jobs and --seeds must be at least 1; got {flags.jobs} and {flags.seeds}")
+    try:
+        if flags.json:
+            writable(flags.json, "--json")
+    except UserError as error:
+        it.error(str(error))
 
 
 def sharing(defaults: Config, jobs: int) -> Config:

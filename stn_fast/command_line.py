@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from stn_fast import values
 from stn_fast.errors import UserError, did_you_mean
 from stn_fast.terminal import outputs, printable
+from stn_fast.training.signals import Interrupted
 
 READER_GONE = 128 + 13  # the exit status of a command ended by SIGPIPE
 
@@ -48,6 +49,8 @@ def run_command(command: Callable[[], int]) -> int:
             status = complain(str(error), 2)
         except OSError as error:
             status = complain(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1)
+        except Interrupted as stop:
+            status = complain(str(stop), stop.exit_status)
         except KeyboardInterrupt:
             status = complain("stopped by Ctrl-C", 130)
         output.flush()

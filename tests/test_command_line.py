@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from stn_fast import command_line
 from stn_fast.command_line import run_command
 from stn_fast.errors import UserError
 from stn_fast.terminal import Output, printable
+from stn_fast.training.signals import Interrupted
 
 TRAIN = ["stn_fast.train", "digits", "--max-steps", "2"]
 FILES = {"config.yaml", "metrics.jsonl", "result.json", "schedule.png", "checkpoints", "data.json"}
@@ -95,6 +97,14 @@ def test_an_error_is_one_line_without_control_characters(capsys):
 def test_an_error_of_the_system_is_one_line_and_status_1(capsys, tmp_path):
     assert run_command(lambda: len((tmp_path / "absent").read_text())) == 1
     assert capsys.readouterr().err == f"error: No such file or directory: {tmp_path / 'absent'}\n"
+
+
+def test_a_run_that_a_signal_stops_is_one_line_and_the_status_of_the_signal(capsys):
+    def command():
+        raise Interrupted(signal.SIGINT, 7)
+
+    assert run_command(command) == 130
+    assert capsys.readouterr().err == "error: stopped by SIGINT after step 7, with a checkpoint\n"
 
 
 def test_text_stays_as_it_is_where_it_can_be_printed():

@@ -70,12 +70,15 @@ def test_factors_are_dropped_too_where_asked():
             "factors-dropped is for a recipe",
         ),
         (["digits", "--out", "bad.jsonl"], "a line is not JSON"),
+        (["digits", "--out", "other.jsonl"], "holds other things than rows"),
+        (["digits", "--out", "absent/rows.jsonl"], "--out absent/rows.jsonl can't be written"),
         (["no-recipe"], "invalid choice"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("bad.jsonl").write_text("not a row\n")
+    Path("other.jsonl").write_text('{"seed": 0}\n')
     with pytest.raises(SystemExit):
         response_rank.main(arguments)
     assert says in capsys.readouterr().err

@@ -57,7 +57,12 @@ def test_runs_in_processes_of_their_own_give_what_runs_in_turn_give(tmp_path, ca
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--jobs", "0"], "--jobs"), (["--seeds", "0"], "--seeds"), (["--guesses", "0.95"], "init = 0.95")],
+    [
+        (["--jobs", "0"], "--jobs"),
+        (["--seeds", "0"], "--seeds"),
+        (["--guesses", "0.95"], "init = 0.95"),
+        (["--json", "absent/rows.json"], "--json absent/rows.json can't be written"),
+    ],
 )
 def test_wrong_arguments_are_refused(arguments, says, capsys):
     with pytest.raises(SystemExit) as stop:
