@@ -198,6 +198,23 @@ def test_whole_steps():
     assert_shown(re.findall(r"\d+\.\d+", text), recorded)
 
 
+@pytest.mark.parametrize(
+    ("network", "op", "file"),
+    [
+        ("AlexNet", "alexnet_step", "steps-low-rank-cpu.json"),
+        ("LSTM of 2 × 650", "language_step", "language-steps-low-rank-cpu.json"),
+    ],
+)
+def test_steps_of_low_rank_against_fixed_hyperparameters(network, op, file):
+    shown = table("times `fixed` |")
+    for name, provider in (("full", "stn_fast"), ("rank 16", "stn_fast_rank16"), ("auto", "stn_fast_auto")):
+        modes = {mode: rows(op, mode, file=file, provider=provider)[0] for mode in ("train", "valid", "cycle")}
+        (fixed,) = rows(op, "cycle", file=file, provider="fixed")
+        expected = [row["ratio_to_fixed"] for row in modes.values()]
+        expected.append(modes["cycle"]["peak_bytes"] / fixed["peak_bytes"])
+        assert_shown(shown[f"{network}, {name}"], expected)
+
+
 def test_the_machine_and_torch_are_those_of_the_rows():
     said = re.search(r"On an (.*) with (\d+) threads and torch ([\d.]+\d)", README)
     for row in json.loads((RESULTS / "cpu.json").read_text()):
