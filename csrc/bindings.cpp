@@ -61,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("gated_epilogue_backward", released(&stn_fast::gated_epilogue_backward));
     m.def("gated_lstm_cell_forward", released(&stn_fast::gated_lstm_cell_forward));
     m.def("gated_lstm_cell_backward", released(&stn_fast::gated_lstm_cell_backward));
+    m.def("lstm_cell_tangent", released(&stn_fast::lstm_cell_tangent));
     m.def("channel_epilogue_forward", released(&stn_fast::channel_epilogue_forward));
     m.def("channel_epilogue_backward", released(&stn_fast::channel_epilogue_backward));
     m.def("transpose", released(&stn_fast::transpose));

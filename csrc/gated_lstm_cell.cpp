@@ -23,7 +23,13 @@ STN_FAST_CLONES void forward_units(const Forward& t, std::int64_t example, std::
     const std::int64_t at = example * t.hidden + first, wide = 4 * example * t.hidden + first, next = t.hidden;
     for (int k = 0; k < 4; ++k) {
         float* gate = t.gates + wide + k * next;
-        const float *p = t.p + example * t.p_row + first + k * next, *q = t.q + example * t.q_row + first + k * next;
+        const float* p = t.p + example * t.p_row + first + k * next;
+        if (!t.q) {
+#pragma omp simd
+            for (std::int64_t j = 0; j < count; ++j) gate[j] += p[j];
+            continue;
+        }
+        const float* q = t.q + example * t.q_row + first + k * next;
         const float* scale = t.scale + wide + k * next;
         if (t.shift) {
             const float* shift = t.shift + wide + k * next;
@@ -80,12 +86,44 @@ STN_FAST_CLONES void backward_units(const Backward& t, std::int64_t example, std
         d_o[j] = d_h[j] * tanh_c * (o[j] * (1.0f - o[j]));
         dc[j] = d_c * f[j];
     }
+    if (!t.d_p) return;
     for (int k = 0; k < 4; ++k) {
         const float *d_gate = t.d_gates + wide + k * next, *scale = t.scale + wide + k * next;
         float *d_p = t.d_p + example * t.p_row + first + k * next, *d_q = t.d_q + example * t.q_row + first + k * next;
         std::copy_n(d_gate, count, d_p);
 #pragma omp simd
         for (std::int64_t j = 0; j < count; ++j) d_q[j] = d_gate[j] * scale[j];
+    }
+}
+
+struct Tangent {
+    const float *d_before, *p, *gates, *c, *c_before;
+    float *dc, *dh;
+    std::int64_t hidden;
+};
+
+STN_FAST_CLONES void tangent_units(const Tangent& t, std::int64_t example, std::int64_t first, std::int64_t count) {
+    const std::int64_t at = example * t.hidden + first, wide = 4 * example * t.hidden + first, next = t.hidden;
+    float before[4][kUnits];
+    for (int k = 0; k < 4; ++k) {
+        const float* d_before = t.d_before + wide + k * next;
+        if (t.p) {
+            const float* p = t.p + wide + k * next;
+#pragma omp simd
+            for (std::int64_t j = 0; j < count; ++j) before[k][j] = d_before[j] + p[j];
+        } else {
+            std::copy_n(d_before, count, before[k]);
+        }
+    }
+    const float *d_i = before[0], *d_f = before[1], *d_g = before[2], *d_o = before[3];
+    const float *i = t.gates + wide, *f = i + next, *g = f + next, *o = g + next, *c = t.c + at, *c_before = t.c_before + at;
+    float *dc = t.dc + at, *dh = t.dh + at;
+#pragma omp simd
+    for (std::int64_t j = 0; j < count; ++j) {
+        const float tanh_c = hyperbolic_tangent(finite(c[j]));
+        dc[j] = f[j] * dc[j] + c_before[j] * (f[j] * (1.0f - f[j])) * d_f[j] + g[j] * (i[j] * (1.0f - i[j])) * d_i[j] +
+                i[j] * (1.0f - g[j] * g[j]) * d_g[j];
+        dh[j] = tanh_c * (o[j] * (1.0f - o[j])) * d_o[j] + o[j] * (1.0f - tanh_c * tanh_c) * dc[j];
     }
 }
 
@@ -113,6 +151,12 @@ void gated_lstm_cell_backward(const float* dy, const float* dh, float* dc, const
                               std::int64_t p_row, std::int64_t q_row, std::int64_t batch, std::int64_t hidden, int threads) {
     const Backward task{dy, dh, dc, gates, c, c_before, scale, d_gates, d_p, d_q, p_row, q_row, hidden};
     over_units(task, backward_units, batch, hidden, threads);
+}
+
+void lstm_cell_tangent(const float* d_before, const float* p, const float* gates, const float* c, const float* c_before, float* dc,
+                       float* dh, std::int64_t batch, std::int64_t hidden, int threads) {
+    const Tangent task{d_before, p, gates, c, c_before, dc, dh, hidden};
+    over_units(task, tangent_units, batch, hidden, threads);
 }
 
 }  // namespace stn_fast

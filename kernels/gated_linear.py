@@ -192,6 +192,55 @@ def forward(
     return y, q if save_response else None
 
 
+def gated_sum(
+    q: Tensor,
+    weight_gate: Tensor,
+    response_bias: Tensor | None,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    p: Tensor | None,
+    inner: int,
+) -> Tensor:
+    """P + (h Gwᵀ) ⊙ Q + (h Gbᵀ) ⊙ r of P and Q (outer·B·inner, O) and h (B, n); no P is 0."""
+    problem = _problem(q, weight_gate, h, inner, False)
+    tile = EPILOGUE_CONFIG.kwargs
+    grid = (ceil_div(problem.M, tile["BLOCK_M"]) * ceil_div(problem.O, tile["BLOCK_N"]),)
+    with device_guard(q):
+        y = torch.zeros_like(q) if p is None else p.clone()
+        no_bias = None if response_bias is None else torch.zeros_like(response_bias)
+        gated_linear_epilogue_fwd_kernel[grid](
+            y, q, None, h, weight_gate, no_bias, response_bias, bias_gate,
+            problem.M, problem.O, problem.n, 0, problem.batch, inner,
+            HAS_BIAS=no_bias is not None, K_PAD=0, **problem.pass_options(EPILOGUE_CONFIG),
+        )  # fmt: skip
+    return y
+
+
+def gated_sum_backward(
+    dy: Tensor,
+    q: Tensor,
+    weight_gate: Tensor,
+    response_bias: Tensor | None,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    inner: int,
+    wanted: Sequence[bool],
+) -> Gradients:
+    """(dq, dGw, dr, dGb, dh), None where `wanted`, in the same order, says so."""
+    want_q, want_gw, want_rb, want_gb, want_h = wanted
+    problem = _problem(q, weight_gate, h, inner, False)
+    # Of the matrices, only g is asked for: it is the gradient of q.
+    run = _Backward(dy, q, weight_gate, weight_gate, response_bias, weight_gate, bias_gate, h, q, problem)
+    want_c = (want_rb or want_gb) and response_bias is not None
+    d_response_bias = d_weight_gate = d_bias_gate = dh = None
+    with device_guard(q):
+        if want_gw or want_c:
+            _, d_response_bias, d_weight_gate, d_bias_gate, dh = run.gates(want_q, want_gw, want_c, want_h)
+        elif want_q or want_h:
+            dh = run.rows(want_q, want_h)
+    return run.g, d_weight_gate, d_response_bias if want_rb else None, d_bias_gate if want_gb else None, dh
+
+
 class _Backward:
     """One backward pass: its inputs, and the gates s and g = dy ⊙ s once somebody has needed them."""
 

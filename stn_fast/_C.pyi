@@ -245,6 +245,20 @@ def gated_lstm_cell_backward(
 ) -> None:
     """d_gates, before the activations, d_both = [d_gates, d_gates ⊙ scale], and dc ← that of c_before."""
 
+def lstm_cell_tangent(
+    d_before: int,
+    p: int,
+    gates: int,
+    c: int,
+    c_before: int,
+    dc: int,
+    dh: int,
+    batch: int,
+    hidden: int,
+    threads: int,
+) -> None:
+    """dh and dc, in place of that of c_before: the tangents of an LSTM's cell along d_before + p."""
+
 def channel_epilogue_forward(
     p: int,
     q: int,

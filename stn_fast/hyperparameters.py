@@ -17,6 +17,7 @@ from stn_fast.hyperparameter import RAW_SCALE_BOUNDS, SCALE_BOUNDS, Hyperparamet
 from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.draw import check_coordinates
 from stn_fast.ops.perturb import constrain, perturb_for
+from stn_fast.ops.tangents import dual
 
 __all__ = [
     "SCALE_BOUNDS",
@@ -47,6 +48,8 @@ class HyperBatch:
         first_example: index of row 0 in the global batch.
         space: the `HyperparameterSpace` that the columns belong to.
         shared: whether all rows are equal, so that layers fold their response into plain weights.
+        centred: whether `response` is 0, so that gated layers are plain layers with their W and b; it may have a
+            tangent, as from `linearised`.
         calls: the number of each layer's next draw, by stream and examples; shared with slices and `to`.
         open_calls: how many of these draws no backward pass has repeated yet; shared likewise.
         used: the names that have been looked up; shared with slices, `to` and copies.
@@ -59,6 +62,7 @@ class HyperBatch:
     first_example: int
     space: HyperparameterSpace
     shared: bool = False
+    centred: bool = False
     calls: dict[_Place, int] = field(default_factory=dict, repr=False)
     open_calls: dict[_Place, int] = field(default_factory=dict, repr=False)
     used: dict[str, bool] = field(default_factory=dict, repr=False)
@@ -154,6 +158,15 @@ class HyperBatch:
         response = self.response.to(device, non_blocking=non_blocking)
         return replace(self, values=values, response=response, step=self.step.to(device, non_blocking=non_blocking))
 
+    def linearised(self) -> HyperBatch:
+        """The same values and draws, with a response of 0 whose tangent is this batch's response h.
+
+        Only inside `torch.autograd.forward_ad.dual_level`: a model then returns its outputs at h = 0 with the tangent
+        J·h. Draws of layers are counted from the start.
+        """
+        response = dual(torch.zeros_like(self.response), self.response)
+        return replace(self, response=response, centred=True, calls={}, open_calls={})
+
 
 class _Shared:
     """State shared by the copies of a batch. All instances are equal, so the pytree structure does not change."""
@@ -169,7 +182,7 @@ class _Shared:
 
 
 _LEAVES = ("values", "response", "step")
-_CONTEXT = ("seed", "first_example", "space", "shared")
+_CONTEXT = ("seed", "first_example", "space", "shared", "centred")
 
 
 def _flatten(hyper: HyperBatch) -> tuple[list[Any], tuple[Any, ...]]:
@@ -324,21 +337,26 @@ class HyperparameterSpace:
         step: int | Tensor = 0,
         first_example: int = 0,
         center: Tensor | None = None,
+        centred: bool = False,
     ) -> HyperBatch:
         """A batch with every example at the unperturbed location; layers then use folded weights (`shared=True`).
 
-        Arguments as for `sample`; seed and step only matter for dropout and noise in training mode.
+        Arguments as for `sample`; seed and step only matter for dropout and noise in training mode. With ``centred``,
+        the location itself is the center, so that h is 0 and gated layers are plain ones.
         """
         self._check_location(location)
         batch_size = whole_number("at", "batch_size", batch_size, 0)
         step, seed, first_example = check_coordinates("at", location.device, seed, step, first_example)
         table, default_center = self._constants(location.device)
         values = constrain(location, table)
-        shift = location - (default_center if center is None else center.detach())
-        response = torch.where(table[:, 5] > 0, values, shift)
         columns = values[:, None].expand(-1, batch_size).contiguous().T
+        if centred:
+            response = torch.zeros_like(location)
+        else:
+            shift = location - (default_center if center is None else center.detach())
+            response = torch.where(table[:, 5] > 0, values, shift)
         rows = columns, response.expand(batch_size, -1)
-        return HyperBatch(*rows, step, seed, first_example, self, shared=True)
+        return HyperBatch(*rows, step, seed, first_example, self, shared=True, centred=centred)
 
     def scales(self, raw_scale: Tensor) -> Tensor:
         """σ = softplus(clamp(ρ)), (n,), in units of the unconstrained λ."""

@@ -15,13 +15,13 @@ from stn_fast.layers.gated import (
     check_folding,
     check_sizes,
     check_switches,
+    decay_penalty,
     factors_to_use,
     start_response,
 )
 from stn_fast.layers.regularisers import _PerBatchRegulariser, check_rate
 from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gated_embedding import fold
-from stn_fast.ops.gates import response_input
 
 
 class HyperEmbedding(GatedLayer):
@@ -111,10 +111,9 @@ class HyperEmbedding(GatedLayer):
 
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
         """½ · mean_b decay[b] ‖E + R diag(Gw h[b])‖², a scalar."""
-        h = response_input(hyper, self.weight)
         response, projection = self.response_weight, self.response_projection
         operands = (response.T, None) if projection is None else (response, projection.T)
-        return functional.weight_decay_penalty(self.weight.T, operands[0], self.weight_gate, h, decay, operands[1])
+        return decay_penalty(self.weight.T, operands[0], self.weight_gate, hyper, decay, operands[1])
 
     @torch.no_grad()
     def fold(self, response: Tensor) -> nn.Embedding:

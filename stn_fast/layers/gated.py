@@ -12,6 +12,7 @@ from stn_fast import checks, functional
 from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.ops.gates import Factors, GatedParameters, factors_of, fold, response_input
+from stn_fast.ops.tangents import direction_of, is_centred
 
 AUTO_OVERHEAD = 0.05  # response_rank="auto" adds at most this fraction of the plain layer's multiplications
 
@@ -113,9 +114,8 @@ class GatedLayer(nn.Module):
 
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
         """½ · mean_b decay[b] ‖W + diag(Gw h[b]) R‖², a scalar; biases are not decayed."""
-        h = response_input(hyper, self.weight)
-        return functional.weight_decay_penalty(
-            self.weight, self.response_weight, self.weight_gate, h, decay, self.response_projection
+        return decay_penalty(
+            self.weight, self.response_weight, self.weight_gate, hyper, decay, self.response_projection
         )
 
     def _check_response(self, hyper: HyperBatch | Tensor) -> None:
@@ -145,6 +145,26 @@ class GatedLayer(nn.Module):
         """Weight and bias of the plain layer that this one equals at one response input (n,)."""
         check_folding(self.num_hyperparameters, response)
         return fold(self.gated_parameters, response.to(self.weight))
+
+
+def decay_penalty(
+    weight: Tensor,
+    response_weight: Tensor,
+    weight_gate: Tensor,
+    hyper: HyperBatch | Tensor,
+    decay: Tensor,
+    response_projection: Tensor | None,
+) -> Tensor:
+    """`functional.weight_decay_penalty` at a HyperBatch; along the direction of one that asks for tangents.
+
+    The penalty is not linearised: the weights are linear in the response already.
+    """
+    direction = direction_of(hyper, weight)
+    if direction is None and is_centred(hyper):
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return 0.5 * decay.to(wide.dtype).mean() * wide.square().sum()
+    h = response_input(hyper, weight) if direction is None else direction
+    return functional.weight_decay_penalty(weight, response_weight, weight_gate, h, decay, response_projection)
 
 
 def check_sizes(layer: str, **sizes: int) -> None:

@@ -19,12 +19,14 @@ from stn_fast.layers.gated import (
     check_response,
     check_sizes,
     check_switches,
+    decay_penalty,
     factors_to_use,
     start_response,
 )
 from stn_fast.layers.regularisers import DropConnect, PerExampleDropout
 from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gates import GatedParameters, check_examples, fold, response_input
+from stn_fast.ops.tangents import is_centred
 
 State = tuple[Tensor, Tensor]
 
@@ -192,7 +194,7 @@ class HyperLSTM(nn.Module):
 
     def _layers(self, y: Tensor, hyper: HyperBatch | Tensor, state: State | None) -> tuple[Tensor, State]:
         """(T, B, I) → (T, B, H · directions), and the state after the last step."""
-        h = response_input(hyper, self.weight_ih_l0)
+        h = hyper if is_centred(hyper) else response_input(hyper, self.weight_ih_l0)
         before = zip(*self._state(y, state), strict=True)
         after: list[State] = []
         for layer in range(self.num_layers):
@@ -259,13 +261,12 @@ class HyperLSTM(nn.Module):
 
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
         """½ · mean_b decay[b] ‖W + diag(Gw h[b]) R‖², a scalar, summed over all matrices; biases are not decayed."""
-        h = response_input(hyper, self.weight_ih_l0)
         penalties = [
-            functional.weight_decay_penalty(
+            decay_penalty(
                 of_side.weight,
                 of_side.response_weight,
                 of_side.weight_gate,
-                h,
+                hyper,
                 decay,
                 of_side.response_projection,
             )

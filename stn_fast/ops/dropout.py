@@ -15,7 +15,8 @@ from stn_fast.ops.draw import check_coordinates, check_strength, step_number
 from stn_fast.ops.memory import address, own_address
 from stn_fast.ops.operation import Operation
 from stn_fast.ops.serving import ELEMENTWISE, serving
-from stn_fast.ops.transforms import in_transform, known_sizes
+from stn_fast.ops.tangents import of_linear
+from stn_fast.ops.transforms import in_forward_mode, in_function_transform, known_sizes
 
 
 def reference(x: Tensor, rate: Tensor, uniform: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
@@ -195,6 +196,10 @@ def dropout(
             "a training step, and apply no dropout in a validation step, as its layers do in eval mode"
         )
     draw = (rate.contiguous(), step, seed, stream, first_example)
-    if in_transform():
+    if in_function_transform():
         return reference(x, rate, _uniform(step, seed, stream, first_example, sizes, strides), sizes, strides)
-    return _operation(x.contiguous(), *draw, known_sizes(sizes), known_sizes(strides))
+
+    def drop(x: Tensor) -> Tensor:
+        return _operation(x.contiguous(), *draw, known_sizes(sizes), known_sizes(strides))
+
+    return of_linear(drop, x) if in_forward_mode() else drop(x)

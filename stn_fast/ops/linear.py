@@ -10,7 +10,8 @@ from torch import Tensor
 
 from stn_fast.dispatch import choose
 from stn_fast.ops import products
-from stn_fast.ops.transforms import in_transform, traced
+from stn_fast.ops.tangents import dual, paused, split
+from stn_fast.ops.transforms import in_forward_mode, in_function_transform, in_transform, traced
 
 SMALL = 20_000_000  # multiply-adds below which the overhead exceeds the time saved by the faster product
 
@@ -49,6 +50,11 @@ def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b for x (..., I), W (O, I) and b (O,); accepts and raises the same as torch.nn.functional.linear."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
+    if in_forward_mode() and not in_function_transform() and all(split(t)[1] is None for t in tensors[1:]):
+        primal, tangent = split(x)
+        with paused():
+            y, dy = linear(primal, weight, bias), None if tangent is None else linear(tangent, weight)
+        return dual(y, dy)
     if torch.jit.is_tracing() or not torch.backends.mkldnn.enabled:
         return F.linear(x, weight, bias)
     if in_transform() or traced(*tensors) or not all(map(_suits, tensors)) or choose(x.device) != "cpp":

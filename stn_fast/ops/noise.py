@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stn_fast import random
+from stn_fast.ops import tangents
 from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.draw import check_coordinates, check_strength, step_number
 from stn_fast.ops.memory import address, own_address
 from stn_fast.ops.operation import Operation
 from stn_fast.ops.serving import ELEMENTWISE, serving
-from stn_fast.ops.transforms import in_transform, known_sizes
+from stn_fast.ops.transforms import in_forward_mode, in_function_transform, known_sizes
 
 
 def reference(x: Tensor, scale: Tensor, normal: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -165,6 +167,9 @@ def noise(
     stream = check_strength("noise", "scale", scale, x, batch, stream)
     step, seed, first_example = check_coordinates("noise", x.device, seed, step, first_example)
     draw = (step, seed, stream, first_example)
-    if in_transform():
+    (primal, tangent), (_, d_scale) = tangents.split(x), tangents.split(scale)
+    if in_function_transform() or d_scale is not None:
         return reference(x, scale, _normal(step, seed, stream, first_example, sizes), sizes)
-    return _operation(x.contiguous(), scale.contiguous(), *draw, known_sizes(sizes))
+    with tangents.paused() if in_forward_mode() else nullcontext():
+        y = _operation(primal.contiguous(), scale.contiguous(), *draw, known_sizes(sizes))
+    return tangents.dual(y, tangent)

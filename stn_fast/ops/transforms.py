@@ -18,7 +18,12 @@ def in_transform() -> bool:
     A torch.library.custom_op returns a *silent zero tangent* in the first and raises in the others, so the public
     functions of stn_fast.ops then use plain torch operations, which are right in every mode.
     """
-    return forward_ad._current_level >= 0 or in_function_transform()
+    return in_forward_mode() or in_function_transform()
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode AD is active, and not paused as `tangents.paused` does."""
+    return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
 
 
 def in_function_transform() -> bool:

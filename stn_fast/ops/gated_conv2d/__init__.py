@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stn_fast.ops import tangents
 from stn_fast.ops.casts import cast_pair
 from stn_fast.ops.gated_conv2d import joined
 from stn_fast.ops.gated_conv2d.joined import Geometry
+from stn_fast.ops.gated_linear import of_sum
+from stn_fast.ops.gated_sum import gated_sum
 from stn_fast.ops.gates import (
     GatedParameters,
     Gradients,
@@ -220,7 +223,8 @@ def gated_conv2d(
         weight, bias, response_weight, response_bias, weight_gate, bias_gate, response_projection
     )
     check_parameters("gated_conv2d", parameters)
-    h = response_input(hyper, weight)
+    direction = tangents.direction_of(hyper, weight)
+    h = response_input(hyper, weight) if direction is None else direction
     check_examples("gated_conv2d", x, hyper)
     if dtype := autocast_dtype(x):
         x = x.to(dtype)
@@ -233,11 +237,14 @@ def gated_conv2d(
     stride, dilation = pair("gated_conv2d", "stride", stride, 1), pair("gated_conv2d", "dilation", dilation, 1)
     x, padding = _explicit_padding(x, parameters.weight, padding, stride, dilation)
     _check_image(x, parameters.weight, padding, dilation)
-    if h.ndim == 1 and (misled(x) or rows_are_cheaper(h, parameters)):
+    if direction is not None:
+        return _dual(x, parameters, h, Geometry(stride, padding, dilation, groups, relu))
+    if h.ndim == 1 and (misled(x) or (rows_are_cheaper(h, parameters) and not tangents.is_centred(hyper))):
         h = h.expand(len(x), -1)
     if h.ndim == 1:
         implementations.check(x, parameters.weight, h)
-        y = F.conv2d(x, *fold(parameters, h), stride, padding, dilation, groups)
+        plain = (parameters.weight, parameters.bias) if tangents.is_centred(hyper) else fold(parameters, h)
+        y = F.conv2d(x, *plain, stride, padding, dilation, groups)
         if not in_transform():
             watch(y)
         return y.relu() if relu else y
@@ -256,6 +263,31 @@ def gated_conv2d(
     filters_and_gates = (weight, bias, response_weight, response_bias, *gates, projection)
     operands = (x.contiguous(memory_format=layout), *filters_and_gates, h.contiguous())
     return _operation(*operands, stride, padding, dilation, groups, relu, save_response)[0]
+
+
+def _dual(x: Tensor, parameters: GatedParameters, direction: Tensor, geometry: Geometry) -> Tensor:
+    """conv(x, W) + b, with its tangent along a change of h from 0."""
+    weight, bias, response_weight, _, _, _, projection = parameters
+    *options, groups, relu = geometry
+    x, dx = tangents.split(x)
+
+    def rows(y: Tensor) -> Tensor:
+        return y.permute(0, 2, 3, 1).flatten(0, 2)
+
+    with tangents.paused():
+        convolve = partial(F.conv2d, stride=options[0], padding=options[1], dilation=options[2], groups=groups)
+        z, q = convolve(x, weight, bias), convolve(x, response_weight if projection is None else projection)
+        if projection is not None:
+            q = F.conv2d(q, response_weight, groups=groups)
+        p = None if dx is None else convolve(dx, weight)
+        (batch, _, *pixels), inner = z.shape, z.shape[2] * z.shape[3]
+        dz = gated_sum(rows(q), *of_sum(parameters), direction, None if p is None else rows(p), inner=inner)
+        dz = dz.view(batch, *pixels, -1).permute(0, 3, 1, 2)
+        watch(z, q, *(() if p is None else (p,)))
+        if relu:
+            z = z.relu()
+            dz = torch.ops.aten.threshold_backward(dz, z, 0)
+    return tangents.dual(z, dz)
 
 
 def pair(who: str, name: str, value: IntOrPair, least: int) -> list[int]:

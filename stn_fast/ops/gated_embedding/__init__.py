@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stn_fast.ops import tangents
 from stn_fast.ops.draw import check_coordinates, check_stream
 from stn_fast.ops.dropout import dropout
 from stn_fast.ops.gated_embedding import plain
 from stn_fast.ops.gated_linear import gated_linear
+from stn_fast.ops.gated_sum import gated_sum
 from stn_fast.ops.gates import (
     GatedParameters,
     Wanted,
@@ -23,6 +25,7 @@ from stn_fast.ops.gates import (
     expected,
     response_input,
 )
+from stn_fast.ops.linear import linear
 from stn_fast.ops.operation import Operation
 from stn_fast.ops.serving import Implementations
 from stn_fast.ops.transforms import in_transform, traced
@@ -219,7 +222,8 @@ def gated_embedding(
     """
     parameters = GatedParameters(weight, None, response_weight, None, weight_gate, None, response_projection)
     check_parameters("gated_embedding", parameters)
-    h = response_input(hyper, weight)
+    direction = tangents.direction_of(hyper, weight)
+    h = response_input(hyper, weight) if direction is None else direction
     check_examples("gated_embedding", tokens, hyper, example_dim, range(tokens.ndim))
     _check(tokens, parameters, h, example_dim, padding_idx)
     at = None
@@ -237,7 +241,20 @@ def gated_embedding(
     if h.ndim == 1:  # every position is one of a single example
         h, outer, inner = h[None], tokens.numel(), 1
     rows = tokens.reshape(-1).long()
-    if in_transform():
+    if tangents.is_centred(hyper):
+        with tangents.paused():
+            if not traced(rows, weight):
+                _check_range(rows, len(weight))
+            scale = None if rate is None or at is None else row_scale(len(weight), rate, at, seed, stream)
+            e = _looked_up(rows, weight, scale, padding, sparse)
+            de = None
+            if direction is not None:
+                table = response_weight if response_projection is None else response_projection
+                q = _looked_up(rows, table, scale, padding, sparse)
+                q = q if response_projection is None else linear(q, response_weight)
+                de = gated_sum(q, weight_gate, None, None, h, outer=outer, inner=inner)
+        e = tangents.dual(e, de)
+    elif in_transform():
         scale = None if rate is None or at is None else row_scale(len(weight), rate, at, seed, stream)
         e = reference(rows, parameters, h, scale, outer, inner, padding)
     elif response_projection is not None:
@@ -264,18 +281,21 @@ def _of_low_rank(
     """Two lookups, E[t] and u = B[t], and a gated linear layer of u that has no W: (h Gwᵀ) ⊙ (u Aᵀ)."""
     _, _, factor, _, weight_gate, _, projection = parameters
     assert projection is not None
-    rows = [
-        F.embedding(tokens, t, None if padding < 0 else padding, sparse=sparse) for t in (parameters.weight, projection)
-    ]
-    if scale is not None:
-        of_row = scale[tokens].to(rows[0].dtype)[:, None]
-        rows = [torch.where(of_row == 0, 0, row) * of_row for row in rows]
-    e, u = rows
+    e, u = (_looked_up(tokens, table, scale, padding, sparse) for table in (parameters.weight, projection))
     with torch.autocast(e.device.type, enabled=False):
         response = gated_linear(
             u.view(outer, len(h), inner, -1), torch.zeros_like(factor), None, factor, None, weight_gate, None, h, 1
         )
     return e + response.view_as(e)
+
+
+def _looked_up(tokens: Tensor, table: Tensor, scale: Tensor | None, padding: int, sparse: bool) -> Tensor:
+    """Rows of a table, each multiplied by its word's scale."""
+    rows = F.embedding(tokens, table, None if padding < 0 else padding, sparse=sparse)
+    if scale is None:
+        return rows
+    of_row = scale[tokens].to(rows.dtype)[:, None]
+    return torch.where(of_row == 0, 0, rows) * of_row
 
 
 def _check(tokens: Tensor, parameters: GatedParameters, h: Tensor, example_dim: int, padding_idx: int | None) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stn_fast.ops import tangents
 from stn_fast.ops.gated_linear import plain
+from stn_fast.ops.gated_sum import gated_sum
 from stn_fast.ops.gates import (
     GatedParameters,
     Gradients,
@@ -137,12 +139,18 @@ def gated_linear(
         weight, bias, response_weight, response_bias, weight_gate, bias_gate, response_projection
     )
     check_parameters("gated_linear", parameters)
-    h = response_input(hyper, weight)
+    direction = tangents.direction_of(hyper, weight)
+    h = response_input(hyper, weight) if direction is None else direction
     check_examples("gated_linear", x, hyper, example_dim, range(x.ndim - 1))
     if dtype := autocast_dtype(x):
         x, parameters, h = x.to(dtype), parameters.to(dtype), h.to(dtype)
     _check(x, parameters, h, example_dim)
     example_dim %= x.ndim
+    if direction is not None:
+        return _dual(x, parameters, h, example_dim)
+    if tangents.is_centred(hyper):
+        implementations.check(x, weight, h)
+        return linear(x, parameters.weight, parameters.bias)
     if h.ndim == 1 and rows_are_cheaper(h, parameters):
         h = h.expand(x.shape[example_dim], -1)
     if h.ndim == 1:
@@ -156,6 +164,29 @@ def gated_linear(
         save_response = response_is_read(h, parameters)
         y, _ = _operation(*contiguous(rows, *parameters, h), outer, inner, save_response)
     return y.view(*x.shape[:-1], parameters.weight.shape[0])
+
+
+def _dual(x: Tensor, parameters: GatedParameters, direction: Tensor, example_dim: int) -> Tensor:
+    """x Wᵀ + b, with its tangent along a change of h from 0."""
+    x, dx = tangents.split(x)
+    outer, inner = math.prod(x.shape[:example_dim]), math.prod(x.shape[example_dim + 1 : -1])
+    with tangents.paused():
+        z = linear(x, parameters.weight, parameters.bias)
+        q = response(x, parameters).flatten(0, -2)
+        p = None if dx is None else linear(dx, parameters.weight).flatten(0, -2)
+        dz = gated_sum(q, *of_sum(parameters), direction, p, outer=outer, inner=inner)
+    return tangents.dual(z, dz.view_as(z))
+
+
+def response(x: Tensor, parameters: GatedParameters) -> Tensor:
+    """x Rᵀ by plain products."""
+    projection = parameters.response_projection
+    return linear(x if projection is None else linear(x, projection), parameters.response_weight)
+
+
+def of_sum(parameters: GatedParameters) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gw, r and Gb, as `gated_sum` takes them."""
+    return parameters.weight_gate, parameters.response_bias, parameters.bias_gate
 
 
 def _check(x: Tensor, parameters: GatedParameters, h: Tensor, example_dim: int) -> None:

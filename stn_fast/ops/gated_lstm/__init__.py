@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stn_fast.ops import gated_linear
+from stn_fast.ops import gated_linear, tangents
 from stn_fast.ops.gated_lstm import over_time
 from stn_fast.ops.gated_lstm.over_time import Saved
+from stn_fast.ops.gated_lstm.tangent import dual_lstm
 from stn_fast.ops.gates import (
     GatedParameters,
     check_examples,
@@ -186,19 +187,26 @@ def gated_lstm(
         )
     check_parameters("gated_lstm", from_input, "from_input.")
     check_parameters("gated_lstm", from_hidden, "from_hidden.")
-    h = response_input(hyper, from_input.weight)
+    direction = tangents.direction_of(hyper, from_input.weight)
+    h = response_input(hyper, from_input.weight) if direction is None else direction
     check_examples("gated_lstm", x, hyper, example_dim=1)
     if dtype := autocast_dtype(x):
         x, h_0, c_0, h = (tensor.to(dtype) for tensor in (x, h_0, c_0, h))
         from_input, from_hidden = from_input.to(dtype), from_hidden.to(dtype)
     _check(x, h_0, c_0, from_input, from_hidden, h)
+    if direction is not None:
+        y, c_n = dual_lstm(x, h_0, c_0, from_input, from_hidden, h, reverse)
+        return y, (y[0 if reverse else -1], c_n)
     if in_transform():
         rows = h.expand(x.shape[1], -1) if h.ndim == 1 else h
         return reference(x, h_0, c_0, from_input, from_hidden, rows, reverse)
-    if h.ndim == 1 and (misled(x) or rows_are_cheaper(h, from_input, from_hidden)):
+    is_plain = tangents.is_centred(hyper)
+    if h.ndim == 1 and (misled(x) or (rows_are_cheaper(h, from_input, from_hidden) and not is_plain)):
         h = h.expand(x.shape[1], -1)
     if h.ndim == 1:
         implementations.check(x, h_0, h)
+        if is_plain:
+            return _folded(x, h_0, c_0, from_input[:2], from_hidden[:2], reverse)
         return _folded(x, h_0, c_0, fold(from_input, h), fold(from_hidden, h), reverse)
     tensors = (x, h_0, c_0, *from_input, *from_hidden, h)
     needed = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

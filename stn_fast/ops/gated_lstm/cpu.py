@@ -26,8 +26,8 @@ def forward(
     h_0: Tensor,
     c_0: Tensor,
     weight: Tensor,
-    response_weight: Tensor,
-    scale: Tensor,
+    response_weight: Tensor | None,
+    scale: Tensor | None,
     shift: Tensor | None,
     reverse: bool,
     save: bool,
@@ -40,17 +40,17 @@ def forward(
     for given in (gates, h_0, c_0, scale):
         address(given)  # raises where it can't be read
     second = response_weight if projection is None else projection
-    times_weights = many_times_transpose(torch.cat([weight, second]), batch)
+    times_weights = many_times_transpose(weight if second is None else torch.cat([weight, second]), batch)
     y = gates.new_empty(steps, batch, hidden)
     cells = torch.empty_like(y) if save else gates.new_empty(1, batch, hidden).expand_as(y)
-    response = gates.new_empty(steps, batch, len(second)) if save_response else None
+    response = gates.new_empty(steps, batch, len(second)) if save_response and second is not None else None
     times_factor = None if projection is None else gates.new_empty(batch, wide)
     h, c = h_0, c_0
     for t in in_time(steps, reverse):
         both = times_weights(h)
         kept = None if response is None else response[t]
-        q, q_row = both[:, wide:], both.shape[1]
-        if times_factor is not None:
+        q, q_row = None if second is None else both[:, wide:], both.shape[1]
+        if times_factor is not None and q is not None and response_weight is not None:
             u, q_row = q, wide
             q = torch.mm(u, response_weight.T, out=times_factor)
             if kept is not None:
@@ -72,8 +72,8 @@ def backward(
     cells: Tensor,
     c_0: Tensor,
     weight: Tensor,
-    response_weight: Tensor,
-    scale: Tensor,
+    response_weight: Tensor | None,
+    scale: Tensor | None,
     reverse: bool,
     wants_h_0: bool,
     projection: Tensor | None,
@@ -84,10 +84,11 @@ def backward(
     for given in (dy, d_last_cell, gates, cells, c_0, scale):
         address(given)  # raises where it can't be read
     second = response_weight if projection is None else projection
-    d_gates, d_both = torch.empty_like(gates), gates.new_empty(batch, wide + len(second))
-    d_second = d_both[:, wide:]
-    d_q = d_second if projection is None else gates.new_empty(batch, wide)
-    times_weights = many_times_transpose(torch.cat([weight, second]).T, batch)
+    d_gates, d_both, d_q = torch.empty_like(gates), None, None
+    if second is not None:
+        d_both = gates.new_empty(batch, wide + len(second))
+        d_q = d_both[:, wide:] if projection is None else gates.new_empty(batch, wide)
+    times_weights = many_times_transpose((weight if second is None else torch.cat([weight, second])).T, batch)
     dc = torch.zeros_like(c_0) if d_last_cell is None else d_last_cell.clone(memory_format=torch.contiguous_format)
     dh = None
     order = in_time(steps, reverse)
@@ -97,10 +98,41 @@ def backward(
         _C.gated_lstm_cell_backward(
             own_address(dy[t]), own_address(dh), own_address(dc), own_address(gates[t]), own_address(cells[t]),
             own_address(c_before), own_address(scale), own_address(d_gates[t]), own_address(d_both), own_address(d_q),
-            d_both.shape[1], d_q.stride(0), batch, hidden, threads,
+            0 if d_both is None else d_both.shape[1], 0 if d_q is None else d_q.stride(0), batch, hidden, threads,
         )  # fmt: skip
         if position or wants_h_0:
-            if projection is not None:
-                torch.mm(d_q, response_weight, out=d_second)
-            dh = times_weights(d_both)
+            if projection is not None and d_both is not None and d_q is not None and response_weight is not None:
+                torch.mm(d_q, response_weight, out=d_both[:, wide:])
+            dh = times_weights(d_gates[t] if d_both is None else d_both)
     return RecurrenceGradients(d_gates, dh if wants_h_0 else None, dc)
+
+
+def tangent(
+    d_before: Tensor,
+    weight: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    c_0: Tensor,
+    d_h_0: Tensor | None,
+    d_c_0: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    from stn_fast import _C
+
+    (steps, batch, _), hidden, threads = gates.shape, c_0.shape[1], torch.get_num_threads()
+    for given in (d_before, gates, cells, c_0):
+        address(given)  # raises where it can't be read
+    times_weights = many_times_transpose(weight, batch)
+    dy = torch.empty_like(cells)
+    dc = torch.zeros_like(c_0) if d_c_0 is None else d_c_0.clone(memory_format=torch.contiguous_format)
+    dh = d_h_0
+    order = in_time(steps, reverse)
+    for position, t in enumerate(order):
+        p = None if dh is None else times_weights(dh)
+        c_before = cells[order[position - 1]] if position else c_0
+        dh = dy[t]
+        _C.lstm_cell_tangent(
+            own_address(d_before[t]), own_address(p), own_address(gates[t]), own_address(cells[t]),
+            own_address(c_before), own_address(dc), own_address(dh), batch, hidden, threads,
+        )  # fmt: skip
+    return dy, dc

@@ -24,8 +24,8 @@ def forward(
     h_0: Tensor,
     c_0: Tensor,
     weight: Tensor,
-    response_weight: Tensor,
-    scale: Tensor,
+    response_weight: Tensor | None,
+    scale: Tensor | None,
     shift: Tensor | None,
     reverse: bool,
     save: bool,
@@ -35,13 +35,17 @@ def forward(
     exact = wide(gates.dtype)
     y = gates.new_empty(*gates.shape[:2], h_0.shape[1])
     cells = torch.empty_like(y) if save else None
-    width = len(response_weight) if projection is None else len(projection)
-    response = gates.new_empty(*gates.shape[:2], width) if save_response else None
+    response = None
+    if save_response and response_weight is not None:
+        width = len(response_weight) if projection is None else len(projection)
+        response = gates.new_empty(*gates.shape[:2], width)
     hidden, cell = h_0, c_0
     for t in in_time(len(gates), reverse):
-        u = hidden if projection is None else hidden @ projection.T
-        q = u @ response_weight.T
-        before = torch.addcmul(gates[t].to(exact) + hidden @ weight.T, scale.to(exact), q.to(exact))
+        before = gates[t].to(exact) + hidden @ weight.T
+        if response_weight is not None and scale is not None:
+            u = hidden if projection is None else hidden @ projection.T
+            q = u @ response_weight.T
+            before = torch.addcmul(before, scale.to(exact), q.to(exact))
         i, f, g, o = (before if shift is None else before + shift).chunk(4, -1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
         exact_cell = f * cell + i * g
@@ -61,8 +65,8 @@ def backward(
     cells: Tensor,
     c_0: Tensor,
     weight: Tensor,
-    response_weight: Tensor,
-    scale: Tensor,
+    response_weight: Tensor | None,
+    scale: Tensor | None,
     reverse: bool,
     wants_h_0: bool,
     projection: Tensor | None,
@@ -85,7 +89,36 @@ def backward(
         d_gates[t] = before.to(gates.dtype)
         dc = d_c * f
         if position or wants_h_0:
-            dq = (before * scale).to(dh.dtype)
-            du, back = (dq, response_weight) if projection is None else (dq @ response_weight, projection)
-            dh = torch.addmm(d_gates[t] @ weight, du, back)
+            dh = d_gates[t] @ weight
+            if response_weight is not None and scale is not None:
+                dq = (before * scale).to(dh.dtype)
+                du, back = (dq, response_weight) if projection is None else (dq @ response_weight, projection)
+                dh = torch.addmm(dh, du, back)
     return RecurrenceGradients(torch.stack(d_gates), dh if wants_h_0 else None, dc)
+
+
+def tangent(
+    d_before: Tensor,
+    weight: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    c_0: Tensor,
+    d_h_0: Tensor | None,
+    d_c_0: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    exact = wide(gates.dtype)
+    order = in_time(len(gates), reverse)
+    dy = list(cells)  # replaced step by step
+    dh = d_h_0
+    dc = torch.zeros_like(c_0, dtype=exact) if d_c_0 is None else d_c_0.to(exact)
+    for position, t in enumerate(order):
+        c_before = (cells[order[position - 1]] if position else c_0).to(exact)
+        before = d_before[t] if dh is None else d_before[t] + dh @ weight.T
+        i, f, g, o = gates[t].to(exact).chunk(4, -1)
+        d_i, d_f, d_g, d_o = before.to(exact).chunk(4, -1)
+        tanh_c = cells[t].to(exact).tanh()
+        dc = f * dc + c_before * f * (1 - f) * d_f + g * i * (1 - i) * d_i + i * (1 - g * g) * d_g
+        dh = (tanh_c * o * (1 - o) * d_o + o * (1 - tanh_c * tanh_c) * dc).to(gates.dtype)
+        dy[t] = dh
+    return torch.stack(dy), dc.to(c_0.dtype)

@@ -10,6 +10,9 @@ from torch import Tensor
 from stn_fast.kernels import gated_lstm as kernels
 from stn_fast.ops.gated_linear import plain, triton
 from stn_fast.ops.gated_lstm.over_time import Recurrence, RecurrenceGradients
+from stn_fast.ops.gated_lstm.plain import backward as plain_backward
+from stn_fast.ops.gated_lstm.plain import forward as plain_forward
+from stn_fast.ops.gated_lstm.plain import tangent as tangent
 
 
 def linear(h: Tensor) -> ModuleType:
@@ -18,8 +21,9 @@ def linear(h: Tensor) -> ModuleType:
 
 
 def forward(*operands: Any) -> Recurrence:
-    return Recurrence(*kernels.forward(*operands))
+    """Without a response, by plain torch: the tangent's LSTM has no kernels yet."""
+    return plain_forward(*operands) if operands[4] is None else Recurrence(*kernels.forward(*operands))
 
 
 def backward(*operands: Any) -> RecurrenceGradients:
-    return RecurrenceGradients(*kernels.backward(*operands))
+    return plain_backward(*operands) if operands[6] is None else RecurrenceGradients(*kernels.backward(*operands))
