@@ -42,8 +42,9 @@ from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.recipes import recipe
 from stn_fast.recipes.images import build_task
 from stn_fast.training import finite
+from stn_fast.training.build import build_method
 from stn_fast.training.config import PRECISIONS, Config, Precision
-from stn_fast.training.methods import SelfTuning, build_method
+from stn_fast.training.methods import SelfTuning
 from stn_fast.training.task import Task
 
 RESNET = "cifar10-resnet18"  # no recipe, but the data of one, and those of its hyperparameters that a ResNet has

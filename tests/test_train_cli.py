@@ -89,7 +89,7 @@ def test_printing_the_configuration_loads_nothing_heavy(capsys):
         (["--train-fraction", "0_1e-0"], "argument --train-fraction: invalid float value"),
         (["--set", "schedule={epochs: 1, epochs: 2}"], "key 'epochs' is given twice"),
         (["digit"], "unknown recipe 'digit': did you mean 'digits'?"),
-        (["--method", "delta-stn"], "not available yet"),
+        (["--method", "delta"], "did you mean 'delta-stn'?"),
         (["--set", "optimiser.learning_rate=1"], "did you mean 'optimizer'?"),
         (["--config", "absent.yaml"], "absent.yaml: No such file"),
         (["--epochs", "0"], "schedule.epochs (--epochs) = 0: must be at least 1"),

@@ -107,11 +107,14 @@ class CapturedSteps:
         device = method.location.device
         self.method, self.replayed, self.reasons, self._warn = method, 0, list[str](), warn
         self.graphs = graphs if graphs is not None or not captures(device) else CudaGraphs(device)
-        self._training, self._validation = _Step(self, "train_step"), _Step(self, "valid_step")
+        self._training = [_Step(self, kind) for kind in method.training_kinds]
+        self._validation = _Step(self, "valid_step")
 
     def train_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
         """The same as the method's, including errors."""
-        return self._training.take(batch, step, first_example)
+        pairs = zip(self._training, self.method.views(batch), strict=True)
+        loss, *_ = [kind.take(view, step, first_example) for kind, view in pairs]
+        return loss
 
     def valid_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
         """The same as the method's, including errors."""

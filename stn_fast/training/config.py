@@ -106,7 +106,7 @@ class HyperparameterConfig:
         )
 
 
-MethodName = Literal["stn", "fixed"]
+MethodName = Literal["stn", "delta-stn", "fixed"]
 
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16")
@@ -115,7 +115,7 @@ PrecisionSetting = Literal["auto", "fp32", "tf32", "bf16"]
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Whether hyperparameters are tuned (``stn``) or stay at their first guess (``fixed``).
+    """How hyperparameters are tuned (``stn``, ``delta-stn``), or that they stay at their first guess (``fixed``).
 
     ``freeze`` trains the self-tuning network under perturbations but does not tune location and scale: a control
     experiment that separates the effect of tuning from that of the extra parameters. After ``warmup_epochs`` of
@@ -126,6 +126,10 @@ class MethodConfig:
 
     ``response_rank`` is the rank of the response of every layer's weights: a whole number; ``auto`` for the largest
     that adds at most 5 % to a layer's arithmetic; null for full responses, which double it.
+
+    Only for ``delta-stn``: ``linearize`` uses the first-order change of the outputs in response steps, and
+    ``response_learning_rate`` is the learning rate of the response; null for that of the weights. Both rates decay
+    together.
     """
 
     name: MethodName = "stn"
@@ -137,17 +141,25 @@ class MethodConfig:
     entropy_weight: float = 1e-3
     response: Response = "shifted"
     response_rank: ResponseRank = None
+    linearize: bool = True
+    response_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        _require(self.name != "delta-stn", "name", self.name, "is not available yet; use stn or fixed")
-        names = ("stn", "fixed")
+        names = ("stn", "delta-stn", "fixed")
         _require(self.name in names, "name", self.name, did_you_mean(str(self.name), names))
         _require(
             not (self.freeze and self.name == "fixed"),
             "freeze",
             self.freeze,
-            "only applies to --method stn; --method fixed never tunes its hyperparameters",
+            "only applies to methods that tune; --method fixed never tunes its hyperparameters",
         )
+        for key, default in (("linearize", True), ("response_learning_rate", None)):
+            given = getattr(self, key)
+            _require(given == default or self.name == "delta-stn", key, given, "only applies to --method delta-stn")
+        if self.response_learning_rate is not None:
+            _require_positive(response_learning_rate=self.response_learning_rate)
+        centred = self.name != "delta-stn" or self.response == "shifted"
+        _require(centred, "response", self.response, "must be shifted for --method delta-stn, which centres it")
         _require_at_least(1, train_steps=self.train_steps, valid_steps=self.valid_steps)
         _require_at_least(0, warmup_epochs=self.warmup_epochs)
         entropy_is_right = isfinite(self.entropy_weight) and self.entropy_weight >= 0
@@ -161,7 +173,7 @@ class MethodConfig:
     @property
     def tunes(self) -> bool:
         """Whether validation steps move the hyperparameters."""
-        return self.name == "stn" and not self.freeze
+        return self.name != "fixed" and not self.freeze
 
     @property
     def label(self) -> str:
@@ -299,7 +311,7 @@ class Config:
         _require(len(self.enabled) > 0, "hyperparameters", names, "needs at least one that is enabled")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be at least 0 and below 2**63")
         _require_at_least(1, threads=self.threads)
-        whole = [name for name, entry in self.enabled.items() if entry.integer and self.method.name == "stn"]
+        whole = [name for name, entry in self.enabled.items() if entry.integer and self.method.name != "fixed"]
         untuned = "cannot tune integers, as their value has no gradient; use shifted, or disable " + ", ".join(whole)
         _require(self.method.response != "value" or not whole, "method.response", "value", untuned)
         share = self.train_fraction

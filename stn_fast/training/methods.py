@@ -23,7 +23,7 @@ from stn_fast.checks import real_number, switch, whole_number
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.training.batches import Batch, as_batch
 from stn_fast.training.capture import CapturedSteps
-from stn_fast.training.config import Config, Precision
+from stn_fast.training.config import Precision
 from stn_fast.training.finite import Attempt, Buffers, Guard, gradient_norms
 from stn_fast.training.hyper_state import check_made_by, described, reorder, saved_order
 from stn_fast.training.modes import TrainingModes, evaluating
@@ -31,11 +31,9 @@ from stn_fast.training.optimizers import (
     MakeOptimizer,
     default_hyper_optimizer,
     default_optimizer,
-    hyper_optimizer,
     learning_rate,
     make_capturable,
     set_learning_rate,
-    weight_optimizer,
 )
 from stn_fast.training.parameters import (
     check_streams,
@@ -47,7 +45,7 @@ from stn_fast.training.parameters import (
     parameter_names,
 )
 from stn_fast.training.precision import autocasting, check_precision, float32_products
-from stn_fast.training.task import Objective, Task
+from stn_fast.training.task import Objective
 
 
 class Kind(NamedTuple):
@@ -87,6 +85,7 @@ class Method(ABC):
     """
 
     tunes = False
+    training_kinds: Sequence[str] = ("train_step",)  # the kinds of steps that `train_step` consists of, in order
 
     def __init__(
         self,
@@ -182,11 +181,21 @@ class Method(ABC):
         with float32_products(self.precision):
             return self._train(batch, step, first_example)
 
+    def views(self, batch: Any) -> list[Batch]:
+        """The batch for each of ``training_kinds``, made before the first of them carries the batch's state on."""
+        return [as_batch(batch, self.location.device)]
+
     def _train(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
         """The step itself. After the first one, it never waits for a CUDA device."""
-        put_back = self._buffers.keep()
         hyper = self._training_hyper(self._draw(batch, step, first_example))
-        loss = self._loss("training", self.training_objective, batch, hyper)
+        return self._minimise("training", self.model, self.optimizer, batch, hyper)
+
+    def _minimise(
+        self, kind: str, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, hyper: HyperBatch
+    ) -> Tensor:
+        """One step of ``optimizer`` on the training objective of ``model``; returns the loss."""
+        put_back = self._buffers.keep()
+        loss = self._loss("training", self.training_objective, model, batch, hyper)
         if self._checks_used:
             check_used(hyper, all_by_name=False)
             self._checks_used = False
@@ -195,9 +204,9 @@ class Method(ABC):
                 "the training loss does not depend on any parameter that requires a gradient: compute it from the "
                 "model's outputs, and leave requires_grad on for the parameters to train"
             )
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not trained:
             raise RuntimeError("the training loss depends on none of the parameters that the optimizer trains")
         norms = gradient_norms([parameter.grad for parameter in trained])
@@ -210,10 +219,10 @@ class Method(ABC):
         def update() -> None:
             if self.clip is not None:
                 nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
-            self.optimizer.step()
+            optimizer.step()
 
         name = partial(parameter_names, self.model, trained)
-        self.guard.take(Attempt("training", step, loss, norms, norm, name), self.optimizer, update, undo)
+        self.guard.take(Attempt(kind, hyper.step, loss, norms, norm, name), optimizer, update, undo)
         return loss.detach()
 
     def begin(self, call: str, batch: Any) -> Batch:
@@ -223,7 +232,7 @@ class Method(ABC):
             raise RuntimeError(
                 f"{call} computes gradients, but torch.no_grad or torch.inference_mode is on: call it outside of them"
             )
-        if call == "train_step":
+        if call != "valid_step":
             self._modes.resume()
         return as_batch(batch, self.location.device)
 
@@ -231,9 +240,9 @@ class Method(ABC):
         """Arguments of ``HyperparameterSpace.sample`` and ``at``: number of examples and RNG coordinates."""
         return dict(batch_size=batch.examples, seed=self.seed, step=step, first_example=first_example)
 
-    def _loss(self, kind: str, objective: Objective, batch: Batch, hyper: HyperBatch) -> Tensor:
+    def _loss(self, kind: str, objective: Objective, model: nn.Module, batch: Batch, hyper: HyperBatch) -> Tensor:
         with autocasting(self.precision, self.location.device):
-            loss = batch.finish(objective(self.model, batch, hyper))
+            loss = batch.finish(objective(model, batch, hyper))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"{kind}_objective must return a tensor of one number, the mean over examples, got {got}")
@@ -346,7 +355,10 @@ class FixedHyperparameters(Method):
         return torch.zeros_like(self.location)
 
     def _training_hyper(self, draw: dict[str, Any]) -> HyperBatch:
-        return self.space.at(self.location, **draw)
+        return self.space.at(self.location, **draw, centred=True)
+
+    def unperturbed(self, batch_size: int) -> HyperBatch:
+        return self.space.at(self.location, batch_size=batch_size, centred=True)
 
 
 class SelfTuning(Method):
@@ -405,7 +417,12 @@ class SelfTuning(Method):
         return self._perturbed(draw)
 
     def _perturbed(self, draw: dict[str, Any]) -> HyperBatch:
-        return self.space.sample(self.location, self.raw_scale, **draw)
+        return self.space.sample(self.location, self.raw_scale, center=self._center, **draw)
+
+    @property
+    def _center(self) -> Tensor | None:
+        """The location at which the response input is 0; None for the first one."""
+        return None
 
     def valid_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
         """Updates location and raw scale on one validation batch; arguments as for ``train_step``.
@@ -428,8 +445,9 @@ class SelfTuning(Method):
         """The step itself. After the first one, it never waits for a CUDA device."""
         with evaluating(self.model), hold_parameters(self.model.parameters()):
             draw = self._draw(batch, step, first_example)
-            hyper = self._perturbed(draw) if self.tune_scales else self.space.at(self.location, **draw)
-            loss = self._loss("validation", self.validation_objective, batch, hyper)
+            at = self.space.at
+            hyper = self._perturbed(draw) if self.tune_scales else at(self.location, center=self._center, **draw)
+            loss = self._loss("validation", self.validation_objective, self.model, batch, hyper)
             if not loss.requires_grad:
                 raise RuntimeError(
                     "the validation loss does not depend on the hyperparameters: the model needs layers that "
@@ -459,27 +477,3 @@ class SelfTuning(Method):
         super()._load(state)
         self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
         make_capturable(self.hyper_optimizer)
-
-
-def build_method(config: Config, task: Task) -> Method:
-    """Builds the method that ``config.method`` names, for ``task``."""
-    given: dict[str, Any] = dict(
-        optimizer=weight_optimizer(config.optimizer),
-        clip=config.optimizer.clip,
-        seed=config.seed,
-        precision=config.resolved.precision,
-        allow_unused=task.allow_unused,
-    )
-    if config.method.name == "fixed":
-        return FixedHyperparameters(task.model, task.space, task.training_objective, **given)
-    return SelfTuning(
-        task.model,
-        task.space,
-        task.training_objective,
-        task.validation_objective,
-        hyper_optimizer=hyper_optimizer(config.hyper_optimizer),
-        entropy_weight=config.method.entropy_weight,
-        tune_scales=config.method.tune_scales,
-        freeze=config.method.freeze,
-        **given,
-    )

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stn_fast.ops.memory import address_to_compare
+from stn_fast.ops.transforms import in_forward_mode
 from stn_fast.training.finite import is_writable
 from stn_fast.training.parameters import listed
 
@@ -73,7 +74,9 @@ class HostWork(TorchDispatchMode):
 
     def _trouble(self, func: Any, values: tuple[Any, Any, Any]) -> str | None:
         tensors = [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
-        elsewhere = {str(tensor.device) for tensor in tensors if tensor.device != self._device}
+        # Forward-mode AD computes shapes with meta tensors, which is no work of any device.
+        devices = {tensor.device for tensor in tensors if not (tensor.is_meta and in_forward_mode())}
+        elsewhere = {str(device) for device in devices if device != self._device}
         if elsewhere:
             return f"it uses tensors on {' and '.join(sorted(elsewhere))}, and the step is on {self._device}"
         if torch.Tag.data_dependent_output in func.tags:

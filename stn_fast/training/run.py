@@ -17,9 +17,9 @@ from stn_fast.errors import UserError
 from stn_fast.files import exists
 from stn_fast.ops.openmp import full_team
 from stn_fast.training import checkpoint
+from stn_fast.training.build import build_method
 from stn_fast.training.config import FLAGS, Config, ConfigError
 from stn_fast.training.finite import is_writable
-from stn_fast.training.methods import build_method
 from stn_fast.training.metrics import MetricsLog, size_of
 from stn_fast.training.parameters import check_used
 from stn_fast.training.progress import Progress

@@ -104,7 +104,7 @@ class Window:
         inputs, targets, state = parts
         carrier = _Carrier()
         carrier.carry(0, state)
-        return Window(inputs, targets, 1, False, carrier)
+        return Window(inputs, targets, 1, self.begins, carrier)
 
     def finish_as(self, other: Any) -> None:
         self.carry(_mapped(Tensor.clone, other.carrier.state_for(other.index + 1)))

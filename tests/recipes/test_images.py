@@ -13,8 +13,8 @@ from stn_fast.data import Images, Split, cifar10, fashion_mnist
 from stn_fast.errors import UserError
 from stn_fast.recipes import RECIPES, recipe
 from stn_fast.recipes import images as recipes
+from stn_fast.training.build import build_method
 from stn_fast.training.layering import resolve, to_yaml
-from stn_fast.training.methods import build_method
 from stn_fast.training.run import checked_task, run
 from stn_fast.training.spaces import build_space
 

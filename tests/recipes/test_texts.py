@@ -12,8 +12,8 @@ from stn_fast import plot
 from stn_fast.data import ptb, text, wikitext2
 from stn_fast.errors import UserError
 from stn_fast.recipes import recipe, texts
+from stn_fast.training.build import build_method
 from stn_fast.training.layering import resolve
-from stn_fast.training.methods import build_method
 from stn_fast.training.progress import summary
 from stn_fast.training.run import checked_task, run
 from stn_fast.training.spaces import build_space

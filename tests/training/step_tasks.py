@@ -40,7 +40,8 @@ def _finished(model, space, objectives, train, valid, device, dtype, options):
     for name, parameter in model.named_parameters():
         if "gate" in name:  # a response that shows after few steps
             torch.nn.init.normal_(parameter, std=0.3)
-    method = SelfTuning(model.to(device, dtype), space, *objectives, seed=3, **options)
+    make = options.pop("make", SelfTuning)
+    method = make(model.to(device, dtype), space, *objectives, seed=3, **options)
     return Steps(method, train, valid)
 
 

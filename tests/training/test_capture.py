@@ -25,6 +25,7 @@ from stn_fast.data import Split
 from stn_fast.training import capture, finite
 from stn_fast.training.batches import as_batch
 from stn_fast.training.capture import CapturedSteps, CudaGraphs
+from stn_fast.training.delta import DeltaSelfTuning
 from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.rehearsal import HostWork, obstacles
 from stn_fast.training.streams import Window
@@ -40,7 +41,7 @@ def everything(method):
     state = copy.deepcopy(method.state_dict())
     found = {f"model.{name}": value for name, value in state["model"].items()}
     found |= {name: state[name] for name in ("location", "raw_scale")}
-    for name in ("optimizer", "hyper_optimizer"):
+    for name in ("optimizer", "response_optimizer", "hyper_optimizer"):
         for index, of_one in state.get(name, {}).get("state", {}).items():
             found |= {f"{name}.{index}.{key}": value for key, value in of_one.items() if value is not None}
     return {name: torch.as_tensor(value) for name, value in found.items()}
@@ -97,6 +98,18 @@ def test_fixed_hyperparameters_are_captured_too():
     assert steps.replayed == 6
     with pytest.raises(RuntimeError, match="does not tune"):
         steps.valid_step(one.valid[0], 8)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_both_steps_of_delta_stn_are_captured(task):
+    make = partial(DeltaSelfTuning, zero_gates=False)
+    one, other = (TASKS[task](make=make) for _ in range(2))
+    steps = captured(other.method)
+    assert torch.equal(*map(torch.stack, (cycle(one, 12), cycle(other, 12, steps))))
+    assert different(one.method, other.method) == []
+    assert steps.reasons == []
+    assert steps.graphs.captured == 3
+    assert steps.replayed >= 2 * 6 + 2
 
 
 def stale_inputs(kept):

@@ -35,7 +35,11 @@ from stn_fast.training.spaces import build_space
         ("train_fraction=1.5", "must be above 0 and at most 1"),
         ("train_fraction=.nan", "must be above 0 and at most 1"),
         ("hyper_optimizer.learning_rate=-1", "hyper_optimizer.learning_rate"),
-        ("method.name=delta-stn", r"method.name \(--method\) = 'delta-stn': is not available yet"),
+        ("method.linearize=false", "method.linearize = False: only applies to --method delta-stn"),
+        (
+            "method.response_learning_rate=0.1",
+            "method.response_learning_rate = 0.1: only applies to --method delta-stn",
+        ),
         ("method.name=stm", "did you mean 'stn'"),
         ("method.train_steps=0", "method.train_steps"),
         ("method.valid_steps=0", "method.valid_steps"),

@@ -19,10 +19,11 @@ from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
 from stn_fast.layers import HyperLinear, PerExampleDropout
 from stn_fast.recipes import digits
 from stn_fast.training import checkpoint
+from stn_fast.training.build import build_method
 from stn_fast.training.config import Config, HyperparameterConfig, MethodConfig, ScheduleConfig, TextConfig
 from stn_fast.training.language import next_word_loss, next_word_scores, with_perplexity
 from stn_fast.training.layering import resolve
-from stn_fast.training.methods import FixedHyperparameters, SelfTuning, build_method
+from stn_fast.training.methods import FixedHyperparameters, SelfTuning
 from stn_fast.training.progress import Progress, summary
 from stn_fast.training.run import checked_task, run, using_threads
 from stn_fast.training.spaces import build_space

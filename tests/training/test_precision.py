@@ -19,10 +19,10 @@ from stn_fast.models import LanguageModel
 from stn_fast.models.mlp import mlp
 from stn_fast.ops.casts import cast, casts_once
 from stn_fast.recipes import digits
+from stn_fast.training.build import build_method
 from stn_fast.training.config import Config
 from stn_fast.training.language import next_word_loss, regularised_next_word_loss
 from stn_fast.training.layering import differences, read_yaml, resolve
-from stn_fast.training.methods import build_method
 from stn_fast.training.precision import float32_products
 from stn_fast.training.run import run
 from stn_fast.training.streams import Streams

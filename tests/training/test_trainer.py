@@ -13,7 +13,8 @@ from run_files import result, rows
 from stn_fast.errors import UserError
 from stn_fast.recipes import digits
 from stn_fast.training import checkpoint
-from stn_fast.training.methods import Method, build_method
+from stn_fast.training.build import build_method
+from stn_fast.training.methods import Method
 from stn_fast.training.progress import Progress
 from stn_fast.training.run import run, using_threads
 from stn_fast.training.task import classification_loss

@@ -1,0 +1,39 @@
+"""The method that a configuration names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from stn_fast.training.config import Config
+from stn_fast.training.delta import DeltaSelfTuning
+from stn_fast.training.methods import FixedHyperparameters, Method, SelfTuning
+from stn_fast.training.optimizers import hyper_optimizer, weight_optimizer
+from stn_fast.training.task import Task
+
+
+def build_method(config: Config, task: Task) -> Method:
+    """Builds the method that ``config.method`` names, for ``task``."""
+    given: dict[str, Any] = dict(
+        optimizer=weight_optimizer(config.optimizer),
+        clip=config.optimizer.clip,
+        seed=config.seed,
+        precision=config.resolved.precision,
+        allow_unused=task.allow_unused,
+    )
+    if config.method.name == "fixed":
+        return FixedHyperparameters(task.model, task.space, task.training_objective, **given)
+    given |= dict(
+        hyper_optimizer=hyper_optimizer(config.hyper_optimizer),
+        entropy_weight=config.method.entropy_weight,
+        tune_scales=config.method.tune_scales,
+        freeze=config.method.freeze,
+    )
+    operands = (task.model, task.space, task.training_objective, task.validation_objective)
+    if config.method.name == "stn":
+        return SelfTuning(*operands, **given)
+    rate = config.method.response_learning_rate
+    of_response = config.optimizer if rate is None else replace(config.optimizer, learning_rate=rate)
+    return DeltaSelfTuning(
+        *operands, response_optimizer=weight_optimizer(of_response), linearize=config.method.linearize, **given
+    )
