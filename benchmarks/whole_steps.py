@@ -98,8 +98,12 @@ def rows_of(
     providers: Mapping[str, Provider],
     timings: Timings,
     device: torch.device,
+    also_to: Sequence[str] = (),
 ) -> list[Row]:
-    """One row for every provider, as `benchmarks.ratios` writes them; the published step is the eager one."""
+    """One row for every provider, as `benchmarks.ratios` writes them; the published step is the eager one.
+
+    Each has a ratio to each provider of ``also_to`` too.
+    """
     return [
         {"op": op, "mode": mode, "shape": list(shape), "dtype": PRECISIONS[precision], "precision": precision}
         | {"provider": name}
@@ -110,6 +114,7 @@ def rows_of(
             "ratio_to_eager": ratio(timings, name, "published"),
             "ratio_to_plain": ratio(timings, name, plain_of(name)),
             "ratio_to_fixed": ratio(timings, name, "fixed"),
+            **{f"ratio_to_{other}": ratio(timings, name, other) for other in also_to},
             # A graph's memory is set aside when it is captured.
             "peak_bytes": None if name.endswith("_captured") else peak_bytes(providers[name], device),
             "device": device_name(device),
@@ -134,18 +139,26 @@ def add_options(parser: argparse.ArgumentParser, modes: Sequence[str], providers
 
 
 def measure(
-    op: str, cases: Iterator[tuple[str, str, Sequence[int], Makers]], options: argparse.Namespace, clock: Clock | None
+    op: str,
+    cases: Iterator[tuple[str, str, Sequence[int], Makers]],
+    options: argparse.Namespace,
+    clock: Clock | None,
+    also_to: Sequence[str] = (),
 ) -> int:
     """Times and prints one case after the other, (title, mode, shape, makers); returns the exit status."""
     if (wrong := without_cuda(options.device)) is not None:
         print(wrong, file=sys.stderr)
         return 2
     with float32_products(options.precision):
-        return _measure(op, cases, options, clock)
+        return _measure(op, cases, options, clock, also_to)
 
 
 def _measure(
-    op: str, cases: Iterator[tuple[str, str, Sequence[int], Makers]], options: argparse.Namespace, clock: Clock | None
+    op: str,
+    cases: Iterator[tuple[str, str, Sequence[int], Makers]],
+    options: argparse.Namespace,
+    clock: Clock | None,
+    also_to: Sequence[str],
 ) -> int:
     device = torch.device(options.device)
     print(f"{device_name(device)}; {options.precision}")
@@ -163,23 +176,33 @@ def _measure(
                     print(f"{title} {mode} {name} failed: {type(error).__name__}: {error}", flush=True)
                     failed += 1
         timings = interleave(providers, device, options.seconds, options.rounds, clock=clock)
-        found = rows_of(op, mode, shape, options.precision, providers, timings, device)
+        found = rows_of(op, mode, shape, options.precision, providers, timings, device, also_to)
         rows += found
         failed += len(timings.failed)
-        print_steps(title, mode, found, providers, timings)
+        print_steps(title, mode, found, providers, timings, also_to)
         if options.json and found:
             write(options.json, rows)
     return 1 if failed else 0
 
 
 def print_steps(
-    title: str, mode: str, rows: Sequence[Row], providers: Mapping[str, Provider], timings: Timings
+    title: str,
+    mode: str,
+    rows: Sequence[Row],
+    providers: Mapping[str, Provider],
+    timings: Timings,
+    also_to: Sequence[str] = (),
 ) -> None:
     """A line for every provider, and one for each reason why a captured one was not."""
     for row in rows:
         compared = [
             f"ratio to {of} {row[key]:.3f}"
-            for of, key in (("plain", "ratio_to_plain"), ("fixed", "ratio_to_fixed"), ("published", "ratio_to_eager"))
+            for of, key in (
+                ("plain", "ratio_to_plain"),
+                ("fixed", "ratio_to_fixed"),
+                ("published", "ratio_to_eager"),
+                *((other, f"ratio_to_{other}") for other in also_to),
+            )
             if row[key] is not None and of != row["provider"].removesuffix("_captured")
         ]
         host = "" if row["host_us"] is None else f"   host {row['host_us'] / 1e3:8.2f} ms"
