@@ -34,7 +34,12 @@ from stn_fast.values import to_json
 if TYPE_CHECKING:
     from stn_fast.training.task import Task
 
-METHODS: dict[str, dict[str, Any]] = {"stn": {}, "fixed": {"name": "fixed"}, "frozen": {"freeze": True}}
+METHODS: dict[str, dict[str, Any]] = {
+    "stn": {},
+    "delta-stn": {"name": "delta-stn"},
+    "fixed": {"name": "fixed"},
+    "frozen": {"freeze": True},
+}
 COLUMNS = {
     "valid_loss": "valid loss",
     "test_loss": "test loss",
@@ -167,7 +172,7 @@ def comparisons(runs: Mapping[tuple[str, float | None], Sequence[Result]]) -> li
     lines = []
     for guess in guesses:
         start = "" if guess is None else f"from dropout {guess:g}: "
-        for method in ("fixed", "frozen"):
+        for method in ("delta-stn", "fixed", "frozen"):
             if ("stn", guess) in runs and (method, guess) in runs:
                 says = f"{start}{{}}, median of stn / median of {method}"
                 lines += ratios(runs["stn", guess], runs[method, guess], says)

@@ -48,8 +48,8 @@ class HyperBatch:
         first_example: index of row 0 in the global batch.
         space: the `HyperparameterSpace` that the columns belong to.
         shared: whether all rows are equal, so that layers fold their response into plain weights.
-        centred: whether `response` is 0, so that gated layers are plain layers with their W and b; it may have a
-            tangent, as from `linearised`.
+        centred: that `response` is 0, so that gated layers are plain layers with their W and b and don't read it; it
+            may have a tangent, as from `linearised`.
         calls: the number of each layer's next draw, by stream and examples; shared with slices and `to`.
         open_calls: how many of these draws no backward pass has repeated yet; shared likewise.
         used: the names that have been looked up; shared with slices, `to` and copies.
@@ -162,10 +162,10 @@ class HyperBatch:
         """The same values and draws, with a response of 0 whose tangent is this batch's response h.
 
         Only inside `torch.autograd.forward_ad.dual_level`: a model then returns its outputs at h = 0 with the tangent
-        J·h. Draws of layers are counted from the start.
+        J·h.
         """
         response = dual(torch.zeros_like(self.response), self.response)
-        return replace(self, response=response, centred=True, calls={}, open_calls={})
+        return replace(self, response=response, centred=True)
 
 
 class _Shared:
@@ -350,6 +350,8 @@ class HyperparameterSpace:
         table, default_center = self._constants(location.device)
         values = constrain(location, table)
         columns = values[:, None].expand(-1, batch_size).contiguous().T
+        if centred and center is not None:
+            raise ValueError("at: give either center or centred=True, which means the location itself")
         if centred:
             response = torch.zeros_like(location)
         else:

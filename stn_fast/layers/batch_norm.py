@@ -11,6 +11,7 @@ from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import GatedLayer, check_sizes, give_parameters
 from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gates import check_examples, response_input
+from stn_fast.ops.tangents import direction_of, dual, is_centred, paused, split
 from stn_fast.ops.transforms import in_transform
 from stn_fast.ops.uncast import product
 
@@ -104,6 +105,10 @@ class HyperBatchNorm2d(GatedLayer):
                 )
             if not in_transform():
                 self.num_batches_tracked.add_(1)
+        if (direction := direction_of(hyper, *self.gated_parameters)) is not None:
+            return self._dual(x, direction)
+        if is_centred(hyper):
+            return self._normalised(x, self.weight, self.bias)
         # y = x̂ ⊙ scale + shift, and x̂ = (x - mean) / deviation
         rows = (h if h.ndim == 2 else h[None]).to(self.weight.dtype)
         scale = torch.addcmul(self.weight, product(rows, self.weight_gate.T), self.response_weight)
@@ -116,6 +121,19 @@ class HyperBatchNorm2d(GatedLayer):
             scale = scale * (self.running_var + self.eps).rsqrt()
             shift = torch.addcmul(shift, self.running_mean, scale, value=-1)
         return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None]).to(x.dtype)
+
+    def _dual(self, x: Tensor, direction: Tensor) -> Tensor:
+        """x̂ ⊙ weight + bias, with its tangent along a change of h from 0."""
+        normal, tangent = split(self._normalised(x))
+        weight, bias = self.weight[:, None, None], self.bias[:, None, None]
+        with paused():
+            scale = product(direction, self.weight_gate.T) * self.response_weight
+            shift = product(direction, self.bias_gate.T) * self.response_bias
+            dy = torch.addcmul(shift[:, :, None, None], normal, scale[:, :, None, None])
+            if tangent is not None:
+                dy = torch.addcmul(dy, tangent, weight)
+            y = torch.addcmul(bias, normal, weight)
+        return dual(y.to(x.dtype), dy.to(x.dtype))
 
     def _normalised(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         if self.training and in_transform():

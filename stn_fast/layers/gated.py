@@ -160,7 +160,7 @@ def decay_penalty(
     The penalty is not linearised: the weights are linear in the response already.
     """
     direction = direction_of(hyper, weight)
-    if direction is None and is_centred(hyper):
+    if direction is None and is_centred(hyper) and len(decay):
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return 0.5 * decay.to(wide.dtype).mean() * wide.square().sum()
     h = response_input(hyper, weight) if direction is None else direction

@@ -26,7 +26,6 @@ from stn_fast.layers.gated import (
 from stn_fast.layers.regularisers import DropConnect, PerExampleDropout
 from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gates import GatedParameters, check_examples, fold, response_input
-from stn_fast.ops.tangents import is_centred
 
 State = tuple[Tensor, Tensor]
 
@@ -194,7 +193,8 @@ class HyperLSTM(nn.Module):
 
     def _layers(self, y: Tensor, hyper: HyperBatch | Tensor, state: State | None) -> tuple[Tensor, State]:
         """(T, B, I) → (T, B, H · directions), and the state after the last step."""
-        h = hyper if is_centred(hyper) else response_input(hyper, self.weight_ih_l0)
+        known = isinstance(hyper, HyperBatch) and hyper.centred  # which the operation makes use of
+        h = hyper if known else response_input(hyper, self.weight_ih_l0)
         before = zip(*self._state(y, state), strict=True)
         after: list[State] = []
         for layer in range(self.num_layers):

@@ -18,18 +18,27 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from stn_fast.ops.transforms import in_function_transform
+
 if TYPE_CHECKING:
     from stn_fast.hyperparameters import HyperBatch
 
 
 def is_centred(hyper: HyperBatch | Tensor) -> bool:
-    """Whether the response input is known to be 0, so that a gated layer is a plain one."""
-    return not isinstance(hyper, Tensor) and hyper.centred
+    """Whether the response input is known to be 0, without a derivative, so that a gated layer is a plain one."""
+    if isinstance(hyper, Tensor) or not hyper.centred or in_function_transform():
+        return False
+    return split(hyper.response)[1] is None
 
 
-def direction_of(hyper: HyperBatch | Tensor, like: Tensor) -> Tensor | None:
-    """δ (B, n) in the dtype of ``like``: the tangent of h, which is 0; None if the batch is not centred or has none."""
-    if isinstance(hyper, Tensor) or not hyper.centred:
+def direction_of(hyper: HyperBatch | Tensor, like: Tensor, *weights: Tensor | None) -> Tensor | None:
+    """δ (B, n) in the dtype of ``like``: the tangent of h, which is 0; None if the batch is not centred or has none.
+
+    None too if one of the ``weights`` has a tangent: then forward-mode AD of the definition is right.
+    """
+    if isinstance(hyper, Tensor) or not hyper.centred or in_function_transform():
+        return None
+    if any(weight is not None and split(weight)[1] is not None for weight in weights):
         return None
     _, tangent = split(hyper.response)
     return None if tangent is None else tangent.to(like.dtype)

@@ -44,7 +44,7 @@ class Batch(Protocol):
         """Everything in the batch that a step reads, as a pytree of tensors."""
 
     def like(self, parts: Any) -> Batch:
-        """A separate batch with these parts, for a CUDA graph."""
+        """A separate batch with these parts, for a CUDA graph or for another step on the same batch."""
 
     def finish_as(self, other: Any) -> None:
         """Keeps for the next batch a copy of the state that ``other``, a batch made by ``like``, has kept."""

@@ -99,7 +99,7 @@ class CapturedSteps:
         warn: called with each reason.
 
     Attributes:
-        replayed: number of steps run by a graph.
+        replayed: number of steps run by a graph; a training step of two kinds counts as two.
         reasons: why other steps were not captured.
     """
 
@@ -112,9 +112,12 @@ class CapturedSteps:
 
     def train_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
         """The same as the method's, including errors."""
-        pairs = zip(self._training, self.method.views(batch), strict=True)
-        loss, *_ = [kind.take(view, step, first_example) for kind, view in pairs]
-        return loss
+        losses = []
+        for kind, view in zip(self._training, self.method.views(batch), strict=True):
+            losses.append(kind.take(view, step, first_example))
+            if not self.method.took_step:
+                break
+        return losses[0]
 
     def valid_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
         """The same as the method's, including errors."""

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stn_fast.checks import switch
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
+from stn_fast.layers.gated import GatedLayer
+from stn_fast.layers.lstm import HyperLSTM
 from stn_fast.training.batches import Batch
 from stn_fast.training.linearised import Linearised
 from stn_fast.training.methods import Kind, SelfTuning
-from stn_fast.training.optimizers import MakeOptimizer, default_optimizer, make_capturable, set_learning_rate
+from stn_fast.training.optimizers import (
+    MakeOptimizer,
+    default_optimizer,
+    learning_rate,
+    make_capturable,
+    set_learning_rate,
+)
 from stn_fast.training.parameters import hold_parameters, is_gate, is_response
 from stn_fast.training.precision import float32_products
 from stn_fast.training.task import Objective
 
 GENERAL = 1 << 62  # added to the seed of general steps, so that they and response steps draw different numbers
+
+
+def _zero_gates(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, GatedLayer | HyperLSTM):
+            for name, parameter in layer.named_parameters():
+                if is_gate(name):
+                    nn.init.zeros_(parameter)
 
 
 class DeltaSelfTuning(SelfTuning):
@@ -33,18 +48,22 @@ class DeltaSelfTuning(SelfTuning):
     Penalties of the training objective that read the weights themselves, such as weight decay, are not linearised. The
     validation step is that of `SelfTuning` with the same h, also not linearised. Evaluations use W and b.
 
-    The training objective is called with a model that `Linearised` wraps in response steps, and must get everything
-    that depends on the hyperparameters by calling it.
+    In response steps the training objective is called with the model wrapped in `Linearised`. It must call it to get
+    all that depends on the weights, and compute the loss itself: a loss that the model returned would be linearised
+    too, and have no minimum. Parameters of the response are recognised by their names, those of this package's gated
+    layers. Running statistics are those of general steps.
 
     Args:
         model, space, training_objective, validation_objective, and options: as for `SelfTuning`. The ``response`` of
             every hyperparameter is taken to be "shifted".
         response_optimizer: makes the optimizer of the response parameters.
         linearize: if False, response steps use f(λ̃ − λ) instead of its linearisation.
-        zero_gates: whether to set all gates to 0 first, as published. False keeps a response that has been trained.
+        zero_gates: whether to set the gates of this package's layers to 0 first, as published. False keeps a response
+            that has been trained.
 
     Raises:
         ValueError: an argument is out of range, or the model has no gated layers.
+        RuntimeError: in the first response step, something cuts the tangents between a gated layer and the loss.
     """
 
     training_kinds = ("general_step", "response_step")
@@ -68,16 +87,17 @@ class DeltaSelfTuning(SelfTuning):
             raise ValueError("DeltaSelfTuning: the model has no gated layers, such as HyperLinear")
         self.linearize = switch("DeltaSelfTuning", "linearize", linearize)
         if switch("DeltaSelfTuning", "zero_gates", zero_gates):
-            with torch.no_grad():
-                for name, parameter in named:
-                    if is_gate(name):
-                        parameter.zero_()
-        super().__init__(model, space.with_response("shifted"), training_objective, validation_objective, **options)
+            _zero_gates(model)
         self.response_optimizer = response_optimizer(self._response)
-        del self.kinds["train_step"]
+        super().__init__(model, space.with_response("shifted"), training_objective, validation_objective, **options)
+        rates = learning_rate(self.response_optimizer), self.learning_rate
+        self._rate_of_response = rates[0] / rates[1] if rates[1] else 1.0
+        self._linearised: Any = Linearised(model) if linearize else model
+        self._checks_reach = True
+
+    def _add_training_kinds(self) -> None:
         self._add_kind("general_step", Kind(self._general_step, self.optimizer))
         self._add_kind("response_step", Kind(self._response_step, self.response_optimizer))
-        self._linearised = Linearised(model) if linearize else model
 
     def _trained(self) -> list[nn.Parameter]:
         return self._general
@@ -98,9 +118,9 @@ class DeltaSelfTuning(SelfTuning):
         Returns the loss of the general step. If that one is not finite, and so is skipped, there is no response step.
         On CUDA, where the host does not wait for it, each of the two is skipped, and counted, by itself.
         """
-        skipped, (batch, again) = self.skipped_steps, self.views(batch)
+        batch, again = self.views(batch)
         loss = self.general_step(batch, step, first_example=first_example)
-        if self.skipped_steps == skipped:
+        if self.took_step:
             self.response_step(again, step, first_example=first_example)
         return loss
 
@@ -129,12 +149,33 @@ class DeltaSelfTuning(SelfTuning):
         draw = self._draw(batch, step, first_example) | {"seed": self.seed ^ GENERAL}
         hyper = self.space.at(self.location.detach(), **draw, centred=True)
         with hold_parameters(self._response):
-            return self._minimise("training", self.model, self.optimizer, batch, hyper)
+            return self._minimise("training", self.model, self.optimizer, batch, step, hyper)
 
     def _response_step(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
         hyper = self._training_hyper(self._draw(batch, step, first_example))
+        put_back = self._buffers.keep()
         with hold_parameters(self._general):
-            return self._minimise("response", self._linearised, self.response_optimizer, batch, hyper)
+            loss = self._minimise("response", self._linearised, self.response_optimizer, batch, step, hyper)
+        put_back(None)  # running statistics are those of general steps
+        if self._checks_reach:
+            self._check_reach()
+            self._checks_reach = False
+        return loss
+
+    def _check_reach(self) -> None:
+        """Raises RuntimeError if gradients reached weights in a general step, but not their response."""
+        named = dict(self.model.named_parameters())
+        for name, parameter in named.items():
+            weight = named.get(name.replace("response_weight", "weight"))
+            if "response_weight" not in name or weight is None or weight.grad is None or not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                raise RuntimeError(
+                    f"the response step gives no gradient to {name}, although the loss depends on its layer: something "
+                    "between that layer and the loss cuts tangents, such as an operation registered by "
+                    "torch.library.custom_op, a detach, or checkpointing with use_reentrant=True. Use linearize=False "
+                    "if it must stay"
+                )
 
     @property
     def learning_rate(self) -> float:
@@ -143,14 +184,8 @@ class DeltaSelfTuning(SelfTuning):
 
     @learning_rate.setter
     def learning_rate(self, rate: float) -> None:
-        factor = rate / super().learning_rate
-        for group in self.response_optimizer.param_groups:
-            set_learning_rate_of = float(group["lr"]) * factor
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(set_learning_rate_of)
-            else:
-                group["lr"] = set_learning_rate_of
         set_learning_rate(self.optimizer, rate)
+        set_learning_rate(self.response_optimizer, rate * self._rate_of_response)
 
     def _state(self) -> dict[str, Any]:
         return {**super()._state(), "response_optimizer": self.response_optimizer.state_dict()}

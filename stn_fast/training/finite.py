@@ -42,7 +42,7 @@ class Attempt:
     """A step before its update: the numbers that decide whether the update is applied.
 
     Attributes:
-        kind: "training" or "validation".
+        kind: "training", "response" or "validation".
         step: number of the step.
         loss: scalar.
         parts: (k,), for each part of the gradient a number that is finite only if that part is.
@@ -98,16 +98,16 @@ class Guard:
     """Applies the updates of steps, and skips those that are not finite.
 
     Args:
-        skip: how many steps in a row are skipped, each with a warning, before one is an error.
+        skip: how many steps of a kind in a row are skipped, each with a warning, before one is an error.
 
     Attributes:
         skipped: number of steps skipped so far.
-        in_a_row: number of steps skipped since the last update.
+        in_a_row: number of steps of each kind skipped since the last update of that kind.
     """
 
     skip: int
     skipped: int = 0
-    in_a_row: int = 0
+    in_a_row: dict[str, int] = field(default_factory=dict)
     _warm: set[int] = field(default_factory=set, repr=False)
     _sent: deque[_Sent] = field(default_factory=deque, repr=False)
     _recorded: list[Recorded] | None = field(default=None, repr=False)
@@ -118,10 +118,11 @@ class Guard:
         optimizer: torch.optim.Optimizer,
         apply: Callable[[], None],
         undo: Callable[[Tensor | None], None],
-    ) -> None:
+    ) -> bool:
         """Calls ``apply``, which updates by ``optimizer``, if the attempt is finite, and ``undo`` otherwise.
 
-        ``undo`` reverts what the forward pass changed: always, or if its scalar bool tensor is true.
+        ``undo`` reverts what the forward pass changed: always, or if its scalar bool tensor is true. Returns whether
+        the step was taken, as far as the host knows: on CUDA, where the device decides, True.
 
         Raises:
             NonFiniteError: the attempt is not finite, nor were the ``skip`` attempts before it.
@@ -134,15 +135,16 @@ class Guard:
                 self._recorded.append(Recorded(attempt, attempt.numbers()))
             elif not (bad.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self.send(attempt, attempt.numbers())
-            return
+            return True
         loss, size = attempt.loss.item(), attempt.size.item()
         if math.isfinite(loss) and math.isfinite(size):
-            self.in_a_row = 0
+            self.in_a_row[attempt.kind] = 0
             apply()
             self._warm.add(id(optimizer))
-        else:
-            undo(None)
-            self._leave_out(attempt, loss, attempt.parts.tolist())
+            return True
+        undo(None)
+        self._leave_out(attempt, loss, attempt.parts.tolist())
+        return False
 
     def can_decide(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the device may decide on a step of ``optimizer``."""
@@ -174,7 +176,7 @@ class Guard:
                 sent.event.synchronize()
             loss, size, *parts = sent.numbers.tolist()
             if math.isfinite(loss) and math.isfinite(size):
-                self.in_a_row = 0
+                self.in_a_row[sent.attempt.kind] = 0
             else:
                 self._leave_out(sent.attempt, loss, parts)
 
@@ -193,11 +195,11 @@ class Guard:
         self._sent.append(_Sent(attempt, host, event))
 
     def _leave_out(self, attempt: Attempt, loss: float, parts: Sequence[float]) -> None:
-        reason, before = attempt.reason(loss, parts), self.in_a_row
-        self.skipped, self.in_a_row = self.skipped + 1, before + 1
-        if self.in_a_row > self.skip:
+        reason, before = attempt.reason(loss, parts), self.in_a_row.get(attempt.kind, 0)
+        self.skipped, self.in_a_row[attempt.kind] = self.skipped + 1, before + 1
+        if before + 1 > self.skip:
             raise NonFiniteError(int(attempt.step), reason, before)
-        warnings.warn(f"{reason}; left out, {self.in_a_row} of {self.skip} in a row", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{reason}; left out, {before + 1} of {self.skip} in a row", RuntimeWarning, stacklevel=4)
 
 
 class _Kept(NamedTuple):

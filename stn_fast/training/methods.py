@@ -66,8 +66,8 @@ class Method(ABC):
             rate of a fused one becomes a tensor.
         clip: maximum Euclidean norm of the gradient of a training step; a longer gradient is scaled down to it. None
             for no limit: self-tuning can then diverge.
-        skip_nonfinite: how many steps in a row are skipped, each with a warning, if their loss or gradient is not
-            finite. One more is an error; with 0, the first one is.
+        skip_nonfinite: how many steps of a kind in a row are skipped, each with a warning, if their loss or gradient is
+            not finite. One more is an error; with 0, the first one is.
         seed: with ``step``, fixes dropout masks and noise.
         precision: precision of the matrix products, convolutions and LSTMs of a step: "fp32"; "tf32", on CUDA; "bf16",
             autocast to bfloat16 around the objectives. Weights, hyperparameters, gradient norms and updates, and
@@ -114,11 +114,15 @@ class Method(ABC):
         self.optimizer = optimizer(trained)
         self.location, self.raw_scale = space.initial_state(trained[0].device)
         self.kinds: dict[str, Kind] = {}
-        self._add_kind("train_step", Kind(self._train, self.optimizer))
+        self.took_step = True  # whether the last training step was taken, as far as the host knows
+        self._add_training_kinds()
 
     def _trained(self) -> list[nn.Parameter]:
         """The parameters that training steps update."""
         return list(self.model.parameters())
+
+    def _add_training_kinds(self) -> None:
+        self._add_kind("train_step", Kind(self._train, self.optimizer))
 
     def _add_kind(self, call: str, kind: Kind) -> None:
         make_capturable(kind.optimizer)
@@ -188,10 +192,16 @@ class Method(ABC):
     def _train(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
         """The step itself. After the first one, it never waits for a CUDA device."""
         hyper = self._training_hyper(self._draw(batch, step, first_example))
-        return self._minimise("training", self.model, self.optimizer, batch, hyper)
+        return self._minimise("training", self.model, self.optimizer, batch, step, hyper)
 
     def _minimise(
-        self, kind: str, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, hyper: HyperBatch
+        self,
+        kind: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        step: int | Tensor,
+        hyper: HyperBatch,
     ) -> Tensor:
         """One step of ``optimizer`` on the training objective of ``model``; returns the loss."""
         put_back = self._buffers.keep()
@@ -222,7 +232,7 @@ class Method(ABC):
             optimizer.step()
 
         name = partial(parameter_names, self.model, trained)
-        self.guard.take(Attempt(kind, hyper.step, loss, norms, norm, name), optimizer, update, undo)
+        self.took_step = self.guard.take(Attempt(kind, step, loss, norms, norm, name), optimizer, update, undo)
         return loss.detach()
 
     def begin(self, call: str, batch: Any) -> Batch:
@@ -286,7 +296,7 @@ class Method(ABC):
             "optimizer": self.optimizer.state_dict(),
             "location": self.location.detach(),
             "raw_scale": self.raw_scale.detach(),
-            "skipped": {"steps": self.guard.skipped, "in_a_row": self.guard.in_a_row},
+            "skipped": {"steps": self.guard.skipped, "in_a_row": dict(self.guard.in_a_row)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -312,7 +322,7 @@ class Method(ABC):
             named = self.model.named_parameters()
             gates = [p for name, p in named if is_gate(name) and p.shape[-1] == len(order)]
             reorder(order, [*gates, self.location, self.raw_scale], self.optimizers)
-        self.guard = Guard(self.guard.skip, state["skipped"]["steps"], state["skipped"]["in_a_row"])
+        self.guard = Guard(self.guard.skip, state["skipped"]["steps"], dict(state["skipped"]["in_a_row"]))
 
     def _made_by(self) -> dict[str, Any]:
         optimizers = [type(optimizer).__name__ for optimizer in self.optimizers]

@@ -15,8 +15,11 @@ RESPONSE_PARAMETERS = ("response_weight", "response_projection", "response_bias"
 
 
 def is_response(name: str) -> bool:
-    """Whether a parameter of this name belongs to the response of a gated layer, not to its weights."""
-    return name.rpartition(".")[2].startswith(RESPONSE_PARAMETERS)
+    """Whether a parameter of this name belongs to the response of a gated layer, not to its weights.
+
+    A parametrized one does, whose name is like ``parametrizations.response_weight.original0``.
+    """
+    return any(part.startswith(RESPONSE_PARAMETERS) for part in name.split("."))
 
 
 def is_gate(name: str) -> bool:

@@ -140,7 +140,8 @@ def test_frozen_parameters_cost_no_product(operation, dtype, monkeypatch):
 
 @each("edges")
 def test_sizes_of_0_and_1_obey_the_2x_rule(operation, changes, backend):
-    assert_as_good_as_plain_torch(operation.problem(device=backend, **changes))
+    """The seed is one for which no single number is the small difference of large ones."""
+    assert_as_good_as_plain_torch(operation.problem(device=backend, seed=1, **changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -1,5 +1,6 @@
 """gated_sum, the tangent of an LSTM, and layers at h = 0. Whole networks: tests/training/test_delta.py."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,10 +18,9 @@ from torch.autograd import forward_ad
 from stn_fast import functional
 from stn_fast.dispatch import choose
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
-from stn_fast.layers import HyperConv2d, HyperEmbedding, HyperLinear, HyperLSTM
+from stn_fast.layers import HyperBatchNorm2d, HyperConv2d, HyperEmbedding, HyperLinear, HyperLSTM
 from stn_fast.ops import gated_sum, tangents
 from stn_fast.ops.gated_lstm import tangent as lstm
-from stn_fast.ops.gated_sum import plain
 from stn_fast.training.parameters import is_response
 
 GATES = ("weight_gate", "response_bias", "bias_gate")
@@ -48,7 +48,7 @@ def sums(dtype=torch.float32, device="cpu", batch=5, outputs=19, n=3, outer=1, i
 
         return run
 
-    return Problem(operands, {"y": 0}, of(gated_sum.gated_sum), of(plain.forward), None)
+    return Problem(operands, {"y": 0}, of(gated_sum.gated_sum), of(gated_sum.reference), None)
 
 
 SIZES = {
@@ -190,6 +190,10 @@ LAYERS = {
         lambda rank: HyperConv2d(4, 6, 3, 2, 1, groups=2, relu=True, num_hyperparameters=2, response_rank=rank),
         lambda: torch.randn(3, 4, 7, 5),
     ),
+    "batch norm": (
+        lambda rank: HyperBatchNorm2d(4, num_hyperparameters=2),
+        lambda: torch.randn(3, 4, 7, 5),
+    ),
     "embedding": (
         lambda rank: HyperEmbedding(11, 5, 2, num_hyperparameters=2, response_rank=rank),
         lambda: torch.randint(11, (3, 4)),
@@ -249,6 +253,7 @@ def test_a_linearised_layer_returns_its_plain_output_and_the_tangent_of_its_defi
 @each_layer
 def test_slices_of_a_linearised_batch_have_the_tangents_of_their_examples(name):
     layer, x = layer_and_input(name)
+    layer.eval()  # in training mode, batch norm makes examples depend on each other
     with torch.no_grad(), forward_ad.dual_level():
         hyper = perturbed().linearised()
         whole = tangents.split(first(layer(x, hyper)))
@@ -259,8 +264,49 @@ def test_slices_of_a_linearised_batch_have_the_tangents_of_their_examples(name):
 
 def test_weights_of_an_lstm_must_not_ask_for_gradients_beside_tangents():
     layer, x = layer_and_input("lstm")
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="requires_grad to False for the weights"):
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="set requires_grad to False"):
         layer(x, perturbed().linearised())
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "lstm"])
+def test_empty_batches_have_tangents(name):
+    layer, x = layer_and_input(name)
+    location, raw_scale = SPACE.initial_state()
+    with torch.no_grad(), forward_ad.dual_level():
+        hyper = SPACE.sample(location, raw_scale, batch_size=0, seed=0, step=0, center=location).linearised()
+        z, dz = tangents.split(first(layer(x[:0], hyper)))
+    assert z.shape == dz.shape == first(layer(x, perturbed()))[:0].shape
+
+
+@each_layer
+def test_derivatives_at_h_0_are_those_of_the_definition_in_other_modes_too(name):
+    """Of a weight, forward; of the response itself, in reverse."""
+    layer, x = layer_and_input(name)
+    layer.eval()
+    weight = next(n for n, _ in layer.named_parameters() if n.startswith("weight"))
+    along = torch.randn_like(layer.get_parameter(weight))
+    hypers = [SPACE.at(SPACE.initial_state()[0], batch_size=3, centred=c) for c in (True, False)]
+
+    def at(hyper):
+        return lambda w: first(torch.func.functional_call(layer, {weight: w}, (x, hyper)))
+
+    of_weight = [torch.func.jvp(at(hyper), (layer.get_parameter(weight),), (along,))[1] for hyper in hypers]
+    torch.testing.assert_close(*of_weight)
+    assert of_weight[0].abs().sum() > 0
+    of_response = [
+        torch.func.grad(lambda h, hyper=hyper: first(layer(x, replace(hyper, response=h))).square().sum())(
+            hyper.response
+        )
+        for hyper in hypers
+    ]
+    torch.testing.assert_close(*of_response)
+    assert of_response[0].abs().sum() > 0
+
+
+def test_a_center_and_centred_contradict_each_other():
+    location, _ = SPACE.initial_state()
+    with pytest.raises(ValueError, match="either center or centred"):
+        SPACE.at(location, batch_size=2, center=location, centred=True)
 
 
 def test_a_linearised_batch_needs_a_dual_level():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from stn_fast import models
 from stn_fast.data import Split
@@ -15,6 +16,7 @@ from stn_fast.dispatch import use_backend
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
 from stn_fast.layers import HyperConv2d, HyperLinear, HyperLSTM, PerExampleDropout, PerExampleNoise
 from stn_fast.training.delta import DeltaSelfTuning
+from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.linearised import Linearised
 from stn_fast.training.methods import FixedHyperparameters
 from stn_fast.training.parameters import hold_parameters, is_gate, is_response
@@ -31,6 +33,9 @@ def rates(*names, per_batch=(), **others):
 def images(side, channels, dtype):
     x = torch.randn(BATCH, channels, side, side, dtype=dtype)
     return x.contiguous(memory_format=torch.channels_last)
+
+
+SPACE = rates("hidden_dropout_1", weight_decay=Hyperparameter("weight_decay", low=0.0, init=1e-2))
 
 
 class Attention(nn.Module):
@@ -223,9 +228,85 @@ def test_a_linearised_model_has_the_attributes_of_the_model():
         _ = Linearised(model).nothing
 
 
-# The steps
+def linear_then(module):
+    """A network with a module between two gated layers."""
 
-SPACE = rates("hidden_dropout_1", weight_decay=Hyperparameter("weight_decay", low=0.0, init=1e-2))
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = (HyperLinear(*sizes, num_hyperparameters=2) for sizes in ((6, 8), (8, 4)))
+            self.between = module
+
+        def forward(self, x, hyper):
+            return self.second(self.between(self.first(x, hyper)), hyper)
+
+    return Network()
+
+
+def test_compiled_modules_are_linearised_too():
+    hyper = SPACE.sample(*SPACE.initial_state(), batch_size=3, seed=0, step=0)
+    model = linear_then(nn.Tanh())
+    for wrapped in (linear_then(torch.compile(nn.Tanh(), backend="eager")), torch.compile(model, backend="aot_eager")):
+        assert torch.equal(Linearised(wrapped)(torch.ones(3, 6), hyper), Linearised(model)(torch.ones(3, 6), hyper))
+
+
+class Detached(nn.Module):
+    def forward(self, x):
+        return forward_ad.unpack_dual(x).primal.tanh()
+
+
+def test_what_cuts_tangents_is_an_error_in_the_first_response_step(batch):
+    method = DeltaSelfTuning(
+        linear_then(Detached()), SPACE, classification_loss, classification_loss, allow_unused=True
+    )
+    with pytest.raises(RuntimeError, match=r"no gradient to first\.response_weight, although the loss depends on its"):
+        method.train_step(batch, 0)
+
+
+def test_layers_that_are_not_used_are_none(batch):
+    model = linear_then(nn.Tanh())
+    model.unused = HyperLinear(2, 2, num_hyperparameters=2)
+    DeltaSelfTuning(model, SPACE, classification_loss, classification_loss, allow_unused=True).train_step(batch, 0)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error"),
+    [
+        (lambda y: y.square().mean(), "a single number.*return logits"),
+        (lambda y: {"logits": y, "kept": {y}}, "returns a set"),
+    ],
+    ids=["a loss", "a set"],
+)
+def test_outputs_that_can_t_be_linearised_are_errors(returned, error):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = HyperLinear(3, 4, num_hyperparameters=2)
+
+        def forward(self, x, hyper):
+            return returned(self.layer(x, hyper))
+
+    hyper = SPACE.sample(*SPACE.initial_state(), batch_size=2, seed=0, step=0)
+    with pytest.raises((RuntimeError, TypeError), match=error):
+        Linearised(Network())(torch.ones(2, 3), hyper)
+
+
+def test_a_second_call_with_one_batch_draws_other_masks():
+    space = rates("dropout")
+    hyper = space.sample(*space.initial_state(), batch_size=BATCH, seed=0, step=0)
+    model = Linearised(Attention(1, None))
+    x = torch.randn(BATCH, 7, 12)
+    assert not torch.equal(model(x, hyper), model(x, hyper))
+
+
+def test_16_bit_outputs_are_added_in_float32(batch):
+    model = models.mlp(SPACE, (6, 16, 4)).eval().bfloat16()
+    hyper = SPACE.sample(*SPACE.initial_state(), batch_size=32, seed=0, step=0)
+    assert Linearised(model)(batch.inputs.bfloat16(), hyper).dtype == torch.float32
+
+
+# The steps
 
 
 @pytest.fixture
@@ -396,3 +477,65 @@ def test_a_step_that_is_not_finite_changes_nothing(model, batch):
 def test_a_model_without_gated_layers_is_refused():
     with pytest.raises(ValueError, match="has no gated layers"):
         delta(nn.Linear(2, 2))
+
+
+def test_running_statistics_are_those_of_general_steps(batch):
+    def method():
+        torch.manual_seed(0)
+        return DeltaSelfTuning(
+            linear_then(nn.BatchNorm1d(8)), SPACE, classification_loss, classification_loss, allow_unused=True
+        )
+
+    whole, general = method(), method()
+    for step in range(3):
+        whole.train_step(batch, step)
+        general.general_step(batch, step)
+    assert whole.model.between.num_batches_tracked == 3
+    assert torch.equal(whole.model.between.running_mean, general.model.between.running_mean)
+
+
+def test_steps_in_bf16_are_near_those_in_fp32(model, batch):
+    one, other = delta(copy.deepcopy(model), zero_gates=False), delta(model, zero_gates=False, precision="bf16")
+    for step in range(3):
+        torch.testing.assert_close(one.train_step(batch, step), other.train_step(batch, step), rtol=1e-2, atol=0)
+    torch.testing.assert_close(one.response_step(batch, 3), other.response_step(batch, 3), rtol=1e-2, atol=0)
+    torch.testing.assert_close(one.valid_step(batch, 4), other.valid_step(batch, 4), rtol=1e-2, atol=0)
+
+
+def test_response_steps_that_are_never_finite_become_an_error(model, batch):
+    method = delta(model, skip_nonfinite=1)
+    with torch.no_grad():
+        model.layers[0].response_weight.fill_(float("nan"))
+    with pytest.warns(
+        RuntimeWarning, match="of layers.0.weight_gate.* is not finite at response step|response loss is"
+    ):
+        method.train_step(batch, 0)
+    with pytest.raises(NonFiniteError, match="response"):
+        method.train_step(batch, 1)
+
+
+def test_a_rate_of_0_can_be_raised_again(model):
+    method = delta(model, response_optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
+    for rate in (0.0, 0.1):
+        method.learning_rate = rate
+    assert method.learning_rate == 0.1
+    assert method.response_optimizer.param_groups[0]["lr"] == pytest.approx(0.02)
+
+
+def test_gates_of_other_modules_are_left_alone(model):
+    model.other = nn.Module()
+    model.other.weight_gate = nn.Parameter(torch.ones(3))
+    delta(model)
+    assert torch.equal(model.other.weight_gate, torch.ones(3))
+
+
+def test_hyperparameters_can_be_frozen_or_their_scales_kept(model, batch):
+    method = delta(copy.deepcopy(model), freeze=True)
+    method.train_step(batch, 0)
+    with pytest.raises(RuntimeError, match="call only train_step"):
+        method.valid_step(batch, 1)
+    method = delta(model, tune_scales=False, zero_gates=False)
+    location, raw_scale = method.location.detach().clone(), method.raw_scale.clone()
+    method.valid_step(batch, 1)
+    assert (method.location != location).all()
+    assert torch.equal(method.raw_scale, raw_scale)

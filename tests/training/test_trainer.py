@@ -82,6 +82,15 @@ def test_a_finished_run_that_is_asked_for_more_equals_one_that_never_stopped(tra
     same_run(whole, train(name="short"))
 
 
+@pytest.mark.parametrize("settings", [(), ("method.response_learning_rate=0.02", "method.linearize=false")])
+def test_a_run_of_delta_stn_that_goes_on_equals_one_that_never_stopped(train, same_run, settings):
+    given = ("method.name=delta-stn", "schedule.epochs=3", "optimizer.decay_factor=0.5", *settings)
+    whole = train(*given, name="whole")
+    assert result(whole)["method"] == "delta-stn"
+    train(*given, "schedule.max_steps=23", name="stopped")
+    same_run(whole, train(*given, name="stopped"))
+
+
 def test_a_finished_run_asked_again_gives_its_result_without_training(train, make_config, monkeypatch):
     directory = train()
     before = json.loads((directory / "result.json").read_text())

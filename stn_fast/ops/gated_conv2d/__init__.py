@@ -223,8 +223,9 @@ def gated_conv2d(
         weight, bias, response_weight, response_bias, weight_gate, bias_gate, response_projection
     )
     check_parameters("gated_conv2d", parameters)
-    direction = tangents.direction_of(hyper, weight)
-    h = response_input(hyper, weight) if direction is None else direction
+    h = response_input(hyper, weight)
+    direction = tangents.direction_of(hyper, *parameters)
+    h = h if direction is None else direction
     check_examples("gated_conv2d", x, hyper)
     if dtype := autocast_dtype(x):
         x = x.to(dtype)
@@ -270,6 +271,11 @@ def _dual(x: Tensor, parameters: GatedParameters, direction: Tensor, geometry: G
     weight, bias, response_weight, _, _, _, projection = parameters
     *options, groups, relu = geometry
     x, dx = tangents.split(x)
+    if misled(x):
+        raise RuntimeError(
+            "gated_conv2d: OpenMP starts fewer threads than torch expects, and torch's convolutions, of which tangents "
+            "are made, would be wrong: call torch.set_num_threads(1)"
+        )
 
     def rows(y: Tensor) -> Tensor:
         return y.permute(0, 2, 3, 1).flatten(0, 2)
@@ -282,7 +288,7 @@ def _dual(x: Tensor, parameters: GatedParameters, direction: Tensor, geometry: G
         p = None if dx is None else convolve(dx, weight)
         (batch, _, *pixels), inner = z.shape, z.shape[2] * z.shape[3]
         dz = gated_sum(rows(q), *of_sum(parameters), direction, None if p is None else rows(p), inner=inner)
-        dz = dz.view(batch, *pixels, -1).permute(0, 3, 1, 2)
+        dz = dz.view(batch, *pixels, len(weight)).permute(0, 3, 1, 2)
         watch(z, q, *(() if p is None else (p,)))
         if relu:
             z = z.relu()

@@ -222,8 +222,9 @@ def gated_embedding(
     """
     parameters = GatedParameters(weight, None, response_weight, None, weight_gate, None, response_projection)
     check_parameters("gated_embedding", parameters)
-    direction = tangents.direction_of(hyper, weight)
-    h = response_input(hyper, weight) if direction is None else direction
+    h = response_input(hyper, weight)
+    direction = tangents.direction_of(hyper, *parameters)
+    h = h if direction is None else direction
     check_examples("gated_embedding", tokens, hyper, example_dim, range(tokens.ndim))
     _check(tokens, parameters, h, example_dim, padding_idx)
     at = None
@@ -241,19 +242,15 @@ def gated_embedding(
     if h.ndim == 1:  # every position is one of a single example
         h, outer, inner = h[None], tokens.numel(), 1
     rows = tokens.reshape(-1).long()
-    if tangents.is_centred(hyper):
-        with tangents.paused():
-            if not traced(rows, weight):
-                _check_range(rows, len(weight))
-            scale = None if rate is None or at is None else row_scale(len(weight), rate, at, seed, stream)
-            e = _looked_up(rows, weight, scale, padding, sparse)
-            de = None
-            if direction is not None:
-                table = response_weight if response_projection is None else response_projection
-                q = _looked_up(rows, table, scale, padding, sparse)
-                q = q if response_projection is None else linear(q, response_weight)
-                de = gated_sum(q, weight_gate, None, None, h, outer=outer, inner=inner)
-        e = tangents.dual(e, de)
+    if direction is not None or (tangents.is_centred(hyper) and not in_transform()):
+        if not traced(rows, weight):
+            _check_range(rows, len(weight))
+        scale = None if rate is None or at is None else row_scale(len(weight), rate, at, seed, stream)
+        lookup = (scale, padding, sparse)
+        if direction is None:
+            e = _looked_up(rows, weight, *lookup)
+        else:
+            e = _dual(rows, parameters, direction, *lookup, outer=outer, inner=inner)
     elif in_transform():
         scale = None if rate is None or at is None else row_scale(len(weight), rate, at, seed, stream)
         e = reference(rows, parameters, h, scale, outer, inner, padding)
@@ -266,6 +263,28 @@ def gated_embedding(
         operands = contiguous(rows, *parameters, h)
         e = _operation(*operands, rate, at, seed, stream, outer, inner, padding, sparse)
     return e.view(*tokens.shape, weight.shape[1])
+
+
+def _dual(
+    tokens: Tensor,
+    parameters: GatedParameters,
+    direction: Tensor,
+    scale: Tensor | None,
+    padding: int,
+    sparse: bool,
+    *,
+    outer: int,
+    inner: int,
+) -> Tensor:
+    """E[t], with its tangent along a change of h from 0."""
+    projection = parameters.response_projection
+    table = parameters.response_weight if projection is None else projection
+    device = table.device.type
+    with tangents.paused(), torch.autocast(device, enabled=False):
+        e, q = (_looked_up(tokens, rows, scale, padding, sparse) for rows in (parameters.weight, table))
+        q = q if projection is None else linear(q, parameters.response_weight)
+        de = gated_sum(q, parameters.weight_gate, None, None, direction, outer=outer, inner=inner)
+    return tangents.dual(e, de)
 
 
 def _of_low_rank(

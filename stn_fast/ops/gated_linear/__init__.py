@@ -139,8 +139,9 @@ def gated_linear(
         weight, bias, response_weight, response_bias, weight_gate, bias_gate, response_projection
     )
     check_parameters("gated_linear", parameters)
-    direction = tangents.direction_of(hyper, weight)
-    h = response_input(hyper, weight) if direction is None else direction
+    h = response_input(hyper, weight)
+    direction = tangents.direction_of(hyper, *parameters)
+    h = h if direction is None else direction
     check_examples("gated_linear", x, hyper, example_dim, range(x.ndim - 1))
     if dtype := autocast_dtype(x):
         x, parameters, h = x.to(dtype), parameters.to(dtype), h.to(dtype)

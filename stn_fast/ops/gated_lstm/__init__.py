@@ -187,8 +187,9 @@ def gated_lstm(
         )
     check_parameters("gated_lstm", from_input, "from_input.")
     check_parameters("gated_lstm", from_hidden, "from_hidden.")
-    direction = tangents.direction_of(hyper, from_input.weight)
-    h = response_input(hyper, from_input.weight) if direction is None else direction
+    h = response_input(hyper, from_input.weight)
+    direction = tangents.direction_of(hyper, from_input.weight, *from_input, *from_hidden)
+    h = h if direction is None else direction
     check_examples("gated_lstm", x, hyper, example_dim=1)
     if dtype := autocast_dtype(x):
         x, h_0, c_0, h = (tensor.to(dtype) for tensor in (x, h_0, c_0, h))

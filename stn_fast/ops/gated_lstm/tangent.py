@@ -123,15 +123,18 @@ def dual_lstm(
 ) -> tuple[Tensor, Tensor]:
     """(y, c_n) at h = 0, as dual tensors with their tangents along a change of h (B, n).
 
+    The input and the state themselves, without their tangents, are taken for constants.
+
     Raises:
-        RuntimeError: something other than the response and the tangents requires a gradient.
+        RuntimeError: the weights require a gradient.
     """
     (x, dx), (h_0, dh_0), (c_0, dc_0) = map(tangents.split, (x, h_0, c_0))
-    constants = (x, h_0, c_0, from_input.weight, from_input.bias, from_hidden.weight, from_hidden.bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in constants):
+    x, h_0, c_0 = (t.detach() for t in (x, h_0, c_0))
+    weights = (*from_input[:2], *from_hidden[:2])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights):
         raise RuntimeError(
-            "gated_lstm: tangents have gradients with respect to the response and to other tangents alone; set "
-            "requires_grad to False for the weights, and detach the input and the state"
+            "gated_lstm: at h = 0, outputs with tangents have no gradient with respect to W and b: set requires_grad "
+            "to False for these, as the response step of Δ-STN does"
         )
     steps, batch, _ = x.shape
     with tangents.paused():
@@ -147,5 +150,5 @@ def dual_lstm(
         assert p is not None
         states = [None if t is None else t.contiguous() for t in (dh_0, dc_0)]
         operands = (from_hidden.weight.contiguous(), gates, cells, c_0.contiguous())
-        dy, dc_n = _operation(p.view(steps, batch, -1), *operands, *states, reverse)
+        dy, dc_n = _operation(p.view(steps, batch, len(from_hidden.weight)), *operands, *states, reverse)
     return tangents.dual(y, dy), tangents.dual(c_n, dc_n)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stn_fast.ops.gated_sum import plain
+from stn_fast.ops.gates import rows_of
 from stn_fast.ops.memory import autocast_dtype
 from stn_fast.ops.operation import Operation
 from stn_fast.ops.serving import Implementations
@@ -15,7 +15,22 @@ from stn_fast.ops.transforms import in_transform
 
 implementations = Implementations(__name__)
 
-reference = plain.forward
+
+def reference(
+    q: Tensor,
+    weight_gate: Tensor,
+    response_bias: Tensor | None,
+    bias_gate: Tensor | None,
+    h: Tensor,
+    p: Tensor | None,
+    outer: int = 1,
+    inner: int = 1,
+) -> Tensor:
+    """The definition, in plain torch. Differentiable in every mode; kernels are tested against it."""
+    y = rows_of(h @ weight_gate.T, outer, inner) * q
+    if response_bias is not None and bias_gate is not None:
+        y = y + rows_of((h @ bias_gate.T) * response_bias, outer, inner)
+    return y if p is None else p + y
 
 
 def _forward(

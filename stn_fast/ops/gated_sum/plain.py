@@ -20,12 +20,14 @@ def forward(
     outer: int,
     inner: int,
 ) -> Tensor:
-    y = rows_of(h @ weight_gate.T, outer, inner) * q
+    dtype = wide(q.dtype)
+    h = h.to(dtype)
+    y = rows_of(h @ weight_gate.to(dtype).T, outer, inner) * q
     if p is not None:
         y = p + y
     if response_bias is not None and bias_gate is not None:
-        y = y + rows_of((h @ bias_gate.T) * response_bias, outer, inner)
-    return y
+        y = y + rows_of((h @ bias_gate.to(dtype).T) * response_bias, outer, inner)
+    return y.to(q.dtype)
 
 
 def backward(
