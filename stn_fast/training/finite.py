@@ -60,6 +60,11 @@ class Attempt:
     def __post_init__(self) -> None:
         self.loss = self.loss.detach().view(())
 
+    @property
+    def row(self) -> str:
+        """Which steps in a row it is counted with."""
+        return "response steps" if self.kind == "response" else "steps"
+
     def numbers(self) -> Tensor:
         """(2 + k,): loss, size and parts, from which the host decides."""
         return torch.cat([torch.stack([self.loss.to(self.size), self.size]), self.parts])
@@ -98,11 +103,12 @@ class Guard:
     """Applies the updates of steps, and skips those that are not finite.
 
     Args:
-        skip: how many steps of a kind in a row are skipped, each with a warning, before one is an error.
+        skip: how many steps in a row are skipped, each with a warning, before one is an error.
 
     Attributes:
         skipped: number of steps skipped so far.
-        in_a_row: number of steps of each kind skipped since the last update of that kind.
+        in_a_row: number of steps skipped since the last update, of each row: response steps are counted by themselves,
+            because a general step comes before each.
     """
 
     skip: int
@@ -138,7 +144,7 @@ class Guard:
             return True
         loss, size = attempt.loss.item(), attempt.size.item()
         if math.isfinite(loss) and math.isfinite(size):
-            self.in_a_row[attempt.kind] = 0
+            self.in_a_row[attempt.row] = 0
             apply()
             self._warm.add(id(optimizer))
             return True
@@ -176,7 +182,7 @@ class Guard:
                 sent.event.synchronize()
             loss, size, *parts = sent.numbers.tolist()
             if math.isfinite(loss) and math.isfinite(size):
-                self.in_a_row[sent.attempt.kind] = 0
+                self.in_a_row[sent.attempt.row] = 0
             else:
                 self._leave_out(sent.attempt, loss, parts)
 
@@ -195,8 +201,8 @@ class Guard:
         self._sent.append(_Sent(attempt, host, event))
 
     def _leave_out(self, attempt: Attempt, loss: float, parts: Sequence[float]) -> None:
-        reason, before = attempt.reason(loss, parts), self.in_a_row.get(attempt.kind, 0)
-        self.skipped, self.in_a_row[attempt.kind] = self.skipped + 1, before + 1
+        reason, before = attempt.reason(loss, parts), self.in_a_row.get(attempt.row, 0)
+        self.skipped, self.in_a_row[attempt.row] = self.skipped + 1, before + 1
         if before + 1 > self.skip:
             raise NonFiniteError(int(attempt.step), reason, before)
         warnings.warn(f"{reason}; left out, {before + 1} of {self.skip} in a row", RuntimeWarning, stacklevel=4)

@@ -66,8 +66,8 @@ class Method(ABC):
             rate of a fused one becomes a tensor.
         clip: maximum Euclidean norm of the gradient of a training step; a longer gradient is scaled down to it. None
             for no limit: self-tuning can then diverge.
-        skip_nonfinite: how many steps of a kind in a row are skipped, each with a warning, if their loss or gradient is
-            not finite. One more is an error; with 0, the first one is.
+        skip_nonfinite: how many steps in a row are skipped, each with a warning, if their loss or gradient is not
+            finite. One more is an error; with 0, the first one is.
         seed: with ``step``, fixes dropout masks and noise.
         precision: precision of the matrix products, convolutions and LSTMs of a step: "fp32"; "tf32", on CUDA; "bf16",
             autocast to bfloat16 around the objectives. Weights, hyperparameters, gradient norms and updates, and
