@@ -202,7 +202,7 @@ def test_the_evidence_command_compares_perplexities(short, monkeypatch, tmp_path
     assert self_tuning.main([*arguments, "--json", str(file), "--run-dir", str(runs)]) == 0
     said = capsys.readouterr().out
     assert "start: output_dropout, input_dropout, hidden_dropout, embedding_dropout, recurrent_dropout\n" in said
-    assert said.count("test perplexity  ") == 6
+    assert said.count("test perplexity  ") == 2 * len(self_tuning.METHODS)
     for guess in ("0.05", "0.6"):
         for method in ("fixed", "frozen"):
             assert f"from dropout {guess}: test perplexity there, median of stn / median of {method}: " in said
