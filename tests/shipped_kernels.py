@@ -430,14 +430,18 @@ FEWER_JOBS = {job.label: job for job in fewer_jobs()}
 def tested(label, job):
     """What `make test` compiles, which leaves the rest to `make compile-ahead`.
 
-    float16 compiles like bfloat16. Responses of low rank add a product or a pointer to kernels that are tested anyway:
-    one dtype and one GPU of them are enough.
+    float16 compiles like bfloat16. Responses of low rank add a product or a pointer to kernels that are tested anyway,
+    and kernels without matrix products need neither tensor cores nor much memory: of those, one GPU is enough, and of
+    their dtypes bfloat16, which needs the most conversions.
     """
     if label in FEWER_JOBS:
         return True
-    if job.constants.get("K_PAD") or job.constants.get("APART"):
-        return "*bf16" in job.types.values() and job.capability == 90
-    return "*fp16" not in job.types.values()
+    dtypes = {"*bf16", "*fp16"} & set(job.types.values())
+    if job.constants.get("K_PAD") or job.constants.get("APART") or job.kernel not in WITH_PRODUCTS:
+        return job.capability == 90 and ("*bf16" in dtypes or job.kernel not in WITH_BFLOAT16)
+    return "*fp16" not in dtypes
 
 
+WITH_PRODUCTS = {job.kernel for job in JOBS.values() if job.tensor_cores}
+WITH_BFLOAT16 = {job.kernel for job in JOBS.values() if "*bf16" in job.types.values()}
 TESTED_JOBS = {label: job for label, job in JOBS.items() if tested(label, job)}

@@ -50,8 +50,8 @@ def test_the_shapes_above_take_all_paths():
 
 @pytest.mark.parametrize(
     ("shape", "limits"),
-    [((2, 40, 650), H100), ((2, 80, 1150), H100), ((2, 20, 200), H100), ((2, 40, 650), A100)],
-    ids=["650-H100", "1150-H100", "200-H100", "650-A100"],
+    [((2, 40, 650), H100), ((2, 20, 200), H100), ((2, 40, 650), A100)],  # 1150 takes half a minute
+    ids=["650-H100", "200-H100", "650-A100"],
 )
 def test_layers_of_the_benchmarks_are_right_in_the_blocks_that_a_gpu_runs(shape, limits, monkeypatch):
     EmulatedDevice(*limits).take_the_place_of_cuda(monkeypatch)
