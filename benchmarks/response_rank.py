@@ -18,17 +18,17 @@ factors-dropped  rank 16, with DropConnect on A and B of recurrent matrices as w
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from benchmarks.kept_runs import KeptRuns
 from benchmarks.self_tuning import Result, measure, score, writable
 from stn_fast.command_line import run_command
 from stn_fast.errors import UserError
@@ -97,27 +97,7 @@ def configure(name: str, variant: str, seed: int, run_dir: Path, flags: argparse
     )
 
 
-def rows(path: Path) -> list[Result]:
-    """The rows of the file so far.
-
-    Raises:
-        UserError: a line of it is no row.
-    """
-    if not path.exists():
-        return []
-    try:
-        found = [json.loads(line) for line in path.read_text().splitlines()]
-        for row in found:
-            key(row)
-    except ValueError as error:
-        raise UserError(f"--out {path}: a line is not JSON ({error}); name another file or mend it") from None
-    except (KeyError, TypeError):
-        raise UserError(f"--out {path} holds other things than rows of this command: name another file") from None
-    return found
-
-
-def key(row: Mapping[str, Any]) -> tuple[str, str, int, int | None]:
-    return row["recipe"], row["variant"], row["seed"], row["epochs"]
+KEY = ("recipe", "variant", "seed", "epochs")
 
 
 def table(name: str, made: Iterable[Result]) -> str:
@@ -163,21 +143,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         it.error(f"--seeds must be at least 1; got {flags.seeds}")
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            out = writable(flags.out or str(Path(scratch) / "rows.jsonl"), "--out")
-            done = {key(row) for row in rows(out)}
+            kept = KeptRuns(writable(flags.out, "--out") if flags.out else None, KEY)
             for seed in range(flags.seeds):
                 for name in flags.recipes:
                     for variant in flags.variants:
                         row = {"recipe": name, "variant": variant, "seed": seed, "epochs": flags.epochs}
-                        if key(row) in done:
+                        if kept.find(row) is not None:
                             continue
                         config = configure(name, variant, seed, Path(flags.run_dir or scratch), flags)
                         result = measure(config, build if variant == "factors-dropped" else None)
-                        row |= {name: result[name] for name in KEPT if name in result}
-                        with out.open("a") as file:
-                            file.write(json.dumps(row) + "\n")
+                        kept.add(row | {name: result[name] for name in KEPT if name in result})
             for name in flags.recipes:
-                asked = [row for row in rows(out) if row["recipe"] == name and row["epochs"] == flags.epochs]
+                asked = [row for row in kept if row["recipe"] == name and row["epochs"] == flags.epochs]
                 print(table(name, [row for row in asked if row["variant"] in flags.variants]) + "\n", flush=True)
     except UserError as error:
         it.error(str(error))

@@ -5,8 +5,9 @@
     python -m benchmarks.self_tuning fashion-mnist-small --seeds 3 --methods stn fixed --guesses .05 .5 --jobs 2
     python -m benchmarks.self_tuning ptb-small --seeds 2 --guesses .05 .6 --jobs 2
 
-Prints one row for every run, medians, the ratios of validation and test losses (perplexities for texts), and the number
-of runs that became non-finite.
+Prints one row for every run, medians, the ratios of validation and test losses (perplexities for texts), the number of
+runs that became non-finite, and where the hyperparameters end. With --out, a command that is stopped continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.kept_runs import KeptRuns
 from stn_fast.command_line import run_command
 from stn_fast.errors import UserError
 from stn_fast.files import expanded
@@ -37,9 +39,12 @@ if TYPE_CHECKING:
 METHODS: dict[str, dict[str, Any]] = {
     "stn": {},
     "delta-stn": {"name": "delta-stn"},
+    "one-pass": {"name": "one-pass", "train_steps": 10},
     "fixed": {"name": "fixed"},
     "frozen": {"freeze": True},
 }
+HYPER_RATES = {"one-pass": 0.05}  # of Adam, as published; those of other methods are the recipe's
+KEY = ("recipe", "method", "guess", "seed", "factor", "epochs_asked")
 COLUMNS = {
     "valid_loss": "valid loss",
     "test_loss": "test loss",
@@ -92,7 +97,7 @@ def configure(defaults: Config, method: str, seed: int, factor: float, run_dir: 
         method=changed,
         seed=seed,
         optimizer=replace(weights, learning_rate=weights.learning_rate * factor),
-        hyper_optimizer=replace(hyper, learning_rate=hyper.learning_rate * factor),
+        hyper_optimizer=replace(hyper, learning_rate=HYPER_RATES.get(method, hyper.learning_rate) * factor),
         schedule=schedule,
         run_dir=str(run_dir),
     )
@@ -172,7 +177,7 @@ def comparisons(runs: Mapping[tuple[str, float | None], Sequence[Result]]) -> li
     lines = []
     for guess in guesses:
         start = "" if guess is None else f"from dropout {guess:g}: "
-        for method in ("delta-stn", "fixed", "frozen"):
+        for method in (method for method in METHODS if method != "stn"):
             if ("stn", guess) in runs and (method, guess) in runs:
                 says = f"{start}{{}}, median of stn / median of {method}"
                 lines += ratios(runs["stn", guess], runs[method, guess], says)
@@ -180,6 +185,21 @@ def comparisons(runs: Mapping[tuple[str, float | None], Sequence[Result]]) -> li
         if ("stn", guess) in runs and ("fixed", other) in runs:
             says = f"{{}}, median of stn from dropout {guess:g} / median of fixed from dropout {other:g}"
             lines += ratios(runs["stn", guess], runs["fixed", other], says)
+    return lines
+
+
+def spreads(runs: Mapping[tuple[str, float | None], Sequence[Result]]) -> list[str]:
+    """Where hyperparameters end: a line for each hyperparameter of each method, over all seeds and guesses."""
+    lines = [f"{'at the end':>15}  {'mean':>10}  {'deviation':>10}  range, over all seeds and guesses"]
+    for method in dict.fromkeys(method for method, _ in runs):
+        finite = [run for (of, _), group in runs.items() if of == method for run in group if not run["diverged"]]
+        lines.append(f"{method:>15}")
+        for name in finite[0]["hyperparameters_end"] if finite else ():
+            values = [run["hyperparameters_end"][name] for run in finite]
+            middle, deviation = statistics.mean(values), statistics.pstdev(values)
+            lines.append(
+                f"{'':>15}  {middle:>10.4g}  {deviation:>10.3g}  {min(values):.4g} to {max(values):.4g}  {name}"
+            )
     return lines
 
 
@@ -192,6 +212,7 @@ def parser() -> argparse.ArgumentParser:
         help="first guess of every dropout rate; other hyperparameters keep the recipe's guess (default: recipe's)",
     )  # fmt: skip
     it.add_argument("--learning-rate-factor", type=float, default=1.0, help="multiplies both learning rates")
+    it.add_argument("--out", metavar="FILE", help="JSON lines: finished runs are added, and not made again")
     add_run_flags(it, seeds=5)
     return it
 
@@ -238,24 +259,37 @@ def sharing(defaults: Config, jobs: int) -> Config:
 
 
 def compare(flags: argparse.Namespace, defaults: Config) -> dict[str, list[Result]]:
-    """Makes the runs for each guess and method, and prints them as they finish; returns the results by method."""
+    """Makes the runs that are not in --out yet and prints all that are asked for; returns the results by method."""
     guesses: list[float | None] = flags.guesses or [None]
     if flags.guesses:
         print(f"a guess is where these start: {', '.join(dropout_rates(defaults))}\n")
-    runs: dict[tuple[str, float | None], list[Result]] = {}
+    kept = KeptRuns(writable(flags.out, "--out") if flags.out else None, KEY)
+    common = {"recipe": flags.recipe, "factor": flags.learning_rate_factor, "epochs_asked": flags.epochs}
+    asked = [
+        common | {"method": method, "guess": guess, "seed": seed}
+        for seed, guess, method in itertools.product(range(flags.seeds), guesses, flags.methods)
+    ]
+    missing = [run for run in asked if kept.find(run) is None]
     with tempfile.TemporaryDirectory() as scratch:
         configs = []
-        for guess, method, seed in itertools.product(guesses, flags.methods, range(flags.seeds)):
+        for run in missing:
+            method, guess, seed = run["method"], run["guess"], run["seed"]
             name = f"{method}-seed{seed}" + ("" if guess is None else f"-from{guess:g}")
             target = Path(flags.run_dir or scratch) / name
-            base = guessed(defaults, guess)
-            configs.append(configure(base, method, seed, flags.learning_rate_factor, target, flags.epochs))
+            configs.append(configure(guessed(defaults, guess), method, seed, common["factor"], target, flags.epochs))
         with measured(configs, flags.jobs) as coming:
-            for guess, method in itertools.product(guesses, flags.methods):
-                runs[method, guess] = [{**result, "guess": guess} for result in itertools.islice(coming, flags.seeds)]
-                title = method if guess is None else f"{method} from {guess:g}"
-                print(table(title, runs[method, guess]) + "\n", flush=True)
-    print("\n".join(comparisons(runs)))
+            for number, (run, result) in enumerate(zip(missing, coming, strict=True), 1):
+                kept.add({**result, **run})
+                print(
+                    f"run {number} of {len(missing)} finished: {Path(configs[number - 1].directory).name}", flush=True
+                )
+    runs: dict[tuple[str, float | None], list[Result]] = {}
+    for guess, method in itertools.product(guesses, flags.methods):
+        chosen = (kept.find(run) for run in asked if (run["method"], run["guess"]) == (method, guess))
+        runs[method, guess] = [run for run in chosen if run is not None]
+        title = method if guess is None else f"{method} from {guess:g}"
+        print(table(title, runs[method, guess]) + "\n", flush=True)
+    print("\n".join([*spreads(runs), "", *comparisons(runs)]))
     return {
         method: [result for (of, _), results in runs.items() if of == method for result in results]
         for method in flags.methods

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from stn_fast.errors import UserError
 from stn_fast.training.config import Config
 from stn_fast.training.delta import DeltaSelfTuning
 from stn_fast.training.methods import FixedHyperparameters, Method, SelfTuning
+from stn_fast.training.one_pass import OnePass
 from stn_fast.training.optimizers import hyper_optimizer, weight_optimizer
 from stn_fast.training.task import Task
 
@@ -23,13 +25,19 @@ def build_method(config: Config, task: Task) -> Method:
     )
     if config.method.name == "fixed":
         return FixedHyperparameters(task.model, task.space, task.training_objective, **given)
+    operands = (task.model, task.space, task.training_objective, task.validation_objective)
+    given["hyper_optimizer"] = hyper_optimizer(config.hyper_optimizer)
+    if config.method.name == "one-pass":
+        decay, terms = config.method.weight_decay, config.method.neumann_terms
+        try:
+            return OnePass(*operands, weight_decay=decay, neumann_terms=terms, **given)
+        except ValueError as error:
+            raise UserError(f"--method one-pass: {error}") from None
     given |= dict(
-        hyper_optimizer=hyper_optimizer(config.hyper_optimizer),
         entropy_weight=config.method.entropy_weight,
         tune_scales=config.method.tune_scales,
         freeze=config.method.freeze,
     )
-    operands = (task.model, task.space, task.training_objective, task.validation_objective)
     if config.method.name == "stn":
         return SelfTuning(*operands, **given)
     rate = config.method.response_learning_rate

@@ -166,6 +166,8 @@ class _Step:
 
         if not self._never and graphs is None:
             self._give_up(f"CUDA graphs need a CUDA device, and the model is on {method.location.device}")
+        elif not self._never and method.uncapturable is not None:
+            self._give_up(method.uncapturable)
         if self._never or graphs is None:
             return one_by_one()
         batch = method.begin(self._name, batch)

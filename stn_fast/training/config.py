@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Literal
+from typing import Literal, get_args
 
 from stn_fast.errors import UserError, did_you_mean
 from stn_fast.files import expanded
@@ -106,7 +106,8 @@ class HyperparameterConfig:
         )
 
 
-MethodName = Literal["stn", "delta-stn", "fixed"]
+ONLY_FOR = {"delta-stn": ("linearize", "response_learning_rate"), "one-pass": ("weight_decay", "neumann_terms")}
+MethodName = Literal["stn", "delta-stn", "one-pass", "fixed"]
 
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16")
@@ -116,6 +117,8 @@ PrecisionSetting = Literal["auto", "fp32", "tf32", "bf16"]
 @dataclass(frozen=True)
 class MethodConfig:
     """How hyperparameters are tuned (``stn``, ``delta-stn``), or that they stay at their first guess (``fixed``).
+
+    ``one-pass`` also keeps them, and tunes the optimizer's learning rate, momentum and decoupled weight decay.
 
     ``freeze`` trains the self-tuning network under perturbations but does not tune location and scale: a control
     experiment that separates the effect of tuning from that of the extra parameters. After ``warmup_epochs`` of
@@ -130,6 +133,9 @@ class MethodConfig:
     Only for ``delta-stn``: ``linearize`` uses the first-order change of the outputs in response steps, and
     ``response_learning_rate`` is the learning rate of the response; null for that of the weights. Both rates decay
     together.
+
+    Only for ``one-pass``: ``weight_decay`` is the first guess of the decoupled weight decay, and ``neumann_terms`` the
+    number of terms of the approximate inverse in the hypergradient.
     """
 
     name: MethodName = "stn"
@@ -143,21 +149,27 @@ class MethodConfig:
     response_rank: ResponseRank = None
     linearize: bool = True
     response_learning_rate: float | None = None
+    weight_decay: float = 1e-4
+    neumann_terms: int = 5
 
     def __post_init__(self) -> None:
-        names = ("stn", "delta-stn", "fixed")
+        names = get_args(MethodName)
         _require(self.name in names, "name", self.name, did_you_mean(str(self.name), names))
         _require(
-            not (self.freeze and self.name == "fixed"),
+            not (self.freeze and self.name in ("fixed", "one-pass")),
             "freeze",
             self.freeze,
-            "only applies to methods that tune; --method fixed never tunes its hyperparameters",
+            f"only applies to methods whose weights respond; --method {self.name} has no response",
         )
-        for key, default in (("linearize", True), ("response_learning_rate", None)):
-            given = getattr(self, key)
-            _require(given == default or self.name == "delta-stn", key, given, "only applies to --method delta-stn")
+        for method, keys in ONLY_FOR.items():
+            for key in keys:
+                given = getattr(self, key)
+                is_default = given == type(self).__dataclass_fields__[key].default
+                _require(is_default or self.name == method, key, given, f"only applies to --method {method}")
         if self.response_learning_rate is not None:
             _require_positive(response_learning_rate=self.response_learning_rate)
+        _require_positive(weight_decay=self.weight_decay)
+        _require_at_least(1, neumann_terms=self.neumann_terms)
         centred = self.name != "delta-stn" or self.response == "shifted"
         _require(centred, "response", self.response, "must be shifted for --method delta-stn, which centres it")
         _require_at_least(1, train_steps=self.train_steps, valid_steps=self.valid_steps)
@@ -174,6 +186,11 @@ class MethodConfig:
     def tunes(self) -> bool:
         """Whether validation steps move the hyperparameters."""
         return self.name != "fixed" and not self.freeze
+
+    @property
+    def has_response(self) -> bool:
+        """Whether the weights respond to the hyperparameters."""
+        return self.name in ("stn", "delta-stn")
 
     @property
     def label(self) -> str:
@@ -311,7 +328,7 @@ class Config:
         _require(len(self.enabled) > 0, "hyperparameters", names, "needs at least one that is enabled")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be at least 0 and below 2**63")
         _require_at_least(1, threads=self.threads)
-        whole = [name for name, entry in self.enabled.items() if entry.integer and self.method.name != "fixed"]
+        whole = [name for name, entry in self.enabled.items() if entry.integer and self.method.has_response]
         untuned = "cannot tune integers, as their value has no gradient; use shifted, or disable " + ", ".join(whole)
         _require(self.method.response != "value" or not whole, "method.response", "value", untuned)
         share = self.train_fraction

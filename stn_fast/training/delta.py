@@ -56,7 +56,8 @@ class DeltaSelfTuning(SelfTuning):
     Args:
         model, space, training_objective, validation_objective, and options: as for `SelfTuning`. The ``response`` of
             every hyperparameter is taken to be "shifted".
-        response_optimizer: makes the optimizer of the response parameters.
+        response_optimizer: makes the optimizer of the response parameters; by default as ``optimizer`` makes that of
+            the other ones.
         linearize: if False, response steps use f(λ̃ − λ) instead of its linearisation.
         zero_gates: whether to set the gates of this package's layers to 0 first, as published. False keeps a response
             that has been trained.
@@ -75,7 +76,8 @@ class DeltaSelfTuning(SelfTuning):
         training_objective: Objective,
         validation_objective: Objective,
         *,
-        response_optimizer: MakeOptimizer = default_optimizer,
+        optimizer: MakeOptimizer = default_optimizer,
+        response_optimizer: MakeOptimizer | None = None,
         linearize: bool = True,
         zero_gates: bool = True,
         **options: Any,
@@ -88,8 +90,9 @@ class DeltaSelfTuning(SelfTuning):
         self.linearize = switch("DeltaSelfTuning", "linearize", linearize)
         if switch("DeltaSelfTuning", "zero_gates", zero_gates):
             _zero_gates(model)
-        self.response_optimizer = response_optimizer(self._response)
-        super().__init__(model, space.with_response("shifted"), training_objective, validation_objective, **options)
+        self.response_optimizer = (response_optimizer or optimizer)(self._response)
+        shifted = space.with_response("shifted")
+        super().__init__(model, shifted, training_objective, validation_objective, optimizer=optimizer, **options)
         rates = learning_rate(self.response_optimizer), self.learning_rate
         self._rate_of_response = rates[0] / rates[1] if rates[1] else 1.0
         self._linearised: Any = Linearised(model) if linearize else model

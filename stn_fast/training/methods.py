@@ -85,6 +85,7 @@ class Method(ABC):
     """
 
     tunes = False
+    uncapturable: str | None = None  # why its steps can't be captured as CUDA graphs, if they can't
     training_kinds: Sequence[str] = ("train_step",)  # the kinds of steps that `train_step` consists of, in order
 
     def __init__(
@@ -215,7 +216,7 @@ class Method(ABC):
                 "model's outputs, and leave requires_grad on for the parameters to train"
             )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self._differentiate(loss, step)
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not trained:
             raise RuntimeError("the training loss depends on none of the parameters that the optimizer trains")
@@ -234,6 +235,10 @@ class Method(ABC):
         name = partial(parameter_names, self.model, trained)
         self.took_step = self.guard.take(Attempt(kind, step, loss, norms, norm, name), optimizer, update, undo)
         return loss.detach()
+
+    def _differentiate(self, loss: Tensor, step: int | Tensor) -> None:
+        """Computes the ``.grad`` of the parameters."""
+        loss.backward()
 
     def begin(self, call: str, batch: Any) -> Batch:
         """The host's work before a step: checks earlier steps, converts the batch, and restores training mode."""

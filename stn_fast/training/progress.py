@@ -85,7 +85,7 @@ def summary(result: dict[str, Any]) -> str:
         + f"  {_shown(moved[name], '+.1f'):>8}"
         for name in best
     ]
-    if result["method"] in ("stn", "delta-stn") and result["valid_steps"] == 0:
+    if result["method"] in ("stn", "delta-stn", "one-pass") and result["valid_steps"] == 0:
         lines.append("no validation step was run: nothing has been tuned yet")
     forms = {"test_loss": ".4f", "test_accuracy": ".4f", "test_perplexity": ".2f"}
     scores = [f"{key.replace('_', ' ')} {_shown(result[key], form)}" for key, form in forms.items() if key in result]

@@ -55,6 +55,31 @@ def test_runs_in_processes_of_their_own_give_what_runs_in_turn_give(tmp_path, ca
     assert found[0]["stn"][0]["hyperparameters_start"]["input_dropout"] == pytest.approx(0.2)
 
 
+def test_finished_runs_are_kept_and_not_made_again(tmp_path, capsys):
+    file = tmp_path / "runs.jsonl"
+    arguments = ["--epochs", "2", "--methods", "one-pass", "fixed", "--out", str(file)]
+    assert self_tuning.main([*arguments, "--seeds", "1"]) == 0
+    assert "run 2 of 2 finished: fixed-seed0" in capsys.readouterr().out
+    first = file.read_text()
+    assert self_tuning.main([*arguments, "--seeds", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "run 2 of 2 finished: fixed-seed1" in said
+    assert file.read_text().startswith(first)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("one-pass", 0),
+        ("fixed", 0),
+        ("one-pass", 1),
+        ("fixed", 1),
+    ]
+    ends = [row["hyperparameters_end"]["optimizer.momentum"] for row in rows[::2]]
+    assert f"{min(ends):.4g} to {max(ends):.4g}  optimizer.momentum" in said
+    file.write_text("[]\n")
+    with pytest.raises(SystemExit):
+        self_tuning.main([*arguments, "--seeds", "1"])
+    assert "holds other things than rows of this command" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

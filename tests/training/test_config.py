@@ -40,6 +40,8 @@ from stn_fast.training.spaces import build_space
             "method.response_learning_rate=0.1",
             "method.response_learning_rate = 0.1: only applies to --method delta-stn",
         ),
+        ("method.weight_decay=0.1", "method.weight_decay = 0.1: only applies to --method one-pass"),
+        ("method.neumann_terms=3", "method.neumann_terms = 3: only applies to --method one-pass"),
         ("method.name=stm", "did you mean 'stn'"),
         ("method.train_steps=0", "method.train_steps"),
         ("method.valid_steps=0", "method.valid_steps"),

@@ -1,0 +1,278 @@
+"""One-pass hypergradients of an optimizer's own hyperparameters: its learning rate, momentum and weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stn_fast.checks import real_number, whole_number
+from stn_fast.hyperparameter import Hyperparameter
+from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
+from stn_fast.training.finite import Attempt, gradient_norms
+from stn_fast.training.methods import FixedHyperparameters
+from stn_fast.training.modes import evaluating
+from stn_fast.training.optimizers import (
+    MakeOptimizer,
+    default_hyper_optimizer,
+    learning_rate,
+    make_capturable,
+    set_learning_rate,
+)
+from stn_fast.training.parameters import listed, parameter_names
+from stn_fast.training.precision import float32_products
+from stn_fast.training.task import Objective
+
+RATE, MOMENTUM, DECAY = "optimizer.learning_rate", "optimizer.momentum", "optimizer.weight_decay"
+
+
+class Tuned(NamedTuple):
+    """The values that are tuned, scalars."""
+
+    rate: Tensor
+    momentum: Tensor
+    decay: Tensor
+
+
+Change = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any], Tuned], Tensor]
+
+
+def _sgd(weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], tuned: Tuned) -> Tensor:
+    buffer = state.get("momentum_buffer")
+    velocity = gradient if buffer is None else tuned.momentum * buffer + gradient
+    return tuned.rate * (velocity + tuned.decay * weight)
+
+
+def _adam(weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], tuned: Tuned) -> Tensor:
+    first, (_, second), step = tuned.momentum, group["betas"], float(state.get("step", 0.0)) + 1
+    mean = first * state.get("exp_avg", 0.0) + (1 - first) * gradient
+    square = second * state.get("exp_avg_sq", 0.0) + (1 - second) * gradient**2
+    # √square has no derivative at 0, where the gradient has always been 0.
+    size = torch.where(square > 0, square, 1.0).sqrt() * (square > 0) / (1 - second**step) ** 0.5
+    return tuned.rate * (mean / (1 - first**step) / (size + group["eps"]) + tuned.decay * weight)
+
+
+CHANGES: dict[type[torch.optim.Optimizer], Change] = {torch.optim.SGD: _sgd, torch.optim.Adam: _adam}
+
+
+class OnePass(FixedHyperparameters):
+    """Tunes an optimizer's learning rate, momentum and decoupled weight decay as it trains a plain network.
+
+    An approximate hypergradient of the validation loss F by implicit differentiation (Clarke, Oldewage and
+    Hernández-Lobato, ICLR 2022, section 3). One update of the weights is w ← w − u(w, φ), with the hyperparameters φ:
+
+        SGD     u = rate · (momentum · buffer + ∇L(w) + weight_decay · w)
+        Adam    u = rate · (m̂ / (√v̂ + ε) + weight_decay · w), with momentum as β₁
+
+    and with all other optimizer state constant. Weights that u no longer changes respond to φ by the inverse of ∂u/∂w,
+    here cut after ``neumann_terms`` terms:
+
+        dF/dφ ≈ −Σ_j ∇F(w)ᵀ (1 − ∂u/∂w)ʲ ∂u/∂φ.
+
+    ``valid_step`` computes ∇F, without the penalties and dropout of training. The next ``train_step``, whose ∇L is
+    needed anyway, computes the rest by differentiating twice, moves φ by ``hyper_optimizer`` and then updates the
+    weights with the new φ. (The published code takes u of the training step before.) The factor by which a gradient is
+    clipped is taken for constant. Learning rate and weight decay are softplus of the location, which is about
+    exp(location) where they are small; momentum is its sigmoid.
+
+    All other hyperparameters stay at their first guesses, as in `FixedHyperparameters`. ``space``, ``location`` and
+    everything reported contain the three under the names "optimizer.learning_rate", "optimizer.momentum" and
+    "optimizer.weight_decay". Steps can't be captured as CUDA graphs, which would keep the momentum.
+
+    Args:
+        model, space, training_objective, and options: as for `FixedHyperparameters`.
+        validation_objective: F.
+        optimizer: makes a torch.optim.SGD or Adam, whose learning rate and momentum are the first guesses. Its own
+            weight decay must be 0.
+        hyper_optimizer: makes the optimizer of the location.
+        weight_decay: first guess.
+        neumann_terms: the number of terms.
+
+    Raises:
+        ValueError: an argument is out of range; the optimizer is another one, or has several parameter groups, weight
+            decay, Nesterov momentum, dampening, maximize or amsgrad.
+        RuntimeError: in a training step, an operation of the model can't be differentiated twice.
+    """
+
+    tunes = True
+    uncapturable = "a CUDA graph would keep the optimizer's momentum, which this method tunes"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: HyperparameterSpace,
+        training_objective: Objective,
+        validation_objective: Objective,
+        *,
+        hyper_optimizer: MakeOptimizer = default_hyper_optimizer,
+        weight_decay: float = 1e-4,
+        neumann_terms: int = 5,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, space, training_objective, **options)
+        self.validation_objective = validation_objective
+        self.neumann_terms = whole_number("OnePass", "neumann_terms", neumann_terms, 1)
+        self._change, momentum = _checked(self.optimizer)
+        self._network_space = self.space
+        first = (learning_rate(self.optimizer), momentum, real_number("OnePass", "weight_decay", weight_decay))
+        self.space = HyperparameterSpace([*self.space, *_hyperparameters(*first)])
+        self.location, self.raw_scale = self.space.initial_state(self.location.device)
+        self.hyper_optimizer = hyper_optimizer([self.location.requires_grad_()])
+        make_capturable(self.hyper_optimizer)
+        self._validation_gradient: list[Tensor] | None = None  # until the next training step uses it
+        self.optimizer.register_step_pre_hook(self._decay_weights)
+        self._install()
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {
+            "validation_objective": self.validation_objective,
+            "neumann_terms": self.neumann_terms,
+        }
+
+    def _at(self, **draw: Any) -> HyperBatch:
+        return self._network_space.at(self.location.detach()[: len(self._network_space)], **draw, centred=True)
+
+    def _training_hyper(self, draw: dict[str, Any]) -> HyperBatch:
+        return self._at(**draw)
+
+    def unperturbed(self, batch_size: int) -> HyperBatch:
+        return self._at(batch_size=batch_size)
+
+    def valid_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
+        """Computes ∇F on one validation batch; the next training step moves the hyperparameters by it.
+
+        Arguments and errors as for ``train_step``. Returns F, a detached scalar on the device.
+        """
+        batch = self.begin("valid_step", batch)
+        parameters = self._parameters
+        with float32_products(self.precision), evaluating(self.model):
+            hyper = self._at(**self._draw(batch, step, first_example))
+            loss = self._loss("validation", self.validation_objective, self.model, batch, hyper)
+            gradient = torch.autograd.grad(loss, parameters, materialize_grads=True)
+
+        def keep() -> None:
+            self._validation_gradient = list(gradient)
+
+        norms = gradient_norms(gradient)
+        name = partial(parameter_names, self.model, parameters)
+        attempt = Attempt("validation", step, loss, norms, torch.linalg.vector_norm(norms), name)
+        self.guard.take(attempt, self.hyper_optimizer, keep, batch.undo)
+        return loss.detach()
+
+    def _differentiate(self, loss: Tensor, step: int | Tensor) -> None:
+        towards, self._validation_gradient = self._validation_gradient, None
+        if towards is None or not loss.isfinite():
+            return super()._differentiate(loss, step)
+        gradients = torch.autograd.grad(loss, self._parameters, create_graph=True, allow_unused=True)
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.detach()
+        used = [k for k, gradient in enumerate(gradients) if gradient is not None]
+        hypergradient = self._hypergradient([gradients[k] for k in used], [towards[k] for k in used], used)
+
+        def update() -> None:
+            self.location.grad = hypergradient
+            self.hyper_optimizer.step()
+            self._install()
+
+        attempt = Attempt("hyperparameter", step, loss, hypergradient, hypergradient.sum(), self._hyperparameter_names)
+        self.guard.take(attempt, self.hyper_optimizer, update, lambda where: None)
+
+    def _hypergradient(self, gradients: list[Tensor], towards: list[Tensor], used: list[int]) -> Tensor:
+        """−Σ_j ∇Fᵀ (1 − ∂u/∂w)ʲ ∂u/∂location, from ∇L with its graph and ∇F, for the parameters ``used``."""
+        weights = [self._parameters[k] for k in used]
+        with torch.no_grad():
+            norm = torch.linalg.vector_norm(gradient_norms(gradients))
+            kept = 1.0 if self.clip is None else (self.clip / (norm + 1e-6)).clamp(max=1.0)
+        group = self.optimizer.param_groups[0]
+        tuned = Tuned(*self.space.at(self.location, batch_size=1).values[0, -3:])
+        changes = [
+            self._change(weight, gradient * kept, self.optimizer.state.get(weight, {}), group, tuned)
+            for weight, gradient in zip(weights, gradients, strict=True)
+        ]
+        term = total = towards
+        for _ in range(self.neumann_terms - 1):
+            moved = torch.autograd.grad(changes, weights, term, retain_graph=True, materialize_grads=True)
+            term = [before - by for before, by in zip(term, moved, strict=True)]
+            total = [so_far + new for so_far, new in zip(total, term, strict=True)]
+        (hypergradient,) = torch.autograd.grad(changes, [self.location], total)
+        return -hypergradient
+
+    def _hyperparameter_names(self, columns: Sequence[int]) -> str:
+        return listed([f"hyperparameter {self.space.names[k]!r}" for k in columns])
+
+    def _install(self) -> None:
+        """Gives the optimizer its learning rate and momentum; weight decay is read as it steps."""
+        rate, momentum, self._decay = list(self.space.values(self.location).values())[-3:]
+        set_learning_rate(self.optimizer, rate)
+        for group in self.optimizer.param_groups:
+            if "betas" in group:
+                group["betas"] = momentum, group["betas"][1]
+            else:
+                group["momentum"] = momentum
+
+    @torch.no_grad()
+    def _decay_weights(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * self._decay)
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the weights now. Setting it moves the location."""
+        return super().learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        index = self.space.index(RATE)
+        with torch.no_grad():
+            self.location[index] = replace(self.space[RATE], init=rate).start
+        self._install()
+
+    def _state(self) -> dict[str, Any]:
+        kept = self._validation_gradient
+        return {
+            **super()._state(),
+            "hyper_optimizer": self.hyper_optimizer.state_dict(),
+            "validation_gradient": None if kept is None else [part.clone() for part in kept],
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        super()._load(state)
+        self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
+        make_capturable(self.hyper_optimizer)
+        self._validation_gradient = state["validation_gradient"]
+        self._install()
+
+
+def _checked(optimizer: torch.optim.Optimizer) -> tuple[Change, float]:
+    """The function of one update of ``optimizer``, and its momentum."""
+    kind = type(optimizer)
+    if kind not in CHANGES:
+        raise ValueError(f"OnePass: the optimizer must be torch.optim.SGD or Adam, got {kind.__name__}")
+    if len(optimizer.param_groups) > 1:
+        raise ValueError("OnePass: the optimizer must have one group of parameters, which share their learning rate")
+    (group,) = optimizer.param_groups
+    for name in ("weight_decay", "nesterov", "dampening", "maximize", "amsgrad"):
+        if group.get(name):
+            raise ValueError(f"OnePass: the optimizer must have {name}=0 or False, got {group[name]}")
+    momentum = group["betas"][0] if "betas" in group else group["momentum"]
+    if not 0 < momentum < 1:
+        raise ValueError(f"OnePass: momentum must be above 0 and below 1 to be tuned, got {momentum}")
+    return CHANGES[kind], momentum
+
+
+def _hyperparameters(rate: float, momentum: float, decay: float) -> list[Hyperparameter]:
+    return [
+        Hyperparameter(RATE, low=0.0, init=rate, per_example=False),
+        Hyperparameter(MOMENTUM, low=0.0, high=1.0, init=momentum, per_example=False),
+        Hyperparameter(DECAY, low=0.0, init=decay, per_example=False),
+    ]
