@@ -16,12 +16,14 @@ Row = dict[str, Any]
 class KeptRuns:
     """The rows of ``path``, one for each run; without a path, they are kept in memory.
 
+    A last line without an end, which a stopped command left, is removed.
+
     Args:
         path: a file, which need not exist.
         key: names of the entries that tell runs apart.
 
     Raises:
-        UserError: a line of the file is no row of this kind.
+        UserError: a line of the file is not a row of this command.
     """
 
     def __init__(self, path: Path | None, key: Sequence[str]) -> None:
@@ -29,11 +31,15 @@ class KeptRuns:
         self._rows: dict[tuple[Any, ...], Row] = {}
         if path is None or not path.exists():
             return
+        text = path.read_text()
+        complete = text[: text.rfind("\n") + 1]
+        if complete != text:  # the command was stopped while it wrote a row
+            path.write_text(complete)
         try:
-            for line in path.read_text().splitlines():
+            for line in complete.splitlines():
                 self._remember(json.loads(line))
         except ValueError as error:
-            raise UserError(f"--out {path}: a line is not JSON ({error}); name another file or mend it") from None
+            raise UserError(f"--out {path}: a line is not JSON ({error}); name another file or correct it") from None
         except (KeyError, TypeError):
             raise UserError(f"--out {path} holds other things than rows of this command: name another file") from None
 

@@ -13,6 +13,7 @@ stopped.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import math
 import multiprocessing
@@ -21,7 +22,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "fixed": {"name": "fixed"},
     "frozen": {"freeze": True},
 }
-HYPER_RATES = {"one-pass": 0.05}  # of Adam, as published; those of other methods are the recipe's
-KEY = ("recipe", "method", "guess", "seed", "factor", "epochs_asked")
+HYPER_RATES = {"one-pass": 0.05 * math.log(10)}  # published: 0.05 of log10 rate; of other methods the recipe's
+KEY = ("recipe", "method", "guess", "seed", "settings")
 COLUMNS = {
     "valid_loss": "valid loss",
     "test_loss": "test loss",
@@ -91,6 +92,8 @@ def configure(defaults: Config, method: str, seed: int, factor: float, run_dir: 
     """``defaults`` with ``method`` and ``seed``, and both learning rates multiplied by ``factor``."""
     changed: MethodConfig = replace(defaults.method, **METHODS[method])
     weights, hyper = defaults.optimizer, defaults.hyper_optimizer
+    if method == "one-pass":  # it owns the learning rate
+        weights = replace(weights, decay_factor=1.0, min_learning_rate=0.0)
     schedule = replace(defaults.schedule, epochs=epochs or defaults.schedule.epochs)
     return replace(
         defaults,
@@ -101,6 +104,12 @@ def configure(defaults: Config, method: str, seed: int, factor: float, run_dir: 
         schedule=schedule,
         run_dir=str(run_dir),
     )
+
+
+def digest(config: Config) -> str:
+    """A hash of everything in ``config`` that a run's numbers depend on."""
+    elsewhere = replace(config, run_dir=None, data_root=None, threads=None)
+    return hashlib.sha256(to_json(asdict(elsewhere)).encode()).hexdigest()[:12]
 
 
 def measure(config: Config, build: Callable[[Config], Task] | None = None) -> Result:
@@ -264,25 +273,21 @@ def compare(flags: argparse.Namespace, defaults: Config) -> dict[str, list[Resul
     if flags.guesses:
         print(f"a guess is where these start: {', '.join(dropout_rates(defaults))}\n")
     kept = KeptRuns(writable(flags.out, "--out") if flags.out else None, KEY)
-    common = {"recipe": flags.recipe, "factor": flags.learning_rate_factor, "epochs_asked": flags.epochs}
-    asked = [
-        common | {"method": method, "guess": guess, "seed": seed}
-        for seed, guess, method in itertools.product(range(flags.seeds), guesses, flags.methods)
-    ]
-    missing = [run for run in asked if kept.find(run) is None]
     with tempfile.TemporaryDirectory() as scratch:
-        configs = []
-        for run in missing:
-            method, guess, seed = run["method"], run["guess"], run["seed"]
+        asked, missing = [], []
+        for seed, guess, method in itertools.product(range(flags.seeds), guesses, flags.methods):
             name = f"{method}-seed{seed}" + ("" if guess is None else f"-from{guess:g}")
             target = Path(flags.run_dir or scratch) / name
-            configs.append(configure(guessed(defaults, guess), method, seed, common["factor"], target, flags.epochs))
-        with measured(configs, flags.jobs) as coming:
-            for number, (run, result) in enumerate(zip(missing, coming, strict=True), 1):
+            base = guessed(defaults, guess)
+            config = configure(base, method, seed, flags.learning_rate_factor, target, flags.epochs)
+            run = {"recipe": flags.recipe, "method": method, "guess": guess, "seed": seed, "settings": digest(config)}
+            asked.append(run)
+            if kept.find(run) is None:
+                missing.append((run, config))
+        with measured([config for _, config in missing], flags.jobs) as coming:
+            for number, ((run, config), result) in enumerate(zip(missing, coming, strict=True), 1):
                 kept.add({**result, **run})
-                print(
-                    f"run {number} of {len(missing)} finished: {Path(configs[number - 1].directory).name}", flush=True
-                )
+                print(f"run {number} of {len(missing)} finished: {Path(config.directory).name}", flush=True)
     runs: dict[tuple[str, float | None], list[Result]] = {}
     for guess, method in itertools.product(guesses, flags.methods):
         chosen = (kept.find(run) for run in asked if (run["method"], run["guess"]) == (method, guess))

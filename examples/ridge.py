@@ -11,8 +11,10 @@ and the best λ (d,) is the one whose J*(λ) has the least validation loss F(J) 
 penalty, J fits noise; with a larger one, it misses the signal. L-BFGS finds the best λ through the closed form.
 
 Self-tuning knows nothing of the closed form: it trains J = U (I + response) on the training loss above, with a gated
-layer for I + response, and follows F. Both methods start from λ = 0. What is printed is F(J*(λ)) at the λ that they
-found, so it depends on λ alone: how much of the way from F(J*(0)) to its least value is left.
+layer for I + response, and follows F. Both methods start from λ = 0 and update weights or response four times in each
+cycle: STN by four training steps, Δ-STN by two, which consist of a general and a response step. What is printed is
+F(J*(λ)) at the λ that they found, so it depends on λ alone, and how much is left of the way from F(J*(0)) to its least
+value.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from stn_fast.training.delta import DeltaSelfTuning
 from stn_fast.training.methods import SelfTuning
 
 FEATURES, TARGETS, TRAIN, VALID, NOISE = 8, 40, 50, 1000, 4.0
+TRAIN_STEPS = {"stn": 4, "delta-stn": 2}  # in a cycle
 METHODS: dict[str, type[SelfTuning]] = {"stn": SelfTuning, "delta-stn": DeltaSelfTuning}
 
 
@@ -121,7 +124,7 @@ def space() -> stn.HyperparameterSpace:
 
 
 def tune(method: str, of: Problem, seed: int, cycles: int) -> Tensor:
-    """λ before each cycle of two training steps and one validation step, and at the end: (cycles + 1, d).
+    """λ before each cycle of training steps and one validation step, and at the end: (cycles + 1, d).
 
     After half of the cycles, all learning rates fall to a tenth.
     """
@@ -136,9 +139,9 @@ def tune(method: str, of: Problem, seed: int, cycles: int) -> Tensor:
         if cycle == cycles // 2:
             tuning.learning_rate /= 10
             tuning.hyper_optimizer.param_groups[0]["lr"] /= 10
-        for step in range(2):
-            tuning.train_step(of.train, 3 * cycle + step)
-        tuning.valid_step(of.valid, 3 * cycle + 2)
+        for step in range(TRAIN_STEPS[method]):
+            tuning.train_step(of.train, 5 * cycle + step)
+        tuning.valid_step(of.valid, 5 * cycle + 4)
         path.append(tuning.location.detach().clone())
     return torch.stack(path)
 

@@ -12,7 +12,7 @@ from stn_fast.errors import UserError
 from stn_fast.extras import require
 from stn_fast.recipes import RECIPES, recipe
 from stn_fast.terminal import printable
-from stn_fast.training.config import FLAGS, ConfigError
+from stn_fast.training.config import FLAGS, METHODS, ConfigError
 from stn_fast.training.layering import read_yaml, resolve, to_yaml
 
 PROGRAM = "python -m stn_fast.train"
@@ -26,7 +26,7 @@ def parser() -> Parser:
     flag = it.add_argument
     default = f"the recipe in --config, else {DEFAULT_RECIPE}"
     flag("recipe", nargs="?", help=f"what to train: {', '.join(RECIPES)}, or FILE.py:NAME (default: {default})")
-    flag("--method", dest="method.name", metavar="NAME", help="stn or fixed (default: stn)")
+    flag("--method", dest="method.name", metavar="NAME", help=f"{', '.join(METHODS)} (default: stn)")
     frozen = "train the self-tuning network without tuning its hyperparameters"
     flag("--freeze", dest="method.freeze", action="store_true", default=None, help=frozen)
     flag("--seed", type=whole_number, metavar="N", help="seed of all random numbers (default: 0)")

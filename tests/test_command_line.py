@@ -73,7 +73,7 @@ def test_output_that_cannot_be_written_is_one_line_and_status_1():
     assert (done.returncode, done.stderr) == (1, "error: cannot write to standard output (No space left on device)\n")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_a_run_ends_well_in_every_encoding(tmp_path, encoding):
     directory = tmp_path / "läuft σ 走\udcff"
     done = subprocess.run(

@@ -23,7 +23,7 @@ def test_the_optimum_is_one(problem):
     assert optimum.abs().max() < 5  # no penalty is best at 0 or at infinity
     slope = torch.func.grad(problem.valid_loss)(optimum)
     assert slope.abs().max() < 1e-6 * problem.valid_loss(optimum)
-    assert torch.func.hessian(problem.valid_loss)(optimum).det() > 0
+    assert torch.linalg.eigvalsh(torch.func.hessian(problem.valid_loss)(optimum)).min() > 0
 
 
 def test_the_networks_minimum_is_the_closed_form(problem):
@@ -43,7 +43,7 @@ def test_delta_stn_finds_it(problem):
     path = ridge.tune("delta-stn", problem, seed=0, cycles=300)
     assert path.shape == (301, ridge.FEATURES)
     assert ridge.share_left(problem, path[0]) == 1
-    assert ridge.share_left(problem, path[-1]) < 0.1  # 0.1 % after the 1,500 cycles of the example
+    assert ridge.share_left(problem, path[-1]) < 0.4  # 0.03 % after the 1,500 cycles of the example
 
 
 def test_the_command_prints_each_method_and_draws(tmp_path, capsys):

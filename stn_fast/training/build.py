@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from stn_fast.errors import UserError
 from stn_fast.training.config import Config
 from stn_fast.training.delta import DeltaSelfTuning
 from stn_fast.training.methods import FixedHyperparameters, Method, SelfTuning
@@ -29,10 +28,7 @@ def build_method(config: Config, task: Task) -> Method:
     given["hyper_optimizer"] = hyper_optimizer(config.hyper_optimizer)
     if config.method.name == "one-pass":
         decay, terms = config.method.weight_decay, config.method.neumann_terms
-        try:
-            return OnePass(*operands, weight_decay=decay, neumann_terms=terms, **given)
-        except ValueError as error:
-            raise UserError(f"--method one-pass: {error}") from None
+        return OnePass(*operands, weight_decay=decay, neumann_terms=terms, **given)
     given |= dict(
         entropy_weight=config.method.entropy_weight,
         tune_scales=config.method.tune_scales,

@@ -108,6 +108,7 @@ class HyperparameterConfig:
 
 ONLY_FOR = {"delta-stn": ("linearize", "response_learning_rate"), "one-pass": ("weight_decay", "neumann_terms")}
 MethodName = Literal["stn", "delta-stn", "one-pass", "fixed"]
+METHODS: tuple[str, ...] = get_args(MethodName)
 
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16")
@@ -134,8 +135,9 @@ class MethodConfig:
     ``response_learning_rate`` is the learning rate of the response; null for that of the weights. Both rates decay
     together.
 
-    Only for ``one-pass``: ``weight_decay`` is the first guess of the decoupled weight decay, and ``neumann_terms`` the
-    number of terms of the approximate inverse in the hypergradient.
+    Only for ``one-pass``: ``weight_decay`` is the first guess of the decoupled weight decay, 0 for none, and
+    ``neumann_terms`` the number of terms of the approximate inverse in the hypergradient. The learning rate must not
+    also decay: ``optimizer.decay_factor`` must be 1.
     """
 
     name: MethodName = "stn"
@@ -153,8 +155,7 @@ class MethodConfig:
     neumann_terms: int = 5
 
     def __post_init__(self) -> None:
-        names = get_args(MethodName)
-        _require(self.name in names, "name", self.name, did_you_mean(str(self.name), names))
+        _require(self.name in METHODS, "name", self.name, did_you_mean(str(self.name), METHODS))
         _require(
             not (self.freeze and self.name in ("fixed", "one-pass")),
             "freeze",
@@ -168,7 +169,7 @@ class MethodConfig:
                 _require(is_default or self.name == method, key, given, f"only applies to --method {method}")
         if self.response_learning_rate is not None:
             _require_positive(response_learning_rate=self.response_learning_rate)
-        _require_positive(weight_decay=self.weight_decay)
+        _require_at_least(0, weight_decay=self.weight_decay)
         _require_at_least(1, neumann_terms=self.neumann_terms)
         centred = self.name != "delta-stn" or self.response == "shifted"
         _require(centred, "response", self.response, "must be shifted for --method delta-stn, which centres it")
@@ -324,6 +325,9 @@ class Config:
     run_dir: str | None = None
 
     def __post_init__(self) -> None:
+        rate_is_tuned, factor = self.method.name == "one-pass", self.optimizer.decay_factor
+        only = "must be 1 for --method one-pass, which tunes the learning rate"
+        _require(not rate_is_tuned or factor == 1, "optimizer.decay_factor", factor, only)
         names = list(self.hyperparameters)
         _require(len(self.enabled) > 0, "hyperparameters", names, "needs at least one that is enabled")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be at least 0 and below 2**63")

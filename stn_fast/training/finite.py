@@ -42,7 +42,7 @@ class Attempt:
     """A step before its update: the numbers that decide whether the update is applied.
 
     Attributes:
-        kind: "training", "response" or "validation".
+        kind: "training", "response", "hyperparameter" or "validation".
         step: number of the step.
         loss: scalar.
         parts: (k,), for each part of the gradient a number that is finite only if that part is.
@@ -63,7 +63,7 @@ class Attempt:
     @property
     def row(self) -> str:
         """Which steps in a row it is counted with."""
-        return "response steps" if self.kind == "response" else "steps"
+        return f"{self.kind} steps" if self.kind in ("response", "hyperparameter") else "steps"
 
     def numbers(self) -> Tensor:
         """(2 + k,): loss, size and parts, from which the host decides."""
@@ -104,14 +104,16 @@ class Guard:
 
     Args:
         skip: how many steps in a row are skipped, each with a warning, before one is an error.
+        waits: whether the host decides on every step, so that it waits for a CUDA device.
 
     Attributes:
         skipped: number of steps skipped so far.
         in_a_row: number of steps skipped since the last update, of each row: response steps are counted by themselves,
-            because a general step comes before each.
+            because a general step comes before each, and so are hyperparameter steps.
     """
 
     skip: int
+    waits: bool = False
     skipped: int = 0
     in_a_row: dict[str, int] = field(default_factory=dict)
     _warm: set[int] = field(default_factory=set, repr=False)
@@ -154,7 +156,7 @@ class Guard:
 
     def can_decide(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the device may decide on a step of ``optimizer``."""
-        return self.is_warm(optimizer) and can_skip_on_device(optimizer)
+        return not self.waits and self.is_warm(optimizer) and can_skip_on_device(optimizer)
 
     def is_warm(self, optimizer: torch.optim.Optimizer) -> bool:
         """False before the first step, which creates the state: a fused SGD would leave it unwritten if it skipped."""

@@ -24,7 +24,7 @@ from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.training.batches import Batch, as_batch
 from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.config import Precision
-from stn_fast.training.finite import Attempt, Buffers, Guard, gradient_norms
+from stn_fast.training.finite import Attempt, Buffers, Guard, NonFiniteError, gradient_norms
 from stn_fast.training.hyper_state import check_made_by, described, reorder, saved_order
 from stn_fast.training.modes import TrainingModes, evaluating
 from stn_fast.training.optimizers import (
@@ -86,6 +86,7 @@ class Method(ABC):
 
     tunes = False
     uncapturable: str | None = None  # why its steps can't be captured as CUDA graphs, if they can't
+    waits = False  # whether the host waits for a CUDA device at every step
     training_kinds: Sequence[str] = ("train_step",)  # the kinds of steps that `train_step` consists of, in order
 
     def __init__(
@@ -109,7 +110,7 @@ class Method(ABC):
         self.precision = check_precision(who, precision)
         self._checks_used = not switch(who, "allow_unused", allow_unused)
         check_streams(model)
-        self.guard = Guard(whole_number(who, "skip_nonfinite", skip_nonfinite, 0))
+        self.guard = Guard(whole_number(who, "skip_nonfinite", skip_nonfinite, 0), self.waits)
         self._modes, self._buffers = TrainingModes(model), Buffers(model)
         trained = self._trained()
         self.optimizer = optimizer(trained)
@@ -206,6 +207,11 @@ class Method(ABC):
     ) -> Tensor:
         """One step of ``optimizer`` on the training objective of ``model``; returns the loss."""
         put_back = self._buffers.keep()
+
+        def undo(where: Tensor | None) -> None:
+            put_back(where)
+            batch.undo(where)
+
         loss = self._loss("training", self.training_objective, model, batch, hyper)
         if self._checks_used:
             check_used(hyper, all_by_name=False)
@@ -216,16 +222,16 @@ class Method(ABC):
                 "model's outputs, and leave requires_grad on for the parameters to train"
             )
         optimizer.zero_grad(set_to_none=True)
-        self._differentiate(loss, step)
+        try:
+            self._differentiate(loss, step)
+        except NonFiniteError:
+            undo(None)
+            raise
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not trained:
             raise RuntimeError("the training loss depends on none of the parameters that the optimizer trains")
         norms = gradient_norms([parameter.grad for parameter in trained])
         norm = torch.linalg.vector_norm(norms)
-
-        def undo(where: Tensor | None) -> None:
-            put_back(where)
-            batch.undo(where)
 
         def update() -> None:
             if self.clip is not None:
@@ -327,7 +333,7 @@ class Method(ABC):
             named = self.model.named_parameters()
             gates = [p for name, p in named if is_gate(name) and p.shape[-1] == len(order)]
             reorder(order, [*gates, self.location, self.raw_scale], self.optimizers)
-        self.guard = Guard(self.guard.skip, state["skipped"]["steps"], dict(state["skipped"]["in_a_row"]))
+        self.guard = Guard(self.guard.skip, self.waits, state["skipped"]["steps"], dict(state["skipped"]["in_a_row"]))
 
     def _made_by(self) -> dict[str, Any]:
         optimizers = [type(optimizer).__name__ for optimizer in self.optimizers]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stn_fast.checks import real_number, whole_number
 from stn_fast.hyperparameter import Hyperparameter
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
+from stn_fast.training.batches import Batch
 from stn_fast.training.finite import Attempt, gradient_norms
 from stn_fast.training.methods import FixedHyperparameters
 from stn_fast.training.modes import evaluating
@@ -31,14 +32,14 @@ RATE, MOMENTUM, DECAY = "optimizer.learning_rate", "optimizer.momentum", "optimi
 
 
 class Tuned(NamedTuple):
-    """The values that are tuned, scalars."""
+    """The hyperparameters of an optimizer that are tuned, scalars."""
 
     rate: Tensor
-    momentum: Tensor
-    decay: Tensor
+    momentum: Tensor | float
+    decay: Tensor | float
 
 
-Change = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any], Tuned], Tensor]
+Update = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any], Tuned], Tensor]
 
 
 def _sgd(weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], tuned: Tuned) -> Tensor:
@@ -56,7 +57,7 @@ def _adam(weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[s
     return tuned.rate * (mean / (1 - first**step) / (size + group["eps"]) + tuned.decay * weight)
 
 
-CHANGES: dict[type[torch.optim.Optimizer], Change] = {torch.optim.SGD: _sgd, torch.optim.Adam: _adam}
+UPDATES: dict[type[torch.optim.Optimizer], Update] = {torch.optim.SGD: _sgd, torch.optim.Adam: _adam}
 
 
 class OnePass(FixedHyperparameters):
@@ -68,20 +69,25 @@ class OnePass(FixedHyperparameters):
         SGD     u = rate · (momentum · buffer + ∇L(w) + weight_decay · w)
         Adam    u = rate · (m̂ / (√v̂ + ε) + weight_decay · w), with momentum as β₁
 
-    and with all other optimizer state constant. Weights that u no longer changes respond to φ by the inverse of ∂u/∂w,
-    here cut after ``neumann_terms`` terms:
+    and with the state of the optimizer and the factor by which ∇L is clipped treated as constant. Where u(w*, φ) = 0,
+    dw*/dφ = −(∂u/∂w)⁻¹ ∂u/∂φ. The inverse is approximated by the first n terms of its Neumann series:
 
-        dF/dφ ≈ −Σ_j ∇F(w)ᵀ (1 − ∂u/∂w)ʲ ∂u/∂φ.
+        dF/dφ ≈ −∇F(w)ᵀ Σ_{j<n} (I − ∂u/∂w)ʲ ∂u/∂φ.
 
-    ``valid_step`` computes ∇F, without the penalties and dropout of training. The next ``train_step``, whose ∇L is
-    needed anyway, computes the rest by differentiating twice, moves φ by ``hyper_optimizer`` and then updates the
-    weights with the new φ. (The published code takes u of the training step before.) The factor by which a gradient is
-    clipped is taken for constant. Learning rate and weight decay are softplus of the location, which is about
-    exp(location) where they are small; momentum is its sigmoid.
+    ``valid_step`` computes ∇F. The next ``train_step``, whose ∇L is needed anyway, computes the rest by differentiating
+    twice, moves φ by ``hyper_optimizer`` and then updates the weights with the new φ. A momentum or weight decay of 0
+    is not tuned.
 
-    All other hyperparameters stay at their first guesses, as in `FixedHyperparameters`. ``space``, ``location`` and
-    everything reported contain the three under the names "optimizer.learning_rate", "optimizer.momentum" and
-    "optimizer.weight_decay". Steps can't be captured as CUDA graphs, which would keep the momentum.
+    Learning rate and weight decay are softplus of the location, so about exp(location) where they are small; momentum
+    is its sigmoid. All other hyperparameters stay at their first guesses, as in `FixedHyperparameters`. ``space``,
+    ``location`` and everything reported contain the tuned ones under the names "optimizer.learning_rate",
+    "optimizer.momentum" and "optimizer.weight_decay".
+
+    Differences from the published code: u is that of the training step after the validation step, not before;
+    logarithms are natural, not to base 10; weight decay is decoupled from momentum; ∇F is computed in evaluation mode;
+    the learning rate has no upper bound.
+
+    On CUDA, the host waits for the device at every step, and steps are not captured as CUDA graphs.
 
     Args:
         model, space, training_objective, and options: as for `FixedHyperparameters`.
@@ -90,15 +96,16 @@ class OnePass(FixedHyperparameters):
             weight decay must be 0.
         hyper_optimizer: makes the optimizer of the location.
         weight_decay: first guess.
-        neumann_terms: the number of terms.
+        neumann_terms: the number of terms, n.
 
     Raises:
         ValueError: an argument is out of range; the optimizer is another one, or has several parameter groups, weight
-            decay, Nesterov momentum, dampening, maximize or amsgrad.
+            decay, Nesterov momentum, dampening, maximize, amsgrad or a learning rate of 0.
         RuntimeError: in a training step, an operation of the model can't be differentiated twice.
     """
 
     tunes = True
+    waits = True
     uncapturable = "a CUDA graph would keep the optimizer's momentum, which this method tunes"
 
     def __init__(
@@ -116,20 +123,27 @@ class OnePass(FixedHyperparameters):
         super().__init__(model, space, training_objective, **options)
         self.validation_objective = validation_objective
         self.neumann_terms = whole_number("OnePass", "neumann_terms", neumann_terms, 1)
-        self._change, momentum = _checked(self.optimizer)
+        self._decay = real_number("OnePass", "weight_decay", weight_decay)
+        if self._decay < 0:
+            raise ValueError(f"OnePass: weight_decay must be at least 0, got {weight_decay}")
+        self._update, momentum = _checked(self.optimizer)
         self._network_space = self.space
-        first = (learning_rate(self.optimizer), momentum, real_number("OnePass", "weight_decay", weight_decay))
-        self.space = HyperparameterSpace([*self.space, *_hyperparameters(*first)])
+        self.space = HyperparameterSpace([*self.space, *_tuned(self.learning_rate, momentum, self._decay)])
         self.location, self.raw_scale = self.space.initial_state(self.location.device)
         self.hyper_optimizer = hyper_optimizer([self.location.requires_grad_()])
         make_capturable(self.hyper_optimizer)
-        self._validation_gradient: list[Tensor] | None = None  # until the next training step uses it
+        self._validation_gradients: list[list[Tensor]] = []  # until the next training step uses them
         self.optimizer.register_step_pre_hook(self._decay_weights)
         self._install()
 
     @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [*super().optimizers, self.hyper_optimizer]
+
+    @property
     def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return [parameter for parameter in parameters if parameter.requires_grad]
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {
@@ -147,7 +161,7 @@ class OnePass(FixedHyperparameters):
         return self._at(batch_size=batch_size)
 
     def valid_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
-        """Computes ∇F on one validation batch; the next training step moves the hyperparameters by it.
+        """Computes ∇F on one validation batch, in evaluation mode; the next training step uses the mean of these.
 
         Arguments and errors as for ``train_step``. Returns F, a detached scalar on the device.
         """
@@ -157,52 +171,61 @@ class OnePass(FixedHyperparameters):
             hyper = self._at(**self._draw(batch, step, first_example))
             loss = self._loss("validation", self.validation_objective, self.model, batch, hyper)
             gradient = torch.autograd.grad(loss, parameters, materialize_grads=True)
-
-        def keep() -> None:
-            self._validation_gradient = list(gradient)
-
         norms = gradient_norms(gradient)
         name = partial(parameter_names, self.model, parameters)
         attempt = Attempt("validation", step, loss, norms, torch.linalg.vector_norm(norms), name)
+        keep = partial(self._validation_gradients.append, list(gradient))
         self.guard.take(attempt, self.hyper_optimizer, keep, batch.undo)
         return loss.detach()
 
+    def _train(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
+        if not (self._validation_gradients and self.location.is_cuda):
+            return super()._train(batch, step, first_example)
+        with torch.backends.cudnn.flags(enabled=False):  # its LSTM can't be differentiated twice
+            return super()._train(batch, step, first_example)
+
     def _differentiate(self, loss: Tensor, step: int | Tensor) -> None:
-        towards, self._validation_gradient = self._validation_gradient, None
-        if towards is None or not loss.isfinite():
+        validation, self._validation_gradients = self._validation_gradients, []
+        if not validation or not loss.isfinite():
             return super()._differentiate(loss, step)
-        gradients = torch.autograd.grad(loss, self._parameters, create_graph=True, allow_unused=True)
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+        parameters = self._parameters
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        used: list[tuple[Tensor, Tensor, Tensor]] = []
+        for parameter, gradient, *of_batches in zip(parameters, gradients, *validation, strict=True):
             parameter.grad = None if gradient is None else gradient.detach()
-        used = [k for k, gradient in enumerate(gradients) if gradient is not None]
-        hypergradient = self._hypergradient([gradients[k] for k in used], [towards[k] for k in used], used)
+            if gradient is not None:
+                used.append((parameter, gradient, torch.stack(of_batches).mean(0)))
+        if not used:
+            return
+        hypergradient = self._hypergradient(*(list(column) for column in zip(*used, strict=True)))
 
         def update() -> None:
             self.location.grad = hypergradient
             self.hyper_optimizer.step()
-            self._install()
 
         attempt = Attempt("hyperparameter", step, loss, hypergradient, hypergradient.sum(), self._hyperparameter_names)
         self.guard.take(attempt, self.hyper_optimizer, update, lambda where: None)
+        self._install()
 
-    def _hypergradient(self, gradients: list[Tensor], towards: list[Tensor], used: list[int]) -> Tensor:
-        """−Σ_j ∇Fᵀ (1 − ∂u/∂w)ʲ ∂u/∂location, from ∇L with its graph and ∇F, for the parameters ``used``."""
-        weights = [self._parameters[k] for k in used]
+    def _hypergradient(self, weights: list[Tensor], gradients: list[Tensor], validation: list[Tensor]) -> Tensor:
+        """dF/dlocation, from ∇L with its graph and ∇F."""
         with torch.no_grad():
             norm = torch.linalg.vector_norm(gradient_norms(gradients))
-            kept = 1.0 if self.clip is None else (self.clip / (norm + 1e-6)).clamp(max=1.0)
-        group = self.optimizer.param_groups[0]
-        tuned = Tuned(*self.space.at(self.location, batch_size=1).values[0, -3:])
-        changes = [
-            self._change(weight, gradient * kept, self.optimizer.state.get(weight, {}), group, tuned)
+            clipped = 1.0 if self.clip is None else (self.clip / (norm + 1e-6)).clamp(max=1.0)
+        group, states = self.optimizer.param_groups[0], self.optimizer.state
+        values = self.space.at(self.location, batch_size=1).values[0]
+        named = dict(zip(self.space.names, values, strict=True))
+        tuned = Tuned(named[RATE], named.get(MOMENTUM, 0.0), named.get(DECAY, 0.0))
+        updates = [
+            self._update(weight, gradient * clipped, states.get(weight, {}), group, tuned)
             for weight, gradient in zip(weights, gradients, strict=True)
         ]
-        term = total = towards
+        term = series = validation
         for _ in range(self.neumann_terms - 1):
-            moved = torch.autograd.grad(changes, weights, term, retain_graph=True, materialize_grads=True)
-            term = [before - by for before, by in zip(term, moved, strict=True)]
-            total = [so_far + new for so_far, new in zip(total, term, strict=True)]
-        (hypergradient,) = torch.autograd.grad(changes, [self.location], total)
+            products = torch.autograd.grad(updates, weights, term, retain_graph=True, materialize_grads=True)
+            term = [before - product for before, product in zip(term, products, strict=True)]
+            series = [total + new for total, new in zip(series, term, strict=True)]
+        (hypergradient,) = torch.autograd.grad(updates, [self.location], series)
         return -hypergradient
 
     def _hyperparameter_names(self, columns: Sequence[int]) -> str:
@@ -210,13 +233,14 @@ class OnePass(FixedHyperparameters):
 
     def _install(self) -> None:
         """Gives the optimizer its learning rate and momentum; weight decay is read as it steps."""
-        rate, momentum, self._decay = list(self.space.values(self.location).values())[-3:]
-        set_learning_rate(self.optimizer, rate)
+        values = self.space.values(self.location)
+        set_learning_rate(self.optimizer, values[RATE])
+        self._decay = values.get(DECAY, 0.0)
         for group in self.optimizer.param_groups:
-            if "betas" in group:
-                group["betas"] = momentum, group["betas"][1]
-            else:
-                group["momentum"] = momentum
+            if MOMENTUM in values and "betas" in group:
+                group["betas"] = values[MOMENTUM], group["betas"][1]
+            elif MOMENTUM in values:
+                group["momentum"] = values[MOMENTUM]
 
     @torch.no_grad()
     def _decay_weights(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -238,25 +262,25 @@ class OnePass(FixedHyperparameters):
         self._install()
 
     def _state(self) -> dict[str, Any]:
-        kept = self._validation_gradient
+        kept = [[part.clone() for part in gradient] for gradient in self._validation_gradients]
         return {
             **super()._state(),
             "hyper_optimizer": self.hyper_optimizer.state_dict(),
-            "validation_gradient": None if kept is None else [part.clone() for part in kept],
+            "validation_gradients": kept,
         }
 
     def _load(self, state: dict[str, Any]) -> None:
         super()._load(state)
         self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
         make_capturable(self.hyper_optimizer)
-        self._validation_gradient = state["validation_gradient"]
+        self._validation_gradients = [list(gradient) for gradient in state["validation_gradients"]]
         self._install()
 
 
-def _checked(optimizer: torch.optim.Optimizer) -> tuple[Change, float]:
+def _checked(optimizer: torch.optim.Optimizer) -> tuple[Update, float]:
     """The function of one update of ``optimizer``, and its momentum."""
     kind = type(optimizer)
-    if kind not in CHANGES:
+    if kind not in UPDATES:
         raise ValueError(f"OnePass: the optimizer must be torch.optim.SGD or Adam, got {kind.__name__}")
     if len(optimizer.param_groups) > 1:
         raise ValueError("OnePass: the optimizer must have one group of parameters, which share their learning rate")
@@ -264,15 +288,19 @@ def _checked(optimizer: torch.optim.Optimizer) -> tuple[Change, float]:
     for name in ("weight_decay", "nesterov", "dampening", "maximize", "amsgrad"):
         if group.get(name):
             raise ValueError(f"OnePass: the optimizer must have {name}=0 or False, got {group[name]}")
+    if not learning_rate(optimizer) > 0:
+        raise ValueError("OnePass: the learning rate must be above 0 to be tuned")
     momentum = group["betas"][0] if "betas" in group else group["momentum"]
-    if not 0 < momentum < 1:
-        raise ValueError(f"OnePass: momentum must be above 0 and below 1 to be tuned, got {momentum}")
-    return CHANGES[kind], momentum
+    if not 0 <= momentum < 1:
+        raise ValueError(f"OnePass: momentum must be at least 0 and below 1, got {momentum}")
+    return UPDATES[kind], momentum
 
 
-def _hyperparameters(rate: float, momentum: float, decay: float) -> list[Hyperparameter]:
+def _tuned(rate: float, momentum: float, decay: float) -> list[Hyperparameter]:
+    """Those that are tuned; "raw", so that a state fits whatever the first guesses were."""
+    bounds = {RATE: (rate, None), MOMENTUM: (momentum, 1.0), DECAY: (decay, None)}
     return [
-        Hyperparameter(RATE, low=0.0, init=rate, per_example=False),
-        Hyperparameter(MOMENTUM, low=0.0, high=1.0, init=momentum, per_example=False),
-        Hyperparameter(DECAY, low=0.0, init=decay, per_example=False),
+        Hyperparameter(name, init=first, low=0.0, high=high, per_example=False, response="raw")
+        for name, (first, high) in bounds.items()
+        if first > 0
     ]

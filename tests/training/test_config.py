@@ -185,6 +185,16 @@ def test_run_directories_of_different_methods_do_not_collide():
     assert len(labels) == 3
 
 
+def test_one_pass_owns_the_learning_rate():
+    one_pass = ["method.name=one-pass"]
+    assert resolve(digits.config(), pairs=one_pass).method.has_response is False
+    says = r"optimizer\.decay_factor = 0\.5: must be 1 for --method one-pass, which tunes the learning rate"
+    with pytest.raises(UserError, match=says):
+        resolve(digits.config(), pairs=[*one_pass, "optimizer.decay_factor=0.5"])
+    with pytest.raises(UserError, match=r"method\.neumann_terms = 0: must be at least 1"):
+        resolve(digits.config(), pairs=[*one_pass, "method.neumann_terms=0"])
+
+
 def test_a_missing_bound_means_unbounded():
     assert HyperparameterConfig(init=-1e9).low is None
 

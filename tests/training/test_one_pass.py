@@ -9,7 +9,9 @@ from torch import nn
 
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
 from stn_fast.layers import HyperLinear, PerExampleDropout
+from stn_fast.training import finite
 from stn_fast.training.batches import as_batch
+from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.methods import FixedHyperparameters
 from stn_fast.training.one_pass import DECAY, MOMENTUM, RATE, OnePass
 
@@ -104,7 +106,7 @@ def test_it_is_the_neumann_series_of_the_optimizers_own_update(optimizer, clip):
 
     start = flat(parameters).detach().clone()
     method.valid_step(valid, 1)
-    towards = flat(method._validation_gradient)
+    towards = flat(method._validation_gradients[0])
     tiny = 1e-5
     if clip is not None:  # the factor of clipping is taken for constant, so the difference must not move it
         method.clip = None
@@ -180,7 +182,8 @@ def test_a_state_between_validation_and_training_goes_on_exactly():
     ("optimizer", "says"),
     [
         (partial(torch.optim.RMSprop, lr=0.1), "must be torch.optim.SGD or Adam, got RMSprop"),
-        (partial(torch.optim.SGD, lr=0.1), "momentum must be above 0 and below 1 to be tuned, got 0"),
+        (partial(torch.optim.SGD, lr=0.0), "learning rate must be above 0 to be tuned"),
+        (partial(torch.optim.SGD, lr=0.1, momentum=1.0), "momentum must be at least 0 and below 1, got 1"),
         (partial(sgd, nesterov=True), "must have nesterov=0 or False, got True"),
         (partial(sgd, weight_decay=1e-3), "must have weight_decay=0 or False, got 0.001"),
         (lambda p: sgd([{"params": list(p)[:1]}, {"params": list(p)[1:]}]), "must have one group of parameters"),
@@ -198,9 +201,90 @@ def test_a_hypergradient_that_is_not_finite_moves_nothing():
     before = method.location.detach().clone()
     with pytest.warns(RuntimeWarning, match="the validation loss is inf at step 1"):
         method.valid_step((held_out, wanted * 1e30), 1)
-    assert method._validation_gradient is None
+    assert method._validation_gradients == []
     method.valid_step((held_out * 1e7, wanted * 1e13), 2)
-    method._validation_gradient = [part * 1e30 for part in method._validation_gradient]
+    method._validation_gradients = [[part * 1e30 for part in method._validation_gradients[0]]]
     with pytest.warns(RuntimeWarning, match="gradient of hyperparameter 'optimizer.learning_rate'"):
         method.train_step(train, 3)
     assert torch.equal(method.location, before)
+
+
+@pytest.mark.parametrize("hyper_optimizer", [partial(torch.optim.Adam, lr=0.1), partial(torch.optim.RMSprop, lr=0.1)])
+def test_a_device_that_would_decide_does_not(hyper_optimizer, monkeypatch):
+    monkeypatch.setattr(finite, "_decides", lambda device: True)
+    (inputs, targets), valid = batches()
+    bad = inputs, targets * torch.inf
+    method = make(Net(), hyper_optimizer=hyper_optimizer, optimizer=partial(sgd, fused=True), skip_nonfinite=1)
+    method.train_step((inputs, targets), 0)
+    before = copy.deepcopy(method.model.state_dict())
+    with pytest.warns(RuntimeWarning, match="the training loss is"):
+        method.train_step(bad, 1)
+    assert all(torch.equal(value, before[name]) for name, value in method.model.state_dict().items())
+    method.train_step((inputs, targets), 2)
+    assert not torch.equal(method.model.last.weight, before["last.weight"])
+    method.valid_step(valid, 3)
+    method._validation_gradients[0][-1].fill_(torch.nan)
+    with pytest.warns(RuntimeWarning, match="gradient of hyperparameter"):
+        method.train_step((inputs, targets), 4)
+    method.valid_step(valid, 5)
+    method.train_step((inputs, targets), 6)
+    assert method.location.isfinite().all()
+    assert all(parameter.isfinite().all() for parameter in method.model.parameters())
+
+
+def test_hypergradients_that_are_never_finite_are_an_error_that_changes_nothing():
+    class Normed(Net):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(5)
+
+        def forward(self, inputs, hyper):
+            return super().forward(self.norm(inputs), hyper)
+
+    train, valid = batches()
+    method = make(Normed(), skip_nonfinite=1)
+    method.train_step(train, 0)
+    for step in (1, 3):
+        method.valid_step(valid, step)
+        method._validation_gradients[0][-1].fill_(torch.nan)
+        before = method.model.norm.num_batches_tracked.item()
+        if step == 1:
+            with pytest.warns(RuntimeWarning, match="gradient of hyperparameter"):
+                method.train_step(train, step + 1)
+        else:
+            with pytest.raises(NonFiniteError, match="nor was the one before it"):
+                method.train_step(train, step + 1)
+    assert method.model.norm.num_batches_tracked.item() == before
+
+
+def test_several_validation_steps_are_averaged():
+    train, (held_out, wanted) = batches()
+    torch.manual_seed(0)
+    model = Net()
+    found = []
+    for halves in ([slice(0, 40)], [slice(0, 20), slice(20, 40)]):
+        method = make(copy.deepcopy(model))
+        for step, half in enumerate(halves):
+            method.valid_step((held_out[half], wanted[half]), step)
+        method.train_step(train, 2)
+        found.append(method.location.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-8)
+
+
+def test_what_is_0_is_not_tuned():
+    method = make(Net(), optimizer=partial(torch.optim.SGD, lr=0.1), weight_decay=0)
+    train, valid = batches()
+    hypergradient(method, train, valid)
+    assert method.space.names == ("dropout", RATE)
+    assert method.optimizer.param_groups[0]["momentum"] == 0
+    with pytest.raises(ValueError, match="weight_decay must be at least 0, got -1"):
+        make(Net(), weight_decay=-1)
+
+
+def test_a_state_fits_another_first_guess_but_not_another_optimizer():
+    state = make(Net()).state_dict()
+    other = make(Net(), optimizer=partial(sgd, lr=0.4))
+    other.load_state_dict(state)
+    assert other.learning_rate == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="optimizers"):
+        make(Net(), hyper_optimizer=partial(torch.optim.RMSprop, lr=0.1)).load_state_dict(state)

@@ -93,17 +93,12 @@ def test_a_run_of_delta_stn_that_goes_on_equals_one_that_never_stopped(train, sa
 
 @pytest.mark.parametrize("stop", [22, 23, 24, 25])
 def test_a_run_of_one_pass_that_goes_on_equals_one_that_never_stopped(train, same_run, stop):
-    given = ("method.name=one-pass", "schedule.epochs=3", "optimizer.decay_factor=0.5", "optimizer.decay_patience=1")
+    given = ("method.name=one-pass", "schedule.epochs=3")
     whole = train(*given, name="whole")
     assert result(whole)["method"] == "one-pass"
     assert result(whole)["hyperparameters_end"]["optimizer.momentum"] != pytest.approx(0.9, abs=1e-4)
     train(*given, f"schedule.max_steps={stop}", name="stopped")
     same_run(whole, train(*given, name="stopped"))
-
-
-def test_an_optimizer_that_one_pass_cannot_tune_is_a_users_error(train):
-    with pytest.raises(UserError, match="--method one-pass: OnePass: momentum must be above 0 and below 1 to be tuned"):
-        train("method.name=one-pass", "optimizer.momentum=0")
 
 
 def test_a_finished_run_asked_again_gives_its_result_without_training(train, make_config, monkeypatch):
