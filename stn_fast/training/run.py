@@ -20,6 +20,7 @@ from stn_fast.training import checkpoint
 from stn_fast.training.build import build_method
 from stn_fast.training.config import FLAGS, Config, ConfigError
 from stn_fast.training.finite import is_writable
+from stn_fast.training.methods import Method
 from stn_fast.training.metrics import MetricsLog, size_of
 from stn_fast.training.parameters import check_used
 from stn_fast.training.progress import Progress
@@ -35,8 +36,11 @@ def run(
     *,
     resume: bool = True,
     progress: Progress | None = None,
+    make_method: Callable[[Config, Task], Method] = build_method,
 ) -> dict[str, Any]:
     """Trains as ``config`` says, in ``config.directory``, and returns the contents of ``result.json``.
+
+    ``make_method`` may return a `Method` of your own; by default it is the one that ``config.method`` names.
 
     With ``resume``, a run in that directory continues from its newest undamaged checkpoint, bit for bit as if it had
     never stopped; if it is finished, its result is returned. Both need the data that the run was trained on, though
@@ -65,13 +69,18 @@ def run(
             if (result := directory.finished_result(config)) is not None:
                 progress.say(f"{directory.path} is finished; --no-resume would run it again")
                 return result
-        return _train(config, task, data, directory, resume, progress)
+        return _train(config, make_method(config, task), task, data, directory, resume, progress)
 
 
 def _train(
-    config: Config, task: Task, data: dict[str, str], directory: RunDirectory, resume: bool, progress: Progress
+    config: Config,
+    method: Method,
+    task: Task,
+    data: dict[str, str],
+    directory: RunDirectory,
+    resume: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
-    method = build_method(config, task)
     trainer = Trainer(config, task, method, directory.checkpoints, progress.row, progress.step, progress.warn)
     progress.say(_about(config, task, trainer))
     if resume:
