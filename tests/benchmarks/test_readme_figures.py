@@ -215,6 +215,69 @@ def test_steps_of_low_rank_against_fixed_hyperparameters(network, op, file):
         assert_shown(shown[f"{network}, {name}"], expected)
 
 
+def test_response_steps_of_delta_stn():
+    shown, found = table("times | double backward"), json.loads((RESULTS / "response-step-cpu.json").read_text())
+    for network, width in (("MLP", 784), ("LSTM", None)):
+        of_network = [row for row in found if (row["shape"][1] == 784) == (width == 784)]
+        for name, provider in (("full", "stn_fast"), ("rank 16", "stn_fast_rank16")):
+            response, iteration = (
+                next(row for row in of_network if (row["mode"], row["provider"]) == (mode, provider))
+                for mode in ("response", "iteration")
+            )
+            expected = [
+                response["ratio_to_double_backward"],
+                response["ratio_to_func_jvp"],
+                iteration["ratio_to_plain"],
+            ]
+            assert_shown(shown[f"{network}, {name}"], expected)
+
+
+METHODS = {
+    "`stn`": "stn",
+    "`delta-stn`": "delta-stn",
+    "`one-pass`": "one-pass",
+    "`fixed`": "fixed",
+    "`stn`, hyperparameters frozen": "frozen",
+}
+ENDS = {
+    "dropout of the input": ("input_dropout", 1),
+    "dropout of the first hidden layer": ("hidden_dropout_1", 1),
+    "dropout of the second hidden layer": ("hidden_dropout_2", 1),
+    "noise of the input": ("input_noise", 1),
+    "1000 × weight decay": ("weight_decay", 1000),
+}
+
+
+def runs_of_methods(recipe, method):
+    lines = (RESULTS / "methods.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if (row["recipe"], row["method"]) == (recipe, method)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_from_three_guesses(name):
+    runs, expected = runs_of_methods("digits", METHODS[name]), []
+    for guess in (0.05, 0.3, 0.7):
+        from_guess = [run for run in runs if run["guess"] == guess]
+        assert [run["seed"] for run in from_guess] == list(range(5))
+        expected += [statistics.median(run[key] for run in from_guess) for key in LOSSES[:2]]
+    assert_shown(table("method, from dropout")[name], [*expected, statistics.median(r["wall_seconds"] for r in runs)])
+
+
+def test_where_hyperparameters_end():
+    shown, relative = table("hyperparameter at the end"), {}
+    for name, (parameter, factor) in ENDS.items():
+        expected = []
+        for method in ("stn", "delta-stn"):
+            values = [factor * run["hyperparameters_end"][parameter] for run in runs_of_methods("digits", method)]
+            expected += [statistics.mean(values), statistics.pstdev(values)]
+            relative[method, parameter] = expected[-1] / expected[-2]
+        assert_shown(shown[name], expected)
+    wider = [
+        parameter for parameter, _ in ENDS.values() if relative["delta-stn", parameter] > relative["stn", parameter]
+    ]
+    assert wider == ["input_noise"]
+
+
 def test_the_machine_and_torch_are_those_of_the_rows():
     said = re.search(r"On an (.*) with (\d+) threads and torch ([\d.]+\d)", README)
     for row in json.loads((RESULTS / "cpu.json").read_text()):
