@@ -122,10 +122,10 @@ class DeltaSelfTuning(SelfTuning):
         On CUDA, where the host does not wait for it, each of the two is skipped, and counted, by itself.
         """
         batch, again = self.views(batch)
-        loss = self.general_step(batch, step, first_example=first_example)
+        self.losses = [self.general_step(batch, step, first_example=first_example)]
         if self.took_step:
-            self.response_step(again, step, first_example=first_example)
-        return loss
+            self.losses.append(self.response_step(again, step, first_example=first_example))
+        return self.losses[0]
 
     def views(self, batch: Any) -> list[Batch]:
         """The batch, and one like it for the response step, whose state is not carried on."""

@@ -117,6 +117,7 @@ class Method(ABC):
         self.location, self.raw_scale = space.initial_state(trained[0].device)
         self.kinds: dict[str, Kind] = {}
         self.took_step = True  # whether the last training step was taken, as far as the host knows
+        self.losses: list[Tensor] = []  # of the last training step, for each of its kinds that was reached
         self._add_training_kinds()
 
     def _trained(self) -> list[nn.Parameter]:
@@ -185,7 +186,8 @@ class Method(ABC):
         """
         batch = self.begin("train_step", batch)
         with float32_products(self.precision):
-            return self._train(batch, step, first_example)
+            self.losses = [self._train(batch, step, first_example)]
+        return self.losses[0]
 
     def views(self, batch: Any) -> list[Batch]:
         """The batch for each of ``training_kinds``, made before the first of them carries the batch's state on."""

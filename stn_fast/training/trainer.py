@@ -69,7 +69,7 @@ class Trainer:
         self.captured = CapturedSteps(method, warn=warn) if config.capture and captures(device) else None
         self._steps = self.captured or method
         self.train_steps = self.valid_steps = 0
-        self.train_loss, self.valid_loss = MeanLoss(device), MeanLoss(device)
+        self.train_loss, self.response_loss, self.valid_loss = (MeanLoss(device) for _ in range(3))
         self.best: Row = {"valid_loss": math.inf, "step": 0}
         self.plateau = Plateau(config.optimizer, schedule.patience)
         self.rows, self.wall_seconds, self.reported_at, self.step_seconds = 0, 0.0, 0.0, 0.0
@@ -160,6 +160,8 @@ class Trainer:
     def _take_step(self) -> None:
         if self._cycle_closed:
             self.train_loss.add(self._steps.train_step(self.train_batches[self.train_steps], self.step))
+            for loss in self.method.losses[1:]:
+                self.response_loss.add(loss)
             self.train_steps += 1
         else:
             self.valid_loss.add(self._steps.valid_step(self.valid_batches[self.valid_steps], self.step))
@@ -181,8 +183,11 @@ class Trainer:
             self._diverge(error.reason)
         tuned = describe(self.method.space, self.method.location, self.method.scales())
         self._count_step_seconds()
+        trained = {"learning_rate": self.method.learning_rate}
+        if self.response_loss.steps:
+            trained["response_loss"], _ = self.response_loss.take()
         for phase, losses, batches, extra in (
-            ("train", self.train_loss, self.train_batches, {"learning_rate": self.method.learning_rate}),
+            ("train", self.train_loss, self.train_batches, trained),
             ("valid", self.valid_loss, self.valid_batches, tuned),
         ):
             if losses.steps:
@@ -324,6 +329,7 @@ class Trainer:
             "train_batches": self.train_batches.state_dict(),
             "valid_batches": self.valid_batches.state_dict(),
             "train_loss": self.train_loss.state_dict(),
+            "response_loss": self.response_loss.state_dict(),
             "valid_loss": self.valid_loss.state_dict(),
             "best": self.best,
             "plateau": self.plateau.state_dict(),
@@ -339,6 +345,7 @@ class Trainer:
         self.train_batches.load_state_dict(state["train_batches"])
         self.valid_batches.load_state_dict(state["valid_batches"])
         self.train_loss.load_state_dict(state["train_loss"])
+        self.response_loss.load_state_dict(state["response_loss"])
         self.valid_loss.load_state_dict(state["valid_loss"])
         self.plateau.load_state_dict(state["plateau"])
         for name in ("train_steps", "valid_steps", "best", "rows", "wall_seconds", "reported_at", "step_seconds"):

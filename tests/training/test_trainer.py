@@ -87,6 +87,9 @@ def test_a_run_of_delta_stn_that_goes_on_equals_one_that_never_stopped(train, sa
     given = ("method.name=delta-stn", "schedule.epochs=3", "optimizer.decay_factor=0.5", *settings)
     whole = train(*given, name="whole")
     assert result(whole)["method"] == "delta-stn"
+    trained = [row for row in rows(whole) if row["phase"] == "train"]
+    assert len(trained) == 3
+    assert all(0 < row["response_loss"] != row["loss"] for row in trained)
     train(*given, "schedule.max_steps=23", name="stopped")
     same_run(whole, train(*given, name="stopped"))
 
