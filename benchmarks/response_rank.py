@@ -33,7 +33,7 @@ from benchmarks.self_tuning import Result, measure, score, writable
 from stn_fast.command_line import run_command
 from stn_fast.errors import UserError
 from stn_fast.hyperparameters import HyperBatch
-from stn_fast.layers import HyperLSTM
+from stn_fast.layers import DropConnect, HyperLSTM
 from stn_fast.ops.gates import GatedParameters
 from stn_fast.recipes import RECIPES, recipe
 from stn_fast.training.config import Config
@@ -58,16 +58,18 @@ KEPT = (
 
 
 class FactorsDropped(HyperLSTM):
-    """DropConnect on W, A and B of the hidden-to-hidden matrices."""
+    """DropConnect on W, A and B of the hidden-to-hidden matrices, by masks of their own."""
+
+    of_factors: nn.ModuleDict  # the DropConnect of A and of B of each matrix
 
     def _connected(self, suffix: str, hyper: HyperBatch | Tensor) -> GatedParameters:
         weights = super()._connected(suffix, hyper)
-        drop = self.drop_connects[suffix]
+        drop_a, drop_b = (self.of_factors[f"{factor}_{suffix}"] for factor in "ab")
         projection = weights.response_projection
         assert projection is not None
         assert isinstance(hyper, HyperBatch)
         return weights._replace(
-            response_weight=drop(weights.response_weight, hyper), response_projection=drop(projection, hyper)
+            response_weight=drop_a(weights.response_weight, hyper), response_projection=drop_b(projection, hyper)
         )
 
 
@@ -84,6 +86,11 @@ def _drop_factors(model: nn.Module) -> None:
         raise UserError("factors-dropped is for a recipe whose network has an LSTM with recurrent_dropout")
     for layer in layers:
         layer.__class__ = FactorsDropped
+        layer.of_factors = nn.ModuleDict()
+        for suffix, drop in layer.drop_connects.items():
+            assert isinstance(drop, DropConnect)
+            for factor, more in (("a", 10_000), ("b", 20_000)):
+                layer.of_factors[f"{factor}_{suffix}"] = DropConnect(drop.name, stream=drop.stream + more)
 
 
 def configure(name: str, variant: str, seed: int, run_dir: Path, flags: argparse.Namespace) -> Config:

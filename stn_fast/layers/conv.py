@@ -168,11 +168,12 @@ class HyperConv2d(GatedLayer):
         return nn.Sequential(plain, nn.ReLU()) if self.relu else plain
 
     def extra_repr(self) -> str:
-        return (
+        arguments = (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding!r}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
-            f"padding_mode={self.padding_mode!r}, num_hyperparameters={self.num_hyperparameters}, relu={self.relu}"
+            f"padding_mode={self.padding_mode!r}, relu={self.relu}"
         )
+        return ", ".join([arguments, *self._response_repr])
 
 
 def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:

@@ -115,7 +115,13 @@ class GatedLayer(nn.Module):
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
         """½ · mean_b decay[b] ‖W + diag(Gw h[b]) R‖², a scalar; biases are not decayed."""
         return decay_penalty(
-            self.weight, self.response_weight, self.weight_gate, hyper, decay, self.response_projection
+            self.weight,
+            self.response_weight,
+            self.weight_gate,
+            hyper,
+            decay,
+            self.response_projection,
+            getattr(self, "groups", 1),
         )
 
     def _check_response(self, hyper: HyperBatch | Tensor) -> None:
@@ -154,6 +160,7 @@ def decay_penalty(
     hyper: HyperBatch | Tensor,
     decay: Tensor,
     response_projection: Tensor | None,
+    groups: int = 1,
 ) -> Tensor:
     """`functional.weight_decay_penalty` at a HyperBatch; along the direction of one that asks for tangents.
 
@@ -164,7 +171,7 @@ def decay_penalty(
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return 0.5 * decay.to(wide.dtype).mean() * wide.square().sum()
     h = response_input(hyper, weight) if direction is None else direction
-    return functional.weight_decay_penalty(weight, response_weight, weight_gate, h, decay, response_projection)
+    return functional.weight_decay_penalty(weight, response_weight, weight_gate, h, decay, response_projection, groups)
 
 
 def check_sizes(layer: str, **sizes: int) -> None:

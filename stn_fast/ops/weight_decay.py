@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stn_fast.dispatch import triton_may_serve
+from stn_fast.ops.gates import factors_of
 from stn_fast.ops.memory import reads_memory
 from stn_fast.ops.serving import ELEMENTWISE, UP_TO_FLOAT32, serving
 from stn_fast.ops.transforms import in_transform, traced
@@ -19,6 +20,7 @@ def weight_decay_penalty(
     h: Tensor,
     decay: Tensor,
     response_projection: Tensor | None = None,
+    groups: int = 1,
 ) -> Tensor:
     """½ · mean over examples of decay[b] · ‖W + diag(Gw h[b]) R‖², without building the weights of any example.
 
@@ -33,6 +35,7 @@ def weight_decay_penalty(
         decay: (B,), in torch's convention: the gradient of the penalty with respect to W is decay · W.
         response_projection: for a response of low rank, B (groups·k, ...), with A (O, k, ...) as response_weight and
             R = A B in each group. R is not built: ⟨W_o, R_o⟩ = ⟨A_o, B W_o⟩ and ‖R_o‖² = ⟨A_o, B Bᵀ A_o⟩.
+        groups: of a convolution.
 
     Returns:
         A scalar, float32 (float64 for a float64 weight) even under autocast; differentiable with respect to every
@@ -43,7 +46,7 @@ def weight_decay_penalty(
     """
     outputs, n = weight_gate.shape
     h = h.expand(decay.shape[0], n) if h.ndim == 1 else h
-    fits = _responds(weight, response_weight, response_projection)
+    fits = _responds(weight, response_weight, response_projection, groups)
     if not fits or weight.shape[0] != outputs or h.shape != (decay.shape[0], n):
         factor = "" if response_projection is None else f", response_projection {tuple(response_projection.shape)}"
         raise ValueError(
@@ -61,14 +64,13 @@ def weight_decay_penalty(
     return _plain(weight, response_weight, weight_gate, h, decay)
 
 
-def _responds(weight: Tensor, response_weight: Tensor, projection: Tensor | None) -> bool:
+def _responds(weight: Tensor, response_weight: Tensor, projection: Tensor | None, groups: int) -> bool:
     """Whether the response has the shape of W, or has factors that fit it."""
     if projection is None:
         return weight.shape == response_weight.shape
-    outputs, rank = len(response_weight), response_weight.flatten(1).shape[1]
-    groups, rest = divmod(len(projection), max(rank, 1))
-    fits = outputs == len(weight) and not rest and groups > 0 and outputs % groups == 0
-    return fits and projection.flatten(1).shape[1] == weight.flatten(1).shape[1]
+    rank = response_weight.flatten(1).shape[1]
+    factors = factors_of(weight.shape, rank, groups)
+    return rank > 0 and len(weight) % groups == 0 and (response_weight.shape, projection.shape) == factors
 
 
 def _plain(

@@ -128,8 +128,8 @@ class MethodConfig:
     objective. ``response`` is what the gates see: the shift from the first location (``shifted``), the unconstrained
     sample (``raw``) or its constrained value (``value``).
 
-    ``response_rank`` is the rank of the response of every layer's weights: a whole number; ``auto`` for the largest
-    that adds at most 5 % to a layer's arithmetic; null for full responses, which double it.
+    ``response_rank`` is the rank of the response of every layer's weights: a whole number; ``auto`` for the largest, at
+    least 1, that adds at most 5 % to a layer's arithmetic; null for full responses, which double it.
 
     Only for ``delta-stn``: ``linearize`` uses the first-order change of the outputs in response steps, and
     ``response_learning_rate`` is the learning rate of the response; null for that of the weights. Both rates decay

@@ -59,6 +59,12 @@ def test_factors_are_dropped_too_where_asked():
     weights = model[0]._connected("l0", space.at(space.initial_state()[0], batch_size=2))
     for dropped in (weights.weight, weights.response_weight, weights.response_projection):
         assert 0.2 < (dropped == 0).float().mean() < 0.8
+    of_w, of_a, of_b = ((dropped == 0).flatten()[:96] for dropped in weights[::2][:2] + weights[6:])
+    assert not torch.equal(of_w, of_a)
+    assert not torch.equal(of_w, of_b)
+    model.eval()
+    kept = model[0]._connected("l0", space.at(space.initial_state()[0], batch_size=2))
+    assert all((one != 0).all() for one in (kept.weight, kept.response_weight, kept.response_projection))
 
 
 @pytest.mark.parametrize(

@@ -136,10 +136,10 @@ def test_a_rank_that_is_none_is_refused_by_name(kind, rank):
 
 
 def test_the_rank_is_shown():
-    assert "response_rank=4" in repr(MAKERS["linear"](response_rank=RANK))
-    assert "response_rank=4" in repr(MAKERS["embedding"](response_rank=RANK))
+    for make in MAKERS.values():
+        assert "response_rank=4" in repr(make(response_rank=RANK))
+        assert "response_rank" not in repr(make())
     assert "response_rank='auto'" in repr(MAKERS["lstm"](response_rank="auto"))
-    assert "response_rank" not in repr(MAKERS["linear"]())
 
 
 @each_layer

@@ -455,6 +455,9 @@ OPERATIONS = (
         ),
         edges={
             "no positions": dict(outer=0),
+            "no positions, low rank": dict(outer=0, rank=2),
+            "no batch": dict(batch=0),
+            "no batch, low rank": dict(batch=0, rank=2),
             "no width": dict(width=0),
             "one of each": dict(words=1, width=1, n=1, batch=1),
         },

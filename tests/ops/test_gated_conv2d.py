@@ -51,6 +51,8 @@ GEOMETRIES = {
     "relu": dict(padding=1, relu=True),
     "groups": dict(groups=2, inputs=2, outputs=3, padding=1),
     "groups, strided, relu": dict(groups=2, inputs=2, outputs=3, stride=2, relu=True),
+    "low rank": dict(rank=3, padding=1),
+    "low rank, groups, strided, relu": dict(rank=2, groups=2, inputs=2, outputs=3, stride=2, relu=True),
 }
 
 
@@ -83,9 +85,11 @@ def test_sizes_decide_between_blocks_and_one_go():
     assert not deep.converts
 
 
+@pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_any_gradients_may_be_wanted_either_way(groups, layout, way):
-    problem = CONV2D.problem(inputs=2, outputs=3, groups=groups, layout=layout, padding=1, relu=groups == 1)
+def test_any_gradients_may_be_wanted_either_way(groups, rank, layout, way):
+    sizes = dict(inputs=2, outputs=3, groups=groups, rank=rank)
+    problem = CONV2D.problem(**sizes, layout=layout, padding=1, relu=groups == 1)
     assert_gradients_do_not_depend_on_what_else_is_wanted(CONV2D, problem)
 
 
@@ -144,7 +148,7 @@ def test_gate_gradients_do_not_depend_on_the_number_of_threads(size, layout, way
     assert_threads_do_not_matter(CONV2D, problem)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(groups=2)], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(groups=2), dict(rank=2)], ids=str)
 def test_registration_is_complete_either_way(layout, way, options):
     problem = CONV2D.problem(size=(17, 16), layout=layout, inputs=2, outputs=3, stride=(2, 1), padding=1, **options)
     assert_registration_is_complete(CONV2D, problem)

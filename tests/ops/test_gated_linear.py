@@ -20,13 +20,14 @@ def test_core_is_right_across_its_tiles_and_chunks(shape):
 
 
 @pytest.mark.parametrize("block", [1, 300, 5000])
+@pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("layout", [dict(), dict(outer=3), dict(inner=3), dict(outer=2, inner=5)], ids=str)
 @use_backend("cpp")
-def test_core_is_right_however_the_rows_fall_into_blocks(monkeypatch, block, layout):
+def test_core_is_right_however_the_rows_fall_into_blocks(monkeypatch, block, layout, rank):
     """Blocks of one example, of part of a turn through the batch and of several turns, adding up across blocks."""
     monkeypatch.setattr(cpu, "_BLOCK", block)
     monkeypatch.setattr(cpu, "row_blocks", counted := _Counted(cpu.row_blocks))
-    assert_as_good_as_plain_torch(LINEAR.problem(batch=37, inputs=2, outputs=6, **layout))
+    assert_as_good_as_plain_torch(LINEAR.problem(batch=37, inputs=2, outputs=6, rank=rank, **layout))
     assert max(counted.blocks) > 1 or block >= 300
 
 

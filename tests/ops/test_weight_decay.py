@@ -15,6 +15,27 @@ def test_closed_form_equals_every_examples_own_weights(shape):
         assert relative_error(one, other) < 1e-12
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("inner", [(5,), (3, 2, 2)])
+def test_factors_have_the_penalty_and_the_gradients_of_their_product(inner, groups):
+    weight, _, weight_gate, h, decay = operands((6, *inner))
+    ones = [1] * (len(inner) - 1)
+    a, b = torch.randn(6, 2, *ones).double(), torch.randn(2 * groups, *inner).double()
+    tensors = [weight, a.requires_grad_(), b.requires_grad_(), weight_gate, h, decay]
+    got = weight_decay_penalty(weight, a, weight_gate, h, decay, b, groups)
+    of_group = [x.flatten(1) @ y.flatten(1) for x, y in zip(a.chunk(groups), b.chunk(groups), strict=True)]
+    want = one_example_at_a_time(weight, torch.cat(of_group).view(weight.shape), weight_gate, h, decay)
+    assert relative_error(got, want) < 1e-14
+    for one, other in zip(torch.autograd.grad(got, tensors), torch.autograd.grad(want, tensors), strict=True):
+        assert relative_error(one, other) < 1e-12
+
+
+def test_factors_that_do_not_fit_are_refused():
+    weight, _, weight_gate, h, decay = operands((6, 4))
+    with pytest.raises(ValueError, match=r"response_projection \(4, 4\)"):
+        weight_decay_penalty(weight, torch.randn(6, 2).double(), weight_gate, h, decay, torch.randn(4, 4).double())
+
+
 def test_follows_torchs_convention_where_the_response_is_zero():
     """SGD with weight_decay adds decay · W to the gradient; so must the penalty."""
     weight, response_weight, weight_gate, h, decay = operands()

@@ -13,7 +13,6 @@ from stn_fast.ops import tangents
 from stn_fast.ops.draw import check_coordinates, check_stream
 from stn_fast.ops.dropout import dropout
 from stn_fast.ops.gated_embedding import plain
-from stn_fast.ops.gated_linear import gated_linear
 from stn_fast.ops.gated_sum import gated_sum
 from stn_fast.ops.gates import (
     GatedParameters,
@@ -29,6 +28,7 @@ from stn_fast.ops.linear import linear
 from stn_fast.ops.operation import Operation
 from stn_fast.ops.serving import Implementations
 from stn_fast.ops.transforms import in_transform, traced
+from stn_fast.ops.uncast import product
 
 if TYPE_CHECKING:
     from stn_fast.hyperparameters import HyperBatch
@@ -297,15 +297,12 @@ def _of_low_rank(
     padding: int,
     sparse: bool,
 ) -> Tensor:
-    """Two lookups, E[t] and u = B[t], and a gated linear layer of u that has no W: (h Gwᵀ) ⊙ (u Aᵀ)."""
+    """Two lookups, E[t] and u = B[t], and E[t] + (h Gwᵀ) ⊙ (u Aᵀ)."""
     _, _, factor, _, weight_gate, _, projection = parameters
     assert projection is not None
     e, u = (_looked_up(tokens, table, scale, padding, sparse) for table in (parameters.weight, projection))
     with torch.autocast(e.device.type, enabled=False):
-        response = gated_linear(
-            u.view(outer, len(h), inner, -1), torch.zeros_like(factor), None, factor, None, weight_gate, None, h, 1
-        )
-    return e + response.view_as(e)
+        return gated_sum(product(u, factor.T), weight_gate, None, None, h, e, outer=outer, inner=inner)
 
 
 def _looked_up(tokens: Tensor, table: Tensor, scale: Tensor | None, padding: int, sparse: bool) -> Tensor:
