@@ -39,6 +39,13 @@ def test_core_is_right_with_weights_laid_out_beforehand_and_without(packed, monk
     assert_as_good_as_plain_torch(LSTM.problem(steps=3, batch=5, inputs=4, hidden=hidden, n=2))
 
 
+@pytest.mark.parametrize("seed", [1, 4, 7])
+@use_backend("cpp")
+def test_packed_weights_do_not_make_a_response_of_low_rank_less_accurate(seed):
+    assert products._LARGE < 4 * 520**2
+    assert_as_good_as_plain_torch(LSTM.problem(steps=3, batch=4, inputs=9, hidden=520, rank=5, seed=seed))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @use_backend("reference")
 def test_the_gradient_of_a_cell_that_forgets_nothing_sums_all_steps_in_float32(dtype):

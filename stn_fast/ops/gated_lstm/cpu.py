@@ -1,7 +1,7 @@
 """The recurrence of gated_lstm by the C++ core: float32 on the CPU, as `over_time.Backend` describes it.
 
-A time step is one product with [W; R] and one pass of the core around it. Of a response of low rank it is one with
-[W; B], whose last columns are u, and a small one of u with A.
+A time step is one product with [W; R] and one pass of the core around it. With a response of low rank, it is a product
+with W and small ones with B and A; in backward, one with [W; B] and a small one with A.
 """
 
 from __future__ import annotations
@@ -40,22 +40,24 @@ def forward(
     for given in (gates, h_0, c_0, scale):
         address(given)  # raises where it can't be read
     second = response_weight if projection is None else projection
-    times_weights = many_times_transpose(weight if second is None else torch.cat([weight, second]), batch)
+    joined = weight if response_weight is None or projection is not None else torch.cat([weight, response_weight])
+    times_weights = many_times_transpose(joined, batch)
     y = gates.new_empty(steps, batch, hidden)
     cells = torch.empty_like(y) if save else gates.new_empty(1, batch, hidden).expand_as(y)
     response = gates.new_empty(steps, batch, len(second)) if save_response and second is not None else None
-    times_factor = None if projection is None else gates.new_empty(batch, wide)
+    of_low_rank = (
+        None if projection is None else (gates.new_empty(batch, len(projection)), gates.new_empty(batch, wide))
+    )
     h, c = h_0, c_0
     for t in in_time(steps, reverse):
         both = times_weights(h)
         kept = None if response is None else response[t]
-        q, q_row = None if second is None else both[:, wide:], both.shape[1]
-        if times_factor is not None and q is not None and response_weight is not None:
-            u, q_row = q, wide
-            q = torch.mm(u, response_weight.T, out=times_factor)
-            if kept is not None:
-                kept.copy_(u)
-                kept = None
+        q = None if second is None else both[:, wide:]
+        if of_low_rank is not None and projection is not None and response_weight is not None:
+            # by torch.mm, which is more accurate than a packed product, because A amplifies the error of u
+            u = torch.mm(h, projection.T, out=of_low_rank[0] if kept is None else kept)
+            q, kept = torch.mm(u, response_weight.T, out=of_low_rank[1]), None
+        q_row = both.shape[1] if q is None else q.stride(0)
         h, c_before, c = y[t], c, cells[t]
         _C.gated_lstm_cell_forward(
             own_address(gates[t]), own_address(both), own_address(q), own_address(scale), address(shift),
