@@ -117,7 +117,7 @@ class CapturedSteps:
             losses.append(kind.take(view, step, first_example))
             if not self.method.took_step:
                 break
-        self.method.losses = losses
+        self.method.response_loss = losses[1] if len(losses) > 1 else None
         return losses[0]
 
     def valid_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:

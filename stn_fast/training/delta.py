@@ -122,10 +122,10 @@ class DeltaSelfTuning(SelfTuning):
         On CUDA, where the host does not wait for it, each of the two is skipped, and counted, by itself.
         """
         batch, again = self.views(batch)
-        self.losses = [self.general_step(batch, step, first_example=first_example)]
+        loss, self.response_loss = self.general_step(batch, step, first_example=first_example), None
         if self.took_step:
-            self.losses.append(self.response_step(again, step, first_example=first_example))
-        return self.losses[0]
+            self.response_loss = self.response_step(again, step, first_example=first_example)
+        return loss
 
     def views(self, batch: Any) -> list[Batch]:
         """The batch, and one like it for the response step, whose state is not carried on."""

@@ -117,7 +117,7 @@ class Method(ABC):
         self.location, self.raw_scale = space.initial_state(trained[0].device)
         self.kinds: dict[str, Kind] = {}
         self.took_step = True  # whether the last training step was taken, as far as the host knows
-        self.losses: list[Tensor] = []  # of the last training step, for each of its kinds that was reached
+        self.response_loss: Tensor | None = None  # of the last training step, if it had a response step
         self._add_training_kinds()
 
     def _trained(self) -> list[nn.Parameter]:
@@ -186,8 +186,7 @@ class Method(ABC):
         """
         batch = self.begin("train_step", batch)
         with float32_products(self.precision):
-            self.losses = [self._train(batch, step, first_example)]
-        return self.losses[0]
+            return self._train(batch, step, first_example)
 
     def views(self, batch: Any) -> list[Batch]:
         """The batch for each of ``training_kinds``, made before the first of them carries the batch's state on."""

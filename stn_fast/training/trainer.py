@@ -160,8 +160,8 @@ class Trainer:
     def _take_step(self) -> None:
         if self._cycle_closed:
             self.train_loss.add(self._steps.train_step(self.train_batches[self.train_steps], self.step))
-            for loss in self.method.losses[1:]:
-                self.response_loss.add(loss)
+            if self.method.response_loss is not None:
+                self.response_loss.add(self.method.response_loss)
             self.train_steps += 1
         else:
             self.valid_loss.add(self._steps.valid_step(self.valid_batches[self.valid_steps], self.step))
