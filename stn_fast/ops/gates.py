@@ -256,6 +256,11 @@ def check_parameters(operation: str, parameters: GatedParameters, side: str = ""
             f"{operation}: {side}response_projection must have as many dimensions as "
             f"{side}weight {tuple(weight.shape)}; got {tuple(projection.shape)}"
         )
+    if projection is not None and response_weight.ndim > 1 and response_weight.shape[1] == 0:
+        raise ValueError(
+            f"{operation}: {side}response_weight and {side}response_projection must have a rank of at least 1; "
+            f"got {tuple(response_weight.shape)} and {tuple(projection.shape)}"
+        )
     if (bias is None) != (response_bias is None) or (bias is None) != (bias_gate is None):
         raise ValueError(f"{operation}: give bias, response_bias and bias_gate together, or none of them")
 

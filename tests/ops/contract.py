@@ -324,7 +324,6 @@ OPERATIONS = (
         edges={
             "no batch": dict(batch=0),
             "no batch, low rank": dict(batch=0, rank=2),
-            "no rank": dict(rank=0),
             "no positions": dict(outer=0),
             "no inputs": dict(inputs=0),
             "no outputs": dict(outputs=0),

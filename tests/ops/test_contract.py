@@ -365,3 +365,10 @@ def test_registration_is_complete(operation, changes, backend):
     by_itself = {"cpu": "cpp", "cuda": "triton"}[backend]
     traced = choose(torch.device(backend)) == by_itself
     assert_registration_is_complete(operation, operation.problem(device=backend, **changes), traced)
+
+
+@each_operation
+def test_a_rank_of_0_is_refused(operation):
+    problem = operation.problem(rank=0)
+    with pytest.raises(ValueError, match="must have a rank of at least 1"):
+        problem.call(*problem.operands.values())
