@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +140,19 @@ class GatedLayer(nn.Module):
             self.bias_gate,
             self.response_projection,
         )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        """As torch's; adds which rank was stored to the error about a response of another one."""
+        stored = state_dict.get(f"{prefix}response_weight")
+        if isinstance(stored, Tensor) and stored.shape != self.response_weight.shape:
+            rank = stored.shape[1] if f"{prefix}response_projection" in state_dict else None
+            if rank != self.response_rank:
+                layer = f"{type(self).__name__} {prefix.rstrip('.')}".rstrip()
+                errors.append(f"{layer} has response_rank={self.response_rank}, but a state of {rank} is to be loaded")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     @property
     def _response_repr(self) -> list[str]:

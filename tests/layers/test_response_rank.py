@@ -154,6 +154,19 @@ def test_a_plain_checkpoint_loads_and_a_full_response_is_refused(kind):
         layer.load_state_dict(full.state_dict())
 
 
+@each_gated_layer
+def test_a_state_of_another_rank_is_refused_by_rank(kind):
+    ranks = (None, 2, RANK)
+    for here in ranks:
+        for there in ranks:
+            layer, state = MAKERS[kind](response_rank=here), MAKERS[kind](response_rank=there).state_dict()
+            if here == there:
+                layer.load_state_dict(state)
+                continue
+            with pytest.raises(RuntimeError, match=rf"has response_rank={here}, but a state of {there} is"):
+                layer.load_state_dict(state)
+
+
 def test_padding_rows_of_both_tables_start_and_stay_at_zero():
     layer = stn.HyperEmbedding(9, 20, padding_idx=2, num_hyperparameters=N, response_rank=2)
     assert not layer.weight[2].any()
