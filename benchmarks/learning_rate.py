@@ -39,6 +39,7 @@ from stn_fast.training.config import Config
 from stn_fast.training.finite import gradient_norms
 from stn_fast.training.methods import Method, SelfTuning
 from stn_fast.training.modes import evaluating
+from stn_fast.training.one_pass import UPDATES, Tuned, clipping, neumann_series
 from stn_fast.training.task import Task
 
 RECIPES = ("digits", "fashion-mnist-small")  # trained by SGD, and without a state between batches
@@ -108,19 +109,16 @@ class TunedRate(SelfTuning):
             return [(a - b) / (2 * small) for a, b in zip(above, below, strict=True)]
 
         now = gradients()
-        kept = min(1.0, self.clip / (float(torch.linalg.vector_norm(gradient_norms(now))) + 1e-6)) if self.clip else 1.0
-        (group,) = self.optimizer.param_groups
-        buffers = [self.optimizer.state.get(weight, {}).get("momentum_buffer") for weight in self.weights]
-        velocity = [
-            kept * gradient if buffer is None else group["momentum"] * buffer + kept * gradient
-            for gradient, buffer in zip(now, buffers, strict=True)
+        clipped = clipping(now, self.clip)
+        (group,), states = self.optimizer.param_groups, self.optimizer.state
+        tuned = Tuned(torch.tensor(rate), group["momentum"], 0.0)
+        update = UPDATES[torch.optim.SGD]
+        updates = [
+            update(weight.detach(), clipped * gradient, states.get(weight, {}), group, tuned)
+            for weight, gradient in zip(self.weights, now, strict=True)
         ]
-        term = total = towards
-        for _ in range(self.terms - 1):
-            moved = curvature(term)
-            term = [before - rate * kept * by for before, by in zip(term, moved, strict=True)]
-            total = [so_far + new for so_far, new in zip(total, term, strict=True)]
-        slope = -rate * sum(float((a * b).sum()) for a, b in zip(total, velocity, strict=True))
+        series = neumann_series(towards, lambda term: [rate * clipped * part for part in curvature(term)], self.terms)
+        slope = -sum(float((a * b).sum()) for a, b in zip(series, updates, strict=True))
         self.log_rate.grad = torch.full_like(self.log_rate, slope)
         self.rate_optimizer.step()
         self.learning_rate = float(self.log_rate.detach().exp())

@@ -70,6 +70,7 @@ class GatedLayer(nn.Module):
     """
 
     response_projection: nn.Parameter | None
+    groups = 1  # of a convolution
 
     def __init__(
         self,
@@ -122,7 +123,7 @@ class GatedLayer(nn.Module):
             hyper,
             decay,
             self.response_projection,
-            getattr(self, "groups", 1),
+            self.groups,
         )
 
     def _check_response(self, hyper: HyperBatch | Tensor) -> None:

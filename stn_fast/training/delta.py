@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stn_fast.checks import switch
@@ -17,7 +18,6 @@ from stn_fast.training.optimizers import (
     MakeOptimizer,
     default_optimizer,
     learning_rate,
-    make_capturable,
     set_learning_rate,
 )
 from stn_fast.training.parameters import hold_parameters, is_gate, is_response
@@ -190,10 +190,5 @@ class DeltaSelfTuning(SelfTuning):
         set_learning_rate(self.optimizer, rate)
         set_learning_rate(self.response_optimizer, rate * self._rate_of_response)
 
-    def _state(self) -> dict[str, Any]:
-        return {**super()._state(), "response_optimizer": self.response_optimizer.state_dict()}
-
-    def _load(self, state: dict[str, Any]) -> None:
-        super()._load(state)
-        self.response_optimizer.load_state_dict(state["response_optimizer"])
-        make_capturable(self.response_optimizer)
+    def _optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
+        return super()._optimizers_by_name() | {"response_optimizer": self.response_optimizer}

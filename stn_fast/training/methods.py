@@ -136,6 +136,10 @@ class Method(ABC):
         """The optimizers of all kinds of steps."""
         return [kind.optimizer for kind in self.kinds.values()]
 
+    def _optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
+        """The same, by the names that their states have in `state_dict`."""
+        return {"optimizer": self.optimizer}
+
     def settings(self) -> dict[str, Any]:
         """All settings that a step depends on, by name, other than its batch, its number and the state."""
         return {
@@ -305,7 +309,7 @@ class Method(ABC):
             "made_by": self._made_by(),
             "hyperparameters": described(self.space),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **{name: optimizer.state_dict() for name, optimizer in self._optimizers_by_name().items()},
             "location": self.location.detach(),
             "raw_scale": self.raw_scale.detach(),
             "skipped": {"steps": self.guard.skipped, "in_a_row": dict(self.guard.in_a_row)},
@@ -336,6 +340,9 @@ class Method(ABC):
             reorder(order, [*gates, self.location, self.raw_scale], self.optimizers)
         self.guard = Guard(self.guard.skip, self.waits, state["skipped"]["steps"], dict(state["skipped"]["in_a_row"]))
 
+    def _hyperparameter_names(self, columns: Sequence[int]) -> str:
+        return listed([f"hyperparameter {self.space.names[k]!r}" for k in columns])
+
     def _made_by(self) -> dict[str, Any]:
         optimizers = [type(optimizer).__name__ for optimizer in self.optimizers]
         return {"method": type(self).__name__, "optimizers": optimizers}
@@ -344,8 +351,9 @@ class Method(ABC):
     def _load(self, state: dict[str, Any]) -> None:
         with self._buffers.ignoring_writes():
             self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        make_capturable(self.optimizer)
+        for name, optimizer in self._optimizers_by_name().items():
+            optimizer.load_state_dict(state[name])
+            make_capturable(optimizer)
         self.location.copy_(state["location"])
         self.raw_scale.copy_(state["raw_scale"])
 
@@ -376,11 +384,15 @@ class FixedHyperparameters(Method):
     def scales(self) -> Tensor:
         return torch.zeros_like(self.location)
 
-    def _training_hyper(self, draw: dict[str, Any]) -> HyperBatch:
+    def _at(self, **draw: Any) -> HyperBatch:
+        """The hyperparameters of the network, with which it is a plain one."""
         return self.space.at(self.location, **draw, centred=True)
 
+    def _training_hyper(self, draw: dict[str, Any]) -> HyperBatch:
+        return self._at(**draw)
+
     def unperturbed(self, batch_size: int) -> HyperBatch:
-        return self.space.at(self.location, batch_size=batch_size, centred=True)
+        return self._at(batch_size=batch_size)
 
 
 class SelfTuning(Method):
@@ -489,13 +501,5 @@ class SelfTuning(Method):
         self.space.clamp_(self.raw_scale)
         return loss.detach()
 
-    def _hyperparameter_names(self, columns: Sequence[int]) -> str:
-        return listed([f"hyperparameter {self.space.names[k]!r}" for k in columns])
-
-    def _state(self) -> dict[str, Any]:
-        return {**super()._state(), "hyper_optimizer": self.hyper_optimizer.state_dict()}
-
-    def _load(self, state: dict[str, Any]) -> None:
-        super()._load(state)
-        self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
-        make_capturable(self.hyper_optimizer)
+    def _optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
+        return super()._optimizers_by_name() | {"hyper_optimizer": self.hyper_optimizer}

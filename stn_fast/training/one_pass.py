@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from stn_fast.training.optimizers import (
     make_capturable,
     set_learning_rate,
 )
-from stn_fast.training.parameters import listed, parameter_names
+from stn_fast.training.parameters import parameter_names
 from stn_fast.training.precision import float32_products
 from stn_fast.training.task import Objective
 
@@ -55,6 +55,25 @@ def _adam(weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[s
     # √square has no derivative at 0, where the gradient has always been 0.
     size = torch.where(square > 0, square, 1.0).sqrt() * (square > 0) / (1 - second**step) ** 0.5
     return tuned.rate * (mean / (1 - first**step) / (size + group["eps"]) + tuned.decay * weight)
+
+
+def clipping(gradients: Sequence[Tensor], clip: float | None) -> Tensor | float:
+    """The factor by which `torch.nn.utils.clip_grad_norm_` would multiply the gradients."""
+    if clip is None:
+        return 1.0
+    with torch.no_grad():
+        return (clip / (torch.linalg.vector_norm(gradient_norms(gradients)) + 1e-6)).clamp(max=1.0)
+
+
+def neumann_series(
+    vector: list[Tensor], product: Callable[[list[Tensor]], Iterable[Tensor]], terms: int
+) -> list[Tensor]:
+    """Σ_{j<terms} vector (I − M)ʲ, with ``product`` a function v → v M."""
+    term = series = vector
+    for _ in range(terms - 1):
+        term = [before - by for before, by in zip(term, product(term), strict=True)]
+        series = [total + new for total, new in zip(series, term, strict=True)]
+    return series
 
 
 UPDATES: dict[type[torch.optim.Optimizer], Update] = {torch.optim.SGD: _sgd, torch.optim.Adam: _adam}
@@ -140,6 +159,9 @@ class OnePass(FixedHyperparameters):
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return [*super().optimizers, self.hyper_optimizer]
 
+    def _optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
+        return super()._optimizers_by_name() | {"hyper_optimizer": self.hyper_optimizer}
+
     @property
     def _parameters(self) -> list[Tensor]:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -153,12 +175,6 @@ class OnePass(FixedHyperparameters):
 
     def _at(self, **draw: Any) -> HyperBatch:
         return self._network_space.at(self.location.detach()[: len(self._network_space)], **draw, centred=True)
-
-    def _training_hyper(self, draw: dict[str, Any]) -> HyperBatch:
-        return self._at(**draw)
-
-    def unperturbed(self, batch_size: int) -> HyperBatch:
-        return self._at(batch_size=batch_size)
 
     def valid_step(self, batch: Any, step: int | Tensor, *, first_example: int = 0) -> Tensor:
         """Computes ∇F on one validation batch, in evaluation mode; the next training step uses the mean of these.
@@ -209,9 +225,7 @@ class OnePass(FixedHyperparameters):
 
     def _hypergradient(self, weights: list[Tensor], gradients: list[Tensor], validation: list[Tensor]) -> Tensor:
         """dF/dlocation, from ∇L with its graph and ∇F."""
-        with torch.no_grad():
-            norm = torch.linalg.vector_norm(gradient_norms(gradients))
-            clipped = 1.0 if self.clip is None else (self.clip / (norm + 1e-6)).clamp(max=1.0)
+        clipped = clipping(gradients, self.clip)
         group, states = self.optimizer.param_groups[0], self.optimizer.state
         values = self.space.at(self.location, batch_size=1).values[0]
         named = dict(zip(self.space.names, values, strict=True))
@@ -220,16 +234,13 @@ class OnePass(FixedHyperparameters):
             self._update(weight, gradient * clipped, states.get(weight, {}), group, tuned)
             for weight, gradient in zip(weights, gradients, strict=True)
         ]
-        term = series = validation
-        for _ in range(self.neumann_terms - 1):
-            products = torch.autograd.grad(updates, weights, term, retain_graph=True, materialize_grads=True)
-            term = [before - product for before, product in zip(term, products, strict=True)]
-            series = [total + new for total, new in zip(series, term, strict=True)]
+
+        def product(vector: list[Tensor]) -> Sequence[Tensor]:
+            return torch.autograd.grad(updates, weights, vector, retain_graph=True, materialize_grads=True)
+
+        series = neumann_series(validation, product, self.neumann_terms)
         (hypergradient,) = torch.autograd.grad(updates, [self.location], series)
         return -hypergradient
-
-    def _hyperparameter_names(self, columns: Sequence[int]) -> str:
-        return listed([f"hyperparameter {self.space.names[k]!r}" for k in columns])
 
     def _install(self) -> None:
         """Gives the optimizer its learning rate and momentum; weight decay is read as it steps."""
@@ -263,16 +274,10 @@ class OnePass(FixedHyperparameters):
 
     def _state(self) -> dict[str, Any]:
         kept = [[part.clone() for part in gradient] for gradient in self._validation_gradients]
-        return {
-            **super()._state(),
-            "hyper_optimizer": self.hyper_optimizer.state_dict(),
-            "validation_gradients": kept,
-        }
+        return {**super()._state(), "validation_gradients": kept}
 
     def _load(self, state: dict[str, Any]) -> None:
         super()._load(state)
-        self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
-        make_capturable(self.hyper_optimizer)
         self._validation_gradients = [list(gradient) for gradient in state["validation_gradients"]]
         self._install()
 
