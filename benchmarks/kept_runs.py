@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ Row = dict[str, Any]
 class KeptRuns:
     """The rows of ``path``, one for each run; without a path, they are kept in memory.
 
-    A last line without an end, which a stopped command left, is removed.
+    A last line that is not complete, which a stopped command left, is removed.
 
     Args:
         path: a file, which need not exist.
@@ -31,12 +34,12 @@ class KeptRuns:
         self._rows: dict[tuple[Any, ...], Row] = {}
         if path is None or not path.exists():
             return
-        text = path.read_text()
-        complete = text[: text.rfind("\n") + 1]
-        if complete != text:  # the command was stopped while it wrote a row
-            path.write_text(complete)
+        found = path.read_text()
+        text = _complete(found)
+        if text != found:
+            path.write_text(text)
         try:
-            for line in complete.splitlines():
+            for line in text.splitlines():
                 self._remember(json.loads(line))
         except ValueError as error:
             raise UserError(f"--out {path}: a line is not JSON ({error}); name another file or correct it") from None
@@ -59,3 +62,26 @@ class KeptRuns:
         if self._path is not None:
             with self._path.open("a") as file:
                 file.write(to_json(row) + "\n")
+
+
+def _complete(text: str) -> str:
+    """``text`` with an end to its last line, or without that line if the command was stopped while it wrote it."""
+    *lines, last = text.split("\n")
+    try:
+        json.loads(last or "null")
+    except ValueError:
+        last = ""
+    return "\n".join([*lines, last, ""] if last else [*lines, ""])
+
+
+def add_kept_run_flags(it: argparse.ArgumentParser) -> None:
+    """The flags of a command that keeps its runs."""
+    it.add_argument("--out", metavar="FILE", help="JSON lines: finished runs are added, and not made again")
+    it.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 (default: %(default)s)")
+    it.add_argument("--epochs", type=int, help="instead of the recipe's own")
+    it.add_argument("--data-root", metavar="DIR", default=os.environ.get("STN_FAST_DATA"), help="data sets")
+
+
+def mean_and_range(values: Sequence[float], form: str = ".4g") -> str:
+    """Mean (smallest to largest)."""
+    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
-import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kept_runs import KeptRuns, Row
+from benchmarks.kept_runs import KeptRuns, Row, add_kept_run_flags, mean_and_range
 from benchmarks.self_tuning import measure, score, writable
 from stn_fast.command_line import run_command
 from stn_fast.errors import UserError
@@ -149,10 +147,7 @@ def table(name: str, rows: Sequence[Row]) -> str:
             runs = [row for row in rows if (row["factor"], row["method"]) == (factor, method)]
             if not runs:
                 continue
-            cells = []
-            for column in columns:
-                values = [score(run, column) for run in runs]
-                cells.append(f"{statistics.mean(values):.4g} ({min(values):.4g} to {max(values):.4g})")
+            cells = [mean_and_range([score(run, column) for run in runs]) for column in columns]
             label = f"{method}, rate x {factor:g}"
             lines.append(f"{label:>20}  " + "  ".join(f"{cell:<29}" for cell in cells) + f"  {len(runs)}")
     return "\n".join(lines)
@@ -163,10 +158,7 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("recipe", nargs="?", default="digits", choices=RECIPES)
     it.add_argument("--factors", nargs="+", type=float, default=[0.1, 1.0, 4.0], help="default: .1 1 4")
     it.add_argument("--step", type=float, default=0.05, help="Adam's rate for log10 of the rate (default: %(default)s)")
-    it.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 (default: %(default)s)")
-    it.add_argument("--epochs", type=int, help="instead of the recipe's own")
-    it.add_argument("--data-root", metavar="DIR", default=os.environ.get("STN_FAST_DATA"), help="data sets")
-    it.add_argument("--out", metavar="FILE", help="JSON lines: finished runs are added, and not made again")
+    add_kept_run_flags(it)
     return it
 
 
@@ -174,6 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Makes the runs that are not in --out yet and prints the table; returns 0."""
     it = parser()
     flags = it.parse_args(arguments)
+    if flags.seeds < 1 or not flags.step > 0:
+        it.error(f"--seeds must be at least 1 and --step above 0; got {flags.seeds} and {flags.step}")
     try:
         kept = KeptRuns(writable(flags.out, "--out") if flags.out else None, KEY)
         defaults = replace(recipe(flags.recipe).config(), data_root=flags.data_root)

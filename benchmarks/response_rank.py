@@ -18,8 +18,6 @@ factors-dropped  rank 16, with DropConnect on A and B of recurrent matrices as w
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -28,7 +26,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.kept_runs import KeptRuns
+from benchmarks.kept_runs import KeptRuns, add_kept_run_flags, mean_and_range
 from benchmarks.self_tuning import Result, measure, score, writable
 from stn_fast.command_line import run_command
 from stn_fast.errors import UserError
@@ -114,8 +112,7 @@ def table(name: str, made: Iterable[Result]) -> str:
         by_variant.setdefault(row["variant"], []).append(row)
 
     def cell(of_variant: Sequence[Result], column: str) -> str:
-        values = [score(row, column) for row in of_variant]
-        return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+        return mean_and_range([score(row, column) for row in of_variant], ".4f")
 
     lines = [f"{name:>20}  {'best validation loss':<28} {'test loss there':<28} seeds"]
     for variant in sorted(by_variant, key=list(VARIANTS).index):
@@ -124,9 +121,9 @@ def table(name: str, made: Iterable[Result]) -> str:
         lines.append(f"{variant:>20}  {cells}  {len(of_variant)}")
         finite = [row for row in of_variant if not row["diverged"]]
         for parameter in finite[0]["hyperparameters"] if finite else ():
-            values = [row["hyperparameters"][parameter] for row in finite]
-            middle = statistics.mean(values)
-            lines.append(f"{'':>22}{parameter:<28}{middle:.4g} ({min(values):.4g} to {max(values):.4g})")
+            lines.append(
+                f"{'':>22}{parameter:<28}{mean_and_range([row['hyperparameters'][parameter] for row in finite])}"
+            )
     return "\n".join(lines)
 
 
@@ -134,10 +131,7 @@ def parser() -> argparse.ArgumentParser:
     it = argparse.ArgumentParser(prog="python -m benchmarks.response_rank", description=(__doc__ or "").splitlines()[0])
     it.add_argument("recipes", nargs="+", metavar="RECIPE", choices=list(RECIPES), help=", ".join(RECIPES))
     it.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(DEFAULT))
-    it.add_argument("--out", metavar="FILE", help="JSON lines, to which each run adds a row (default: not kept)")
-    it.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 (default: %(default)s)")
-    it.add_argument("--epochs", type=int, help="instead of the recipe's own")
-    it.add_argument("--data-root", metavar="DIR", default=os.environ.get("STN_FAST_DATA"), help="data sets")
+    add_kept_run_flags(it)
     it.add_argument("--run-dir", metavar="DIR", help="keep the runs here, a folder each (default: nowhere)")
     return it
 

@@ -146,10 +146,10 @@ def tune(method: str, of: Problem, seed: int, cycles: int) -> Tensor:
     return torch.stack(path)
 
 
-def share_left(of: Problem, penalties: Tensor) -> float:
+def share_left(of: Problem, penalties: Tensor, optimum: Tensor) -> float:
     """(F(J*(λ)) − F(J*(λ*))) / (F(J*(0)) − F(J*(λ*))), with λ* the best λ."""
-    least, start = of.valid_loss(of.optimum()), of.valid_loss(torch.zeros(FEATURES))
-    return float((of.valid_loss(penalties) - least) / (start - least))
+    found, least, start = (of.valid_loss(at) for at in (penalties, optimum, torch.zeros(FEATURES)))
+    return float((found - least) / (start - least))
 
 
 def draw(paths: dict[str, Tensor], optimum: Tensor, file: Path) -> None:
@@ -177,17 +177,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     it.add_argument("--cycles", type=int, default=1500)
     it.add_argument("--plot", metavar="FILE", type=Path, help="draw the paths of λ for seed 0")
     flags = it.parse_args(arguments)
+    if flags.seeds < 1 or flags.cycles < 1:
+        it.error(f"--seeds and --cycles must be at least 1; got {flags.seeds} and {flags.cycles}")
+    if flags.plot and not flags.plot.parent.is_dir():
+        it.error(f"--plot {flags.plot}: there is no folder {flags.plot.parent}")
     torch.set_num_threads(1)  # these tensors are too small to share
     print(f"{'':>10}  {'seed':>4}  validation loss: at λ = 0, found, least   share of the way left")
     for seed in range(flags.seeds):
         of = problem(seed)
+        optimum = of.optimum()
         paths = {method: tune(method, of, seed, flags.cycles) for method in flags.methods}
         for method, path in paths.items():
-            losses = [float(of.valid_loss(at)) for at in (path[0], path[-1], of.optimum())]
+            losses = [float(of.valid_loss(at)) for at in (path[0], path[-1], optimum)]
             shown = "  ".join(f"{loss:10.4f}" for loss in losses)
-            print(f"{method:>10}  {seed:>4}       {shown}   {share_left(of, path[-1]):.2%}", flush=True)
+            print(f"{method:>10}  {seed:>4}       {shown}   {share_left(of, path[-1], optimum):.2%}", flush=True)
         if seed == 0 and flags.plot:
-            draw(paths, of.optimum(), flags.plot)
+            draw(paths, optimum, flags.plot)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,22 @@ def test_the_networks_minimum_is_the_closed_form(problem):
 def test_delta_stn_finds_it(problem):
     path = ridge.tune("delta-stn", problem, seed=0, cycles=300)
     assert path.shape == (301, ridge.FEATURES)
-    assert ridge.share_left(problem, path[0]) == 1
-    assert ridge.share_left(problem, path[-1]) < 0.4  # 0.03 % after the 1,500 cycles of the example
+    optimum = problem.optimum()
+    assert ridge.share_left(problem, path[0], optimum) == 1
+    assert ridge.share_left(problem, path[-1], optimum) < 0.4  # 0.03 % after the 1,500 cycles of the example
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--seeds", "0"], "--seeds and --cycles must be at least 1; got 0 and 1500"),
+        (["--plot", "absent/paths.png"], "there is no folder absent"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_tuned(arguments, says, capsys):
+    with pytest.raises(SystemExit):
+        ridge.main(arguments)
+    assert says in capsys.readouterr().err
 
 
 def test_the_command_prints_each_method_and_draws(tmp_path, capsys):

@@ -109,6 +109,7 @@ class HyperparameterConfig:
 ONLY_FOR = {"delta-stn": ("linearize", "response_learning_rate"), "one-pass": ("weight_decay", "neumann_terms")}
 MethodName = Literal["stn", "delta-stn", "one-pass", "fixed"]
 METHODS: tuple[str, ...] = get_args(MethodName)
+TUNING = tuple(name for name in METHODS if name != "fixed")
 
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16")

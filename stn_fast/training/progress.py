@@ -9,6 +9,7 @@ from typing import Any
 
 from stn_fast.extras import extra
 from stn_fast.terminal import printable
+from stn_fast.training.config import TUNING
 
 LINES = 12  # approximate number of progress lines without a terminal
 SILENCE = 60.0  # seconds without a line after which another one is printed
@@ -85,7 +86,7 @@ def summary(result: dict[str, Any]) -> str:
         + f"  {_shown(moved[name], '+.1f'):>8}"
         for name in best
     ]
-    if result["method"] in ("stn", "delta-stn", "one-pass") and result["valid_steps"] == 0:
+    if result["method"] in TUNING and result["valid_steps"] == 0:
         lines.append("no validation step was run: nothing has been tuned yet")
     forms = {"test_loss": ".4f", "test_accuracy": ".4f", "test_perplexity": ".2f"}
     scores = [f"{key.replace('_', ' ')} {_shown(result[key], form)}" for key, form in forms.items() if key in result]

@@ -81,6 +81,13 @@ def test_the_command_keeps_its_runs(tmp_path, capsys):
     assert capsys.readouterr().out == said
 
 
+def test_wrong_arguments_are_refused(capsys):
+    for wrong in (["--seeds", "0"], ["--step", "-1"]):
+        with pytest.raises(SystemExit):
+            learning_rate.main(wrong)
+        assert "--seeds must be at least 1 and --step above 0" in capsys.readouterr().err
+
+
 def test_the_recorded_runs_are_what_is_said_of_them():
     rows = [json.loads(line) for line in RECORDED.read_text().splitlines()]
 

@@ -74,6 +74,12 @@ def test_finished_runs_are_kept_and_not_made_again(tmp_path, capsys):
     ]
     ends = [row["hyperparameters_end"]["optimizer.momentum"] for row in rows[::2]]
     assert f"{min(ends):.4g} to {max(ends):.4g}  optimizer.momentum" in said
+    complete = file.read_text()
+    for left in (complete[:-1], complete + '{"recipe": "di'):  # without the last line's end, and with half a line more
+        file.write_text(left)
+        assert self_tuning.main([*arguments, "--seeds", "2"]) == 0
+        assert "finished" not in capsys.readouterr().out
+        assert file.read_text() == complete
     file.write_text("[]\n")
     with pytest.raises(SystemExit):
         self_tuning.main([*arguments, "--seeds", "1"])
