@@ -36,8 +36,6 @@ class KeptRuns:
             return
         found = path.read_text()
         text = _complete(found)
-        if text != found:
-            path.write_text(text)
         try:
             for line in text.splitlines():
                 self._remember(json.loads(line))
@@ -45,6 +43,8 @@ class KeptRuns:
             raise UserError(f"--out {path}: a line is not JSON ({error}); name another file or correct it") from None
         except (KeyError, TypeError):
             raise UserError(f"--out {path} holds other things than rows of this command: name another file") from None
+        if text != found:
+            path.write_text(text)
 
     def _remember(self, row: Row) -> None:
         self._rows[tuple(row[name] for name in self._key)] = row
@@ -65,12 +65,12 @@ class KeptRuns:
 
 
 def _complete(text: str) -> str:
-    """``text`` with an end to its last line, or without that line if the command was stopped while it wrote it."""
+    """``text`` with an end to its last line, or without that line if it is the beginning of a row."""
     *lines, last = text.split("\n")
     try:
         json.loads(last or "null")
     except ValueError:
-        last = ""
+        last = "" if last.startswith("{") else last
     return "\n".join([*lines, last, ""] if last else [*lines, ""])
 
 

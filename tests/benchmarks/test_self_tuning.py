@@ -80,10 +80,13 @@ def test_finished_runs_are_kept_and_not_made_again(tmp_path, capsys):
         assert self_tuning.main([*arguments, "--seeds", "2"]) == 0
         assert "finished" not in capsys.readouterr().out
         assert file.read_text() == complete
-    file.write_text("[]\n")
-    with pytest.raises(SystemExit):
-        self_tuning.main([*arguments, "--seeds", "1"])
-    assert "holds other things than rows of this command" in capsys.readouterr().err
+    not_rows, not_json = "holds other things than rows of this command", "a line is not JSON"
+    for foreign, says in (("[]\n", not_rows), ("hello", not_json), ('[1,\n{"a": 2', not_json)):
+        file.write_text(foreign)
+        with pytest.raises(SystemExit):
+            self_tuning.main([*arguments, "--seeds", "1"])
+        assert says in capsys.readouterr().err
+        assert file.read_text() == foreign
 
 
 @pytest.mark.parametrize(
