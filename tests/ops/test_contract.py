@@ -292,7 +292,8 @@ def test_compiles_without_graph_break_to_the_same_numbers(operation, changes):
     problem = operation.problem(**changes)
     torch.compiler.reset()
     compiled = torch.compile(problem.call, fullgraph=True, backend="aot_eager")
-    assert_same(compute(problem, compiled), compute(problem, problem.call))
+    # The bits of a product of matrices can depend on where they lie in memory.
+    assert_same(compute(problem, compiled), compute(problem, problem.call), 1e-6 if "rank" in changes else 0.0)
 
 
 @pytest.mark.parametrize("shared", [False, True])
