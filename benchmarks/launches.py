@@ -87,7 +87,8 @@ def _resnet18(narrow: bool, space: HyperparameterSpace, response_rank: ResponseR
 
 def steps(config: Config, task: Task) -> dict[str, Callable[[], object]]:
     """One call a step, each on the next batch of its split, as the trainer takes it."""
-    method = build_method(config, task)
+    one_pass = replace(config.method, antithetic=False)
+    method = build_method(replace(config, method=one_pass), task)
     assert isinstance(method, SelfTuning)
     device, schedule = method.location.device, config.schedule
     sizes = (schedule.batch_size, schedule.valid_batch_size)

@@ -82,7 +82,7 @@ class TunedRate(SelfTuning):
         return super()._train(batch, step, first_example)
 
     def _move_rate(self, towards: list[Tensor], batch: Batch, draw: dict[str, Any]) -> None:
-        hyper, rate = self._training_hyper(draw), self.learning_rate
+        (hyper,), rate = self._training_hypers(draw), self.learning_rate
 
         def gradients() -> list[Tensor]:
             loss = self._loss("training", self.training_objective, self.model, batch, hyper)

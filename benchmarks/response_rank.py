@@ -13,6 +13,8 @@ frozen           the control: a full response, but hyperparameters that are neve
 cycle-N          rank 16, N training steps per validation step
 half-batch       rank 16, half the recipe's validation batch
 factors-dropped  rank 16, with DropConnect on A and B of recurrent matrices as well as on W
+
+All runs have the published start and steps, whatever the recipe has.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers import DropConnect, HyperLSTM
 from stn_fast.ops.gates import GatedParameters
 from stn_fast.recipes import RECIPES, recipe
-from stn_fast.training.config import Config
+from stn_fast.training.config import AS_PUBLISHED, Config
 from stn_fast.training.task import Task
 
 RANK = 16
@@ -96,10 +98,11 @@ def configure(name: str, variant: str, seed: int, run_dir: Path, flags: argparse
     schedule = replace(defaults.schedule, epochs=flags.epochs or defaults.schedule.epochs)
     if variant == "half-batch":
         schedule = replace(schedule, valid_batch_size=max(1, schedule.valid_batch_size // 2))
-    method = replace(defaults.method, **VARIANTS[variant])
-    return replace(
-        defaults, method=method, schedule=schedule, seed=seed, run_dir=str(run_dir / f"{name}-{variant}-{seed}")
-    )
+    method = replace(defaults.method, **AS_PUBLISHED | VARIANTS[variant])
+    hyper = defaults.hyper_optimizer
+    hyper = replace(hyper, beta2=0.999) if hyper.name == "adam" else hyper
+    place = str(run_dir / f"{name}-{variant}-{seed}")
+    return replace(defaults, method=method, hyper_optimizer=hyper, schedule=schedule, seed=seed, run_dir=place)
 
 
 KEY = ("recipe", "variant", "seed", "epochs")

@@ -186,7 +186,8 @@ def iteration_makers(
 
     def ours(rank: ResponseRank) -> Provider:
         torch.manual_seed(0)
-        method = DeltaSelfTuning(model(response_rank=rank).to(device), space, *losses, clip=CLIP)
+        network = model(response_rank=rank).to(device)
+        method = DeltaSelfTuning(network, space, *losses, clip=CLIP, antithetic=False)  # steps as published
         batch, count = batches(), iter(range(10**9))
 
         def step(_: None) -> None:

@@ -31,7 +31,7 @@ from stn_fast.command_line import run_command
 from stn_fast.errors import UserError
 from stn_fast.files import expanded
 from stn_fast.recipes import RECIPES, recipe
-from stn_fast.training.config import Config, MethodConfig
+from stn_fast.training.config import Config, HyperOptimizerConfig, MethodConfig
 from stn_fast.values import to_json
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fixed": {"name": "fixed"},
     "frozen": {"freeze": True},
 }
-HYPER_RATES = {"one-pass": 0.05}  # of Adam; 0.115, which is about the published one, is worse on digits
+ONE_PASS_ADAM = HyperOptimizerConfig(learning_rate=0.05, beta2=0.999)  # 0.115, about the published rate, is worse
 KEY = ("recipe", "method", "guess", "seed", "settings")
 COLUMNS = {
     "valid_loss": "valid loss",
@@ -94,13 +94,14 @@ def configure(defaults: Config, method: str, seed: int, factor: float, run_dir: 
     weights, hyper = defaults.optimizer, defaults.hyper_optimizer
     if method == "one-pass":  # it owns the learning rate
         weights = replace(weights, decay_factor=1.0, min_learning_rate=0.0)
+        hyper = ONE_PASS_ADAM
     schedule = replace(defaults.schedule, epochs=epochs or defaults.schedule.epochs)
     return replace(
         defaults,
         method=changed,
         seed=seed,
         optimizer=replace(weights, learning_rate=weights.learning_rate * factor),
-        hyper_optimizer=replace(hyper, learning_rate=HYPER_RATES.get(method, hyper.learning_rate) * factor),
+        hyper_optimizer=replace(hyper, learning_rate=hyper.learning_rate * factor),
         schedule=schedule,
         run_dir=str(run_dir),
     )

@@ -52,9 +52,9 @@ def casting(precision: Precision, device: torch.device) -> Callable[[], Abstract
 def self_tuning(
     model: nn.Module, space: Any, losses: Sequence[Any], precision: Precision, **options: Any
 ) -> SelfTuning:
-    """The package's method; ``losses`` are the training and the validation objective."""
+    """The package's method with published steps; ``losses`` are the training and the validation objective."""
     training, validation = losses
-    return SelfTuning(model, space, training, validation, precision=precision, **options)
+    return SelfTuning(model, space, training, validation, precision=precision, antithetic=False, **options)
 
 
 def fixed(

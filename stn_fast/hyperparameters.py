@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stn_fast.checks import whole_number
+from stn_fast.checks import switch, whole_number
 from stn_fast.hyperparameter import RAW_SCALE_BOUNDS, SCALE_BOUNDS, Hyperparameter, Response, inverse_softplus
 from stn_fast.ops.arguments import check_tensor
-from stn_fast.ops.draw import check_coordinates
+from stn_fast.ops.draw import Coordinates, check_coordinates
 from stn_fast.ops.perturb import constrain, perturb_for
 from stn_fast.ops.tangents import dual
 
@@ -303,6 +303,7 @@ class HyperparameterSpace:
         step: int | Tensor,
         first_example: int = 0,
         center: Tensor | None = None,
+        antithetic: bool = False,
     ) -> HyperBatch:
         """Draws the hyperparameters of every example, λ̃ = λ + softplus(ρ)·ε (STN, section 3.2).
 
@@ -315,6 +316,8 @@ class HyperparameterSpace:
                 int64 tensor if a captured CUDA graph is to draw new numbers at every replay.
             first_example: index of the first row in the global batch, for data-parallel training.
             center: (n,), subtracted from λ̃ to give the response; by default λ₀ ("shifted") or 0 ("raw").
+            antithetic: whether to take λ − softplus(ρ)·ε instead, with the ε of the batch with the same coordinates.
+                Dropout masks and noise are drawn from the same uniform numbers in both.
 
         Raises:
             ValueError: a shape, dtype or range does not fit; the message names the argument.
@@ -322,11 +325,25 @@ class HyperparameterSpace:
         table, default_center = self._constants(location.device)
         self._check_location(location)
         center = default_center if center is None else center.detach()
-        (values, response), coordinates = perturb_for(
-            "sample", location, raw_scale, center, table, step, seed, batch_size, first_example
-        )
+        switch("sample", "antithetic", antithetic)
+        draw = (step, seed, batch_size, first_example)
+        if antithetic:
+            values, response, coordinates = self._antithetic(location, raw_scale, center, table, *draw)
+        else:
+            (values, response), coordinates = perturb_for("sample", location, raw_scale, center, table, *draw)
         step, seed, first_example = coordinates
         return HyperBatch(values, response, step, seed, first_example, self)
+
+    def _antithetic(
+        self, location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor, *draw: Any
+    ) -> tuple[Tensor, Tensor, Coordinates]:
+        """(values, response, RNG coordinates) at 2λ − λ̃."""
+        unconstrained = torch.cat([table[:, :5], torch.zeros_like(table[:, 5:])], 1)  # the response is λ̃ itself
+        origin = torch.zeros_like(center)
+        (_, sampled), coordinates = perturb_for("sample", location, raw_scale, origin, unconstrained, *draw)
+        mirrored = 2 * location - sampled
+        values = constrain(mirrored, table).T.contiguous().T  # columns are contiguous
+        return values, torch.where(table[:, 5] > 0, values, mirrored - center), coordinates
 
     def at(
         self,

@@ -87,6 +87,32 @@ def test_centred_response_subtracts_the_given_centre():
     assert gradient.tolist() == [5.0] * 4
 
 
+@pytest.mark.parametrize("response", ["shifted", "raw", "value"])
+def test_an_antithetic_batch_has_the_opposite_perturbation(response):
+    one = stn.HyperparameterSpace([h for h in space() if not h.integer]).with_response(response)
+    draw = dict(batch_size=40, seed=3, step=9, first_example=5)
+    location, raw_scale = (tensor.requires_grad_() for tensor in one.initial_state())
+    batch = one.sample(location, raw_scale, **draw)
+    other = one.sample(location, raw_scale, antithetic=True, **draw)
+    assert (other.seed, other.step, other.first_example) == (batch.seed, batch.step, batch.first_example)
+    assert other["dropout"].is_contiguous()
+    raw = one.with_response("raw").sample(location, raw_scale, **draw).response
+    values = torch.stack([torch.tensor([*one.values(row).values()]) for row in 2 * location.detach() - raw.detach()])
+    torch.testing.assert_close(other.values, values)
+    expected = values if response == "value" else batch.response.detach().neg() + (2 * location * (response == "raw"))
+    torch.testing.assert_close(other.response, expected, check_layout=False, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(of.response.sum(), (location, raw_scale)) for of in (batch, other)]
+    if response != "value":
+        torch.testing.assert_close(gradients[1], (gradients[0][0], -gradients[0][1]))
+
+
+def test_integers_of_an_antithetic_batch_are_whole():
+    location, raw_scale = space().initial_state()
+    holes = space().sample(location, raw_scale, batch_size=40, seed=3, step=9, antithetic=True)["cutout_holes"]
+    assert torch.equal(holes, holes.floor())
+    assert holes.unique().numel() > 1
+
+
 def test_entropy_is_that_of_independent_normals():
     _, raw_scale = space().initial_state()
     normals = torch.distributions.Normal(torch.zeros(4), space().scales(raw_scale))

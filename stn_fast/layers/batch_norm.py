@@ -27,8 +27,8 @@ class HyperBatchNorm2d(GatedLayer):
     As in torch.nn.BatchNorm2d, scale and shift stay in the dtype of the parameters under autocast.
 
     Parameters and buffers are named and shaped as in torch.nn.BatchNorm2d, so a plain checkpoint loads with
-    strict=False. weight is initialised to 1, bias to 0, the responses R, r uniformly in ±1 (±1/√fan_in, as a channel
-    has one input), and the gates from N(0, 0.01²).
+    strict=False. weight is initialised to 1, bias and the responses R, r to 0, and the gates
+    such that channel c responds to hyperparameter c mod n.
 
     Args:
         num_features: C.

@@ -24,8 +24,9 @@ class HyperConv2d(GatedLayer):
     """y = conv(x, W) + b + (h Gwᵀ) ⊙ conv(x, R) + (h Gbᵀ) ⊙ r, optionally followed by ReLU.
 
     h is each example's response input. `weight` and `bias` are named and shaped as in torch.nn.Conv2d, so a plain
-    checkpoint loads with strict=False. As published, W, R, b, r are initialised uniformly in ±1/√fan_in, with
-    fan_in = in_channels/groups · kh · kw, and the gates from N(0, 0.01²).
+    checkpoint loads with strict=False. W and b are initialised uniformly in ±1/√fan_in, with
+    fan_in = in_channels/groups · kh · kw, R and r to 0, and the gates such that output o responds
+    to hyperparameter o mod n.
 
     With one group, `weight` and `response_weight` are stored as the halves of one tensor, so that calls need not
     concatenate them, until either is replaced by another parameter. torch.save of one of them therefore writes both;
@@ -42,8 +43,8 @@ class HyperConv2d(GatedLayer):
             has a full one, and its response_rank is None.
 
     Shapes: weight, response_weight (O, I/groups, kh, kw); bias, response_bias (O,); weight_gate, bias_gate (O, n).
-    With a low rank, response_weight is A (O, k, 1, 1) and response_projection is B (groups·k, I/groups, kh, kw),
-    initialised so that the entries of R have the variance of a full response.
+    With a low rank, response_weight is A (O, k, 1, 1), initialised to 0, and response_projection is B
+    (groups·k, I/groups, kh, kw), initialised like W.
 
     Raises:
         ValueError: an argument is out of range; the message names it.

@@ -17,6 +17,7 @@ from stn_fast.layers.gated import (
     check_switches,
     decay_penalty,
     factors_to_use,
+    start_gate,
     start_response,
 )
 from stn_fast.layers.regularisers import _PerBatchRegulariser, check_rate
@@ -27,8 +28,9 @@ from stn_fast.ops.gated_embedding import fold
 class HyperEmbedding(GatedLayer):
     """e = E[t] + (h Gwᵀ) ⊙ R[t], where h is each example's response input.
 
-    `weight` is named and shaped as in torch.nn.Embedding, so a plain checkpoint loads with strict=False. As published,
-    E and R are initialised uniformly in ±0.1 and the gate from N(0, 0.01²); the rows of `padding_idx` stay 0.
+    `weight` is named and shaped as in torch.nn.Embedding, so a plain checkpoint loads with strict=False. E is
+    initialised uniformly in ±0.1, R to 0, and the gate such that dimension d responds to hyperparameter d mod n; the
+    rows of `padding_idx` stay 0.
 
     Args:
         num_embeddings, embedding_dim: V, D.
@@ -40,8 +42,7 @@ class HyperEmbedding(GatedLayer):
             response is no larger than one of rank k, the layer has a full one, and its response_rank is None.
 
     Shapes: weight, response_weight (V, D); weight_gate (D, n). With a low rank, R = B Aᵀ, where response_weight is
-    A (D, k) and response_projection is B (V, k), initialised so that the entries of R have the variance of a full
-    response.
+    A (D, k), initialised to 0, and response_projection is B (V, k), initialised like E.
 
     Raises:
         ValueError: a size is below 1, or padding_idx is not a row; the message names it.
@@ -83,7 +84,7 @@ class HyperEmbedding(GatedLayer):
             with torch.no_grad():
                 for table in (self.weight, self._response_table):
                     table[self.padding_idx].zero_()
-        nn.init.normal_(self.weight_gate, std=0.01)
+        start_gate(self.weight_gate)
 
     @property
     def _response_table(self) -> nn.Parameter:

@@ -42,24 +42,35 @@ def factors_to_use(layer: str, response_rank: ResponseRank, matrix: Sequence[int
 
 
 def start_response(response_weight: Tensor, projection: Tensor | None, bound: float) -> None:
-    """Initialises R uniformly in ±bound, or A and B uniformly so that the entries of R have the same variance.
+    """Initialises R to 0; with a low rank, A to 0 and B uniformly in ±bound, like W."""
+    nn.init.zeros_(response_weight)
+    if projection is not None:
+        nn.init.uniform_(projection, -bound, bound)
 
-    B is initialised as R would be, and A with the variance 1/k, so that u = B x and A u have the magnitude of W x.
+
+@torch.no_grad()
+def start_gate(gate: Tensor) -> None:
+    """Initialises a gate (O, n): output o responds only to hyperparameter o mod n, with s = h[:, o mod n].
+
+    With gates that mix all hyperparameters, R would be a mixture of the responses to them, and the hypergradient of
+    one that matters little would be lost in those of the others. With O < n, which leaves none for some, gates are
+    drawn from N(0, 1/n).
     """
-    if projection is None:
-        nn.init.uniform_(response_weight, -bound, bound)
-        return
-    of_factor = math.sqrt(3 / response_weight.shape[1])
-    nn.init.uniform_(response_weight, -of_factor, of_factor)
-    nn.init.uniform_(projection, -bound, bound)
+    outputs, n = gate.shape
+    if outputs < n:
+        nn.init.normal_(gate, std=1 / math.sqrt(n))
+    else:
+        gate.zero_()[torch.arange(outputs), torch.arange(outputs) % n] = 1
 
 
 class GatedLayer(nn.Module):
     """W, b, their responses R, r and the gates Gw, Gb of a layer with O outputs and n hyperparameters.
 
-    As published, W, R, b, r are initialised uniformly in ±1/√fan_in and the gates from N(0, 0.01²). With factors,
-    R = A B has a low rank: `response_weight` is A and `response_projection` is B, initialised so that the entries of R
-    have the variance of a full response.
+    W and b are initialised uniformly in ±1/√fan_in, R and r to 0, and the gates such that output o responds to
+    hyperparameter o mod n: the layer starts as a plain one, and R learns at once. As published, R and r are random and
+    the gates from N(0, 0.01²); the gradient of R is proportional to the gates, so R then hardly changes. With factors,
+    R = A B has a low rank: `response_weight` is A, initialised to 0, and `response_projection` is B, initialised like
+    W.
 
     Args:
         weight_shape: shape of W and R, (O, ...).
@@ -109,10 +120,10 @@ class GatedLayer(nn.Module):
                 nn.init.uniform_(uniform, -bound, bound)
         start_response(self.response_weight, self.response_projection, bound)
         if self.response_bias is not None:
-            nn.init.uniform_(self.response_bias, -bound, bound)
+            nn.init.zeros_(self.response_bias)
         for gate in (self.weight_gate, self.bias_gate):
             if gate is not None:
-                nn.init.normal_(gate, std=0.01)
+                start_gate(gate)
 
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
         """½ · mean_b decay[b] ‖W + diag(Gw h[b]) R‖², a scalar; biases are not decayed."""

@@ -15,8 +15,9 @@ from stn_fast.ops.arguments import check_tensor
 class HyperLinear(GatedLayer):
     """y = x Wᵀ + b + (h Gwᵀ) ⊙ (x Rᵀ) + (h Gbᵀ) ⊙ r, where h is each example's response input (STN, section 3.1).
 
-    `weight` and `bias` are named and shaped as in torch.nn.Linear, so a plain checkpoint loads with strict=False. As
-    published, W, R, b, r are initialised uniformly in ±1/√in_features and the gates from N(0, 0.01²).
+    `weight` and `bias` are named and shaped as in torch.nn.Linear, so a plain checkpoint loads with strict=False. W and
+    b are initialised uniformly in ±1/√in_features, R and r to 0, and the gates such that output o responds to
+    hyperparameter o mod n.
 
     Args:
         in_features, out_features: I, O.
@@ -28,8 +29,7 @@ class HyperLinear(GatedLayer):
             is None.
 
     Shapes: weight, response_weight (O, I); bias, response_bias (O,); weight_gate, bias_gate (O, n). With a low rank,
-    response_weight is A (O, k) and response_projection is B (k, I), initialised so that the entries of R have the
-    variance of a full response.
+    response_weight is A (O, k), initialised to 0, and response_projection is B (k, I), initialised like W.
     """
 
     def __init__(

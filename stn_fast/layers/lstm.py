@@ -21,6 +21,7 @@ from stn_fast.layers.gated import (
     check_switches,
     decay_penalty,
     factors_to_use,
+    start_gate,
     start_response,
 )
 from stn_fast.layers.regularisers import DropConnect, PerExampleDropout
@@ -38,8 +39,8 @@ class HyperLSTM(nn.Module):
 
     Parameters have torch's names and shapes, such as `weight_ih_l0` and `bias_hh_l1_reverse`, so a plain checkpoint
     loads with strict=False; those of the response are named likewise, `response_weight_ih_l0`, `weight_gate_ih_l0`
-    and so on. W, R, b, r are initialised uniformly in ±1/√hidden_size, as in torch, and the gates from N(0, 0.01²), as
-    published.
+    and so on. W and b are initialised uniformly in ±1/√hidden_size, as in torch, R and r to 0, and the gates such
+    that output o responds to hyperparameter o mod n.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, bidirectional: as in torch.nn.LSTM.
@@ -58,8 +59,7 @@ class HyperLSTM(nn.Module):
 
     Shapes in layer l: weight_ih, response_weight_ih (4H, I), where I is input_size, or H · directions for l > 0;
     weight_hh, response_weight_hh (4H, H); biases and their responses (4H,); gates (4H, n). With a low rank,
-    response_weight is A (4H, k) and response_projection is B, (k, I) or (k, H), initialised so that the entries of R
-    have the variance of a full response.
+    response_weight is A (4H, k), initialised to 0, and response_projection is B, (k, I) or (k, H), initialised like W.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -146,9 +146,11 @@ class HyperLSTM(nn.Module):
         bound = 1 / math.sqrt(self.hidden_size)
         for name, parameter in self.named_parameters():
             if "gate" in name:
-                nn.init.normal_(parameter, std=0.01)
+                start_gate(parameter)
             elif name.startswith("response_weight"):
                 start_response(parameter, getattr(self, name.replace("weight", "projection")), bound)
+            elif name.startswith("response_bias"):
+                nn.init.zeros_(parameter)
             elif not name.startswith("response_projection"):
                 nn.init.uniform_(parameter, -bound, bound)
 

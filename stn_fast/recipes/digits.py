@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stn_fast.training.config import Config, HyperparameterConfig, MethodConfig, ScheduleConfig
+from stn_fast.training.config import (
+    AS_PUBLISHED,
+    Config,
+    HyperOptimizerConfig,
+    HyperparameterConfig,
+    MethodConfig,
+    ScheduleConfig,
+)
 
 if TYPE_CHECKING:
     from stn_fast.training.task import Task
@@ -30,7 +37,8 @@ def config() -> Config:
             "input_noise": HyperparameterConfig(init=0.3, low=0.0),
             "weight_decay": HyperparameterConfig(init=1e-3, low=0.0),
         },
-        method=MethodConfig(warmup_epochs=3),
+        method=MethodConfig(warmup_epochs=3, **AS_PUBLISHED),
+        hyper_optimizer=HyperOptimizerConfig(beta2=0.999),
         schedule=ScheduleConfig(epochs=120),
         threads=1,
         precision="auto",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from stn_fast.recipes import Recipe
 from stn_fast.training.config import (
+    AS_PUBLISHED,
     Config,
     HyperOptimizerConfig,
     HyperparameterConfig,
@@ -60,11 +61,11 @@ def _cifar10() -> Config:
             "cutout_holes": HyperparameterConfig(init=1.5, low=0.0, high=4.0, integer=True),
             "weight_decay": HyperparameterConfig(init=5e-4, low=0.0, enabled=False),
         },
-        method=MethodConfig(train_steps=2, valid_steps=1, warmup_epochs=5, entropy_weight=1e-3),
+        method=MethodConfig(train_steps=2, valid_steps=1, warmup_epochs=5, entropy_weight=1e-3, **AS_PUBLISHED),
         optimizer=OptimizerConfig(
             learning_rate=0.01, momentum=0.9, decay_factor=0.1, decay_patience=60, min_learning_rate=1e-5
         ),
-        hyper_optimizer=HyperOptimizerConfig(learning_rate=3e-3),
+        hyper_optimizer=HyperOptimizerConfig(learning_rate=3e-3, beta2=0.999),
         schedule=ScheduleConfig(epochs=500, patience=75, batch_size=128, valid_batch_size=128),
     )
 
@@ -88,9 +89,9 @@ def _fashion_mnist() -> Config:
             "cutout_holes": HyperparameterConfig(init=1.5, low=0.0, high=5.0, scale=1.0, integer=True),
             "weight_decay": HyperparameterConfig(init=1e-4, low=0.0, scale=1.0),
         },
-        method=MethodConfig(train_steps=5, valid_steps=1, warmup_epochs=5, entropy_weight=1e-3),
+        method=MethodConfig(train_steps=5, valid_steps=1, warmup_epochs=5, entropy_weight=1e-3, **AS_PUBLISHED),
         optimizer=OptimizerConfig(learning_rate=0.01, momentum=0.9),
-        hyper_optimizer=HyperOptimizerConfig(name="rmsprop", learning_rate=1e-2),
+        hyper_optimizer=HyperOptimizerConfig(name="rmsprop", learning_rate=1e-2, beta2=0.99),
         schedule=ScheduleConfig(epochs=200, batch_size=128, valid_batch_size=128),
     )
 
@@ -108,9 +109,9 @@ def _fashion_mnist_small() -> Config:
             "cutout_length": HyperparameterConfig(init=2.5, low=0.0, high=14.0, integer=True),
             "cutout_holes": HyperparameterConfig(init=1.5, low=0.0, high=4.0, integer=True),
         },
-        method=MethodConfig(train_steps=2, valid_steps=1, warmup_epochs=2, entropy_weight=1e-3),
+        method=MethodConfig(train_steps=2, valid_steps=1, warmup_epochs=2, entropy_weight=1e-3, **AS_PUBLISHED),
         optimizer=OptimizerConfig(learning_rate=0.03, momentum=0.9),
-        hyper_optimizer=HyperOptimizerConfig(learning_rate=3e-2),
+        hyper_optimizer=HyperOptimizerConfig(learning_rate=3e-2, beta2=0.999),
         schedule=ScheduleConfig(epochs=40, batch_size=128, valid_batch_size=128),
         precision="auto",
     )
@@ -168,18 +169,11 @@ def _cifar10_task(config: Config) -> Task:
 
 
 def _fashion_mnist_task(config: Config) -> Task:
-    """The task of ``fashion-mnist``, with gates initialised to zero."""
-    from torch import nn
-
     from stn_fast.data import fashion_mnist
     from stn_fast.models import fashion_cnn
 
     images = fashion_mnist.load(config.data_root)
-    task = build_task(config, images, fashion_cnn, valid_size=VALID_SIZES[config.recipe])
-    for name, parameter in task.model.named_parameters():
-        if name.endswith("_gate"):
-            nn.init.zeros_(parameter)
-    return task
+    return build_task(config, images, fashion_cnn, valid_size=VALID_SIZES[config.recipe])
 
 
 def _fashion_mnist_small_task(config: Config) -> Task:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from stn_fast.recipes import Recipe
 from stn_fast.training.config import (
+    AS_PUBLISHED,
     Config,
     HyperOptimizerConfig,
     HyperparameterConfig,
@@ -60,7 +61,7 @@ def published(recipe: str) -> Config:
     return Config(
         recipe=recipe,
         hyperparameters=hyperparameters(),
-        method=MethodConfig(train_steps=2, valid_steps=1, warmup_epochs=1, tune_scales=False),
+        method=MethodConfig(train_steps=2, valid_steps=1, warmup_epochs=1, tune_scales=False, **AS_PUBLISHED),
         optimizer=OptimizerConfig(
             learning_rate=30.0,
             momentum=0.0,
@@ -69,7 +70,7 @@ def published(recipe: str) -> Config:
             decay_patience=5,
             min_learning_rate=3e-4,
         ),
-        hyper_optimizer=HyperOptimizerConfig(learning_rate=1e-2),
+        hyper_optimizer=HyperOptimizerConfig(learning_rate=1e-2, beta2=0.999),
         schedule=ScheduleConfig(epochs=200, patience=20, batch_size=40, valid_batch_size=10),
         text=TextConfig(window=70, valid_streams=10, test_streams=1, width=650, layers=2),
     )
@@ -84,6 +85,7 @@ def _ptb_small() -> Config:
     """Two layers of 200 units and the hyperparameters of ``ptb``."""
     return replace(
         published("ptb-small"),
+        method=MethodConfig(warmup_epochs=1, tune_scales=False),
         optimizer=OptimizerConfig(name="adam", learning_rate=4e-3, momentum=0.9, clip=0.25),
         hyper_optimizer=HyperOptimizerConfig(learning_rate=3e-2),
         schedule=ScheduleConfig(epochs=25, batch_size=20, valid_batch_size=20, eval_batch_size=2000),

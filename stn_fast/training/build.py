@@ -10,6 +10,7 @@ from stn_fast.training.delta import DeltaSelfTuning
 from stn_fast.training.methods import FixedHyperparameters, Method, SelfTuning
 from stn_fast.training.one_pass import OnePass
 from stn_fast.training.optimizers import hyper_optimizer, weight_optimizer
+from stn_fast.training.start import start_as_published
 from stn_fast.training.task import Task
 
 
@@ -22,6 +23,8 @@ def build_method(config: Config, task: Task) -> Method:
         precision=config.resolved.precision,
         allow_unused=task.allow_unused,
     )
+    if config.method.has_response and config.method.response_start == "published":
+        start_as_published(task.model, config.seed, gates=0.01 if config.method.name == "stn" else 0.0)
     if config.method.name == "fixed":
         return FixedHyperparameters(task.model, task.space, task.training_objective, **given)
     operands = (task.model, task.space, task.training_objective, task.validation_objective)
@@ -33,6 +36,7 @@ def build_method(config: Config, task: Task) -> Method:
         entropy_weight=config.method.entropy_weight,
         tune_scales=config.method.tune_scales,
         freeze=config.method.freeze,
+        antithetic=config.method.antithetic,
     )
     if config.method.name == "stn":
         return SelfTuning(*operands, **given)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from stn_fast.errors import UserError, did_you_mean
 from stn_fast.files import expanded
@@ -106,6 +106,8 @@ class HyperparameterConfig:
         )
 
 
+# How steps and the response are in the papers: settings of a `MethodConfig`.
+AS_PUBLISHED: dict[str, Any] = {"antithetic": False, "response_start": "published"}
 ONLY_FOR = {"delta-stn": ("linearize", "response_learning_rate"), "one-pass": ("weight_decay", "neumann_terms")}
 MethodName = Literal["stn", "delta-stn", "one-pass", "fixed"]
 METHODS: tuple[str, ...] = get_args(MethodName)
@@ -126,8 +128,12 @@ class MethodConfig:
     experiment that separates the effect of tuning from that of the extra parameters. After ``warmup_epochs`` of
     training only, ``valid_steps`` validation steps follow every ``train_steps`` training steps. ``tune_scales`` also
     tunes the scales of the perturbations, with ``entropy_weight`` as the weight of their entropy in the validation
-    objective. ``response`` is what the gates see: the shift from the first location (``shifted``), the unconstrained
-    sample (``raw``) or its constrained value (``value``).
+    objective. ``antithetic`` makes training steps pass over the batch twice, with opposite perturbations, so that the
+    noise of the response's gradients cancels. ``response`` is what the gates see: the shift from the first location
+    (``shifted``), the unconstrained sample (``raw``) or its constrained value (``value``).
+
+    ``response_start`` is how the response of this package's layers starts: at 0, with gates of size 1 (``zero``), so
+    that it learns at once; or at random, with gates near 0 (``published``).
 
     ``response_rank`` is the rank of the response of every layer's weights: a whole number; ``auto`` for the largest, at
     least 1, that adds at most 5 % to a layer's arithmetic; null for full responses, which double it.
@@ -148,7 +154,9 @@ class MethodConfig:
     warmup_epochs: int = 3
     tune_scales: bool = True
     entropy_weight: float = 1e-3
+    antithetic: bool = True
     response: Response = "shifted"
+    response_start: Literal["zero", "published"] = "zero"
     response_rank: ResponseRank = None
     linearize: bool = True
     response_learning_rate: float | None = None
@@ -178,6 +186,9 @@ class MethodConfig:
         _require_at_least(0, warmup_epochs=self.warmup_epochs)
         entropy_is_right = isfinite(self.entropy_weight) and self.entropy_weight >= 0
         _require(entropy_is_right, "entropy_weight", self.entropy_weight, "must be finite and at least 0")
+        starts = ("zero", "published")
+        start = self.response_start
+        _require(start in starts, "response_start", start, did_you_mean(start, starts))
         responses = ("shifted", "raw", "value")
         _require(self.response in responses, "response", self.response, did_you_mean(self.response, responses))
         rank = self.response_rank
@@ -234,15 +245,22 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class HyperOptimizerConfig:
-    """The optimizer of the hyperparameters' locations and scales: Adam or RMSprop."""
+    """The optimizer of the hyperparameters' locations and scales: Adam or RMSprop.
+
+    ``beta2`` is the decay of the mean of squared gradients, Adam's β₂ and RMSprop's α. By default it equals Adam's β₁:
+    a step of Adam is at most ``learning_rate``, and large gradients early in a run, when the response is still wrong,
+    do not slow down the steps that follow for long.
+    """
 
     name: Literal["adam", "rmsprop"] = "adam"
     learning_rate: float = 1e-2
+    beta2: float = 0.9
 
     def __post_init__(self) -> None:
         names = ("adam", "rmsprop")
         _require(self.name in names, "name", self.name, did_you_mean(self.name, names))
         _require_positive(learning_rate=self.learning_rate)
+        _require(0 <= self.beta2 < 1, "beta2", self.beta2, "must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)

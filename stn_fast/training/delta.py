@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from stn_fast.checks import switch
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
-from stn_fast.layers.gated import GatedLayer
-from stn_fast.layers.lstm import HyperLSTM
 from stn_fast.training.batches import Batch
 from stn_fast.training.linearised import Linearised
 from stn_fast.training.methods import Kind, SelfTuning
@@ -20,19 +18,11 @@ from stn_fast.training.optimizers import (
     learning_rate,
     set_learning_rate,
 )
-from stn_fast.training.parameters import hold_parameters, is_gate, is_response
+from stn_fast.training.parameters import hold_parameters, is_response
 from stn_fast.training.precision import float32_products
 from stn_fast.training.task import Objective
 
 GENERAL = 1 << 62  # added to the seed of general steps, so that they and response steps draw different numbers
-
-
-def _zero_gates(model: nn.Module) -> None:
-    for layer in model.modules():
-        if isinstance(layer, GatedLayer | HyperLSTM):
-            for name, parameter in layer.named_parameters():
-                if is_gate(name):
-                    nn.init.zeros_(parameter)
 
 
 class DeltaSelfTuning(SelfTuning):
@@ -59,8 +49,6 @@ class DeltaSelfTuning(SelfTuning):
         response_optimizer: makes the optimizer of the response parameters; by default as ``optimizer`` makes that of
             the other ones.
         linearize: if False, response steps use f(λ̃ − λ) instead of its linearisation.
-        zero_gates: whether to set the gates of this package's layers to 0 first, as published. False keeps a response
-            that has been trained.
 
     Raises:
         ValueError: an argument is out of range, or the model has no gated layers.
@@ -79,7 +67,6 @@ class DeltaSelfTuning(SelfTuning):
         optimizer: MakeOptimizer = default_optimizer,
         response_optimizer: MakeOptimizer | None = None,
         linearize: bool = True,
-        zero_gates: bool = True,
         **options: Any,
     ) -> None:
         named = list(model.named_parameters())
@@ -88,8 +75,6 @@ class DeltaSelfTuning(SelfTuning):
         if not self._response:
             raise ValueError("DeltaSelfTuning: the model has no gated layers, such as HyperLinear")
         self.linearize = switch("DeltaSelfTuning", "linearize", linearize)
-        if switch("DeltaSelfTuning", "zero_gates", zero_gates):
-            _zero_gates(model)
         self.response_optimizer = (response_optimizer or optimizer)(self._response)
         shifted = space.with_response("shifted")
         super().__init__(model, shifted, training_objective, validation_objective, optimizer=optimizer, **options)
@@ -152,13 +137,13 @@ class DeltaSelfTuning(SelfTuning):
         draw = self._draw(batch, step, first_example) | {"seed": self.seed ^ GENERAL}
         hyper = self.space.at(self.location.detach(), **draw, centred=True)
         with hold_parameters(self._response):
-            return self._minimise("training", self.model, self.optimizer, batch, step, hyper)
+            return self._minimise("training", self.model, self.optimizer, batch, step, [hyper])
 
     def _response_step(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
-        hyper = self._training_hyper(self._draw(batch, step, first_example))
+        hypers = self._training_hypers(self._draw(batch, step, first_example))
         put_back = self._buffers.keep()
         with hold_parameters(self._general):
-            loss = self._minimise("response", self._linearised, self.response_optimizer, batch, step, hyper)
+            loss = self._minimise("response", self._linearised, self.response_optimizer, batch, step, hypers)
         put_back(None)  # running statistics are those of general steps
         if self._checks_reach:
             self._check_reach()

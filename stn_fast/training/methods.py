@@ -198,8 +198,8 @@ class Method(ABC):
 
     def _train(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
         """The step itself. After the first one, it never waits for a CUDA device."""
-        hyper = self._training_hyper(self._draw(batch, step, first_example))
-        return self._minimise("training", self.model, self.optimizer, batch, step, hyper)
+        hypers = self._training_hypers(self._draw(batch, step, first_example))
+        return self._minimise("training", self.model, self.optimizer, batch, step, hypers)
 
     def _minimise(
         self,
@@ -208,30 +208,43 @@ class Method(ABC):
         optimizer: torch.optim.Optimizer,
         batch: Batch,
         step: int | Tensor,
-        hyper: HyperBatch,
+        hypers: Sequence[HyperBatch],
     ) -> Tensor:
-        """One step of ``optimizer`` on the training objective of ``model``; returns the loss."""
+        """One step of ``optimizer`` on the training objective of ``model``, averaged over ``hypers``; returns the loss.
+
+        The state that the batch carries on, and running statistics, are those of the first pass.
+        """
         put_back = self._buffers.keep()
 
         def undo(where: Tensor | None) -> None:
             put_back(where)
             batch.undo(where)
 
-        loss = self._loss("training", self.training_objective, model, batch, hyper)
-        if self._checks_used:
-            check_used(hyper, all_by_name=False)
-            self._checks_used = False
-        if not loss.requires_grad:
-            raise RuntimeError(
-                "the training loss does not depend on any parameter that requires a gradient: compute it from the "
-                "model's outputs, and leave requires_grad on for the parameters to train"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        try:
-            self._differentiate(loss, step)
-        except NonFiniteError:
-            undo(None)
-            raise
+        losses: list[Tensor] = []
+        for view, hyper in zip([batch, *(batch.like(batch.parts()) for _ in hypers[1:])], hypers, strict=True):
+            keep_first = self._buffers.keep() if losses else None
+            loss = self._loss("training", self.training_objective, model, view, hyper)
+            if len(hypers) > 1:
+                loss = loss / len(hypers)
+            if self._checks_used:
+                check_used(hyper, all_by_name=False)
+                self._checks_used = False
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    "the training loss does not depend on any parameter that requires a gradient: compute it from the "
+                    "model's outputs, and leave requires_grad on for the parameters to train"
+                )
+            if not losses:
+                optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+            try:
+                self._differentiate(loss, step)
+            except NonFiniteError:
+                undo(None)
+                raise
+            if keep_first is not None:
+                keep_first(None)
+        loss = sum(losses[1:], losses[0])
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not trained:
             raise RuntimeError("the training loss depends on none of the parameters that the optimizer trains")
@@ -245,7 +258,7 @@ class Method(ABC):
 
         name = partial(parameter_names, self.model, trained)
         self.took_step = self.guard.take(Attempt(kind, step, loss, norms, norm, name), optimizer, update, undo)
-        return loss.detach()
+        return loss
 
     def _differentiate(self, loss: Tensor, step: int | Tensor) -> None:
         """Computes the ``.grad`` of the parameters."""
@@ -296,8 +309,8 @@ class Method(ABC):
         set_learning_rate(self.optimizer, rate)
 
     @abstractmethod
-    def _training_hyper(self, draw: dict[str, Any]) -> HyperBatch:
-        """The hyperparameters of a training step, which get no gradient from it."""
+    def _training_hypers(self, draw: dict[str, Any]) -> list[HyperBatch]:
+        """The hyperparameters of a training step, which get no gradient from it, for each of its passes."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, except the data and the step number."""
@@ -388,8 +401,8 @@ class FixedHyperparameters(Method):
         """The hyperparameters of the network, with which it is a plain one."""
         return self.space.at(self.location, **draw, centred=True)
 
-    def _training_hyper(self, draw: dict[str, Any]) -> HyperBatch:
-        return self._at(**draw)
+    def _training_hypers(self, draw: dict[str, Any]) -> list[HyperBatch]:
+        return [self._at(**draw)]
 
     def unperturbed(self, batch_size: int) -> HyperBatch:
         return self._at(batch_size=batch_size)
@@ -399,8 +412,13 @@ class SelfTuning(Method):
     """A Self-Tuning Network (MacKay et al., ICLR 2019, algorithm 1).
 
     A training step minimises the training objective over all model parameters, with a detached perturbation of the
-    hyperparameters for each example. A validation step minimises F(model(x; λ̃)) − τ·entropy(σ) over the location and
-    raw scale only, through the response; the model is in evaluation mode and no weight gradient is computed.
+    hyperparameters for each example. By default, it makes two passes, with opposite perturbations λ ± σε of each
+    example and the same draws for the masks and noise of this package's layers (antithetic sampling): what the
+    gradients of the response have in common with those of the weights, which is most of their noise, cancels. Layers
+    of torch, such as `nn.Dropout`, draw anew in each pass. Running statistics are those of the first pass.
+
+    A validation step minimises F(model(x; λ̃)) − τ·entropy(σ) over the location and raw scale only, through the
+    response; the model is in evaluation mode and no weight gradient is computed.
 
     Args:
         model, space, training_objective, optimizer, clip, skip_nonfinite, seed, precision, allow_unused: as for
@@ -410,6 +428,7 @@ class SelfTuning(Method):
         entropy_weight: τ.
         tune_scales: whether to tune σ. If False, validation steps are unperturbed and use folded weights.
         freeze: whether to keep location and scale fixed; weights and response are still trained under perturbations.
+        antithetic: whether training steps make the two passes; False for one, as published.
     """
 
     def __init__(
@@ -423,6 +442,7 @@ class SelfTuning(Method):
         entropy_weight: float = 1e-3,
         tune_scales: bool = True,
         freeze: bool = False,
+        antithetic: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(model, space, training_objective, **options)
@@ -430,6 +450,7 @@ class SelfTuning(Method):
         self.entropy_weight = real_number("SelfTuning", "entropy_weight", entropy_weight)
         self.tune_scales = switch("SelfTuning", "tune_scales", tune_scales)
         self.tunes = not switch("SelfTuning", "freeze", freeze)
+        self.antithetic = switch("SelfTuning", "antithetic", antithetic)
         self.tuned = [self.location.requires_grad_()]
         if tune_scales:
             self.tuned.append(self.raw_scale.requires_grad_())
@@ -444,14 +465,16 @@ class SelfTuning(Method):
             "validation_objective": self.validation_objective,
             "entropy_weight": self.entropy_weight,
             "tune_scales": self.tune_scales,
+            "antithetic": self.antithetic,
         }
 
     @torch.no_grad()
-    def _training_hyper(self, draw: dict[str, Any]) -> HyperBatch:
-        return self._perturbed(draw)
+    def _training_hypers(self, draw: dict[str, Any]) -> list[HyperBatch]:
+        return [self._perturbed(draw), *([self._perturbed(draw, antithetic=True)] if self.antithetic else [])]
 
-    def _perturbed(self, draw: dict[str, Any]) -> HyperBatch:
-        return self.space.sample(self.location, self.raw_scale, center=self._center, **draw)
+    def _perturbed(self, draw: dict[str, Any], antithetic: bool = False) -> HyperBatch:
+        center = self._center
+        return self.space.sample(self.location, self.raw_scale, center=center, antithetic=antithetic, **draw)
 
     @property
     def _center(self) -> Tensor | None:

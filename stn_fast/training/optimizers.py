@@ -15,12 +15,7 @@ MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 # A fused optimizer makes one pass over parameters, gradients and state.
 default_optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9, fused=True)
-default_hyper_optimizer = partial(torch.optim.Adam, lr=1e-2, fused=True)
-
-_HYPER_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": partial(torch.optim.Adam, fused=True),
-    "rmsprop": torch.optim.RMSprop,
-}
+default_hyper_optimizer = partial(torch.optim.Adam, lr=1e-2, betas=(0.9, 0.9), fused=True)
 
 
 def weight_optimizer(config: OptimizerConfig) -> MakeOptimizer:
@@ -32,7 +27,9 @@ def weight_optimizer(config: OptimizerConfig) -> MakeOptimizer:
 
 def hyper_optimizer(config: HyperOptimizerConfig) -> MakeOptimizer:
     """A function that makes the optimizer of locations and scales, as ``config`` describes."""
-    return partial(_HYPER_OPTIMIZERS[config.name], lr=config.learning_rate)
+    if config.name == "rmsprop":
+        return partial(torch.optim.RMSprop, lr=config.learning_rate, alpha=config.beta2)
+    return partial(torch.optim.Adam, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
 
 
 def captures(device: torch.device) -> bool:

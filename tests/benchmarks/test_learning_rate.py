@@ -37,7 +37,7 @@ def test_it_is_the_neumann_series_with_the_exact_hessian():
     space = HyperparameterSpace([Hyperparameter("one", init=0.0)])
     method = learning_rate.TunedRate(
         Net().double(), space, objective, objective,
-        optimizer=partial(torch.optim.SGD, lr=0.3, momentum=0.8), clip=0.1,
+        optimizer=partial(torch.optim.SGD, lr=0.3, momentum=0.8), clip=0.1, antithetic=False,
     )  # fmt: skip
     method.follow(0.1)
     method.every, method.terms = 1, 3
@@ -46,7 +46,7 @@ def test_it_is_the_neumann_series_with_the_exact_hessian():
     method.valid_step(valid, 3)
     weights, towards, rate = method.weights, method.towards, method.learning_rate
     batch = as_batch(train, torch.device("cpu"))
-    hyper = method._training_hyper(method._draw(batch, 4, 0))
+    hyper = method._training_hypers(method._draw(batch, 4, 0))[0]
     gradients = torch.autograd.grad(objective(method.model, batch, hyper), weights, create_graph=True)
     norm = torch.cat([part.flatten() for part in gradients]).norm().detach()
     kept = 0.1 / (norm + 1e-6)

@@ -62,6 +62,15 @@ def test_scores_are_the_medians_that_were_recorded(name, file, method, guess, ke
     assert_shown(re.findall(NUMBER, cells[0][len(name) + 2 :]), medians(file, method, guess, keys))
 
 
+def test_one_seed_with_the_new_start_and_steps():
+    before = json.loads((RESULTS / PTB).read_text())["stn"]
+    for guess, shown in (("from .05", 0.05), ("from .6", 0.6)):
+        runs = [[row for row in rows if (row["guess"], row["seed"]) == (shown, 0)] for rows in (
+            runs_of_methods("ptb-small", "stn"), before)]  # fmt: skip
+        expected = [row[key] for (row,) in runs for key in PERPLEXITIES]
+        assert_shown(table("seed 0, validation / test perplexity")[guess], expected)
+
+
 RANKS = {
     "full": "full",
     **{f"rank {rank}": f"rank-{rank}" for rank in (64, 16, 4, 1)},
@@ -73,7 +82,8 @@ RANKS = {
 }
 
 
-ON_FASHION = ("full", "rank-16", "cycle-5", "cycle-10", "half-batch")
+OF_RANKS = ("full", "rank-64", "rank-16", "rank-4", "rank-1", "frozen")
+ON_FASHION = (*OF_RANKS, "cycle-5", "cycle-10", "half-batch")
 
 
 @pytest.mark.parametrize(
@@ -84,6 +94,11 @@ ON_FASHION = ("full", "rank-16", "cycle-5", "cycle-10", "half-batch")
             ("response on Fashion-MNIST", "fashion-mnist-small", 3, name, variant)
             for name, variant in RANKS.items()
             if variant in ON_FASHION
+        ),
+        *(
+            ("response on Penn Treebank", "ptb-small", 2, name, variant)
+            for name, variant in RANKS.items()
+            if variant in OF_RANKS
         ),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_response import respond
 
 from benchmarks import response_rank
 from stn_fast.layers import HyperLSTM
@@ -54,7 +55,7 @@ def test_factors_are_dropped_too_where_asked():
 
     space = HyperparameterSpace([Hyperparameter("drop", low=0.0, high=0.9, init=0.5, per_example=False)])
     options = dict(num_hyperparameters=1, response_rank=4, recurrent_dropout="drop", stream=1)
-    model = torch.nn.Sequential(HyperLSTM(20, 24, **options))
+    model = respond(torch.nn.Sequential(HyperLSTM(20, 24, **options)))
     response_rank._drop_factors(model)
     weights = model[0]._connected("l0", space.at(space.initial_state()[0], batch_size=2))
     for dropped in (weights.weight, weights.response_weight, weights.response_projection):

@@ -100,11 +100,6 @@ def test_a_plain_checkpoint_loads_into_it_and_starts_as_the_identity():
     plain, layer = torch.nn.BatchNorm2d(5), stn.HyperBatchNorm2d(5, num_hyperparameters=2)
     assert torch.equal(layer.weight, torch.ones(5))
     assert torch.equal(layer.bias, torch.zeros(5))
-    many = stn.HyperBatchNorm2d(4000, num_hyperparameters=3)
-    for uniform in (many.response_weight, many.response_bias):
-        assert uniform.abs().max() <= 1
-        assert uniform.std().item() == pytest.approx(3**-0.5, rel=0.1)
-    assert many.weight_gate.std().item() == pytest.approx(0.01, rel=0.1)
     plain.running_mean.normal_()
     assert not layer.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
     x = images().float()

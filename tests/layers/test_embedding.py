@@ -45,16 +45,6 @@ def test_a_plain_checkpoint_loads_into_it():
     assert torch.equal(layer(tokens, torch.zeros(6, N)), plain(tokens))
 
 
-def test_starts_as_published():
-    torch.manual_seed(0)
-    layer = stn.HyperEmbedding(400, 300, num_hyperparameters=9, padding_idx=-1)
-    for table in (layer.weight, layer.response_weight):
-        assert not table[399].any()
-        assert table.abs().max() <= 0.1
-        assert table.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.02)
-    assert layer.weight_gate.std().item() == pytest.approx(0.01, rel=0.1)
-
-
 def test_the_padding_row_learns_nothing():
     layer = layer_of(padding_idx=3)
     layer(words(40), sampled(40)).sum().backward()

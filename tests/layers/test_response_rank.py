@@ -64,22 +64,6 @@ def test_a_folded_layer_is_the_plain_one(kind):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@each_layer
-def test_entries_of_the_response_start_with_the_variance_of_a_full_one(kind):
-    torch.manual_seed(0)
-    squares = {"low": [], "full": []}
-    for _ in range(20):
-        for name, options in (("low", dict(response_rank=RANK)), ("full", {})):
-            layer = MAKERS[kind](**options)
-            if kind == "lstm":
-                matrix = layer._weights("hh", "l1").whole_response
-            else:
-                matrix = whole_response(layer) if name == "low" else layer.response_weight
-            squares[name].append(matrix.detach().square().mean())
-    low, full = (torch.stack(values).mean() for values in squares.values())
-    assert 0.85 < low / full < 1.15
-
-
 @each_gated_layer
 def test_weight_decay_is_that_of_the_whole_response(kind):
     torch.manual_seed(0)

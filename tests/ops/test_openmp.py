@@ -41,6 +41,10 @@ layers = {
     "lstm": (stn.HyperLSTM(64, 64, num_hyperparameters=n), (3, 64, 64)),
     "lstm of packed weights": (stn.HyperLSTM(16, 384, num_hyperparameters=n), (2, 16, 16)),
 }
+for layer, _ in layers.values():
+    for name, parameter in layer.named_parameters():
+        if name.startswith("response"):  # which starts at 0
+            torch.nn.init.uniform_(parameter, -0.1, 0.1)
 examples = {"linear": 64, "linear of few rows": 3, "lstm": 64}
 
 def run(layer, x, h):

@@ -13,6 +13,7 @@ from contract_checks import (
     assert_within_twice,
 )
 from numerics import relative_error
+from random_response import respond
 from torch.autograd import forward_ad
 
 from stn_fast import functional
@@ -213,7 +214,7 @@ def first(outputs):
 def layer_and_input(name, rank=None):
     torch.manual_seed(0)
     make, draw = LAYERS[name]
-    return make(rank), draw()
+    return respond(make(rank)), draw()
 
 
 def perturbed():

@@ -165,13 +165,6 @@ def test_every_seed_uses_the_same_validation_images(short):
     assert not all(same)
 
 
-def test_fashion_mnist_gates_start_at_zero(short):
-    model = recipe("fashion-mnist").build(short("fashion-mnist")).model
-    gates = {name: tensor for name, tensor in model.named_parameters() if name.endswith("_gate")}
-    assert len(gates) == 8
-    assert not any(gate.any() for gate in gates.values())
-
-
 def test_all_fifteen_hyperparameters_of_cifar10_receive_gradients(short):
     config = short("cifar10")
     task = checked_task(config, recipe("cifar10").build)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from random_response import random_response  # noqa: F401 - a fixture
 from run_files import result, rows
 
 from stn_fast.recipes import digits

@@ -102,7 +102,7 @@ def test_fixed_hyperparameters_are_captured_too():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_both_steps_of_delta_stn_are_captured(task):
-    make = partial(DeltaSelfTuning, zero_gates=False)
+    make = DeltaSelfTuning
     one, other = (TASKS[task](make=make) for _ in range(2))
     steps = captured(other.method)
     assert torch.equal(*map(torch.stack, (cycle(one, 12), cycle(other, 12, steps))))
@@ -612,7 +612,9 @@ def test_an_index_tensor_is_not_taken_for_a_mask(index, shape):
 def test_a_buffer_that_is_replaced_at_each_step_is_named():
     one, other = (digits_steps() for _ in range(2))
     methods = [
-        SelfTuning(Counting(each.method.model), each.method.space, classification_loss, classification_loss)
+        SelfTuning(
+            Counting(each.method.model), each.method.space, classification_loss, classification_loss, antithetic=False
+        )
         for each in (one, other)
     ]
     steps = captured(methods[1])

@@ -35,6 +35,8 @@ from stn_fast.training.spaces import build_space
         ("train_fraction=1.5", "must be above 0 and at most 1"),
         ("train_fraction=.nan", "must be above 0 and at most 1"),
         ("hyper_optimizer.learning_rate=-1", "hyper_optimizer.learning_rate"),
+        ("hyper_optimizer.beta2=1", "hyper_optimizer.beta2 = 1.0: must be at least 0 and below 1"),
+        ("method.response_start=zeros", "method.response_start = 'zeros': did you mean 'zero'"),
         ("method.linearize=false", "method.linearize = False: only applies to --method delta-stn"),
         (
             "method.response_learning_rate=0.1",

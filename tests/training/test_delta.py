@@ -19,9 +19,10 @@ from stn_fast.training.delta import DeltaSelfTuning
 from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.linearised import Linearised
 from stn_fast.training.methods import FixedHyperparameters
-from stn_fast.training.parameters import hold_parameters, is_gate, is_response
+from stn_fast.training.parameters import hold_parameters, is_response
 from stn_fast.training.task import classification_loss, decayed_classification_loss
 
+pytestmark = pytest.mark.usefixtures("random_response")
 BATCH = 5
 
 
@@ -333,18 +334,8 @@ def moved(before, model):
     return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
 
 
-def test_gates_start_at_zero_unless_a_response_is_kept(model):
-    gates = [name for name, _ in model.named_parameters() if is_gate(name)]
-    before = snapshot(model)
-    delta(model, zero_gates=False)
-    assert moved(before, model) == set()
-    delta(model)
-    assert moved(before, model) == set(gates)
-    assert all(not model.get_parameter(name).any() for name in gates)
-
-
 def test_each_step_moves_its_own_parameters(model, batch):
-    method = delta(model, zero_gates=False)
+    method = delta(model)
     names = set(dict(model.named_parameters()))
     response = {name for name in names if is_response(name)}
     before, location = snapshot(model), method.location.detach().clone()
@@ -381,7 +372,7 @@ def test_general_steps_are_training_with_fixed_hyperparameters(model, batch):
 
 def test_the_response_step_regularises_at_the_perturbed_hyperparameters(model, batch):
     """Its loss, with dropout off: cross entropy of the linearised logits, and the decay of W + diag(s) R as it is."""
-    method = delta(model, zero_gates=False, allow_unused=True)
+    method = delta(model, allow_unused=True, antithetic=False)
     for dropout in model.dropouts:
         dropout.eval()
     hyper = SPACE.sample(method.location.detach(), method.raw_scale.detach(), batch_size=32, seed=0, step=4,
@@ -395,7 +386,7 @@ def test_the_response_step_regularises_at_the_perturbed_hyperparameters(model, b
 
 
 def test_without_linearisation_the_response_step_uses_the_network_itself(model, batch):
-    method = delta(model, zero_gates=False, linearize=False)
+    method = delta(model, linearize=False, antithetic=False)
     hyper = SPACE.sample(method.location.detach(), method.raw_scale.detach(), batch_size=32, seed=0, step=4,
         center=method.location.detach())  # fmt: skip
     expected = decayed_classification_loss(model, batch, hyper).detach()
@@ -403,7 +394,7 @@ def test_without_linearisation_the_response_step_uses_the_network_itself(model, 
 
 
 def test_the_validation_step_is_not_linearised_and_is_centred(model, batch):
-    method = delta(model, zero_gates=False, entropy_weight=0.0)
+    method = delta(model, entropy_weight=0.0)
     with torch.no_grad():
         method.location += 0.3
     center = method.location.detach().clone()
@@ -413,7 +404,7 @@ def test_the_validation_step_is_not_linearised_and_is_centred(model, batch):
 
 
 def test_evaluations_use_the_plain_weights(model, batch):
-    method = delta(model, zero_gates=False)
+    method = delta(model)
     with torch.no_grad():
         method.location += 0.3
         x = batch.inputs
@@ -433,15 +424,17 @@ def test_both_views_of_a_batch_are_drawn_apart_and_again(model, batch):
     method.train_step(batch, 3)
     method.train_step(batch, 3)
     masks = [model.dropouts[1](torch.ones(32, 16), replace(hyper, calls={})) != 0 for hyper in seen]
-    assert torch.equal(masks[0], masks[2])
-    assert torch.equal(masks[1], masks[3])
-    assert 0.1 < (masks[0] != masks[1]).float().mean() < 0.9
+    general, response, antithetic = masks[:3]
+    assert all(map(torch.equal, masks[:3], masks[3:]))
+    assert 0.1 < (general != response).float().mean() < 0.9
+    assert not torch.equal(response, antithetic)
+    assert (response != antithetic).float().mean() < 0.2  # the same uniform numbers, at other rates
 
 
 def test_halves_of_a_batch_draw_what_the_whole_one_draws(model, batch):
     losses = {}
     for first_example, rows in ((0, slice(0, 32)), (0, slice(0, 12)), (12, slice(12, 32))):
-        method = delta(copy.deepcopy(model), zero_gates=False)
+        method = delta(copy.deepcopy(model))
         losses[rows.start, rows.stop] = [
             step(Split(batch.inputs[rows], batch.targets[rows]), 2, first_example=first_example)
             for step in (method.response_step, method.general_step)
@@ -495,7 +488,7 @@ def test_running_statistics_are_those_of_general_steps(batch):
 
 
 def test_steps_in_bf16_are_near_those_in_fp32(model, batch):
-    one, other = delta(copy.deepcopy(model), zero_gates=False), delta(model, zero_gates=False, precision="bf16")
+    one, other = delta(copy.deepcopy(model)), delta(model, precision="bf16")
     for step in range(3):
         torch.testing.assert_close(one.train_step(batch, step), other.train_step(batch, step), rtol=1e-2, atol=0)
     torch.testing.assert_close(one.response_step(batch, 3), other.response_step(batch, 3), rtol=1e-2, atol=0)
@@ -534,7 +527,7 @@ def test_hyperparameters_can_be_frozen_or_their_scales_kept(model, batch):
     method.train_step(batch, 0)
     with pytest.raises(RuntimeError, match="call only train_step"):
         method.valid_step(batch, 1)
-    method = delta(model, tune_scales=False, zero_gates=False)
+    method = delta(model, tune_scales=False)
     location, raw_scale = method.location.detach().clone(), method.raw_scale.clone()
     method.valid_step(batch, 1)
     assert (method.location != location).all()

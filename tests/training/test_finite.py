@@ -446,9 +446,11 @@ def test_a_text_goes_on_from_zero_after_a_window_that_was_left_out(judge):
         method.train_step(streams[index], index)
     method.check_finite()
     assert method.skipped_steps == 1
-    assert [None if state is None else state.tolist() for state in states[:3]] == [None, [5.0] * 4, [10.0] * 4]
-    assert states[3] is None or states[3].tolist() == [0.0] * 4
-    assert states[4].tolist() == [5.0] * 4
+    totals = [None if state is None else state.tolist() for state in states]
+    assert totals[::2] == totals[1::2]  # both passes of a step start from the same state
+    assert totals[:6:2] == [None, [5.0] * 4, [10.0] * 4]
+    assert states[6] is None or totals[6] == [0.0] * 4
+    assert totals[8] == [5.0] * 4
 
 
 def test_a_sparse_embedding_is_guarded_and_clipped(judge):
@@ -481,7 +483,7 @@ def test_a_sparse_embedding_is_guarded_and_clipped(judge):
 
 
 def test_the_norm_that_clips_is_that_of_torch(model, batch):
-    method = tuned(model, clip=1e-3)
+    method = tuned(model, clip=1e-3, antithetic=False)
     method.train_step(batch, 0)
     got = [parameter.grad.clone() for parameter in model.parameters()]
     torch.manual_seed(0)

@@ -74,7 +74,7 @@ def test_a_state_with_another_order_is_matched_by_name(order, options):
     )
     # Without perturbation, whose draws go by column, the two are the same method from here on.
     for method in (one, other):
-        method._perturbed = lambda draw, method=method: method.unperturbed(draw["batch_size"])
+        method._perturbed = lambda draw, antithetic=False, method=method: method.unperturbed(draw["batch_size"])
         if method.tunes:
             method.tune_scales = False
             method.validation_objective = classification_loss

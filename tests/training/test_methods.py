@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from own_batches import Sum, Summing, summed_loss
+from random_response import respond
 from torch.utils._pytree import tree_map
 
 from stn_fast.data import Split
@@ -28,7 +29,7 @@ SPACE = HyperparameterSpace(
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return mlp(SPACE, (6, 16, 4))
+    return respond(mlp(SPACE, (6, 16, 4)))
 
 
 @pytest.fixture
@@ -214,7 +215,7 @@ def drawn(make, call, batch, first_example):
 
 
 def tuning(model, space, objective, **options):
-    return SelfTuning(model, space, objective, objective, seed=3, **options)
+    return SelfTuning(model, space, objective, objective, seed=3, antithetic=False, **options)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +415,8 @@ def test_a_copy_of_a_batch_counts_as_the_batch(batch):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_user_s_batch_type_keeps_the_state_that_an_objective_returns(model, batch):
-    method = SelfTuning(model, SPACE, summed_loss, summed_loss, allow_unused=True, skip_nonfinite=1)
+    options = dict(allow_unused=True, skip_nonfinite=1, antithetic=False)
+    method = SelfTuning(model, SPACE, summed_loss, summed_loss, **options)
     kept = Sum()
     losses = [
         method.train_step(Summing(*batch, kept), 0),
@@ -426,3 +428,43 @@ def test_a_user_s_batch_type_keeps_the_state_that_an_objective_returns(model, ba
         take(Summing(batch.inputs / 0, batch.targets, kept), 2 * bad + 1)
         assert kept.undone == bad
         method.train_step(Summing(*batch, Sum()), 2 * bad + 2)
+
+
+def test_an_antithetic_step_is_the_mean_over_opposite_perturbations_with_the_same_draws(model, batch):
+    method = self_tuning(model, clip=None)
+    reference, losses = copy.deepcopy(model), []
+    for antithetic in (False, True):
+        hyper = SPACE.sample(*SPACE.initial_state(), batch_size=32, seed=0, step=4, antithetic=antithetic)
+        losses.append(decayed_classification_loss(reference, batch, hyper) / 2)
+    sum(losses).backward()
+    torch.testing.assert_close(method.train_step(batch, 4), sum(losses).detach())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, reference.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_response_that_nothing_asks_for_gets_no_gradient_from_an_antithetic_step(batch):
+    """The noise that the gradients of R and W share cancels; without the second pass, it is all that R learns from."""
+    norms = {}
+    for antithetic in (True, False):
+        torch.manual_seed(0)
+        model = mlp(SPACE, (6, 16, 4))  # as new, with R = 0
+        options = dict(antithetic=antithetic, allow_unused=True, clip=None)
+        method = SelfTuning(model.eval(), SPACE, classification_loss, classification_loss, **options)
+        method._modes.resume = lambda: None  # no dropout, so that the loss does not depend on the hyperparameters
+        method.train_step(batch, 0)
+        norms[antithetic] = torch.stack([layer.response_weight.grad.norm() for layer in model.layers])
+    assert (norms[True] < 1e-6 * norms[False]).all()
+
+
+def test_the_first_pass_of_an_antithetic_step_is_differentiated_before_the_second_is_made(model, batch):
+    """So that it needs the memory of one pass."""
+    order = []
+
+    def loss(model, batch, hyper):
+        order.append("forward")
+        logits = model(batch.inputs, hyper)
+        logits.register_hook(lambda gradient: order.append("backward"))
+        return F.cross_entropy(logits, batch.targets)
+
+    SelfTuning(model, SPACE, loss, classification_loss, allow_unused=True).train_step(batch, 0)
+    assert order == ["forward", "backward"] * 2

@@ -167,7 +167,7 @@ def test_a_run_whose_rate_is_too_low_stops_and_says_why(train):
     assert rates(directory)[got["epochs"]] == pytest.approx(0.15)
 
 
-@pytest.mark.parametrize("less", ["schedule.patience=1", "optimizer.min_learning_rate=0.1"])
+@pytest.mark.parametrize("less", ["schedule.patience=1", "optimizer.min_learning_rate=0.2"])
 def test_a_run_that_stopped_early_goes_on_when_it_is_asked_to(train, same_run, less):
     whole = train("schedule.epochs=12", *DECAYING, name="whole")
     short = train("schedule.epochs=12", less, *DECAYING, name="short")
@@ -176,7 +176,7 @@ def test_a_run_that_stopped_early_goes_on_when_it_is_asked_to(train, same_run, l
     same_run(whole, train("schedule.epochs=12", *DECAYING, name="short"))
 
 
-@pytest.mark.parametrize("less", ["schedule.patience=1", "optimizer.min_learning_rate=0.1"])
+@pytest.mark.parametrize("less", ["schedule.patience=1", "optimizer.min_learning_rate=0.2"])
 def test_a_run_that_would_have_stopped_before_is_refused(train, less):
     train("schedule.epochs=12", *DECAYING)
     key, _, value = less.partition("=")
