@@ -43,7 +43,7 @@ from stn_fast.recipes import recipe
 from stn_fast.recipes.images import build_task
 from stn_fast.training import finite
 from stn_fast.training.build import build_method
-from stn_fast.training.config import PRECISIONS, Config, Precision
+from stn_fast.training.config import PRECISIONS, Config, Precision, as_published
 from stn_fast.training.methods import SelfTuning
 from stn_fast.training.task import Task
 
@@ -86,9 +86,8 @@ def _resnet18(narrow: bool, space: HyperparameterSpace, response_rank: ResponseR
 
 
 def steps(config: Config, task: Task) -> dict[str, Callable[[], object]]:
-    """One call a step, each on the next batch of its split, as the trainer takes it."""
-    one_pass = replace(config.method, antithetic=False)
-    method = build_method(replace(config, method=one_pass), task)
+    """One call a published step, each on the next batch of its split, as the trainer takes it."""
+    method = build_method(as_published(config), task)
     assert isinstance(method, SelfTuning)
     device, schedule = method.location.device, config.schedule
     sizes = (schedule.batch_size, schedule.valid_batch_size)

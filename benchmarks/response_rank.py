@@ -36,7 +36,7 @@ from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers import DropConnect, HyperLSTM
 from stn_fast.ops.gates import GatedParameters
 from stn_fast.recipes import RECIPES, recipe
-from stn_fast.training.config import AS_PUBLISHED, Config
+from stn_fast.training.config import Config, as_published
 from stn_fast.training.task import Task
 
 RANK = 16
@@ -94,15 +94,14 @@ def _drop_factors(model: nn.Module) -> None:
 
 
 def configure(name: str, variant: str, seed: int, run_dir: Path, flags: argparse.Namespace) -> Config:
-    defaults = replace(recipe(name).config(), data_root=flags.data_root)
+    defaults = as_published(replace(recipe(name).config(), data_root=flags.data_root))
     schedule = replace(defaults.schedule, epochs=flags.epochs or defaults.schedule.epochs)
     if variant == "half-batch":
         schedule = replace(schedule, valid_batch_size=max(1, schedule.valid_batch_size // 2))
-    method = replace(defaults.method, **AS_PUBLISHED | VARIANTS[variant])
-    hyper = defaults.hyper_optimizer
-    hyper = replace(hyper, beta2=0.999) if hyper.name == "adam" else hyper
-    place = str(run_dir / f"{name}-{variant}-{seed}")
-    return replace(defaults, method=method, hyper_optimizer=hyper, schedule=schedule, seed=seed, run_dir=place)
+    method = replace(defaults.method, **VARIANTS[variant])
+    return replace(
+        defaults, method=method, schedule=schedule, seed=seed, run_dir=str(run_dir / f"{name}-{variant}-{seed}")
+    )
 
 
 KEY = ("recipe", "variant", "seed", "epochs")

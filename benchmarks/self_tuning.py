@@ -31,7 +31,7 @@ from stn_fast.command_line import run_command
 from stn_fast.errors import UserError
 from stn_fast.files import expanded
 from stn_fast.recipes import RECIPES, recipe
-from stn_fast.training.config import Config, HyperOptimizerConfig, MethodConfig
+from stn_fast.training.config import Config, HyperOptimizerConfig, MethodConfig, as_published
 from stn_fast.values import to_json
 
 if TYPE_CHECKING:
@@ -222,6 +222,7 @@ def parser() -> argparse.ArgumentParser:
         help="first guess of every dropout rate; other hyperparameters keep the recipe's guess (default: recipe's)",
     )  # fmt: skip
     it.add_argument("--learning-rate-factor", type=float, default=1.0, help="multiplies both learning rates")
+    it.add_argument("--as-published", action="store_true", help="start the response and take steps as the papers do")
     it.add_argument("--out", metavar="FILE", help="JSON lines: finished runs are added, and not made again")
     add_run_flags(it, seeds=5)
     return it
@@ -308,6 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = it.parse_args(arguments)
     check_run_flags(it, flags)
     defaults = sharing(replace(recipe(flags.recipe).config(), data_root=flags.data_root), flags.jobs)
+    if flags.as_published:
+        defaults = as_published(defaults)
     try:
         results = compare(flags, defaults)
     except UserError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NoReturn, overload
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 from stn_fast.checks import switch, whole_number
 from stn_fast.hyperparameter import RAW_SCALE_BOUNDS, SCALE_BOUNDS, Hyperparameter, Response, inverse_softplus
 from stn_fast.ops.arguments import check_tensor
-from stn_fast.ops.draw import Coordinates, check_coordinates
+from stn_fast.ops.draw import check_coordinates
 from stn_fast.ops.perturb import constrain, perturb_for
 from stn_fast.ops.tangents import dual
 
@@ -326,24 +327,22 @@ class HyperparameterSpace:
         self._check_location(location)
         center = default_center if center is None else center.detach()
         switch("sample", "antithetic", antithetic)
-        draw = (step, seed, batch_size, first_example)
         if antithetic:
-            values, response, coordinates = self._antithetic(location, raw_scale, center, table, *draw)
-        else:
-            (values, response), coordinates = perturb_for("sample", location, raw_scale, center, table, *draw)
+            draw: Any = dict(batch_size=batch_size, seed=seed, step=step, first_example=first_example)
+            batch = self._raw.sample(location, raw_scale, **draw)  # its response is λ̃ itself
+            opposite = 2 * location - batch.response
+            values = constrain(opposite, table).T.contiguous().T  # columns are contiguous
+            response = torch.where(table[:, 5] > 0, values, opposite - center)
+            return replace(batch, values=values, response=response, space=self)
+        (values, response), coordinates = perturb_for(
+            "sample", location, raw_scale, center, table, step, seed, batch_size, first_example
+        )
         step, seed, first_example = coordinates
         return HyperBatch(values, response, step, seed, first_example, self)
 
-    def _antithetic(
-        self, location: Tensor, raw_scale: Tensor, center: Tensor, table: Tensor, *draw: Any
-    ) -> tuple[Tensor, Tensor, Coordinates]:
-        """(values, response, RNG coordinates) at 2λ − λ̃."""
-        unconstrained = torch.cat([table[:, :5], torch.zeros_like(table[:, 5:])], 1)  # the response is λ̃ itself
-        origin = torch.zeros_like(center)
-        (_, sampled), coordinates = perturb_for("sample", location, raw_scale, origin, unconstrained, *draw)
-        mirrored = 2 * location - sampled
-        values = constrain(mirrored, table).T.contiguous().T  # columns are contiguous
-        return values, torch.where(table[:, 5] > 0, values, mirrored - center), coordinates
+    @cached_property
+    def _raw(self) -> HyperparameterSpace:
+        return self.with_response("raw")
 
     def at(
         self,

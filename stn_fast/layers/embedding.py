@@ -77,9 +77,14 @@ class HyperEmbedding(GatedLayer):
         sizes = num_embeddings, embedding_dim
         super().__init__(sizes, False, num_hyperparameters, device, dtype, gated_dim=1, factors=factors)
 
+    @property
+    def bound(self) -> float:
+        """E is initialised uniformly in ±bound."""
+        return 0.1
+
     def reset_parameters(self) -> None:
-        nn.init.uniform_(self.weight, -0.1, 0.1)
-        start_response(self.response_weight, self.response_projection, 0.1)
+        nn.init.uniform_(self.weight, -self.bound, self.bound)
+        start_response(self.response_weight, self.response_projection, self.bound)
         if self.padding_idx is not None:
             with torch.no_grad():
                 for table in (self.weight, self._response_table):

@@ -113,8 +113,13 @@ class GatedLayer(nn.Module):
         self.response_projection = None if factors is None else parameter(*factors[1])
         self.reset_parameters()
 
+    @property
+    def bound(self) -> float:
+        """W and b are initialised uniformly in ±bound."""
+        return 1 / math.sqrt(self.weight[0].numel())
+
     def reset_parameters(self) -> None:
-        bound = 1 / math.sqrt(self.weight[0].numel())
+        bound = self.bound
         for uniform in (self.weight, self.bias):
             if uniform is not None:
                 nn.init.uniform_(uniform, -bound, bound)

@@ -142,8 +142,13 @@ class HyperLSTM(nn.Module):
             if recurrent_dropout is not None:
                 self.drop_connects[suffix] = DropConnect(recurrent_dropout, stream=own)
 
+    @property
+    def bound(self) -> float:
+        """W and b are initialised uniformly in ±bound."""
+        return 1 / math.sqrt(self.hidden_size)
+
     def reset_parameters(self) -> None:
-        bound = 1 / math.sqrt(self.hidden_size)
+        bound = self.bound
         for name, parameter in self.named_parameters():
             if "gate" in name:
                 start_gate(parameter)

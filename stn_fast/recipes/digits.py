@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stn_fast.training.config import (
-    AS_PUBLISHED,
     Config,
-    HyperOptimizerConfig,
     HyperparameterConfig,
     MethodConfig,
     ScheduleConfig,
+    as_published,
 )
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def config() -> Config:
     busy one.
     """
     dropout = HyperparameterConfig(init=0.3, low=0.0, high=0.9)
-    return Config(
+    defaults = Config(
         recipe="digits",
         hyperparameters={
             "input_dropout": dropout,
@@ -37,12 +36,12 @@ def config() -> Config:
             "input_noise": HyperparameterConfig(init=0.3, low=0.0),
             "weight_decay": HyperparameterConfig(init=1e-3, low=0.0),
         },
-        method=MethodConfig(warmup_epochs=3, **AS_PUBLISHED),
-        hyper_optimizer=HyperOptimizerConfig(beta2=0.999),
+        method=MethodConfig(warmup_epochs=3),
         schedule=ScheduleConfig(epochs=120),
         threads=1,
         precision="auto",
     )
+    return as_published(defaults)
 
 
 def build(config: Config) -> Task:

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 
 from stn_fast.recipes import Recipe
 from stn_fast.training.config import (
-    AS_PUBLISHED,
     Config,
     HyperOptimizerConfig,
     HyperparameterConfig,
     MethodConfig,
     OptimizerConfig,
     ScheduleConfig,
+    as_published,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _cifar10() -> Config:
     """
     dropout = HyperparameterConfig(init=0.05, low=0.0, high=0.9)
     jitter = HyperparameterConfig(init=0.05, low=0.0, high=1.0)
-    return Config(
+    defaults = Config(
         recipe="cifar10",
         hyperparameters={
             **{f"conv_dropout_{i}": dropout for i in range(1, 6)},
@@ -61,13 +61,14 @@ def _cifar10() -> Config:
             "cutout_holes": HyperparameterConfig(init=1.5, low=0.0, high=4.0, integer=True),
             "weight_decay": HyperparameterConfig(init=5e-4, low=0.0, enabled=False),
         },
-        method=MethodConfig(train_steps=2, valid_steps=1, warmup_epochs=5, entropy_weight=1e-3, **AS_PUBLISHED),
+        method=MethodConfig(train_steps=2, valid_steps=1, warmup_epochs=5, entropy_weight=1e-3),
         optimizer=OptimizerConfig(
             learning_rate=0.01, momentum=0.9, decay_factor=0.1, decay_patience=60, min_learning_rate=1e-5
         ),
-        hyper_optimizer=HyperOptimizerConfig(learning_rate=3e-3, beta2=0.999),
+        hyper_optimizer=HyperOptimizerConfig(learning_rate=3e-3),
         schedule=ScheduleConfig(epochs=500, patience=75, batch_size=128, valid_batch_size=128),
     )
+    return as_published(defaults)
 
 
 def _fashion_mnist() -> Config:
@@ -78,7 +79,7 @@ def _fashion_mnist() -> Config:
     1.
     """
     dropout = HyperparameterConfig(init=0.05, low=0.0, high=0.95, scale=1.0)
-    return Config(
+    defaults = Config(
         recipe="fashion-mnist",
         hyperparameters={
             "input_dropout": dropout,
@@ -89,17 +90,18 @@ def _fashion_mnist() -> Config:
             "cutout_holes": HyperparameterConfig(init=1.5, low=0.0, high=5.0, scale=1.0, integer=True),
             "weight_decay": HyperparameterConfig(init=1e-4, low=0.0, scale=1.0),
         },
-        method=MethodConfig(train_steps=5, valid_steps=1, warmup_epochs=5, entropy_weight=1e-3, **AS_PUBLISHED),
+        method=MethodConfig(train_steps=5, valid_steps=1, warmup_epochs=5, entropy_weight=1e-3),
         optimizer=OptimizerConfig(learning_rate=0.01, momentum=0.9),
-        hyper_optimizer=HyperOptimizerConfig(name="rmsprop", learning_rate=1e-2, beta2=0.99),
+        hyper_optimizer=HyperOptimizerConfig(name="rmsprop", learning_rate=1e-2),
         schedule=ScheduleConfig(epochs=200, batch_size=128, valid_batch_size=128),
     )
+    return as_published(defaults)
 
 
 def _fashion_mnist_small() -> Config:
     """The network of ``fashion-mnist`` with a hidden layer of 256 and one dropout rate for both convolutions."""
     dropout = HyperparameterConfig(init=0.05, low=0.0, high=0.95)
-    return Config(
+    defaults = Config(
         recipe="fashion-mnist-small",
         hyperparameters={
             "input_dropout": dropout,
@@ -109,12 +111,13 @@ def _fashion_mnist_small() -> Config:
             "cutout_length": HyperparameterConfig(init=2.5, low=0.0, high=14.0, integer=True),
             "cutout_holes": HyperparameterConfig(init=1.5, low=0.0, high=4.0, integer=True),
         },
-        method=MethodConfig(train_steps=2, valid_steps=1, warmup_epochs=2, entropy_weight=1e-3, **AS_PUBLISHED),
+        method=MethodConfig(train_steps=2, valid_steps=1, warmup_epochs=2, entropy_weight=1e-3),
         optimizer=OptimizerConfig(learning_rate=0.03, momentum=0.9),
-        hyper_optimizer=HyperOptimizerConfig(learning_rate=3e-2, beta2=0.999),
+        hyper_optimizer=HyperOptimizerConfig(learning_rate=3e-2),
         schedule=ScheduleConfig(epochs=40, batch_size=128, valid_batch_size=128),
         precision="auto",
     )
+    return as_published(defaults)
 
 
 def build_task(

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from stn_fast.recipes import Recipe
 from stn_fast.training.config import (
-    AS_PUBLISHED,
     Config,
     HyperOptimizerConfig,
     HyperparameterConfig,
@@ -24,6 +23,7 @@ from stn_fast.training.config import (
     OptimizerConfig,
     ScheduleConfig,
     TextConfig,
+    as_published,
 )
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ def hyperparameters() -> dict[str, HyperparameterConfig]:
     }
 
 
-def published(recipe: str) -> Config:
-    """The paper's settings for Penn Treebank, for ``recipe``."""
+def _settings(recipe: str) -> Config:
+    """The paper's settings for Penn Treebank, for ``recipe``; `as_published` adds its steps and start."""
     return Config(
         recipe=recipe,
         hyperparameters=hyperparameters(),
-        method=MethodConfig(train_steps=2, valid_steps=1, warmup_epochs=1, tune_scales=False, **AS_PUBLISHED),
+        method=MethodConfig(train_steps=2, valid_steps=1, warmup_epochs=1, tune_scales=False),
         optimizer=OptimizerConfig(
             learning_rate=30.0,
             momentum=0.0,
@@ -70,7 +70,7 @@ def published(recipe: str) -> Config:
             decay_patience=5,
             min_learning_rate=3e-4,
         ),
-        hyper_optimizer=HyperOptimizerConfig(learning_rate=1e-2, beta2=0.999),
+        hyper_optimizer=HyperOptimizerConfig(learning_rate=1e-2),
         schedule=ScheduleConfig(epochs=200, patience=20, batch_size=40, valid_batch_size=10),
         text=TextConfig(window=70, valid_streams=10, test_streams=1, width=650, layers=2),
     )
@@ -78,14 +78,13 @@ def published(recipe: str) -> Config:
 
 def _ptb() -> Config:
     """Two layers of 650 units. 929,589 words in 40 columns, 70 at a time, are 331 steps: the published warm-up."""
-    return published("ptb")
+    return as_published(_settings("ptb"))
 
 
 def _ptb_small() -> Config:
     """Two layers of 200 units and the hyperparameters of ``ptb``."""
     return replace(
-        published("ptb-small"),
-        method=MethodConfig(warmup_epochs=1, tune_scales=False),
+        _settings("ptb-small"),
         optimizer=OptimizerConfig(name="adam", learning_rate=4e-3, momentum=0.9, clip=0.25),
         hyper_optimizer=HyperOptimizerConfig(learning_rate=3e-2),
         schedule=ScheduleConfig(epochs=25, batch_size=20, valid_batch_size=20, eval_batch_size=2000),
@@ -97,7 +96,7 @@ def _ptb_small() -> Config:
 
 def _wikitext2() -> Config:
     """As ``ptb``; an epoch, and so the warm-up, is 745 steps."""
-    return published("wikitext2")
+    return as_published(_settings("wikitext2"))
 
 
 def _text() -> Config:

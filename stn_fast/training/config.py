@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from stn_fast.errors import UserError, did_you_mean
 from stn_fast.files import expanded
@@ -106,8 +106,6 @@ class HyperparameterConfig:
         )
 
 
-# How steps and the response are in the papers: settings of a `MethodConfig`.
-AS_PUBLISHED: dict[str, Any] = {"antithetic": False, "response_start": "published"}
 ONLY_FOR = {"delta-stn": ("linearize", "response_learning_rate"), "one-pass": ("weight_decay", "neumann_terms")}
 MethodName = Literal["stn", "delta-stn", "one-pass", "fixed"]
 METHODS: tuple[str, ...] = get_args(MethodName)
@@ -378,3 +376,13 @@ class Config:
         """The directory of the run's files; by default a folder in ``runs/`` named after the run."""
         recipe = re.sub(r"[^\w.-]", "_", self.recipe)
         return str(expanded(self.run_dir or f"runs/{recipe}-{self.method.label}-seed{self.seed}", "--run-dir"))
+
+
+def as_published(config: Config) -> Config:
+    """``config`` with the papers' start of the response, their steps of one pass, and torch's own β₂ or α."""
+    hyper = config.hyper_optimizer
+    return replace(
+        config,
+        method=replace(config.method, antithetic=False, response_start="published"),
+        hyper_optimizer=replace(hyper, beta2=0.999 if hyper.name == "adam" else 0.99),
+    )

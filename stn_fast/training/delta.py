@@ -141,10 +141,9 @@ class DeltaSelfTuning(SelfTuning):
 
     def _response_step(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
         hypers = self._training_hypers(self._draw(batch, step, first_example))
-        put_back = self._buffers.keep()
-        with hold_parameters(self._general):
+        # Running statistics are those of general steps.
+        with self._buffers.unchanged(), hold_parameters(self._general):
             loss = self._minimise("response", self._linearised, self.response_optimizer, batch, step, hypers)
-        put_back(None)  # running statistics are those of general steps
         if self._checks_reach:
             self._check_reach()
             self._checks_reach = False

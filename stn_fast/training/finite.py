@@ -248,6 +248,13 @@ class Buffers:
         return torch.no_grad()(put_back)
 
     @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Restores the buffers at the end, as they were at the beginning."""
+        put_back = self.keep()
+        yield
+        put_back(None)
+
+    @contextmanager
     def ignoring_writes(self) -> Iterator[None]:
         """Inside, a write to a large buffer, such as loading a state, does not count as a change made by a step."""
         versions = self._versions()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -220,30 +221,15 @@ class Method(ABC):
             put_back(where)
             batch.undo(where)
 
+        views = [batch, *(batch.like(batch.parts()) for _ in hypers[1:])]
         losses: list[Tensor] = []
-        for view, hyper in zip([batch, *(batch.like(batch.parts()) for _ in hypers[1:])], hypers, strict=True):
-            keep_first = self._buffers.keep() if losses else None
-            loss = self._loss("training", self.training_objective, model, view, hyper)
-            if len(hypers) > 1:
-                loss = loss / len(hypers)
-            if self._checks_used:
-                check_used(hyper, all_by_name=False)
-                self._checks_used = False
-            if not loss.requires_grad:
-                raise RuntimeError(
-                    "the training loss does not depend on any parameter that requires a gradient: compute it from the "
-                    "model's outputs, and leave requires_grad on for the parameters to train"
-                )
-            if not losses:
-                optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
-            try:
-                self._differentiate(loss, step)
-            except NonFiniteError:
-                undo(None)
-                raise
-            if keep_first is not None:
-                keep_first(None)
+        try:
+            for view, hyper in zip(views, hypers, strict=True):
+                with self._buffers.unchanged() if losses else nullcontext():
+                    losses.append(self._pass(model, optimizer, view, hyper, step, len(hypers), first=not losses))
+        except NonFiniteError:
+            undo(None)
+            raise
         loss = sum(losses[1:], losses[0])
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not trained:
@@ -259,6 +245,33 @@ class Method(ABC):
         name = partial(parameter_names, self.model, trained)
         self.took_step = self.guard.take(Attempt(kind, step, loss, norms, norm, name), optimizer, update, undo)
         return loss
+
+    def _pass(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        hyper: HyperBatch,
+        step: int | Tensor,
+        passes: int,
+        first: bool,
+    ) -> Tensor:
+        """One of the ``passes`` of a step, whose gradients it adds to ``.grad``; returns its share of the loss."""
+        loss = self._loss("training", self.training_objective, model, batch, hyper)
+        if passes > 1:
+            loss = loss / passes
+        if self._checks_used:
+            check_used(hyper, all_by_name=False)
+            self._checks_used = False
+        if not loss.requires_grad:
+            raise RuntimeError(
+                "the training loss does not depend on any parameter that requires a gradient: compute it from the "
+                "model's outputs, and leave requires_grad on for the parameters to train"
+            )
+        if first:
+            optimizer.zero_grad(set_to_none=True)
+        self._differentiate(loss, step)
+        return loss.detach()
 
     def _differentiate(self, loss: Tensor, step: int | Tensor) -> None:
         """Computes the ``.grad`` of the parameters."""
@@ -470,7 +483,8 @@ class SelfTuning(Method):
 
     @torch.no_grad()
     def _training_hypers(self, draw: dict[str, Any]) -> list[HyperBatch]:
-        return [self._perturbed(draw), *([self._perturbed(draw, antithetic=True)] if self.antithetic else [])]
+        passes = (False, True) if self.antithetic else (False,)
+        return [self._perturbed(draw, antithetic) for antithetic in passes]
 
     def _perturbed(self, draw: dict[str, Any], antithetic: bool = False) -> HyperBatch:
         center = self._center

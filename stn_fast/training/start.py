@@ -33,17 +33,13 @@ def _start(layer: GatedLayer | HyperLSTM, generator: torch.Generator, gates: flo
     def uniform(parameter: Tensor, bound: float) -> None:
         parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
 
-    if isinstance(layer, HyperLSTM):
-        bound = 1 / math.sqrt(layer.hidden_size)
-    else:
-        bound = 0.1 if isinstance(layer, HyperEmbedding) else 1 / math.sqrt(layer.weight[0].numel())
     for name, parameter in layer.named_parameters(recurse=False):
         if is_gate(name):
             parameter.copy_(torch.empty(parameter.shape).normal_(std=gates, generator=generator))
         elif name.startswith("response_weight") and hasattr(layer, projection := name.replace("weight", "projection")):
             low_rank = getattr(layer, projection) is not None
-            uniform(parameter, math.sqrt(3 / parameter.shape[1]) if low_rank else bound)
+            uniform(parameter, math.sqrt(3 / parameter.shape[1]) if low_rank else layer.bound)
         elif is_response(name):
-            uniform(parameter, bound)
+            uniform(parameter, layer.bound)
     if isinstance(layer, HyperEmbedding) and layer.padding_idx is not None:
         layer._response_table[layer.padding_idx].zero_()

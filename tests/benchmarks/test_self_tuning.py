@@ -37,6 +37,15 @@ def test_guesses_start_every_dropout_rate_there_and_nothing_else():
     assert self_tuning.guessed(defaults, None) == defaults
 
 
+def test_published_settings_are_those_of_the_runs_where_asked(monkeypatch):
+    made = []
+    monkeypatch.setattr(self_tuning, "compare", lambda flags, defaults: made.append(defaults) or {})
+    for flags in ([], ["--as-published"]):
+        assert self_tuning.main(["ptb-small", *flags]) == 0
+    kept = [(d.method.antithetic, d.method.response_start, d.hyper_optimizer.beta2) for d in made]
+    assert kept == [(True, "zero", 0.9), (False, "published", 0.999)]
+
+
 def test_runs_in_processes_of_their_own_give_what_runs_in_turn_give(tmp_path, capsys):
     found = []
     for jobs in ("1", "2"):

@@ -292,8 +292,12 @@ def test_compiles_without_graph_break_to_the_same_numbers(operation, changes):
     problem = operation.problem(**changes)
     torch.compiler.reset()
     compiled = torch.compile(problem.call, fullgraph=True, backend="aot_eager")
-    # The bits of a product of matrices can depend on where they lie in memory.
-    assert_same(compute(problem, compiled), compute(problem, problem.call), 1e-6 if "rank" in changes else 0.0)
+    got, want = compute(problem, compiled), compute(problem, problem.call)
+    if operation.composed and "rank" in changes:
+        # torch computes the gradient of A, on some CPUs by another routine in a compiled backward pass.
+        of_a = [{"d_response_weight": results.pop("d_response_weight")} for results in (got, want)]
+        assert_same(*of_a, 1e-6)
+    assert_same(got, want)
 
 
 @pytest.mark.parametrize("shared", [False, True])
