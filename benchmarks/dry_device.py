@@ -336,6 +336,8 @@ def dry_device(capability: tuple[int, int] = (9, 0), candidates: bool = False) -
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        # Optimizers would ask a real device, in a torch that is built for one, whether its stream is being captured.
+        stack.enter_context(mock.patch.object(torch.accelerator, "current_accelerator", return_value=None))
         foreach = [*_foreach_utils._get_foreach_kernels_supported_devices(), "meta"]
         stack.enter_context(
             mock.patch.object(_foreach_utils, "_get_foreach_kernels_supported_devices", return_value=foreach)
