@@ -32,6 +32,7 @@ from stn_fast.errors import UserError
 from stn_fast.files import expanded
 from stn_fast.recipes import RECIPES, recipe
 from stn_fast.training.config import Config, HyperOptimizerConfig, MethodConfig, as_published
+from stn_fast.training.layering import resolve
 from stn_fast.values import to_json
 
 if TYPE_CHECKING:
@@ -223,6 +224,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     it.add_argument("--learning-rate-factor", type=float, default=1.0, help="multiplies both learning rates")
     it.add_argument("--as-published", action="store_true", help="start the response and take steps as the papers do")
+    it.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override any key of the recipe")
     it.add_argument("--out", metavar="FILE", help="JSON lines: finished runs are added, and not made again")
     add_run_flags(it, seeds=5)
     return it
@@ -288,7 +290,7 @@ def compare(flags: argparse.Namespace, defaults: Config) -> dict[str, list[Resul
                 missing.append((run, config))
         with measured([config for _, config in missing], flags.jobs) as coming:
             for number, ((run, config), result) in enumerate(zip(missing, coming, strict=True), 1):
-                kept.add({**result, **run})
+                kept.add({**result, **run, "set": flags.set})
                 print(f"run {number} of {len(missing)} finished: {Path(config.directory).name}", flush=True)
     runs: dict[tuple[str, float | None], list[Result]] = {}
     for guess, method in itertools.product(guesses, flags.methods):
@@ -312,6 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.as_published:
         defaults = as_published(defaults)
     try:
+        if flags.set:
+            defaults = resolve(defaults, pairs=flags.set)
         results = compare(flags, defaults)
     except UserError as error:
         it.error(str(error))

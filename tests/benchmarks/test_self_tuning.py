@@ -46,6 +46,16 @@ def test_published_settings_are_those_of_the_runs_where_asked(monkeypatch):
     assert kept == [(True, "zero", 0.9), (False, "published", 0.999)]
 
 
+def test_any_key_of_the_recipe_can_be_set_and_a_wrong_one_is_refused(monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(self_tuning, "compare", lambda flags, defaults: made.append(defaults) or {})
+    assert self_tuning.main(["digits", "--as-published", "--set", "method.antithetic=true"]) == 0
+    assert (made[0].method.antithetic, made[0].method.response_start) == (True, "published")
+    with pytest.raises(SystemExit):
+        self_tuning.main(["digits", "--set", "method.antithetical=true"])
+    assert "antithetic" in capsys.readouterr().err
+
+
 def test_runs_in_processes_of_their_own_give_what_runs_in_turn_give(tmp_path, capsys):
     found = []
     for jobs in ("1", "2"):
