@@ -94,7 +94,7 @@ class DeltaSelfTuning(SelfTuning):
         return super().settings() | {"linearize": self.linearize}
 
     @property
-    def _center(self) -> Tensor:
+    def center(self) -> Tensor:
         return self.location.detach()
 
     def unperturbed(self, batch_size: int) -> HyperBatch:

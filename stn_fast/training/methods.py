@@ -487,11 +487,11 @@ class SelfTuning(Method):
         return [self._perturbed(draw, antithetic) for antithetic in passes]
 
     def _perturbed(self, draw: dict[str, Any], antithetic: bool = False) -> HyperBatch:
-        center = self._center
+        center = self.center
         return self.space.sample(self.location, self.raw_scale, center=center, antithetic=antithetic, **draw)
 
     @property
-    def _center(self) -> Tensor | None:
+    def center(self) -> Tensor | None:
         """The location at which the response input is 0; None for the first one."""
         return None
 
@@ -514,18 +514,7 @@ class SelfTuning(Method):
 
     def _validate(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
         """The step itself. After the first one, it never waits for a CUDA device."""
-        with evaluating(self.model), hold_parameters(self.model.parameters()):
-            draw = self._draw(batch, step, first_example)
-            at = self.space.at
-            hyper = self._perturbed(draw) if self.tune_scales else at(self.location, center=self._center, **draw)
-            loss = self._loss("validation", self.validation_objective, self.model, batch, hyper)
-            if not loss.requires_grad:
-                raise RuntimeError(
-                    "the validation loss does not depend on the hyperparameters: the model needs layers that "
-                    "respond to them, such as HyperLinear, called with the HyperBatch that the objective is given"
-                )
-            objective = loss - self.entropy_weight * self.space.entropy(self.raw_scale)
-            gradients = torch.autograd.grad(objective, self.tuned)
+        loss, gradients = self._hypergradients(batch, step, first_example)
 
         def update() -> None:
             for tensor, gradient in zip(self.tuned, gradients, strict=True):
@@ -536,7 +525,35 @@ class SelfTuning(Method):
         attempt = Attempt("validation", step, loss, parts, parts.sum(), self._hyperparameter_names)
         self.guard.take(attempt, self.hyper_optimizer, update, batch.undo)
         self.space.clamp_(self.raw_scale)
-        return loss.detach()
+        return loss
+
+    def hypergradients(
+        self, batch: Any, step: int | Tensor, *, first_example: int = 0
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What a validation step would use: F, a detached scalar, and the gradients for each of ``tuned``, each (n,).
+
+        The gradient for the location is that of F; the one for the raw scale, if it is tuned, includes the entropy
+        term. Nothing is updated; arguments and errors are those of ``valid_step``, but it works with ``freeze=True``.
+        """
+        batch = self.begin("valid_step", batch)
+        with float32_products(self.precision):
+            return self._hypergradients(batch, step, first_example)
+
+    def _hypergradients(
+        self, batch: Batch, step: int | Tensor, first_example: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        with evaluating(self.model), hold_parameters(self.model.parameters()):
+            draw = self._draw(batch, step, first_example)
+            at = self.space.at
+            hyper = self._perturbed(draw) if self.tune_scales else at(self.location, center=self.center, **draw)
+            loss = self._loss("validation", self.validation_objective, self.model, batch, hyper)
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    "the validation loss does not depend on the hyperparameters: the model needs layers that "
+                    "respond to them, such as HyperLinear, called with the HyperBatch that the objective is given"
+                )
+            objective = loss - self.entropy_weight * self.space.entropy(self.raw_scale)
+            return loss.detach(), torch.autograd.grad(objective, self.tuned)
 
     def _optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
         return super()._optimizers_by_name() | {"hyper_optimizer": self.hyper_optimizer}

@@ -13,6 +13,7 @@ import torch
 
 from stn_fast.data import Split
 from stn_fast.errors import UserError
+from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training import checkpoint
 from stn_fast.training.batches import as_batch
 from stn_fast.training.capture import CapturedSteps
@@ -244,14 +245,18 @@ class Trainer:
         return time.perf_counter() - self._started
 
     @torch.no_grad()
-    def evaluate(self, split: Split) -> dict[str, float]:
-        """Scores of all of ``split`` at the unperturbed hyperparameters, on folded weights, in float32."""
+    def evaluate(self, split: Split, unperturbed: Callable[[int], HyperBatch] | None = None) -> dict[str, float]:
+        """Scores of all of ``split`` at the unperturbed hyperparameters, on folded weights, in float32.
+
+        ``unperturbed`` makes other hyperparameters for a number of examples; by default the method's own does.
+        """
         totals: dict[str, torch.Tensor] = {}
         size, device = self.config.schedule.eval_batch_size, self.method.location.device
+        unperturbed = unperturbed or self.method.unperturbed
         with evaluating(self.method.model), float32_products("fp32"):
             for given in self.task.batching.whole(split, size, test=split is self.task.data.test, device=device):
                 batch = as_batch(given, device)
-                hyper = self.method.unperturbed(batch.examples)
+                hyper = unperturbed(batch.examples)
                 scores = batch.finish(self.task.scores(self.method.model, batch, hyper))
                 for name, value in scores.items():
                     totals[name] = totals.get(name, 0) + value.double()
