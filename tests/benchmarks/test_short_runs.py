@@ -1,0 +1,62 @@
+"""The command that counts short runs that become non-finite."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import short_runs
+
+
+@pytest.mark.parametrize("name", short_runs.TASKS)
+def test_every_task_trains_tunes_and_depends_on_its_seed(name, monkeypatch):
+    monkeypatch.setattr(short_runs, "WARMUP", 1)
+    about = {"task": name, "method": "stn", "cycles": 3}
+    rows = [short_runs.one_run({**about, "seed": seed}) for seed in (0, 0, 1)]
+    assert all(row["diverged"] is None for row in rows)
+    assert rows[0] == rows[1]
+    assert rows[0]["last_loss"] != rows[2]["last_loss"]
+    start = short_runs.TASKS[name](0).space
+    guesses = start.values(start.initial_state()[0])
+    for one in (one for one in start if not one.integer):  # three cycles do not take an integer to the next one
+        assert rows[0]["hyperparameters"][one.name] != pytest.approx(guesses[one.name], rel=1e-6)
+
+
+def test_a_run_that_becomes_non_finite_is_counted_kept_and_fails_the_command(tmp_path, monkeypatch, capsys):
+    def explodes(seed):
+        def loss(model, batch, hyper):
+            right = problem.training(model, batch, hyper)
+            return right * torch.inf if seed == 1 else right
+
+        problem = short_runs.one_output(seed)
+        return replace(problem, training=loss)
+
+    monkeypatch.setattr(short_runs, "TASKS", {"one-output": explodes, "wine": short_runs.without})
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--seeds", "2", "--cycles", "2", "--out", str(out)]
+    assert short_runs.main(arguments) == 1
+    said = capsys.readouterr().out
+    assert "1 of 4 runs became non-finite" in said
+    assert "one-output, seed 1: " in said
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["diverged"] is None for row in rows] == [True, True, False, True]
+    monkeypatch.setattr(short_runs, "one_run", lambda about: pytest.fail("made again"))
+    assert short_runs.main(arguments) == 1
+    assert short_runs.main([*arguments, "--tasks", "wine"]) == 0
+
+
+def test_processes_give_what_one_gives(tmp_path):
+    made = []
+    for jobs in ("1", "2"):
+        out = tmp_path / jobs
+        flags = ["--seeds", "2", "--cycles", "2", "--tasks", "without", "one-output", "--method", "delta-stn"]
+        assert short_runs.main([*flags, "--jobs", jobs, "--out", str(out)]) == 0
+        made.append(out.read_text())
+    assert made[0] == made[1]
+
+
+def test_counts_below_one_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        short_runs.main(["--cycles", "0"])
+    assert "--cycles" in capsys.readouterr().err
