@@ -112,6 +112,11 @@ class DeltaSelfTuning(SelfTuning):
             self.response_loss = self.response_step(again, step, first_example=first_example)
         return loss
 
+    @property
+    def training_passes(self) -> int:
+        """One of the general step, and those of the response step."""
+        return 1 + super().training_passes
+
     def views(self, batch: Any) -> list[Batch]:
         """The batch, and one like it for the response step, whose state is not carried on."""
         (batch,) = super().views(batch)

@@ -193,6 +193,11 @@ class Method(ABC):
         with float32_products(self.precision):
             return self._train(batch, step, first_example)
 
+    @property
+    def training_passes(self) -> int:
+        """How often a training step reads its batch. Products of a hypergradient are not counted."""
+        return 1
+
     def views(self, batch: Any) -> list[Batch]:
         """The batch for each of ``training_kinds``, made before the first of them carries the batch's state on."""
         return [as_batch(batch, self.location.device)]
@@ -480,6 +485,11 @@ class SelfTuning(Method):
             "tune_scales": self.tune_scales,
             "antithetic": self.antithetic,
         }
+
+    @property
+    def training_passes(self) -> int:
+        """2 for antithetic steps, else 1."""
+        return 2 if self.antithetic else 1
 
     @torch.no_grad()
     def _training_hypers(self, draw: dict[str, Any]) -> list[HyperBatch]:

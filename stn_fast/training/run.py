@@ -203,7 +203,7 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
         "epochs": epochs,
         "ended_by": trainer.ended_by,
         "best_step": trainer.best["step"],
-        "wall_seconds": round(trainer.wall_seconds, 3),
+        **trainer.compute,
         "steps_per_second": round(steps / max(trainer.step_seconds, 1e-9), 2),
         "peak_bytes": peak_bytes(config.device),
         "precision": config.precision,

@@ -32,7 +32,11 @@ Row = dict[str, Any]
 
 
 class Diverged(RuntimeError):
-    """A loss or a gradient is no longer finite."""
+    """A loss or a gradient is no longer finite; ``compute`` is that of the run until then, as `Trainer.compute`."""
+
+    def __init__(self, message: str, compute: Row) -> None:
+        super().__init__(message)
+        self.compute = compute
 
 
 class Trainer:
@@ -73,14 +77,34 @@ class Trainer:
         self.train_loss, self.response_loss, self.valid_loss = (MeanLoss(device) for _ in range(3))
         self.best: Row = {"valid_loss": math.inf, "step": 0}
         self.plateau = Plateau(config.optimizer, schedule.patience)
-        self.rows, self.wall_seconds, self.reported_at, self.step_seconds = 0, 0.0, 0.0, 0.0
+        self.rows, self.reported_at, self.step_seconds = 0, 0.0, 0.0
+        self.wall_seconds, self.cpu_seconds = 0.0, 0.0
         self._started = self._stepping_since = time.perf_counter()
+        self._cpu_started = time.process_time()
         self._saved_at = -1
 
     @property
     def step(self) -> int:
         """Number of training and validation steps so far; with the seed, it fixes the next step's random draws."""
         return self.train_steps + self.valid_steps
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """Training and validation examples (words of a text) that steps have read so far, once for each pass.
+
+        A training step of ``method.training_passes`` passes counts its batch as often; evaluations are not counted.
+        """
+        train = self.train_steps * self.method.training_passes * self.train_batches.examples
+        return {"train_examples": train, "valid_examples": self.valid_steps * self.valid_batches.examples}
+
+    @property
+    def compute(self) -> Row:
+        """Seconds on the clock and of CPU time (of all threads) up to the end or the last checkpoint, and `examples`.
+
+        Both times include evaluations and checkpoints, of earlier processes too, but not the loading of data.
+        """
+        times = {"wall_seconds": self.wall_seconds, "cpu_seconds": self.cpu_seconds}
+        return {**{name: round(seconds, 3) for name, seconds in times.items()}, **self.examples}
 
     @property
     def epoch(self) -> int:
@@ -134,6 +158,7 @@ class Trainer:
         """
         self._stepping_since = time.perf_counter()
         self._started = self._stepping_since - self.wall_seconds
+        self._cpu_started = time.process_time() - self.cpu_seconds
         with StopRequest() as stop:
             if self.rows == 0:
                 self._close_epoch(log)
@@ -150,7 +175,7 @@ class Trainer:
             self._save(log)
             if not self._epoch_closed:
                 self._report_epoch(log)
-        self.wall_seconds = self._seconds()
+        self._note_times()
 
     def _advance(self) -> None:
         try:
@@ -199,7 +224,8 @@ class Trainer:
         scores = {f"valid_{name}": value for name, value in valid.items() if name != "loss"}
         scores |= {f"test_{name}": value for name, value in test.items()}
         examples = len(self.task.data.valid.inputs) + len(self.task.data.test.inputs)
-        self._write(log, "eval", valid["loss"], examples, began, {"loss_unit": self.task.loss_unit, **scores, **tuned})
+        evaluated = {"loss_unit": self.task.loss_unit, **self.examples, **scores, **tuned}
+        self._write(log, "eval", valid["loss"], examples, began, evaluated)
         if valid["loss"] < self.best["valid_loss"]:
             self.best = {"valid_loss": valid["loss"], "step": self.step}
         self.reported_at = self._seconds()
@@ -217,6 +243,7 @@ class Trainer:
             self._diverge(f"the {phase} loss became {loss} by step {self.step}")
         now = self._seconds()
         row = {"step": self.step, "epoch": self.epoch, "phase": phase, "wall_seconds": round(now, 3), "loss": loss}
+        row["cpu_seconds"] = round(self._cpu_seconds(), 3)
         row["examples_per_second"] = round(examples / max(now - since, 1e-9), 1)
         row |= extra
         log.write(row)
@@ -224,6 +251,7 @@ class Trainer:
         self.report(row)
 
     def _diverge(self, what: str) -> NoReturn:
+        self._note_times()
         values = self.method.space.values(self.method.location)
         named = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
         rates = [f"optimizer.learning_rate (now {self.method.learning_rate:g})"]
@@ -234,7 +262,8 @@ class Trainer:
         raise Diverged(
             f"{what} (epoch {self.epoch}), hyperparameters then: {named}; "
             f"lower {' or '.join(rates)}, with --no-resume or in another --run-dir. "
-            f"The last good checkpoint is {self._last_checkpoint()}"
+            f"The last good checkpoint is {self._last_checkpoint()}",
+            self.compute,
         )
 
     def _last_checkpoint(self) -> Path | str:
@@ -243,6 +272,12 @@ class Trainer:
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._started
+
+    def _cpu_seconds(self) -> float:
+        return time.process_time() - self._cpu_started
+
+    def _note_times(self) -> None:
+        self.wall_seconds, self.cpu_seconds = self._seconds(), self._cpu_seconds()
 
     @torch.no_grad()
     def evaluate(self, split: Split, unperturbed: Callable[[int], HyperBatch] | None = None) -> dict[str, float]:
@@ -273,7 +308,7 @@ class Trainer:
             self._diverge(f"weights or hyperparameters are not finite after step {self.step}")
         self._count_step_seconds()
         log.sync()
-        self.wall_seconds = self._seconds()
+        self._note_times()
         checkpoint.write(self.checkpoints, self.step, self.state_dict(), self.best["step"])
         self._saved_at = self.step
         self._stepping_since = time.perf_counter()
@@ -340,6 +375,7 @@ class Trainer:
             "plateau": self.plateau.state_dict(),
             "rows": self.rows,
             "wall_seconds": self.wall_seconds,
+            "cpu_seconds": self.cpu_seconds,
             "reported_at": self.reported_at,
             "step_seconds": self.step_seconds,
         }
@@ -353,6 +389,7 @@ class Trainer:
         self.response_loss.load_state_dict(state["response_loss"])
         self.valid_loss.load_state_dict(state["valid_loss"])
         self.plateau.load_state_dict(state["plateau"])
-        for name in ("train_steps", "valid_steps", "best", "rows", "wall_seconds", "reported_at", "step_seconds"):
+        for name in ("train_steps", "valid_steps", "best", "rows", "reported_at", "step_seconds"):
             setattr(self, name, state[name])
+        self.wall_seconds, self.cpu_seconds = state["wall_seconds"], state["cpu_seconds"]
         self._saved_at = self.step

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,7 +52,7 @@ def test_another_seed_gives_other_rows(train):
 
 def test_rows_carry_what_they_should(train):
     found = rows(train(), timeless=False)
-    always = {"step", "epoch", "phase", "wall_seconds", "loss", "examples_per_second"}
+    always = {"step", "epoch", "phase", "wall_seconds", "cpu_seconds", "loss", "examples_per_second"}
     assert all(always <= row.keys() for row in found)
     tuned = {"hyperparameters", "scales", "hyperparameters_low", "hyperparameters_high"}
     assert all(tuned <= row.keys() for row in found if row["phase"] in ("valid", "eval"))
@@ -366,3 +368,61 @@ def test_a_copied_run_directory_resumes_like_the_original(train, same_run, whole
     short = train("schedule.max_steps=31", name="short")
     shutil.copytree(short, short.with_name("copy"))
     same_run(whole, train(name="copy"))
+
+
+@pytest.mark.parametrize(
+    ("method", "passes"),
+    [
+        ("stn", 1),
+        ("stn method.antithetic=true", 2),
+        ("stn method.antithetic=true method.freeze=true", 2),
+        ("delta-stn", 2),
+        ("delta-stn method.antithetic=true", 3),
+        ("one-pass", 1),
+        ("fixed", 1),
+    ],
+)
+def test_the_counted_examples_are_those_that_the_steps_have_read(make_config, method, passes):
+    read = {"train": 0, "valid": 0}
+
+    def build(config):
+        task, kinds = digits.build(config), {"training_objective": "train", "validation_objective": "valid"}
+
+        def counting(objective, kind):
+            def count(model, batch, hyper):
+                read[kind] += len(batch.targets)
+                return objective(model, batch, hyper)
+
+            return count
+
+        return replace(task, **{name: counting(getattr(task, name), kind) for name, kind in kinds.items()})
+
+    config = make_config(*f"method.name={method}".split(), "schedule.epochs=4")
+    got = run(config, build)
+    rehearsed = 2  # of the first forward pass, before any step
+    assert got["train_examples"] == read["train"] - rehearsed == 4 * 900 * passes
+    assert got["valid_examples"] == read["valid"] == 100 * got["valid_steps"]
+    last = rows(Path(config.directory))[-1]
+    assert (last["train_examples"], last["valid_examples"]) == (got["train_examples"], got["valid_examples"])
+
+
+def test_cpu_time_is_that_of_the_process_and_is_kept_when_a_run_goes_on(train, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(time, "process_time", lambda: float(next(clock)))
+    directory = train("schedule.max_steps=20")
+    first = result(directory, timeless=False)["cpu_seconds"]
+    monkeypatch.setattr(time, "process_time", lambda: 1e9 + next(clock))  # another process
+    train("schedule.max_steps=40")
+    seconds = [row["cpu_seconds"] for row in rows(directory, timeless=False)]
+    assert 0 < first < result(directory, timeless=False)["cpu_seconds"] < 1000
+    assert seconds == sorted(seconds)
+    assert seconds[-1] < 1000
+
+
+def test_a_run_that_diverges_tells_the_compute_it_took(make_config):
+    with pytest.raises(Diverged) as error:
+        run(make_config("optimizer.learning_rate=1e30", "optimizer.clip=null", "schedule.epochs=2"), digits.build)
+    compute = error.value.compute
+    assert set(compute) == {"wall_seconds", "cpu_seconds", "train_examples", "valid_examples"}
+    assert compute["cpu_seconds"] > 0
+    assert 0 < compute["train_examples"] < 2 * 900
