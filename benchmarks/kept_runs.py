@@ -1,77 +1,11 @@
-"""Finished runs in a file of JSON lines, so that a command that is stopped continues where it stopped."""
+"""Flags and cells of commands that keep their runs, by which a command that is stopped continues where it stopped."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
-from stn_fast.errors import UserError
-from stn_fast.values import to_json
-
-Row = dict[str, Any]
-
-
-class KeptRuns:
-    """The rows of ``path``, one for each run; without a path, they are kept in memory.
-
-    A last line that is not complete, which a stopped command left, is removed.
-
-    Args:
-        path: a file, which need not exist.
-        key: names of the entries that tell runs apart.
-
-    Raises:
-        UserError: a line of the file is not a row of this command.
-    """
-
-    def __init__(self, path: Path | None, key: Sequence[str]) -> None:
-        self._path, self._key = path, tuple(key)
-        self._rows: dict[tuple[Any, ...], Row] = {}
-        if path is None or not path.exists():
-            return
-        found = path.read_text()
-        text = _complete(found)
-        try:
-            for line in text.splitlines():
-                self._remember(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"--out {path}: a line is not JSON ({error}); name another file or correct it") from None
-        except (KeyError, TypeError):
-            raise UserError(f"--out {path} holds other things than rows of this command: name another file") from None
-        if text != found:
-            path.write_text(text)
-
-    def _remember(self, row: Row) -> None:
-        self._rows[tuple(row[name] for name in self._key)] = row
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows.values())
-
-    def find(self, run: Mapping[str, Any]) -> Row | None:
-        """The row of the run with these entries, which must contain the key; None if there is none."""
-        return self._rows.get(tuple(run[name] for name in self._key))
-
-    def add(self, row: Row) -> None:
-        """Adds a row, to the file as well."""
-        self._remember(row)
-        if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(to_json(row) + "\n")
-
-
-def _complete(text: str) -> str:
-    """``text`` with an end to its last line, or without that line if it is the beginning of a row."""
-    *lines, last = text.split("\n")
-    try:
-        json.loads(last or "null")
-    except ValueError:
-        last = "" if last.startswith("{") else last
-    return "\n".join([*lines, last, ""] if last else [*lines, ""])
+from collections.abc import Sequence
 
 
 def add_kept_run_flags(it: argparse.ArgumentParser) -> None:

@@ -26,9 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kept_runs import KeptRuns, Row, add_kept_run_flags, mean_and_range
-from benchmarks.self_tuning import measure, score, writable
+from benchmarks.kept_runs import add_kept_run_flags, mean_and_range
+from benchmarks.self_tuning import writable
 from stn_fast.command_line import run_command
+from stn_fast.comparison.kept_runs import KeptRuns, Row
+from stn_fast.comparison.runs import measure, score
 from stn_fast.errors import UserError
 from stn_fast.recipes import recipe
 from stn_fast.training.batches import Batch

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.self_tuning import Result, add_run_flags, check_run_flags, configure, measured, score, sharing, table
+from benchmarks.self_tuning import add_run_flags, check_run_flags, sharing, table
 from stn_fast.command_line import run_command
+from stn_fast.comparison.runs import Result, configure, measured, score
 from stn_fast.errors import UserError
 from stn_fast.files import expanded
 from stn_fast.recipes import RECIPES, recipe

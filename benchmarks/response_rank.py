@@ -28,9 +28,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.kept_runs import KeptRuns, add_kept_run_flags, mean_and_range
-from benchmarks.self_tuning import Result, measure, score, writable
+from benchmarks.kept_runs import add_kept_run_flags, mean_and_range
+from benchmarks.self_tuning import writable
 from stn_fast.command_line import run_command
+from stn_fast.comparison.kept_runs import KeptRuns
+from stn_fast.comparison.runs import Result, measure, score
 from stn_fast.errors import UserError
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers import DropConnect, HyperLSTM

@@ -13,39 +13,25 @@ stopped.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
-import math
-import multiprocessing
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from benchmarks.kept_runs import KeptRuns
 from stn_fast.command_line import run_command
+from stn_fast.comparison.guesses import dropout_rates, guessed
+from stn_fast.comparison.kept_runs import KeptRuns
+from stn_fast.comparison.runs import METHODS, Result, configure, digest, measured, score
 from stn_fast.errors import UserError
 from stn_fast.files import expanded
 from stn_fast.recipes import RECIPES, recipe
-from stn_fast.training.config import Config, HyperOptimizerConfig, MethodConfig, as_published
+from stn_fast.training.config import Config, as_published
 from stn_fast.training.layering import resolve
 from stn_fast.values import to_json
 
-if TYPE_CHECKING:
-    from stn_fast.training.task import Task
-
-METHODS: dict[str, dict[str, Any]] = {
-    "stn": {},
-    "delta-stn": {"name": "delta-stn"},
-    "one-pass": {"name": "one-pass", "train_steps": 10},
-    "fixed": {"name": "fixed"},
-    "frozen": {"freeze": True},
-}
-ONE_PASS_ADAM = HyperOptimizerConfig(learning_rate=0.05, beta2=0.999)  # 0.115, about the published rate, is worse
 KEY = ("recipe", "method", "guess", "seed", "settings")
 COLUMNS = {
     "valid_loss": "valid loss",
@@ -66,83 +52,6 @@ COMPARED = {
     "valid_perplexity": "best validation perplexity",
     "test_perplexity": "test perplexity there",
 }
-
-Result = dict[str, Any]
-
-
-def dropout_rates(defaults: Config) -> list[str]:
-    """The hyperparameters that a guess sets: every dropout rate, including those of words and weights."""
-    return [name for name in defaults.hyperparameters if "dropout" in name]
-
-
-def guessed(defaults: Config, guess: float | None) -> Config:
-    """``defaults`` with every dropout rate starting from ``guess``; None keeps the recipe's own first guess.
-
-    Raises:
-        UserError: the recipe has no dropout, or its bounds do not allow ``guess``.
-    """
-    if guess is None:
-        return defaults
-    entries, rates = dict(defaults.hyperparameters), dropout_rates(defaults)
-    if not rates:
-        raise UserError(f"--guesses sets dropout rates, and {defaults.recipe} has none")
-    return replace(defaults, hyperparameters=entries | {name: replace(entries[name], init=guess) for name in rates})
-
-
-def configure(defaults: Config, method: str, seed: int, factor: float, run_dir: Path, epochs: int | None) -> Config:
-    """``defaults`` with ``method`` and ``seed``, and both learning rates multiplied by ``factor``."""
-    changed: MethodConfig = replace(defaults.method, **METHODS[method])
-    weights, hyper = defaults.optimizer, defaults.hyper_optimizer
-    if method == "one-pass":  # it owns the learning rate
-        weights = replace(weights, decay_factor=1.0, min_learning_rate=0.0)
-        hyper = ONE_PASS_ADAM
-    schedule = replace(defaults.schedule, epochs=epochs or defaults.schedule.epochs)
-    return replace(
-        defaults,
-        method=changed,
-        seed=seed,
-        optimizer=replace(weights, learning_rate=weights.learning_rate * factor),
-        hyper_optimizer=replace(hyper, learning_rate=hyper.learning_rate * factor),
-        schedule=schedule,
-        run_dir=str(run_dir),
-    )
-
-
-def digest(config: Config) -> str:
-    """A hash of everything in ``config`` that a run's numbers depend on."""
-    elsewhere = replace(config, run_dir=None, data_root=None, threads=None)
-    return hashlib.sha256(to_json(asdict(elsewhere)).encode()).hexdigest()[:12]
-
-
-def measure(config: Config, build: Callable[[Config], Task] | None = None, **options: Any) -> Result:
-    """One run's result, with the count of hyperparameters that moved by more than their initial σ as ``moved``.
-
-    ``build`` makes the task; by default the recipe does. ``options`` are those of ``run``.
-    """
-    from stn_fast.training.run import run
-    from stn_fast.training.trainer import Diverged
-
-    try:
-        result = run(config, build or recipe(config.recipe).build, resume=False, **options)
-    except Diverged as error:
-        return {"seed": config.seed, "diverged": str(error)}
-    moved = sum(abs(distance) > 1 for distance in result["moved_in_initial_scales"].values())
-    return {**result, "moved": moved, "diverged": None}
-
-
-@contextmanager
-def measured(configs: Sequence[Config], jobs: int) -> Iterator[Iterator[Result]]:
-    """Yields the results of ``configs`` in order; ``jobs`` runs at a time, each in its own process."""
-    if jobs == 1:
-        yield map(measure, configs)
-        return
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
-        yield pool.imap(measure, configs)
-
-
-def score(result: Result, key: str) -> float:
-    """``key`` of a run; infinite if it is too large for a float, or the run became non-finite."""
-    return math.inf if result["diverged"] or result[key] is None else result[key]
 
 
 def table(title: str, results: Sequence[Result]) -> str:

@@ -1,0 +1,113 @@
+"""One run of a comparison: its configuration and its result."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stn_fast.comparison.processes import Processes
+from stn_fast.files import exists, read_text
+from stn_fast.recipes import recipe
+from stn_fast.training.config import Config, HyperOptimizerConfig, MethodConfig
+from stn_fast.values import from_json, to_json
+
+if TYPE_CHECKING:
+    from stn_fast.training.task import Task
+
+METHODS: dict[str, dict[str, Any]] = {
+    "stn": {},
+    "delta-stn": {"name": "delta-stn"},
+    "one-pass": {"name": "one-pass", "train_steps": 10},
+    "fixed": {"name": "fixed"},
+    "frozen": {"freeze": True},
+}
+ONE_PASS_ADAM = HyperOptimizerConfig(learning_rate=0.05, beta2=0.999)  # 0.115, about the published rate, is worse
+# Columns of a curve; every other one is in the evaluations of metrics.jsonl by the same name.
+CURVE = ("cpu_seconds", "train_examples", "valid_examples", "valid_loss", "test_loss")
+
+Result = dict[str, Any]
+
+
+def configure(defaults: Config, method: str, seed: int, factor: float, run_dir: Path, epochs: int | None) -> Config:
+    """``defaults`` with ``method`` and ``seed``, and both learning rates multiplied by ``factor``."""
+    changed: MethodConfig = replace(defaults.method, **METHODS[method])
+    weights, hyper = defaults.optimizer, defaults.hyper_optimizer
+    if method == "one-pass":  # it owns the learning rate
+        weights = replace(weights, decay_factor=1.0, min_learning_rate=0.0)
+        hyper = ONE_PASS_ADAM
+    schedule = replace(defaults.schedule, epochs=epochs or defaults.schedule.epochs)
+    return replace(
+        defaults,
+        method=changed,
+        seed=seed,
+        optimizer=replace(weights, learning_rate=weights.learning_rate * factor),
+        hyper_optimizer=replace(hyper, learning_rate=hyper.learning_rate * factor),
+        schedule=schedule,
+        run_dir=str(run_dir),
+    )
+
+
+def digest(config: Config) -> str:
+    """A hash of everything in ``config`` that a run's numbers depend on."""
+    return digest_of(asdict(replace(config, run_dir=None, data_root=None, threads=None)))
+
+
+def digest_of(value: Any) -> str:
+    """A hash of a value that JSON can hold, in twelve hexadecimal digits."""
+    return hashlib.sha256(to_json(value).encode()).hexdigest()[:12]
+
+
+def measure(
+    config: Config, build: Callable[[Config], Task] | None = None, *, resume: bool = False, **options: Any
+) -> Result:
+    """One run's result, with the count of hyperparameters that moved by more than their initial σ as ``moved``.
+
+    If it became non-finite, ``diverged`` says where, and the result has only the seed and the compute until then.
+    ``build`` makes the task; by default the recipe does. ``options`` are those of ``run``.
+    """
+    from stn_fast.training.run import run
+    from stn_fast.training.trainer import Diverged
+
+    try:
+        result = run(config, build or recipe(config.recipe).build, resume=resume, **options)
+    except Diverged as error:
+        return {"seed": config.seed, "diverged": str(error), **error.compute}
+    moved = sum(abs(distance) > 1 for distance in result["moved_in_initial_scales"].values())
+    return {**result, "moved": moved, "diverged": None}
+
+
+def measure_with_curve(place: str, config: Config) -> Result:
+    """``measure`` of the recipe named ``place``, with ``curve``, a list for each of ``CURVE``, and the ``loss_unit``.
+
+    A run that was stopped continues from its checkpoint.
+    """
+    result = measure(config, recipe(place).build, resume=True)
+    rows = evaluations(Path(config.directory) / "metrics.jsonl")
+    curve = {name: [row["loss" if name == "valid_loss" else name] for row in rows] for name in CURVE}
+    return {**result, "curve": curve, "loss_unit": rows[0]["loss_unit"] if rows else ""}
+
+
+def evaluations(metrics: Path) -> list[Result]:
+    """The rows of a run's evaluations; none if it ended before the first one."""
+    rows = [from_json(line) for line in read_text(metrics).splitlines()] if exists(metrics) else []
+    return [row for row in rows if row["phase"] == "eval"]
+
+
+@contextmanager
+def measured(configs: Sequence[Config], jobs: int) -> Iterator[Iterator[Result]]:
+    """Yields the results of ``configs`` in order; several ``jobs`` at a time are processes of their own."""
+    if jobs == 1:
+        yield map(measure, configs)
+        return
+    with Processes(jobs) as processes:
+        yield processes.map(measure, configs)
+
+
+def score(result: Result, key: str) -> float:
+    """``key`` of a run; infinite if it is too large for a float, or the run became non-finite."""
+    return math.inf if result["diverged"] or result[key] is None else result[key]
