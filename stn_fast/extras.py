@@ -1,4 +1,4 @@
-"""Optional packages for the command lines and recipes, installed by the extra ``train``."""
+"""Optional packages for the command lines and recipes, installed by the extras ``train`` and ``compare``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from stn_fast.errors import UserError
+
+FOR_COMPARE = ("optuna", "scipy")  # all others are for train, and compare includes them
 
 
 @contextmanager
@@ -21,7 +23,8 @@ def extra(package: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("stn_fast"):
             raise
-        raise UserError(f"{package} is missing: pip install 'stn-fast[train]' installs it ({error})") from None
+        name = "compare" if package in FOR_COMPARE else "train"
+        raise UserError(f"{package} is missing: pip install 'stn-fast[{name}]' installs it ({error})") from None
 
 
 def require(package: str) -> None:

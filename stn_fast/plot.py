@@ -20,6 +20,7 @@ from stn_fast.training.reading import Run, read_run, read_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 __all__ = ["Run", "draw", "new_figure", "read_run", "read_runs", "save", "save_schedule"]
@@ -160,7 +161,7 @@ def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
         axis.plot(run.best["epoch"], run.best["loss"], "o", color=colour, markersize=5, zorder=5)
     if all(not row[key] <= 0 for run in runs for _, phase, key, _ in curves for row in run.rows[phase] if key in row):
         axis.set_yscale("log")
-        _plain_log_labels(axis)
+        plain_log_labels(axis.yaxis)
     axis.set_title("loss", fontsize=10, loc="left")
     units = dict.fromkeys(printable(run.loss_unit) for run in runs if run.loss_unit)
     axis.set_ylabel(", ".join(units), fontsize=8)
@@ -198,19 +199,19 @@ def _scale(axis: Axes, entries: Sequence[Any]) -> None:
     """A logarithmic axis for positive values without an upper bound, such as weight decay; else a linear one."""
     if all(entry.low == 0 and entry.high is None for entry in entries):
         axis.set_yscale("log")
-        _plain_log_labels(axis)
+        plain_log_labels(axis.yaxis)
     elif all(entry.low is not None and entry.high is not None for entry in entries):
         axis.set_ylim(bottom=min(entry.low for entry in entries))
 
 
-def _plain_log_labels(axis: Axes) -> None:
+def plain_log_labels(axis: Axis) -> None:
     """Numbers such as 0.05 on a log axis; between powers of ten only if few of these are visible."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    low, high = axis.get_ylim()
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)))
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _finish(axis: Axes, runs: Sequence[Run]) -> None:
