@@ -1,5 +1,6 @@
 """Parts of ``python -m stn_fast.compare``, which compares self-tuning with searches; benchmarks use them too.
 
+command    a whole comparison
 guesses    where hyperparameters start
 runs       a method, a guess and a seed as a configuration, and its result
 processes  runs in processes of their own, several at a time

@@ -1,0 +1,116 @@
+"""The printed tables of a comparison, from what ``table.summarise`` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from stn_fast.terminal import printable
+
+Row = dict[str, Any]
+
+UNMOVED = ("fixed", "frozen")  # their hyperparameters end where they start
+COST = "CPU s is the median per run or search, also as a multiple of one fixed run; examples are those that steps read."
+
+
+def report(summary: Row) -> str:
+    """All tables: scores, methods, where tuned hyperparameters end, and tests."""
+    parts = [_scores(summary["scores"]), _methods(summary["methods"])]
+    moving = [entry for entry in summary["methods"] if entry["ends"] and entry["method"] not in UNMOVED]
+    if moving:
+        parts.append(_ends(moving))
+    if summary["tests"]:
+        parts.append(_tests(summary["tests"]))
+    return "\n\n".join(parts)
+
+
+def _scores(scores: Sequence[Row]) -> str:
+    of_text = "test_perplexity" in scores[0]
+    measure = "perplexity" if of_text else "loss"
+    head = ["method", "guess", "seeds", f"valid {measure}", f"test {measure}", "CPU s", "x fixed", "examples x fixed"]
+    lines = []
+    for entry in scores:
+        cells = [_range(entry[f"{part}_{measure}"]) for part in ("valid", "test")]
+        reads = _times(entry["examples_of_fixed"])
+        cost = [f"{entry['cpu_seconds']:.1f}", _times(entry["cpu_of_fixed"]), reads]
+        lines.append([entry["method"], _where(entry), str(entry["seeds"]), *cells, *cost])
+    note = f"Best validation {measure} and test {measure} there: median over seeds (smallest to largest)."
+    return f"{note}\n{COST}\n\n{_aligned(head, lines, left=2)}"
+
+
+def _where(entry: Row) -> str:
+    if entry["guess"] is not None:
+        return f"from {entry['guess']}"
+    return f"{entry['trials']} trials" if entry["part"] == "all" else entry["part"]
+
+
+def _methods(methods: Sequence[Row]) -> str:
+    spreads = ["spread_of_test_loss", "spread_of_test_perplexity"]
+    spreads = [name for name in spreads if name in methods[0]]
+    heads = [name.removeprefix("spread_of_").replace("_", " ") for name in spreads]
+    head = ["method", *heads, "worse than fixed", "not finite"]
+    lines = []
+    for entry in methods:
+        pairs = entry["compared_with_fixed"]
+        worse = f"{entry['worse_than_fixed']} of {pairs}" if pairs else "-"
+        counts = [worse, f"{entry['not_finite']} of {entry['runs']}"]
+        lines.append([entry["method"], *(_times(entry[name]) for name in spreads), *counts])
+    note = (
+        "Over all guesses and seeds: largest / smallest test score, runs with a larger test loss than fixed from the\n"
+        "same guess and seed, and runs or trials that became non-finite."
+    )
+    return f"{note}\n\n{_aligned(head, lines, left=1)}"
+
+
+def _ends(methods: Sequence[Row]) -> str:
+    head = ["method", "hyperparameter", "mean", "deviation", "smallest", "largest"]
+    parts = ("mean", "deviation", "smallest", "largest")
+    lines = [
+        [entry["method"], printable(name), *(f"{values[part]:.3g}" for part in parts)]
+        for entry in methods
+        for name, values in entry["ends"].items()
+    ]
+    note = "Where hyperparameters end, over all guesses and seeds; for a search, those of its best trial."
+    return f"{note}\n\n{_aligned(head, lines, left=2)}"
+
+
+def _tests(tests: Sequence[Row]) -> str:
+    head = ["stn against", "paired by", "pairs", "stn better", "p", "smallest p"]
+    lines = [
+        [
+            test["method"],
+            test["paired_by"],
+            str(test["pairs"]),
+            str(test["stn_better"]),
+            f"{test['p']:.2g}",
+            f"{test['smallest_p']:.2g}",
+        ]
+        for test in tests
+    ]
+    note = (
+        "Wilcoxon's exact signed-rank test of test losses (two-sided). The smallest p is what so many pairs give if\n"
+        "stn wins or loses all of them. A search is paired with the median of the stn runs of its seed."
+    )
+    return f"{note}\n\n{_aligned(head, lines, left=2)}"
+
+
+def _range(values: Row) -> str:
+    return f"{values['median']:.4g} ({values['smallest']:.4g} to {values['largest']:.4g})"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _aligned(head: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
+    """Columns padded to one width, the first ``left`` of them aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+
+    def line(cells: Iterable[str]) -> str:
+        padded = (
+            cell.ljust(width) if number < left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, lines)])
