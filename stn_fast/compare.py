@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stn_fast.command_line import Parser, run_command, whole_number
+from stn_fast.command_line import Parser, complain, run_command, whole_number
 from stn_fast.comparison.guesses import read_guesses
+from stn_fast.comparison.processes import Stopped
 from stn_fast.comparison.runs import METHODS as FROM_GUESSES
 from stn_fast.comparison.search import SEARCHES
 from stn_fast.errors import UserError, did_you_mean
@@ -72,7 +73,10 @@ def _main(arguments: Sequence[str] | None) -> int:
     from stn_fast.comparison.command import compare
 
     sizes = {name: flags[name] for name in ("budget", "seeds", "jobs")}
-    print(compare(flags["recipe"], module, defaults, methods, guesses, out=flags["out"], **sizes))
+    try:
+        print(compare(flags["recipe"], module, defaults, methods, guesses, out=flags["out"], **sizes))
+    except Stopped as stop:
+        return complain(f"{stop}; the same command continues", stop.exit_status)
     return 0
 
 

@@ -50,7 +50,9 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
         command += f" --epochs 1 --run-dir {tmp_path / 'run'}"
     if any(name in command for name in ("self_tuning", "benchmarks.precision", "response_rank")):
         command += " --epochs 1 --seeds 1"
-    if "--guesses" in command:
+    if "stn_fast.compare" in command:
+        command += f" --epochs 1 --seeds 1 --budget 1 --methods fixed,tpe --guesses low --out {tmp_path / 'out'}"
+    elif "--guesses" in command:
         command += " --methods stn fixed"
     if "response_step" in command:
         command += " --networks mlp --modes response --rounds 1 --seconds 0.1"
@@ -84,6 +86,8 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     if "stn_fast.train" in command and "--help" not in command and "--print-config" not in command:
         assert (tmp_path / "run" / "result.json").exists()
+    if "stn_fast.compare" in command and "--help" not in command:
+        assert (tmp_path / "out" / "compare.png").exists()
 
 
 @pytest.mark.parametrize("module", sorted({line.split()[2] for line in commands() if line.startswith("python -m")}))

@@ -58,7 +58,7 @@ def whole(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("module", ["stn_fast.train", "stn_fast.plot", "stn_fast.contact_sheet"])
+@pytest.mark.parametrize("module", ["stn_fast.train", "stn_fast.plot", "stn_fast.contact_sheet", "stn_fast.compare"])
 def test_help_loads_nothing_heavy(module):
     script = (
         f"import sys, runpy; sys.argv = ['x', '--help']\n"

@@ -146,9 +146,9 @@ class _Maker:
             result = yield measure_with_curve, (self.comparison.place, replace(config, run_dir=str(folder)))
             row = {**result, **run, **more}
             self.kept.add(row)
+            self.say(f"{len(self.rows) + 1} of {self.total} runs: {_told(row)}")
         shutil.rmtree(folder, ignore_errors=True)
         self.rows.append(row)
-        self.say(f"{len(self.rows)} of {self.total} runs: {_told(row)}")
         return row
 
 

@@ -97,7 +97,7 @@ class Processes:
 
     def _start(self, number: int, call: Call) -> None:
         ours, theirs = SPAWN.Pipe(duplex=False)
-        process = SPAWN.Process(target=_answer, args=(theirs, *call), daemon=True)
+        process = SPAWN.Process(target=_answer, args=(theirs, *call))
         with _blocked_signals():
             process.start()
         theirs.close()

@@ -20,6 +20,7 @@ from stn_fast.errors import UserError
 from stn_fast.extras import extra
 from stn_fast.files import exists, read_bytes
 from stn_fast.training.config import Config, HyperparameterConfig
+from stn_fast.values import from_json
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -115,13 +116,29 @@ def open_journal(path: Path) -> BaseStorage:
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
-    if exists(path) and not (contents := read_bytes(path)).endswith(b"\n"):
-        path.write_bytes(contents[: contents.rfind(b"\n") + 1])
     try:
+        if exists(path):
+            _repair(path)
         backend = JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path)))
         return optuna.storages.JournalStorage(backend)
+    except UserError:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f"{path} is not a journal of Optuna ({error}); restore it, or choose another --out") from None
+
+
+def _repair(path: Path) -> None:
+    """Removes the incomplete last line of a journal.
+
+    Raises:
+        ValueError, TypeError, LookupError: another line is not one of a journal.
+    """
+    *lines, last = read_bytes(path).split(b"\n")
+    for line in lines:
+        if not isinstance(from_json(line)["op_code"], int):
+            raise ValueError("an op_code is not a number")
+    if last:
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
 
 
 def sampler(method: str, seed: int, trial: int) -> BaseSampler:
