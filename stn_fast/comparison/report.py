@@ -54,7 +54,7 @@ def _methods(methods: Sequence[Row]) -> str:
         pairs = entry["compared_with_fixed"]
         worse = f"{entry['worse_than_fixed']} of {pairs}" if pairs else "-"
         counts = [worse, f"{entry['not_finite']} of {entry['runs']}"]
-        lines.append([entry["method"], *(_times(entry[name]) for name in spreads), *counts])
+        lines.append([entry["method"], *(_times(entry[name], ".4f") for name in spreads), *counts])
     note = (
         "Over all guesses and seeds: largest / smallest test score, runs with a larger test loss than fixed from the\n"
         "same guess and seed, and runs or trials that became non-finite."
@@ -98,8 +98,8 @@ def _range(values: Row) -> str:
     return f"{values['median']:.4g} ({values['smallest']:.4g} to {values['largest']:.4g})"
 
 
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _times(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def _aligned(head: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
