@@ -134,6 +134,16 @@ def test_runs_are_made_again_where_a_setting_differs_and_only_there(in_turn, who
     assert made_again(in_turn, whole, tmp_path, *arguments) == count
 
 
+def test_a_trial_is_made_again_if_its_row_is_of_another_draw(in_turn, whole, tmp_path):
+    found = [json.loads(line) for line in (whole / "runs.jsonl").read_text().splitlines()]
+    (trial,) = [row for row in found if row["trial"] == 1]
+    trial["sample"]["input_dropout"] += 0.1
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    assert compare.main(["digits", *ALL, "--out", str(tmp_path)]) == 0
+    assert len(in_turn.calls) == 1
+    assert rows(tmp_path) == rows(whole)
+
+
 def test_the_settings_of_a_row_depend_on_all_but_the_places_of_files(tmp_path):
     config = recipe("digits").config()
     asked = plan.Comparison("digits", config, ("stn",), ("low",), 1, 1, tmp_path, {"data": {"train": "sha256:0"}})

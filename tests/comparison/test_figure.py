@@ -30,6 +30,7 @@ def test_every_run_and_search_has_a_thin_line_and_every_method_a_bold_one(rows, 
         assert colours == {line.get_color() for line in lines(axis, bold=True)}
         assert len(colours) == 3
     (legend,) = figure.legends
+    assert {line.get_color() for line in legend.get_lines()} == colours
     labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["stn: 6 runs", "fixed: 1 runs", "tpe: 2 searches of 2 trials"]
     assert figure.axes[0].get_ylabel() == "loss (nats)"

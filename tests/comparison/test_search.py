@@ -81,6 +81,9 @@ def test_a_study_that_was_stopped_has_the_same_trials(tmp_path, method):
     assert len({str(sample) for sample in whole}) == 8
     assert trials(tmp_path / "stopped", method, 8, stop=(0, 2, 3, 5, 7)) == whole
     assert trials(tmp_path / "stopped", method, 8) == whole  # all of them are finished
+    found = optuna.load_study(study_name="name", storage=open_journal(tmp_path / "stopped")).get_trials()
+    assert [trial.state.name for trial in found].count("FAIL") == 5
+    assert {trial.state.name for trial in found} == {"FAIL", "COMPLETE"}
     assert trials(tmp_path / "other", method, 8, seed=1) != whole
 
 

@@ -101,6 +101,14 @@ def test_methods_are_compared_over_all_guesses_and_seeds(make_row):
     assert ends["deviation"] == pytest.approx(math.sqrt(sum(squares) / 6))
 
 
+def test_a_run_as_good_as_fixed_is_not_worse(make_row):
+    rows = [make_row(method, seed, 0.5, 0.5) for method in ("stn", "fixed") for seed in range(2)]
+    summary = summarise(rows)
+    assert entry(summary["methods"], method="stn")["worse_than_fixed"] == 0
+    (test,) = summary["tests"]
+    assert (test["pairs"], test["p"], test["smallest_p"]) == (0, 1.0, 1.0)
+
+
 def test_runs_that_became_non_finite_are_counted_and_have_an_infinite_loss(make_row):
     rows = compared(make_row)
     rows[0] = make_row("stn", 0, None, None, guess="low", diverged="nan")
@@ -150,5 +158,5 @@ def test_p_is_that_of_all_choices_of_signs(differences):
 
 
 def test_an_infinite_difference_has_the_highest_rank():
-    assert signed_rank_p([-0.1, -0.2, 0.3, math.inf]) == pytest.approx(exact_p([-0.1, -0.2, 0.3, 9.0]))
+    assert signed_rank_p([-1.0, 2.0, -3.0, -4.0, math.inf]) == pytest.approx(exact_p([-1.0, 2.0, -3.0, -4.0, 9.0]))
     assert signed_rank_p([]) == 1.0

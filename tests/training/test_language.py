@@ -328,6 +328,15 @@ def test_self_tuning_moves_the_hyperparameters_of_a_language_model(train):
     assert abs(moved["dropout"]) > 0.1
 
 
+def test_the_examples_of_a_text_are_its_words(tmp_path):
+    trainer = trainer_of(tmp_path=tmp_path)
+    words = trainer.train_batches[0].inputs.numel()
+    for _ in range(3):
+        trainer._advance()
+    passes = 2 if trainer.config.method.antithetic else 1
+    assert trainer.examples == {"train_examples": 3 * passes * words, "valid_examples": 0}
+
+
 def test_evaluating_leaves_the_states_of_training_alone(tmp_path):
     trainer = trainer_of(tmp_path=tmp_path)
     trainer._advance()
