@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import multiprocessing
 import shutil
 import statistics
 import tempfile
@@ -31,9 +30,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.kept_runs import KeptRuns, Row
-from benchmarks.self_tuning import add_run_flags, check_run_flags, digest, guessed, sharing, writable
+from benchmarks.self_tuning import add_run_flags, check_run_flags, sharing, writable
 from stn_fast.command_line import run_command
+from stn_fast.comparison.guesses import guessed
+from stn_fast.comparison.kept_runs import KeptRuns, Row
+from stn_fast.comparison.processes import Processes
+from stn_fast.comparison.runs import digest
 from stn_fast.errors import UserError
 from stn_fast.recipes import RECIPES, recipe
 from stn_fast.training.config import Config
@@ -199,8 +201,8 @@ def examined(units: Sequence[Unit], jobs: int) -> Iterator[Iterable[Row]]:
     if jobs == 1:
         yield map(examine, units)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
-        yield pool.imap(examine, units)
+    with Processes(jobs) as processes:
+        yield processes.map(examine, units)
 
 
 def table(rows: Sequence[Row]) -> str:

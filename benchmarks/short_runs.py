@@ -34,9 +34,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.kept_runs import KeptRuns, Row
 from benchmarks.self_tuning import writable
 from stn_fast.command_line import run_command
+from stn_fast.comparison.kept_runs import KeptRuns, Row
 from stn_fast.data import Split, digits
 from stn_fast.errors import UserError
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter, HyperparameterSpace
