@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 RECIPES = {
     "digits": "stn_fast.recipes.digits",
+    "digits-small": "stn_fast.recipes.digits:digits_small",
     "fashion-mnist-small": "stn_fast.recipes.images:fashion_mnist_small",
     "fashion-mnist": "stn_fast.recipes.images:fashion_mnist",
     "cifar10": "stn_fast.recipes.images:cifar10",
