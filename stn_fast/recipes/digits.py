@@ -53,7 +53,7 @@ def _small() -> Config:
     """A tenth of the training images, in two batches, and the package's own steps and start of the response."""
     return Config(
         recipe="digits-small",
-        hyperparameters=config().hyperparameters | {"input_noise": HyperparameterConfig(init=0.1, low=0.0)},
+        hyperparameters={**config().hyperparameters, "input_noise": HyperparameterConfig(init=0.1, low=0.0)},
         method=MethodConfig(warmup_epochs=30),
         schedule=ScheduleConfig(epochs=750, batch_size=45),
         threads=1,
