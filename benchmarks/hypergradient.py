@@ -1,19 +1,22 @@
 """Why a hyperparameter moves or does not: its hypergradient, and the loss that training at other values arrives at.
 
-    python -m benchmarks.hypergradient digits --guess .7
+    python -m benchmarks.hypergradient digits-small --guess .3 --draws 3
     python -m benchmarks.hypergradient ptb-small --guess .05 --horizons 10 50 200 --jobs 2 --out FILE --figure FILE
 
-Trains a run and examines its states after --at of its steps. For each hyperparameter, with λ in unconstrained units:
+Trains a run and examines its states after --at of its training steps. For each hyperparameter, with λ in unconstrained
+units:
 
-gradient   dF/dλ as validation steps compute it, through the response: mean over --batches validation batches and draws,
-           its standard error, and the signal-to-noise ratio of one step, |mean| / standard deviation
-K = 0      [F(λ + δ) − F(λ − δ)] / 2δ on the whole validation set, through the response, without training: differs from
-           the gradient by curvature, and by the perturbation of validation steps if σ is tuned
-K steps    the same after training goes on for K steps at λ ± δ, from the same state, on the same batches and from the
-           same random numbers: what moving λ does to the loss. Mean over --draws seeds of the random numbers
+gradient   dF/dλ as validation steps compute it, through the response: mean over --batches validation batches, its
+           standard error, and the signal-to-noise ratio of one step, |mean| / standard deviation
+K = 0      [F(λ + δ) − F(λ − δ)] / 2δ on the whole validation set through the response, without training. It differs
+           from the gradient by curvature and, if σ is tuned, by the perturbation of validation steps
+K steps    the same difference after K training steps with the regularisation of λ ± δ, which both start from the
+           weights at λ: the response's center is moved along. What training does, whatever the response predicts. Mean
+           over --draws seeds of the random numbers, and its standard error
 
-A gradient far below its deviation is lost in noise; K = 0 that differs from small K is a response that does not fit;
-small K that differs from large K is a horizon that is too short. --horizons ends with "rest" for the rest of the run.
+A gradient far below its deviation is lost in noise. A gradient that agrees with no K is that of a response that does
+not fit. Where small K and large K disagree, what helps soon does harm later, or the reverse: a horizon, to which no
+fit of the response is an answer. --horizons may end with "rest", the training steps that are left.
 """
 
 from __future__ import annotations
@@ -24,9 +27,10 @@ import math
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +41,17 @@ from stn_fast.comparison.kept_runs import KeptRuns, Row
 from stn_fast.comparison.processes import Processes
 from stn_fast.comparison.runs import digest
 from stn_fast.errors import UserError
+from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.recipes import RECIPES, recipe
 from stn_fast.training.config import Config
+from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.layering import resolve
 from stn_fast.values import to_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stn_fast.hyperparameters import HyperBatch
     from stn_fast.training.methods import SelfTuning
     from stn_fast.training.trainer import Trainer
 
@@ -63,39 +72,52 @@ class How:
 
 @dataclass(frozen=True)
 class Unit:
-    """One hyperparameter at one state of a run."""
+    """A hyperparameter at a state of a run; without a name, the gradients of all of them there."""
 
     config: Config
     state: Path  # a checkpoint
-    name: str
+    name: str | None
     how: How
 
 
 def states(config: Config, shares: Sequence[float], folder: Path) -> list[Path]:
-    """Trains as ``config`` says up to the largest share of its steps; returns a checkpoint for each share."""
+    """Trains as ``config`` says up to the largest share of its steps; returns a checkpoint for each share.
+
+    Raises:
+        UserError: the run ends before.
+    """
     from stn_fast.training import checkpoint
     from stn_fast.training.run import run
 
     kept = []
     build = recipe(config.recipe).build
-    total = steps_of(config)
-    for share in sorted(shares):
-        step = max(1, round(share * total))
-        run(replace(config, schedule=replace(config.schedule, max_steps=step)), build)
+    for step in steps_at(config, shares):
+        result = run(replace(config, schedule=replace(config.schedule, max_steps=step)), build)
+        if result["steps"] < step:
+            raise UserError(
+                f"{result['ended_by']} ended the run after {result['steps']} steps, and --at asks for {step}: turn it "
+                "off by --set, or ask for smaller shares"
+            )
         found = checkpoint.path_of(Path(config.directory) / "checkpoints", step)
         kept.append(shutil.copytree(found, folder / found.name, dirs_exist_ok=True))
     return kept
 
 
-def steps_of(config: Config) -> int:
-    """The training and validation steps of a whole run."""
+def steps_at(config: Config, shares: Sequence[float]) -> list[int]:
+    """The numbers of training and validation steps that are the ``shares`` of a whole run, ascending."""
+    method, (training, per_pass) = config.method, training_steps(config)
+    tuning = max(0, training - method.warmup_epochs * per_pass)
+    total = training + tuning // method.train_steps * method.valid_steps
+    return sorted({max(1, round(share * total)) for share in shares})
+
+
+def training_steps(config: Config) -> tuple[int, int]:
+    """The training steps of a whole run, and those of a pass over the training set."""
     from stn_fast.training.run import checked_task
 
-    task, method = checked_task(config, recipe(config.recipe).build), config.method
+    task = checked_task(config, recipe(config.recipe).build)
     sequence = task.batching.sequence(task.data.train, config.schedule.batch_size, seed=0, stream=0)
-    training = config.schedule.epochs * sequence.per_pass
-    tuning = max(0, training - method.warmup_epochs * sequence.per_pass)
-    return training + tuning // method.train_steps * method.valid_steps
+    return config.schedule.epochs * sequence.per_pass, sequence.per_pass
 
 
 def trainer_at(config: Config, state: Path) -> tuple[Trainer, SelfTuning, Callable[[], None]]:
@@ -110,94 +132,130 @@ def trainer_at(config: Config, state: Path) -> tuple[Trainer, SelfTuning, Callab
     method = build_method(config, task)
     assert isinstance(method, SelfTuning)
     trainer, saved = Trainer(config, task, method, state.parent), checkpoint.read(state)
+    space, seed = method.space, method.seed
 
     def back() -> None:
+        method.space, method.seed = space, seed
         trainer.load_state_dict(copy.deepcopy(saved))  # steps update the optimizer's tensors that are loaded in place
 
     back()
     return trainer, method, back
 
 
-def examine(unit: Unit) -> Row:
-    """The gradients and differences of one hyperparameter at one state."""
+def examine(unit: Unit) -> Any:
+    """The differences of a hyperparameter at a state, or the gradients of all of them by name."""
     from stn_fast.training.run import using_threads
 
     with using_threads(unit.config.threads):
-        return _examine(unit)
+        trainer, method, back = trainer_at(unit.config, unit.state)
+        if unit.name is None:
+            return validation_gradients(trainer, method, unit.how.batches)
+        return differences(trainer, method, back, unit.name, unit.how)
 
 
-def _examine(unit: Unit) -> Row:
-    config, how = unit.config, unit.how
-    trainer, method, back = trainer_at(config, unit.state)
-    column = method.space.index(unit.name)
-    gradients = validation_gradients(trainer, method, how.batches, column)
-    back()
-    location = method.location.detach().clone()
-    left = steps_of(config) - trainer.step
-    steps = {"0": 0} | {K: left if K == REST else int(K) for K in how.horizons}
-    named = {K: steps[K] for K in sorted(steps, key=steps.__getitem__) if steps[K] <= left}
-    moved = {sign: location.clone() for sign in (+1, -1)}
-    for sign, there in moved.items():
-        there[column] += sign * how.width
-    losses = {
-        sign: [along(trainer, method, back, there, list(named.values()), draw) for draw in range(how.draws)]
-        for sign, there in moved.items()
-    }
-    differences = {
-        name: [(up[K] - down[K]) / (2 * how.width) for up, down in zip(losses[+1], losses[-1], strict=True)]
-        for name, K in named.items()
-    }
-    deviation = statistics.stdev(gradients)
-    mean = statistics.mean(gradients)
-    return {
-        "value": method.space.values(location)[unit.name],
-        "scale": method.scales()[column].item(),
-        "gradient": mean,
-        "standard_error": deviation / math.sqrt(len(gradients)),
-        "signal_to_noise": abs(mean) / deviation if deviation else math.inf,
-        "differences": differences,
-        "rest": left,
-    }
+def validation_gradients(trainer: Trainer, method: SelfTuning, batches: int) -> dict[str, Row]:
+    """dF/dλ of every hyperparameter over the next validation batches, by name."""
+    import torch
 
-
-def validation_gradients(trainer: Trainer, method: SelfTuning, batches: int, column: int) -> list[float]:
-    """dF/dλ of one hyperparameter on each of the next validation batches, each with draws of its own."""
     found = []
     for number in range(batches):
         batch = trainer.valid_batches[trainer.valid_steps + number]
         _, (of_location, *_) = method.hypergradients(batch, trainer.step + number)
-        found.append(of_location[column].item())
-    return found
+        found.append(of_location)
+    gradients = torch.stack(found).double()
+    means, deviations, scales = gradients.mean(0).tolist(), gradients.std(0).tolist(), method.scales().tolist()
+    values = method.space.values(method.location)
+    return {
+        name: {
+            "value": values[name],
+            "scale": scale,
+            "gradient": mean,
+            "standard_error": deviation / math.sqrt(batches),
+            "signal_to_noise": abs(mean) / deviation if deviation else math.inf,
+        }
+        for name, mean, deviation, scale in zip(method.space.names, means, deviations, scales, strict=True)
+    }
+
+
+def differences(trainer: Trainer, method: SelfTuning, back: Callable[[], None], name: str, how: How) -> Row:
+    """Central differences of the validation loss for each horizon: one for every draw, null where it is not finite."""
+    back()
+    left = training_steps(trainer.config)[0] - trainer.train_steps
+    steps = {str(K): left if K == REST else int(K) for K in how.horizons}
+    named = {K: steps[K] for K in sorted(steps, key=steps.__getitem__) if steps[K] <= left}
+    found: dict[str, list[float | None]] = {"0": [through_the_response(trainer, method, name, how.width)]}
+    found |= {K: [] for K in named}
+    for draw in range(how.draws):
+        going = partial(along, trainer, method, back, name, horizons=list(named.values()), draw=draw)
+        high, low = going(how.width), going(-how.width)
+        for K, number in named.items():
+            both = number in high and number in low
+            found[K].append((high[number] - low[number]) / (2 * how.width) if both else None)
+    return {"differences": found, "rest": left}
+
+
+def through_the_response(trainer: Trainer, method: SelfTuning, name: str, width: float) -> float:
+    """The central difference without training: the weights change as the response says."""
+    center = None if method.center is None else method.center.clone()
+    losses = []
+    for sign in (1, -1):
+        there = method.location.detach().clone()
+        there[method.space.index(name)] += sign * width
+
+        def moved(examples: int, there: Tensor = there) -> HyperBatch:
+            return method.space.at(there, batch_size=examples, center=center)
+
+        losses.append(trainer.evaluate(trainer.task.data.valid, moved)["loss"])
+    return (losses[0] - losses[1]) / (2 * width)
 
 
 def along(
-    trainer: Trainer, method: SelfTuning, back: Callable[[], None], there: Any, horizons: Sequence[int], draw: int
+    trainer: Trainer,
+    method: SelfTuning,
+    back: Callable[[], None],
+    name: str,
+    shift: float,
+    horizons: Sequence[int],
+    draw: int,
 ) -> dict[int, float]:
-    """Validation losses after each number of training steps at the location ``there``, from the trainer's state."""
+    """Validation losses after each number of training steps with the location of a hyperparameter shifted.
+
+    Training starts from the trainer's state and from the same weights, whatever the shift: the center of the response
+    is shifted too. The losses end where one is not finite.
+    """
     import torch
 
     back()
-    valid, seed, center = trainer.task.data.valid, method.seed, method.center
+    method.seed += 1000 * draw
+    column = method.space.index(name)
+    method.space = shifted(method.space, name, shift)
     with torch.no_grad():
-        method.location.copy_(there)
-
-    def at_old_center(examples: int) -> Any:
-        return method.space.at(method.location.detach(), batch_size=examples, center=center)
-
-    method.seed = seed + 1000 * draw
-    losses, done = {}, 0
+        method.location[column] += shift
+    losses: dict[int, float] = {}
+    done = 0
     for horizon in horizons:
-        for number in range(done, horizon):
-            method.train_step(trainer.train_batches[trainer.train_steps + number], trainer.step + number)
+        try:
+            for number in range(done, horizon):
+                method.train_step(trainer.train_batches[trainer.train_steps + number], trainer.step + number)
+        except NonFiniteError:
+            break
         done = horizon
-        losses[horizon] = trainer.evaluate(valid, None if horizon else at_old_center)["loss"]
-    method.seed = seed
+        losses[horizon] = trainer.evaluate(trainer.task.data.valid)["loss"]
     return losses
 
 
+def shifted(space: HyperparameterSpace, name: str, shift: float) -> HyperparameterSpace:
+    """``space`` with the first location of a hyperparameter, and so the center of its response, shifted."""
+    continuous = HyperparameterSpace([replace(each, integer=False) for each in space])
+    start, _ = continuous.initial_state()
+    start[space.index(name)] += shift
+    init = continuous.values(start)[name]
+    return HyperparameterSpace([replace(each, init=init) if each.name == name else each for each in space])
+
+
 @contextmanager
-def examined(units: Sequence[Unit], jobs: int) -> Iterator[Iterable[Row]]:
-    """Yields the rows of ``units`` in order, ``jobs`` at a time."""
+def examined(units: Sequence[Unit], jobs: int) -> Iterator[Iterator[Any]]:
+    """Yields the results of ``units`` in order, ``jobs`` at a time."""
     if jobs == 1:
         yield map(examine, units)
         return
@@ -208,21 +266,44 @@ def examined(units: Sequence[Unit], jobs: int) -> Iterator[Iterable[Row]]:
 def table(rows: Sequence[Row]) -> str:
     """A line for each hyperparameter and state, and how often the gradient's sign is that of the differences."""
     horizons = sorted({K for row in rows for K in row["differences"]}, key=lambda K: math.inf if K == REST else int(K))
-    columns = ["value", "σ", "gradient", "± error", "S/N", *(K if K == REST else f"K = {K}" for K in horizons)]
+    columns = ["value", "σ", "gradient", "± error", "S/N"]
+    wide = [K if K == REST else f"K = {K}" for K in horizons]
     lines = []
     for step in dict.fromkeys(row["step"] for row in rows):
-        lines.append(f"{f'after step {step}':>36}" + "".join(f"{head:>10}" for head in columns))
+        heads = [f"{head:>10}" for head in columns] + [f"{head:>18}" for head in wide]
+        lines.append(f"{f'after step {step}':>36}" + "".join(heads))
         for row in (row for row in rows if row["step"] == step):
             numbers = [row[key] for key in ("value", "scale", "gradient", "standard_error", "signal_to_noise")]
-            numbers += [statistics.mean(row["differences"].get(K, [math.nan])) for K in horizons]
-            cells = "".join(f"{'' if math.isnan(number) else f'{number:.2g}':>10}" for number in numbers)
-            lines.append(f"{row['hyperparameter']:>36}{cells}")
+            cells = [f"{number:>10.2g}" for number in numbers] + [f"{cell(row, K):>18}" for K in horizons]
+            lines.append(f"{row['hyperparameter']:>36}" + "".join(cells))
     for horizon in horizons:
-        known = [row for row in rows if horizon in row["differences"]]
-        same = sum(row["gradient"] * statistics.mean(row["differences"][horizon]) > 0 for row in known)
+        means = [(row["gradient"], mean_and_error(row, horizon)) for row in rows]
+        known = [(gradient, *found) for gradient, found in means if found is not None]
+        clear = [gradient * mean > 0 for gradient, mean, error in known if abs(mean) > 2 * error]
         says = "the rest of the run" if horizon == REST else f"K = {horizon}"
-        lines.append(f"{says}: the gradient has the sign of the difference in {same} of {len(known)}")
+        lines.append(
+            f"{says}: the gradient has the sign of the difference in {sum(g * m > 0 for g, m, _ in known)} of "
+            f"{len(known)}; where the difference is more than two errors from 0, in {sum(clear)} of {len(clear)}"
+        )
     return "\n".join(lines)
+
+
+def mean_and_error(row: Row, horizon: str) -> tuple[float, float] | None:
+    """The mean over draws and its standard error, which is 0 for a single one; None where any is not finite."""
+    values = row["differences"].get(horizon)
+    if not values or None in values:
+        return None
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.mean(values), error
+
+
+def cell(row: Row, horizon: str) -> str:
+    """The mean ± its error; empty if it was not measured."""
+    found = mean_and_error(row, horizon)
+    if found is None:
+        return "not finite" if horizon in row["differences"] else ""
+    mean, error = found
+    return f"{mean:.2g} ± {error:.1g}" if error else f"{mean:.2g}"
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
@@ -240,19 +321,21 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         panel.tick_params(labelsize=7)
         for row in (row for row in rows if row["hyperparameter"] == name):
             colour = COLOURS[steps.index(row["step"]) % len(COLOURS)]
-            horizons = [row["rest"] if K == REST else int(K) for K in row["differences"]]
-            means = [statistics.mean(values) for values in row["differences"].values()]
-            panel.plot(horizons, means, "o-", color=colour, markersize=3, label=f"step {row['step']}")
-            low, high = (row["gradient"] + sign * 2 * row["standard_error"] for sign in (-1, 1))
-            panel.axhspan(low, high, color=colour, alpha=0.15, linewidth=0)
+            found = {K: mean_and_error(row, K) for K in row["differences"]}
+            places = [row["rest"] if K == REST else int(K) for K, known in found.items() if known]
+            means, errors = zip(*(known for known in found.values() if known), strict=True)
+            style: dict[str, Any] = dict(color=colour, markersize=3, linewidth=1.2, elinewidth=0.8)
+            panel.errorbar(
+                places, means, [2 * error for error in errors], fmt="o-", label=f"step {row['step']}", **style
+            )
             panel.axhline(row["gradient"], color=colour, linestyle="--", linewidth=1)
     for panel in panels[len(names) :]:
         panel.set_visible(False)
     panels[0].legend(fontsize=7, frameon=False)
     figure.supxlabel("training steps at λ ± δ", fontsize=9)
-    figure.supylabel("dF/dλ; dashed: through the response", fontsize=9)
+    figure.supylabel("dF/dλ; dashed: the method's", fontsize=9)
     figure.set_layout_engine("constrained")
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=130)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -273,43 +356,65 @@ def parser() -> argparse.ArgumentParser:
     return it
 
 
+def check(flags: argparse.Namespace) -> None:
+    """Raises UserError if a flag's value is wrong."""
+    wrong = {
+        "--horizons": any(K != REST and not (K.isdigit() and int(K) > 0) for K in flags.horizons),
+        "--at": any(not 0 < share <= 1 for share in flags.at),
+        "--width": not flags.width > 0,
+        "--batches": flags.batches < 2,
+        "--draws": flags.draws < 1,
+    }
+    right = f"numbers of steps above 0 or {REST}, shares above 0 and at most 1, above 0, at least 2, at least 1"
+    for (flag, is_wrong), what in zip(wrong.items(), right.split(", "), strict=True):
+        if is_wrong:
+            raise UserError(f"{flag} {getattr(flags, flag[2:])}: must be {what}")
+
+
 def compute(flags: argparse.Namespace) -> list[Row]:
     """Makes the rows that are not in --out yet and returns all that are asked for.
 
     Raises:
-        UserError: a flag's value is wrong.
+        UserError: a flag's value is wrong, or the run ends before a state that is asked for.
     """
-    wrong = [K for K in flags.horizons if K != REST and not (K.isdigit() and int(K) > 0)]
-    if wrong or any(not 0 < share <= 1 for share in flags.at) or flags.batches < 2 or flags.width <= 0:
-        raise UserError("--horizons must be whole numbers above 0, --at above 0 and at most 1, --batches at least 2")
+    check(flags)
     kept = KeptRuns(writable(flags.out, "--out") if flags.out else None, KEY)
     how = How(flags.width, flags.batches, flags.draws, tuple(flags.horizons))
+    defaults = replace(recipe(flags.recipe).config(), data_root=flags.data_root)
+    base = sharing(resolve(defaults, pairs=[f"method.name={flags.method}", *flags.set]), flags.jobs)
+    if base.method.response != "shifted":
+        raise UserError("method.response must be shifted, as a raw response or that to a value has no center")
+    base = guessed(
+        replace(base, schedule=replace(base.schedule, epochs=flags.epochs or base.schedule.epochs)), flags.guess
+    )
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in range(flags.seeds):
-            defaults = replace(recipe(flags.recipe).config(), data_root=flags.data_root)
-            pairs = [f"method.name={flags.method}", *flags.set]
-            base = guessed(sharing(resolve(defaults, pairs=pairs), flags.jobs), flags.guess)
-            schedule = replace(base.schedule, epochs=flags.epochs or base.schedule.epochs)
             folder = Path(flags.run_dir or scratch) / f"{flags.method}-{flags.guess}-seed{seed}"
-            config = replace(base, seed=seed, run_dir=str(folder), schedule=schedule)
+            config = replace(base, seed=seed, run_dir=str(folder))
             about = {"recipe": flags.recipe, "method": flags.method, "guess": flags.guess, "seed": seed}
             about |= {"settings": digest(config), "how": to_json(asdict(how))}
-            asked = [
-                {**about, "step": max(1, round(share * steps_of(config))), "hyperparameter": name}
-                for share in sorted(flags.at)
-                for name in config.enabled
-            ]
+            steps = steps_at(config, flags.at)
+            asked = [{**about, "step": step, "hyperparameter": name} for step in steps for name in config.enabled]
             missing = [row for row in asked if kept.find(row) is None]
             if missing:
-                found = {int(path.name[5:]): path for path in states(config, flags.at, Path(scratch) / str(seed))}
-                units = [Unit(config, found[row["step"]], row["hyperparameter"], how) for row in missing]
-                with examined(units, flags.jobs) as coming:
-                    for number, (row, result) in enumerate(zip(missing, coming, strict=True), 1):
-                        kept.add({**row, **result, "set": flags.set})
-                        print(f"{number} of {len(missing)}: {row['hyperparameter']}", flush=True)
+                found = dict(zip(steps, states(config, flags.at, Path(scratch) / str(seed)), strict=True))
+                for row in made(missing, config, found, how, flags.jobs):
+                    kept.add({**row, "set": flags.set})
             rows += [row for row in map(kept.find, asked) if row is not None]
     return rows
+
+
+def made(missing: Sequence[Row], config: Config, found: Mapping[int, Path], how: How, jobs: int) -> Iterator[Row]:
+    """The rows that are ``missing``, from the checkpoints by step that were ``found``."""
+    steps = list(dict.fromkeys(row["step"] for row in missing))
+    gradients = [Unit(config, found[step], None, how) for step in steps]
+    units = [Unit(config, found[row["step"]], row["hyperparameter"], how) for row in missing]
+    with examined([*gradients, *units], jobs) as coming:
+        of_state = {step: next(coming) for step in steps}
+        for number, (row, result) in enumerate(zip(missing, coming, strict=True), 1):
+            yield {**row, **of_state[row["step"]][row["hyperparameter"]], **result}
+            print(f"{number} of {len(missing)}: {row['hyperparameter']} after step {row['step']}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,13 +2,16 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from random_response import respond
 
 from benchmarks import hypergradient
+from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
 from stn_fast.recipes import recipe
+from stn_fast.training.run import run
 
 QUICK = ["digits", "--guess", ".3", "--epochs", "6", "--at", ".5", "--horizons", "3", "rest", "--batches", "3"]
 
@@ -40,51 +43,63 @@ def test_rows_in_processes_of_their_own_are_those_made_in_turn(tmp_path):
     assert made[0] == made[1]
 
 
-@pytest.fixture(scope="module")
-def at_a_state(tmp_path_factory):
+@pytest.fixture(scope="module", params=["stn", "delta-stn"])
+def at_a_state(request, tmp_path_factory):
     """A trainer and a method with a response, in the state of a checkpoint."""
-    from dataclasses import replace
-
     folder = tmp_path_factory.mktemp("runs")
     defaults = recipe("digits").config()
-    schedule = replace(defaults.schedule, epochs=2)
-    config = replace(defaults, run_dir=str(folder / "run"), schedule=schedule, hyperparameters=defaults.hyperparameters)
+    schedule, method = replace(defaults.schedule, epochs=2), replace(defaults.method, name=request.param)
+    config = replace(defaults, run_dir=str(folder / "run"), schedule=schedule, method=method)
     (state,) = hypergradient.states(config, [0.5], folder / "kept")
-    trainer, method, back = hypergradient.trainer_at(config, state)
-    return trainer, method, back
+    return hypergradient.trainer_at(config, state)
 
 
 def test_the_difference_without_training_is_the_slope_of_the_loss_through_the_response(at_a_state):
     trainer, method, back = at_a_state
     back()
     respond(method.model)
-    saved = copy.deepcopy(trainer.state_dict())
-    location, width = method.location.detach().clone(), 0.1
-    for column in (0, 3):
-        losses = {}
-        for sign in (1, -1):
-            there = location.clone()
-            there[column] += sign * width
-            moved = hypergradient.along(trainer, method, lambda: trainer.load_state_dict(saved), there, [0], 0)
-            losses[sign] = moved[0]
-        data = trainer.task.data.valid
-        at = method.location.detach().copy_(location).clone().requires_grad_()
-        hyper = method.space.at(at, batch_size=data.examples)
-        method.model.eval()
-        loss = torch.nn.functional.cross_entropy(method.model(data.inputs, hyper), data.targets)
-        (slope,) = torch.autograd.grad(loss, at)
-        assert (losses[1] - losses[-1]) / (2 * width) == pytest.approx(slope[column].item(), rel=2e-2)
+    with torch.no_grad():
+        for name, parameter in method.model.named_parameters():
+            if "gate" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    data, center = trainer.task.data.valid, None if method.center is None else method.center.clone()
+    at = method.location.detach().clone().requires_grad_()
+    hyper = method.space.at(at, batch_size=data.examples, center=center)
+    method.model.eval()
+    loss = torch.nn.functional.cross_entropy(method.model(data.inputs, hyper), data.targets)
+    (slopes,) = torch.autograd.grad(loss, at)
+    found = [hypergradient.through_the_response(trainer, method, name, 0.05) for name in method.space.names]
+    assert (torch.tensor(found) - slopes).norm() < 0.1 * slopes.norm()
 
 
-def test_training_goes_on_at_the_given_location_from_the_same_state(at_a_state):
+def test_training_goes_on_with_other_regularisation_from_the_same_weights_and_state(at_a_state):
     trainer, method, back = at_a_state
     back()
-    there = method.location.detach() + 1.0
-    first = hypergradient.along(trainer, method, back, there, [0, 2, 5], 0)
-    assert first == hypergradient.along(trainer, method, back, there, [0, 2, 5], 0)
-    assert first[5] != hypergradient.along(trainer, method, back, there - 2, [0, 2, 5], 0)[5]
-    assert first[5] != hypergradient.along(trainer, method, back, there, [0, 2, 5], 1)[5], "a draw changes nothing"
-    assert torch.equal(method.location.detach(), there)
+    respond(method.model)
+    saved = copy.deepcopy(trainer.state_dict())
+
+    def here():
+        back()
+        trainer.load_state_dict(copy.deepcopy(saved))
+
+    def along(shift, draw=0):
+        return hypergradient.along(trainer, method, here, "input_dropout", shift, [0, 2, 5], draw)
+
+    before = trainer.evaluate(trainer.task.data.valid)["loss"]
+    high, low = along(1.0), along(-1.0)
+    assert high[0] == pytest.approx(before, rel=1e-5), "the weights moved before any training"
+    assert low[0] == pytest.approx(before, rel=1e-5)
+    assert high[5] != low[5]
+    assert high == along(1.0)
+    assert high[5] != along(1.0, draw=1)[5], "a draw changes nothing"
+
+
+def test_the_center_of_an_integer_can_be_shifted_too():
+    integer = Hyperparameter("length", init=2.5, low=0.0, high=14.0, integer=True)
+    space = HyperparameterSpace([integer, Hyperparameter("rate", init=0.3, low=0.0, high=0.9)])
+    moved = hypergradient.shifted(space, "length", 0.5)
+    before, after = space.initial_state()[0], moved.initial_state()[0]
+    assert (after - before).tolist() == pytest.approx([0.5, 0.0], abs=1e-5)
 
 
 def test_hypergradients_are_those_that_a_validation_step_uses(at_a_state):
@@ -103,20 +118,47 @@ def test_hypergradients_are_those_that_a_validation_step_uses(at_a_state):
 
 
 def test_states_are_taken_at_shares_of_the_steps_that_a_whole_run_has(tmp_path):
-    from dataclasses import replace
-
-    from stn_fast.training.run import run
-
     defaults = recipe("digits").config()
     config = replace(defaults, schedule=replace(defaults.schedule, epochs=4), run_dir=str(tmp_path / "run"))
-    assert hypergradient.steps_of(config) == run(config, recipe("digits").build)["steps"]
+    result = run(config, recipe("digits").build)
+    assert hypergradient.steps_at(config, [1.0]) == [result["steps"]]
+    assert hypergradient.training_steps(config)[0] == result["steps"] - result["valid_steps"]
 
 
-@pytest.mark.parametrize("wrong", [["--horizons", "0"], ["--horizons", "soon"], ["--at", "1.5"], ["--batches", "1"]])
+def test_the_rest_of_a_run_is_its_training_steps_that_are_left(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    assert hypergradient.main([*QUICK, "--out", str(out)]) == 0
+    for row in rows_of(out):
+        epochs, per_pass = 6, 9
+        warmup = 3 * per_pass
+        trained = warmup + round((row["step"] - warmup) * 2 / 3)
+        assert row["rest"] == pytest.approx(epochs * per_pass - trained, abs=1)
+
+
+def test_a_run_that_ends_early_is_an_error_that_names_the_key(tmp_path, capsys):
+    early = ["--set", "schedule.patience=1", "--set", "optimizer.learning_rate=3.0", "--set", "optimizer.clip=null"]
+    with pytest.raises(SystemExit):
+        hypergradient.main(["digits", "--epochs", "30", "--at", "1", "--horizons", "2", *early])
+    assert "schedule.patience ended the run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--horizons", "0"],
+        ["--horizons", "soon"],
+        ["--at", "1.5"],
+        ["--batches", "1"],
+        ["--draws", "0"],
+        ["--width", "-1"],
+    ],
+)
 def test_wrong_flags_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         hypergradient.main(["digits", *wrong])
-    assert wrong[0] in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert wrong[0] in said
+    assert wrong[1] in said
 
 
 def test_the_picture_has_a_line_for_each_state_and_the_table_leaves_out_what_was_not_measured():
@@ -124,7 +166,7 @@ def test_the_picture_has_a_line_for_each_state_and_the_table_leaves_out_what_was
     row |= {"signal_to_noise": 2.0, "differences": {"0": [1.0], "10": [-2.0, -4.0]}, "rest": 30}
     later = {**row, "step": 9, "differences": {"0": [2.0], "rest": [4.0]}}
     said = hypergradient.table([row, later])
-    assert "K = 10: the gradient has the sign of the difference in 0 of 1" in said
-    assert "the rest of the run: the gradient has the sign of the difference in 1 of 1" in said
-    assert "-3" in said
+    assert "K = 10: the gradient has the sign of the difference in 0 of 1; " in said
+    assert "the rest of the run: the gradient has the sign of the difference in 1 of 1; " in said
+    assert "-3 ± 1" in said
     assert "nan" not in said
