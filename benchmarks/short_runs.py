@@ -2,10 +2,14 @@
 
     python -m benchmarks.short_runs --jobs 2 --out benchmarks/results/short-runs.jsonl
     python -m benchmarks.short_runs --tasks stuck low-guess --seeds 10 --method delta-stn
+    python -m benchmarks.short_runs --tasks low-guess --seeds 10 --cycles 1000 --as-published
 
 Each run is --cycles of two training steps and a validation step, with the default optimizers, clipping and entropy
 weight; seeds change the split, the weights and the draws. Prints for each task the runs that became non-finite, the
 largest loss of a training step relative to the first one, the range of σ at the end, and the median of last losses.
+
+--as-published is the control, which shows that such runs can fail: one pass, the published start and β₂, and no
+clipping, as the STN paper describes its image tasks.
 
 low-guess     the README's loop with a layer more and far too little regularisation (breast cancer)
 high-guess    the same from far too much
@@ -22,11 +26,12 @@ language      an LSTM with the seven hyperparameters of the STN paper, on a rand
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +42,7 @@ from torch import Tensor, nn
 from benchmarks.self_tuning import writable
 from stn_fast.command_line import run_command
 from stn_fast.comparison.kept_runs import KeptRuns, Row
+from stn_fast.comparison.processes import Processes
 from stn_fast.data import Split, digits
 from stn_fast.errors import UserError
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter, HyperparameterSpace
@@ -50,11 +56,13 @@ from stn_fast.training.delta import DeltaSelfTuning
 from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.language import next_word_loss, regularised_next_word_loss
 from stn_fast.training.methods import SelfTuning
+from stn_fast.training.start import start_as_published
 from stn_fast.training.streams import Streams
 
 METHODS: Mapping[str, type[SelfTuning]] = {"stn": SelfTuning, "delta-stn": DeltaSelfTuning}
-KEY = ("task", "method", "seed", "cycles")
+KEY = ("task", "method", "seed", "cycles", "as_published")
 WARMUP = 20  # cycles without validation steps
+published_adam = partial(torch.optim.Adam, lr=1e-2)
 
 
 @dataclass(frozen=True)
@@ -260,9 +268,11 @@ def one_run(about: Row) -> Row:
     torch.set_num_threads(1)
     torch.manual_seed(about["seed"])
     problem = TASKS[about["task"]](about["seed"])
-    method = METHODS[about["method"]](
-        problem.model, problem.space, problem.training, problem.validation, seed=about["seed"]
-    )
+    options: dict[str, Any] = {"seed": about["seed"]}
+    if about["as_published"]:
+        start_as_published(problem.model, about["seed"], gates=0.01 if about["method"] == "stn" else 0.0)
+        options |= {"clip": None, "antithetic": False, "hyper_optimizer": published_adam}
+    method = METHODS[about["method"]](problem.model, problem.space, problem.training, problem.validation, **options)
     start = method.location.detach().clone()
     losses: list[float] = []
     train = valid = 0
@@ -293,14 +303,19 @@ def one_run(about: Row) -> Row:
     }
 
 
+def of_a_seed(runs: Sequence[Row]) -> list[Row]:
+    """The results of ``runs``; a process makes several, as it takes seconds to start."""
+    return [one_run(about) for about in runs]
+
+
 @contextmanager
-def made(runs: Sequence[Row], jobs: int) -> Iterator[Iterator[Row]]:
-    """Yields the results of ``runs`` in order, ``jobs`` at a time in processes of their own."""
+def made(groups: Sequence[Sequence[Row]], jobs: int) -> Iterator[Iterator[list[Row]]]:
+    """Yields the results of the ``groups`` of runs in order, ``jobs`` at a time in processes of their own."""
     if jobs == 1:
-        yield map(one_run, runs)
+        yield map(of_a_seed, groups)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield pool.imap(one_run, runs)
+    with Processes(jobs) as processes:
+        yield processes.map(of_a_seed, groups)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -329,6 +344,7 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--method", choices=list(METHODS), default="stn")
     it.add_argument("--seeds", type=int, default=100, help="seeds 0 to N - 1 (default: %(default)s)")
     it.add_argument("--cycles", type=int, default=200, help="two training steps and a validation step (default: 200)")
+    it.add_argument("--as-published", action="store_true", help="the control: as the papers do, and without clipping")
     it.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each (default: 1)")
     it.add_argument("--out", metavar="FILE", help="JSON lines: finished runs are added, and not made again")
     return it
@@ -342,17 +358,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         it.error(f"--seeds, --cycles and --jobs must be at least 1; got {flags.seeds}, {flags.cycles}, {flags.jobs}")
     try:
         kept = KeptRuns(writable(flags.out, "--out") if flags.out else None, KEY)
-        asked = [
-            {"task": name, "method": flags.method, "seed": seed, "cycles": flags.cycles}
-            for seed in range(flags.seeds)
-            for name in flags.tasks
-        ]
-        with made([run for run in asked if kept.find(run) is None], flags.jobs) as coming:
-            for row in coming:
-                kept.add(row)
+        about = {"method": flags.method, "cycles": flags.cycles, "as_published": flags.as_published}
+        groups = [[{**about, "task": name, "seed": seed} for name in flags.tasks] for seed in range(flags.seeds)]
+        missing = [[run for run in group if kept.find(run) is None] for group in groups]
+        with made([group for group in missing if group], flags.jobs) as coming:
+            for results in coming:
+                for row in results:
+                    kept.add(row)
     except UserError as error:
         it.error(str(error))
-    rows = [row for row in map(kept.find, asked) if row is not None]
+    rows = [row for row in map(kept.find, itertools.chain(*groups)) if row is not None]
     print(table(sorted(rows, key=lambda row: flags.tasks.index(row["task"]))))
     return int(any(row["diverged"] is not None for row in rows))
 

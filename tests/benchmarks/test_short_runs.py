@@ -12,7 +12,7 @@ from benchmarks import short_runs
 @pytest.mark.parametrize("name", short_runs.TASKS)
 def test_every_task_trains_tunes_and_depends_on_its_seed(name, monkeypatch):
     monkeypatch.setattr(short_runs, "WARMUP", 1)
-    about = {"task": name, "method": "stn", "cycles": 3}
+    about = {"task": name, "method": "stn", "cycles": 3, "as_published": False}
     rows = [short_runs.one_run({**about, "seed": seed}) for seed in (0, 0, 1)]
     assert all(row["diverged"] is None for row in rows)
     assert rows[0] == rows[1]
@@ -51,6 +51,27 @@ def test_processes_give_what_one_gives(tmp_path):
         assert short_runs.main([*flags, "--jobs", jobs, "--out", str(out)]) == 0
         made.append(out.read_text())
     assert made[0] == made[1]
+
+
+def test_the_control_has_the_published_settings(monkeypatch):
+    made = []
+
+    class Spy(short_runs.SelfTuning):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(short_runs, "METHODS", {"stn": Spy})
+    for published in (False, True):
+        about = {"task": "low-guess", "method": "stn", "seed": 0, "cycles": 1, "as_published": published}
+        short_runs.one_run(about)
+    ours, theirs = made
+    assert [(m.clip, m.antithetic, m.hyper_optimizer.param_groups[0]["betas"][1]) for m in made] == [
+        (1.0, True, 0.9),
+        (None, False, 0.999),
+    ]
+    assert theirs.model.layers[0].weight_gate.std().item() == pytest.approx(0.01, rel=0.2)
+    assert ours.model.layers[0].weight_gate.max() == 1
 
 
 def test_counts_below_one_are_refused(capsys):
