@@ -1,7 +1,8 @@
 """metrics.jsonl: one JSON object per line; a "train", a "valid" and an "eval" row for every epoch.
 
-Every row has the ``wall_seconds`` and the ``cpu_seconds`` (of all threads) of the run so far. "eval" rows have the
-``train_examples`` and ``valid_examples`` that its steps have read: words of a text, and twice for a step of two passes.
+Every row has the ``wall_seconds`` and the ``cpu_seconds`` (of all threads) of the run so far. "eval" rows also have
+the ``step_cpu_seconds``, without evaluations and checkpoints, and the ``train_examples`` and ``valid_examples`` that
+steps have read: words of a text, and twice for a step of two passes.
 
 A score that is not finite, such as a perplexity too large for a float, is null.
 """
@@ -23,7 +24,15 @@ from stn_fast.training.disk import writing
 from stn_fast.values import to_json
 
 # Only these keys may differ between two runs of one seed.
-TIMES = ("wall_seconds", "cpu_seconds", "examples_per_second", "steps_per_second", "peak_bytes", "captured")
+TIMES = (
+    "wall_seconds",
+    "cpu_seconds",
+    "step_cpu_seconds",
+    "examples_per_second",
+    "steps_per_second",
+    "peak_bytes",
+    "captured",
+)
 
 
 class MetricsLog:

@@ -9,7 +9,7 @@ from typing import Any
 from stn_fast.training.config import Config
 
 COUNTS = ("steps", "valid_steps", "epochs", "best_step", "train_examples", "valid_examples")
-TIMES = ("wall_seconds", "cpu_seconds", "steps_per_second")
+TIMES = ("wall_seconds", "cpu_seconds", "step_cpu_seconds", "steps_per_second")
 NULLABLE = ("peak_bytes", "valid_loss", "test_loss")
 SCORES = ("valid_accuracy", "test_accuracy", "valid_perplexity", "test_perplexity", "vocabulary", "unknown_share")
 BY_NAME = ("hyperparameters", "hyperparameters_start", "hyperparameters_end", "moved_in_initial_scales")

@@ -204,7 +204,7 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
         "ended_by": trainer.ended_by,
         "best_step": trainer.best["step"],
         **trainer.compute,
-        "steps_per_second": round(steps / max(trainer.step_seconds, 1e-9), 2),
+        "steps_per_second": round(steps / max(trainer.step_clock.seconds, 1e-9), 2),
         "peak_bytes": peak_bytes(config.device),
         "precision": config.precision,
         "captured": captured(trainer),

@@ -26,6 +26,7 @@ from stn_fast.training.optimizers import captures
 from stn_fast.training.plateau import Plateau
 from stn_fast.training.precision import float32_products
 from stn_fast.training.signals import Interrupted, StopRequest
+from stn_fast.training.step_clock import StepClock
 from stn_fast.training.task import Task
 
 Row = dict[str, Any]
@@ -77,10 +78,10 @@ class Trainer:
         self.train_loss, self.response_loss, self.valid_loss = (MeanLoss(device) for _ in range(3))
         self.best: Row = {"valid_loss": math.inf, "step": 0}
         self.plateau = Plateau(config.optimizer, schedule.patience)
-        self.rows, self.reported_at, self.step_seconds = 0, 0.0, 0.0
+        self.rows, self.reported_at = 0, 0.0
+        self.step_clock = StepClock()
         self.wall_seconds, self.cpu_seconds = 0.0, 0.0
-        self._started = self._stepping_since = time.perf_counter()
-        self._cpu_started = time.process_time()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
         self._saved_at = -1
 
     @property
@@ -101,9 +102,14 @@ class Trainer:
     def compute(self) -> Row:
         """Seconds on the clock and of CPU time (of all threads) up to the end or the last checkpoint, and `examples`.
 
-        Both times include evaluations and checkpoints, of earlier processes too, but not the loading of data.
+        Both times include evaluations and checkpoints, of earlier processes too, but not the loading of data;
+        ``step_cpu_seconds`` is the CPU time of training and validation steps only.
         """
-        times = {"wall_seconds": self.wall_seconds, "cpu_seconds": self.cpu_seconds}
+        times = {
+            "wall_seconds": self.wall_seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "step_cpu_seconds": self.step_clock.cpu_seconds,
+        }
         return {**{name: round(seconds, 3) for name, seconds in times.items()}, **self.examples}
 
     @property
@@ -156,9 +162,9 @@ class Trainer:
             Diverged: a loss or a gradient is not finite; no checkpoint holds that state.
             Interrupted: SIGINT or SIGTERM was received; a checkpoint of the last completed step has been written.
         """
-        self._stepping_since = time.perf_counter()
-        self._started = self._stepping_since - self.wall_seconds
+        self._started = time.perf_counter() - self.wall_seconds
         self._cpu_started = time.process_time() - self.cpu_seconds
+        self.step_clock.resume()
         with StopRequest() as stop:
             if self.rows == 0:
                 self._close_epoch(log)
@@ -208,7 +214,7 @@ class Trainer:
         except NonFiniteError as error:
             self._diverge(error.reason)
         tuned = describe(self.method.space, self.method.location, self.method.scales())
-        self._count_step_seconds()
+        self.step_clock.pause()
         trained = {"learning_rate": self.method.learning_rate}
         if self.response_loss.steps:
             trained["response_loss"], _ = self.response_loss.take()
@@ -224,19 +230,14 @@ class Trainer:
         scores = {f"valid_{name}": value for name, value in valid.items() if name != "loss"}
         scores |= {f"test_{name}": value for name, value in test.items()}
         examples = len(self.task.data.valid.inputs) + len(self.task.data.test.inputs)
-        evaluated = {"loss_unit": self.task.loss_unit, **self.examples, **scores, **tuned}
+        stepped = {"step_cpu_seconds": round(self.step_clock.cpu_seconds, 3), **self.examples}
+        evaluated = {"loss_unit": self.task.loss_unit, **stepped, **scores, **tuned}
         self._write(log, "eval", valid["loss"], examples, began, evaluated)
         if valid["loss"] < self.best["valid_loss"]:
             self.best = {"valid_loss": valid["loss"], "step": self.step}
         self.reported_at = self._seconds()
-        self._stepping_since = time.perf_counter()
+        self.step_clock.resume()
         return valid["loss"]
-
-    def _count_step_seconds(self) -> None:
-        """Adds the time since the last report to ``step_seconds``; the device has just been waited for."""
-        now = time.perf_counter()
-        self.step_seconds += now - self._stepping_since
-        self._stepping_since = now
 
     def _write(self, log: MetricsLog, phase: str, loss: float, examples: int, since: float, extra: Row) -> None:
         if not math.isfinite(loss):
@@ -251,6 +252,7 @@ class Trainer:
         self.report(row)
 
     def _diverge(self, what: str) -> NoReturn:
+        self.step_clock.pause()
         self._note_times()
         values = self.method.space.values(self.method.location)
         named = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
@@ -306,12 +308,12 @@ class Trainer:
         learnt = (*self.method.model.parameters(), self.method.location)
         if not all(torch.isfinite(tensor).all() for tensor in learnt):
             self._diverge(f"weights or hyperparameters are not finite after step {self.step}")
-        self._count_step_seconds()
+        self.step_clock.pause()
         log.sync()
         self._note_times()
         checkpoint.write(self.checkpoints, self.step, self.state_dict(), self.best["step"])
         self._saved_at = self.step
-        self._stepping_since = time.perf_counter()
+        self.step_clock.resume()
 
     def check_best(self, warn: Callable[[str], None]) -> None:
         """If the best checkpoint cannot be read, replaces it by the best of the others, and calls ``warn``.
@@ -377,7 +379,7 @@ class Trainer:
             "wall_seconds": self.wall_seconds,
             "cpu_seconds": self.cpu_seconds,
             "reported_at": self.reported_at,
-            "step_seconds": self.step_seconds,
+            "step_clock": self.step_clock.state_dict(),
         }
 
     def load_state_dict(self, state: Row) -> None:
@@ -389,7 +391,8 @@ class Trainer:
         self.response_loss.load_state_dict(state["response_loss"])
         self.valid_loss.load_state_dict(state["valid_loss"])
         self.plateau.load_state_dict(state["plateau"])
-        for name in ("train_steps", "valid_steps", "best", "rows", "reported_at", "step_seconds"):
+        self.step_clock.load_state_dict(state["step_clock"])
+        for name in ("train_steps", "valid_steps", "best", "rows", "reported_at"):
             setattr(self, name, state[name])
         self.wall_seconds, self.cpu_seconds = state["wall_seconds"], state["cpu_seconds"]
         self._saved_at = self.step

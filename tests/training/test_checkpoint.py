@@ -167,5 +167,5 @@ def test_a_manifest_that_is_no_mapping_is_damage(tmp_path):
 def test_another_format_is_refused_and_not_taken_for_damage(tmp_path):
     path = checkpoint.write(tmp_path, 1, state(1), 1)
     rewrite(path, format=checkpoint.FORMAT + 1)
-    with pytest.raises(UserError, match=r"step-00000001 is a checkpoint of format 5.*reads format 4.*--no-resume"):
+    with pytest.raises(UserError, match=r"step-00000001 is a checkpoint of format 6.*reads format 5.*--no-resume"):
         checkpoint.read_newest(tmp_path, "cpu", no_warning)

@@ -1,6 +1,7 @@
 """Runs of the trainer: determinism, resuming, the best checkpoint, divergence, and that self-tuning pays."""
 
 import json
+import math
 import shutil
 import time
 from dataclasses import replace
@@ -16,7 +17,7 @@ from stn_fast.errors import UserError
 from stn_fast.recipes import digits
 from stn_fast.training import checkpoint
 from stn_fast.training.build import build_method
-from stn_fast.training.methods import Method
+from stn_fast.training.methods import Method, SelfTuning
 from stn_fast.training.progress import Progress
 from stn_fast.training.run import run, using_threads
 from stn_fast.training.task import classification_loss
@@ -419,10 +420,66 @@ def test_cpu_time_is_that_of_the_process_and_is_kept_when_a_run_goes_on(train, m
     assert seconds[-1] < 1000
 
 
+class SlowParts:
+    """A CPU clock that a training step advances by 1 s, a validation step by 10 s, anything else by hours."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(time, "process_time", lambda: self.now)
+        for owner, name, seconds in (
+            (SelfTuning, "train_step", 1.0),
+            (SelfTuning, "valid_step", 10.0),
+            (Trainer, "evaluate", 1e4),
+            (checkpoint, "write", 1e6),
+        ):
+            monkeypatch.setattr(owner, name, self.slowed(getattr(owner, name), seconds))
+
+    def slowed(self, function, seconds):
+        def call(*arguments, **options):
+            self.now += seconds
+            return function(*arguments, **options)
+
+        return call
+
+
+def test_the_cpu_time_of_steps_is_without_evaluations_and_checkpoints(train, monkeypatch):
+    SlowParts(monkeypatch)
+    directory = train("schedule.epochs=5")
+    found = result(directory, timeless=False)
+    expected = found["steps"] + 9 * found["valid_steps"]
+    assert found["valid_steps"] > 0
+    assert found["step_cpu_seconds"] == expected
+    evaluations = [row for row in rows(directory, timeless=False) if row["phase"] == "eval"]
+    assert [row["step_cpu_seconds"] for row in evaluations][::5] == [0, expected]
+
+
+def test_the_cpu_time_of_steps_goes_on_where_a_run_was_stopped(train, monkeypatch):
+    SlowParts(monkeypatch)
+    whole = result(train("schedule.max_steps=40", name="whole"), timeless=False)
+    train("schedule.max_steps=20", name="stopped")
+    stopped = result(train("schedule.max_steps=40", name="stopped"), timeless=False)
+    assert stopped["step_cpu_seconds"] == whole["step_cpu_seconds"] > 0
+
+
+def test_a_run_that_diverges_in_an_evaluation_has_the_cpu_time_of_its_steps(make_config, monkeypatch):
+    clock, evaluate = SlowParts(monkeypatch), Trainer.evaluate
+
+    def failing(trainer, *given):
+        scores = evaluate(trainer, *given)
+        return {**scores, "loss": math.nan} if trainer.step else scores
+
+    monkeypatch.setattr(Trainer, "evaluate", failing)
+    with pytest.raises(Diverged) as error:
+        run(make_config("schedule.epochs=2"), digits.build)
+    assert clock.now > 1e4
+    assert error.value.compute["step_cpu_seconds"] == 9
+
+
 def test_a_run_that_diverges_tells_the_compute_it_took(make_config):
     with pytest.raises(Diverged) as error:
         run(make_config("optimizer.learning_rate=1e30", "optimizer.clip=null", "schedule.epochs=2"), digits.build)
     compute = error.value.compute
-    assert set(compute) == {"wall_seconds", "cpu_seconds", "train_examples", "valid_examples"}
-    assert compute["cpu_seconds"] > 0
+    times = {"wall_seconds", "cpu_seconds", "step_cpu_seconds"}
+    assert set(compute) == {*times, "train_examples", "valid_examples"}
+    assert 0 < compute["step_cpu_seconds"] < compute["cpu_seconds"]
     assert 0 < compute["train_examples"] < 2 * 900
