@@ -19,7 +19,8 @@ from pathlib import Path
 
 from benchmarks.self_tuning import add_run_flags, check_run_flags, sharing, table
 from stn_fast.command_line import run_command
-from stn_fast.comparison.runs import Result, configure, measured, score
+from stn_fast.comparison.kept_runs import Row
+from stn_fast.comparison.runs import configure, measured, score
 from stn_fast.errors import UserError
 from stn_fast.files import expanded
 from stn_fast.recipes import RECIPES, recipe
@@ -29,7 +30,7 @@ from stn_fast.values import to_json
 COMPARED: tuple[Precision, Precision] = ("fp32", "bf16")
 
 
-def losses(runs: Sequence[Result], precision: Precision) -> list[float]:
+def losses(runs: Sequence[Row], precision: Precision) -> list[float]:
     """Best validation losses of the runs in ``precision``; infinite for a run that became non-finite."""
     return [score(run, "valid_loss") for run in runs if run["precision"] == precision]
 
@@ -39,14 +40,14 @@ def spread(values: Sequence[float]) -> float:
     return max(values) - min(values)
 
 
-def holds(runs: Sequence[Result]) -> bool:
+def holds(runs: Sequence[Row]) -> bool:
     """Whether bf16 is as good as fp32 in these runs of a recipe; see the top of this file."""
     fp32, bf16 = (losses(runs, precision) for precision in COMPARED)
     enough = min(len(fp32), len(bf16)) >= 2
     return enough and statistics.mean(bf16) - statistics.mean(fp32) <= spread(fp32)
 
 
-def verdict(runs: Sequence[Result]) -> str:
+def verdict(runs: Sequence[Row]) -> str:
     """One line on the runs of a recipe."""
     fp32, bf16 = (losses(runs, precision) for precision in COMPARED)
     held = "holds the quality" if holds(runs) else "is not shown to hold the quality"
@@ -56,7 +57,7 @@ def verdict(runs: Sequence[Result]) -> str:
     )
 
 
-def compare(name: str, flags: argparse.Namespace) -> list[Result]:
+def compare(name: str, flags: argparse.Namespace) -> list[Row]:
     """Makes the runs of the recipe ``name``, seed by seed, and prints them."""
     defaults = sharing(replace(recipe(name).config(), data_root=flags.data_root), flags.jobs)
     cases = list(itertools.product(range(flags.seeds), COMPARED))

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from benchmarks.kept_runs import add_kept_run_flags, mean_and_range
 from benchmarks.self_tuning import writable
 from stn_fast.command_line import run_command
-from stn_fast.comparison.kept_runs import KeptRuns
-from stn_fast.comparison.runs import Result, measure, score
+from stn_fast.comparison.kept_runs import KeptRuns, Row
+from stn_fast.comparison.runs import measure, score
 from stn_fast.errors import UserError
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers import DropConnect, HyperLSTM
@@ -109,13 +109,13 @@ def configure(name: str, variant: str, seed: int, run_dir: Path, flags: argparse
 KEY = ("recipe", "variant", "seed", "epochs")
 
 
-def table(name: str, made: Iterable[Result]) -> str:
+def table(name: str, made: Iterable[Row]) -> str:
     """A line for each variant: mean (smallest to largest) over its seeds."""
-    by_variant: dict[str, list[Result]] = {}
+    by_variant: dict[str, list[Row]] = {}
     for row in made:
         by_variant.setdefault(row["variant"], []).append(row)
 
-    def cell(of_variant: Sequence[Result], column: str) -> str:
+    def cell(of_variant: Sequence[Row], column: str) -> str:
         return mean_and_range([score(row, column) for row in of_variant], ".4f")
 
     lines = [f"{name:>20}  {'best validation loss':<28} {'test loss there':<28} seeds"]

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from stn_fast.command_line import run_command
 from stn_fast.comparison.guesses import dropout_rates, guessed
-from stn_fast.comparison.kept_runs import KeptRuns
-from stn_fast.comparison.runs import METHODS, Result, configure, digest, measured, score
+from stn_fast.comparison.kept_runs import KeptRuns, Row
+from stn_fast.comparison.runs import METHODS, configure, digest, measured, score
 from stn_fast.errors import UserError
 from stn_fast.files import expanded
 from stn_fast.recipes import RECIPES, recipe
@@ -54,7 +54,7 @@ COMPARED = {
 }
 
 
-def table(title: str, results: Sequence[Result]) -> str:
+def table(title: str, results: Sequence[Row]) -> str:
     """One line for every run and one for the median."""
     finite = [result for result in results if not result["diverged"]]
     columns = COLUMNS_OF_TEXTS if any("test_perplexity" in result for result in finite) else COLUMNS
@@ -73,12 +73,12 @@ def table(title: str, results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def median_score(results: Sequence[Result], key: str) -> float:
+def median_score(results: Sequence[Row], key: str) -> float:
     """Median over runs of ``key`` at the best validation loss; infinite for a run that became non-finite."""
     return statistics.median(score(result, key) for result in results)
 
 
-def ratios(one: Sequence[Result], other: Sequence[Result], says: str) -> list[str]:
+def ratios(one: Sequence[Row], other: Sequence[Row], says: str) -> list[str]:
     """One line for every score by which runs are compared."""
     of_text = any("test_perplexity" in result for result in [*one, *other])
     return [
@@ -88,7 +88,7 @@ def ratios(one: Sequence[Result], other: Sequence[Result], says: str) -> list[st
     ]
 
 
-def comparisons(runs: Mapping[tuple[str, float | None], Sequence[Result]]) -> list[str]:
+def comparisons(runs: Mapping[tuple[str, float | None], Sequence[Row]]) -> list[str]:
     """stn with the other methods from every guess, then stn with fixed hyperparameters from another guess.
 
     ``runs`` are by method and guess.
@@ -108,7 +108,7 @@ def comparisons(runs: Mapping[tuple[str, float | None], Sequence[Result]]) -> li
     return lines
 
 
-def spreads(runs: Mapping[tuple[str, float | None], Sequence[Result]]) -> list[str]:
+def spreads(runs: Mapping[tuple[str, float | None], Sequence[Row]]) -> list[str]:
     """Where hyperparameters end: a line for each hyperparameter of each method, over all seeds and guesses."""
     lines = [f"{'at the end':>15}  {'mean':>10}  {'deviation':>10}  range, over all seeds and guesses"]
     for method in dict.fromkeys(method for method, _ in runs):
@@ -180,7 +180,7 @@ def sharing(defaults: Config, jobs: int) -> Config:
     return replace(defaults, threads=min(share, defaults.threads or share))
 
 
-def compare(flags: argparse.Namespace, defaults: Config) -> dict[str, list[Result]]:
+def compare(flags: argparse.Namespace, defaults: Config) -> dict[str, list[Row]]:
     """Makes the runs that are not in --out yet and prints all that are asked for; returns the results by method."""
     guesses: list[float | None] = flags.guesses or [None]
     if flags.guesses:
@@ -201,7 +201,7 @@ def compare(flags: argparse.Namespace, defaults: Config) -> dict[str, list[Resul
             for number, ((run, config), result) in enumerate(zip(missing, coming, strict=True), 1):
                 kept.add({**result, **run, "set": flags.set})
                 print(f"run {number} of {len(missing)} finished: {Path(config.directory).name}", flush=True)
-    runs: dict[tuple[str, float | None], list[Result]] = {}
+    runs: dict[tuple[str, float | None], list[Row]] = {}
     for guess, method in itertools.product(guesses, flags.methods):
         chosen = (kept.find(run) for run in asked if (run["method"], run["guess"]) == (method, guess))
         runs[method, guess] = [run for run in chosen if run is not None]

@@ -7,9 +7,8 @@ import statistics
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Row = dict[str, Any]
+from stn_fast.comparison.kept_runs import Row
 
 
 @dataclass(frozen=True)

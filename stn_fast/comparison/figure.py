@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stn_fast.comparison.curves import Curve, median_curve
+from stn_fast.comparison.kept_runs import Row
 from stn_fast.comparison.runs import METHODS
 from stn_fast.comparison.search import SEARCHES
 from stn_fast.comparison.table import Outcome, outcomes, perplexity
@@ -17,8 +18,6 @@ from stn_fast.terminal import printable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Row = dict[str, Any]
 
 SIZE = (10.0, 4.8)  # inches
 HEAD = 0.16  # share of the height

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from stn_fast.comparison.kept_runs import Row
 from stn_fast.terminal import printable
-
-Row = dict[str, Any]
 
 UNMOVED = ("fixed", "frozen")  # their hyperparameters end where they start
 COST = "CPU s is the median per run or search, also as a multiple of one fixed run; examples are those that steps read."

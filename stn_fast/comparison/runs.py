@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stn_fast.comparison.kept_runs import Row
 from stn_fast.comparison.processes import Processes
 from stn_fast.files import exists, read_text
 from stn_fast.recipes import recipe
@@ -29,8 +30,6 @@ METHODS: dict[str, dict[str, Any]] = {
 ONE_PASS_ADAM = HyperOptimizerConfig(learning_rate=0.05, beta2=0.999)  # 0.115, about the published rate, is worse
 # Columns of a curve; every other one is in the evaluations of metrics.jsonl by the same name.
 CURVE = ("cpu_seconds", "train_examples", "valid_examples", "valid_loss", "test_loss")
-
-Result = dict[str, Any]
 
 
 def configure(defaults: Config, method: str, seed: int, factor: float, run_dir: Path, epochs: int | None) -> Config:
@@ -64,7 +63,7 @@ def digest_of(value: Any) -> str:
 
 def measure(
     config: Config, build: Callable[[Config], Task] | None = None, *, resume: bool = False, **options: Any
-) -> Result:
+) -> Row:
     """One run's result, with the count of hyperparameters that moved by more than their initial σ as ``moved``.
 
     If it became non-finite, ``diverged`` says where, and the result has only the seed and the compute until then.
@@ -81,7 +80,7 @@ def measure(
     return {**result, "moved": moved, "diverged": None}
 
 
-def measure_with_curve(place: str, config: Config) -> Result:
+def measure_with_curve(place: str, config: Config) -> Row:
     """``measure`` of the recipe named ``place``, with ``curve``, a list for each of ``CURVE``, and the ``loss_unit``.
 
     A run that was stopped continues from its checkpoint.
@@ -92,14 +91,14 @@ def measure_with_curve(place: str, config: Config) -> Result:
     return {**result, "curve": curve, "loss_unit": rows[0]["loss_unit"] if rows else ""}
 
 
-def evaluations(metrics: Path) -> list[Result]:
+def evaluations(metrics: Path) -> list[Row]:
     """The rows of a run's evaluations; none if it ended before the first one."""
     rows = [from_json(line) for line in read_text(metrics).splitlines()] if exists(metrics) else []
     return [row for row in rows if row["phase"] == "eval"]
 
 
 @contextmanager
-def measured(configs: Sequence[Config], jobs: int) -> Iterator[Iterator[Result]]:
+def measured(configs: Sequence[Config], jobs: int) -> Iterator[Iterator[Row]]:
     """Yields the results of ``configs`` in order; several ``jobs`` at a time are processes of their own."""
     if jobs == 1:
         yield map(measure, configs)
@@ -108,6 +107,6 @@ def measured(configs: Sequence[Config], jobs: int) -> Iterator[Iterator[Result]]
         yield processes.map(measure, configs)
 
 
-def score(result: Result, key: str) -> float:
+def score(result: Row, key: str) -> float:
     """``key`` of a run; infinite if it is too large for a float, or the run became non-finite."""
     return math.inf if result["diverged"] or result[key] is None else result[key]

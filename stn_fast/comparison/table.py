@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from stn_fast.comparison.curves import Curve, curve_of
+from stn_fast.comparison.kept_runs import Row
 from stn_fast.comparison.plan import groups
 from stn_fast.comparison.runs import score
 from stn_fast.comparison.search import SEARCHES
 from stn_fast.extras import extra
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
