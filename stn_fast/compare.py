@@ -13,7 +13,7 @@ from stn_fast.comparison.runs import METHODS as FROM_GUESSES
 from stn_fast.comparison.search import SEARCHES
 from stn_fast.errors import UserError, did_you_mean
 from stn_fast.recipes import RECIPES, recipe
-from stn_fast.training.layering import resolve
+from stn_fast.training.layering import flatten, read_pair, resolve
 
 PROGRAM = "python -m stn_fast.compare"
 METHODS = (*FROM_GUESSES, *SEARCHES)
@@ -60,8 +60,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         if flags[name] < 1:
             raise UserError(f"--{name} must be at least 1, got {flags[name]}")
     for pair in flags["set"]:
-        if (key := pair.partition("=")[0]) in OWN_KEYS:
-            raise UserError(f"--set {pair}: {key} is set by {OWN_KEYS[key]}")
+        check_pair(pair)
     guesses = read_guesses(flags["guesses"])
     module = recipe(flags["recipe"])
     overrides = {"schedule.epochs": flags["epochs"], "data_root": flags["data_root"]}
@@ -91,6 +90,17 @@ def read_methods(text: str) -> tuple[str, ...]:
         if name not in METHODS:
             raise UserError(f"--methods {name!r}: {did_you_mean(name, METHODS)}")
     return tuple(dict.fromkeys(names))
+
+
+def check_pair(pair: str) -> None:
+    """Checks that a ``--set`` pair, such as ``method={name: stn}``, sets no key that has a flag of its own.
+
+    Raises:
+        UserError: it does.
+    """
+    for key in flatten(read_pair(pair)):
+        if key in OWN_KEYS:
+            raise UserError(f"--set {pair}: {key} is set by {OWN_KEYS[key]}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from in_turn import InTurn, StoppedInTurn
 
 from stn_fast import compare
 from stn_fast.comparison import plan
+from stn_fast.comparison.runs import METHODS, configure, digest
 from stn_fast.recipes import recipe
+from stn_fast.training.config import MethodConfig
 from stn_fast.training.trainer import Trainer
 
 ALL = ["--methods", "stn,fixed,tpe", "--guesses", "low,.6", "--seeds", "1", "--budget", "2", "--epochs", "2"]
@@ -153,6 +155,14 @@ def test_the_settings_of_a_row_depend_on_all_but_the_places_of_files(tmp_path):
     assert len({asked.settings(config), *others}) == 4
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_does_not_depend_on_that_of_the_recipe(tmp_path, method):
+    config = recipe("digits").config()
+    others = [MethodConfig(name="fixed"), MethodConfig(name="stn", freeze=True), MethodConfig(name="delta-stn")]
+    found = {digest(configure(replace(config, method=m), method, 0, 1.0, tmp_path, None)) for m in others}
+    assert len(found) == 1
+
+
 def test_runs_on_other_data_are_not_used(in_turn, whole, tmp_path, monkeypatch):
     found = plan.circumstances
     monkeypatch.setattr(
@@ -200,6 +210,8 @@ def test_without_optuna_there_are_no_searches_and_everything_else(in_turn, tmp_p
         (["digits", "--jobs", "-1"], "--jobs must be at least 1"),
         (["digits", "--set", "seed=3"], "seed is set by --seeds"),
         (["digits", "--set", "method.name=fixed"], "method.name is set by --methods"),
+        (["digits", "--set", "method={name: delta-stn}"], "method.name is set by --methods"),
+        (["digits", "--set", "method={train_steps: 3, freeze: true}"], "method.freeze is set by --methods"),
         (["digits", "--set", "hyperparameters.input_noise.low=null"], "a bound of input_noise"),
         (["digits", "--set", "schedule.epoch=3"], "did you mean 'epochs'"),
         (["digits", "--sed", "3"], "did you mean '--seeds'"),

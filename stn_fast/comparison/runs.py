@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from stn_fast.training.task import Task
 
 METHODS: dict[str, dict[str, Any]] = {
-    "stn": {},
-    "delta-stn": {"name": "delta-stn"},
-    "one-pass": {"name": "one-pass", "train_steps": 10},
-    "fixed": {"name": "fixed"},
-    "frozen": {"freeze": True},
+    "stn": {"name": "stn", "freeze": False},
+    "delta-stn": {"name": "delta-stn", "freeze": False},
+    "one-pass": {"name": "one-pass", "freeze": False, "train_steps": 10},
+    "fixed": {"name": "fixed", "freeze": False},
+    "frozen": {"name": "stn", "freeze": True},
 }
 ONE_PASS_ADAM = HyperOptimizerConfig(learning_rate=0.05, beta2=0.999)  # 0.115, about the published rate, is worse
 # Columns of a curve; every other one is in the evaluations of metrics.jsonl by the same name.
@@ -33,10 +33,14 @@ CURVE = ("cpu_seconds", "train_examples", "valid_examples", "valid_loss", "test_
 
 
 def configure(defaults: Config, method: str, seed: int, factor: float, run_dir: Path, epochs: int | None) -> Config:
-    """``defaults`` with ``method`` and ``seed``, and both learning rates multiplied by ``factor``."""
+    """``defaults`` with ``method`` and ``seed``, and both learning rates multiplied by ``factor``.
+
+    one-pass has a cycle, an optimizer of its hyperparameters and a constant learning rate of the weights of its own,
+    whatever ``defaults`` say: it tunes the learning rate, so nothing else may change it.
+    """
     changed: MethodConfig = replace(defaults.method, **METHODS[method])
     weights, hyper = defaults.optimizer, defaults.hyper_optimizer
-    if method == "one-pass":  # it owns the learning rate
+    if method == "one-pass":
         weights = replace(weights, decay_factor=1.0, min_learning_rate=0.0)
         hyper = ONE_PASS_ADAM
     schedule = replace(defaults.schedule, epochs=epochs or defaults.schedule.epochs)

@@ -33,14 +33,7 @@ def resolve(
     if file is not None:
         overlay(tree, read_yaml(file) if settings is None else settings, where=f"in {file}")
     for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            raise UserError(f"--set {pair}: must be name=value, e.g. --set optimizer.learning_rate=0.1")
-        try:
-            value = from_yaml(text)
-        except NotYaml as error:
-            raise UserError(f"--set {pair}: '{text}' is not a YAML value: {error.problem}") from None
-        overlay(tree, nested(key, value), where="in --set")
+        overlay(tree, read_pair(pair), where="in --set")
     for key, value in (flags or {}).items():
         overlay(tree, nested(key, value), where=f"from {FLAGS.get(key, key)}")
     if tree["recipe"] != defaults.recipe:
@@ -49,6 +42,21 @@ def resolve(
         )
     tree["data_root"] = tree["data_root"] or os.environ.get("STN_FAST_DATA") or None
     return build(Config, tree).resolved
+
+
+def read_pair(pair: str) -> Tree:
+    """``read_pair("a.b=1")`` is ``{"a": {"b": 1}}``.
+
+    Raises:
+        UserError: it is not ``name=value``, or the value is not YAML.
+    """
+    key, equals, text = pair.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {pair}: must be name=value, e.g. --set optimizer.learning_rate=0.1")
+    try:
+        return nested(key, from_yaml(text))
+    except NotYaml as error:
+        raise UserError(f"--set {pair}: '{text}' is not a YAML value: {error.problem}") from None
 
 
 def nested(key: str, value: object) -> Tree:
@@ -145,7 +153,7 @@ def to_yaml(config: Config) -> str:
 
 def differences(saved: Config, asked: Config) -> list[str]:
     """``key: saved -> asked`` for every key that affects results and differs between the two configurations."""
-    old, new = _flatten(asdict(saved.resolved)), _flatten(asdict(asked.resolved))
+    old, new = flatten(asdict(saved.resolved)), flatten(asdict(asked.resolved))
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in {**old, **new}
@@ -153,8 +161,9 @@ def differences(saved: Config, asked: Config) -> list[str]:
     ]
 
 
-def _flatten(tree: Tree, section: str = "") -> Tree:
+def flatten(tree: Tree, section: str = "") -> Tree:
+    """``flatten({"a": {"b": 1}})`` is ``{"a.b": 1}``."""
     flat: Tree = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{section}{key}.") if isinstance(value, dict) else {f"{section}{key}": value}
+        flat |= flatten(value, f"{section}{key}.") if isinstance(value, dict) else {f"{section}{key}": value}
     return flat
