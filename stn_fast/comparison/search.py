@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SEARCHES = ("random", "tpe")
 STARTUP = 4  # random trials before TPE's model; with Optuna's ten, it would be a random search for its first ten trials
 MARGIN = 1e-4  # share of a range beside each of its two bounds, which are not allowed themselves
-DECADES = 2  # on either side of the recipe's distance from a single bound
+DECADES = 1  # on either side of the recipe's distance from a single bound, as from the guess low to high
 
 Sample = dict[str, Any]
 
@@ -77,7 +77,7 @@ def search_space(defaults: Config) -> dict[str, Range]:
     """The range of every enabled hyperparameter by name.
 
     With two bounds it is the whole range, but for a ten-thousandth beside each bound. With a single bound, distances
-    reach from a hundredth to a hundred times the recipe's own.
+    reach from a tenth to ten times the recipe's own.
 
     Raises:
         UserError: a hyperparameter has no bound.

@@ -6,6 +6,7 @@ from dataclasses import replace
 import optuna
 import pytest
 
+from stn_fast.comparison.guesses import guessed
 from stn_fast.comparison.search import STARTUP, Study, open_journal, sampled, search_space
 from stn_fast.errors import UserError
 from stn_fast.recipes import RECIPES, recipe
@@ -19,16 +20,22 @@ def space_of(**entry):
     return search_space(replace(DIGITS, hyperparameters={"a": HyperparameterConfig(**entry)}))["a"]
 
 
-def test_two_bounds_are_drawn_uniformly_and_a_single_one_log_uniformly_over_four_decades():
+def test_two_bounds_are_drawn_uniformly_and_a_single_one_log_uniformly_over_two_decades():
     dropout, decay = SPACE["input_dropout"].distribution(), SPACE["weight_decay"].distribution()
     assert (dropout.low, dropout.high, dropout.log) == (pytest.approx(9e-5), pytest.approx(0.89991), False)
-    assert (decay.low, decay.high, decay.log) == (pytest.approx(1e-5), pytest.approx(1e-1), True)
+    assert (decay.low, decay.high, decay.log) == (pytest.approx(1e-4), pytest.approx(1e-2), True)
+
+
+def test_the_guesses_low_and_high_are_the_ends_of_what_is_drawn_beside_a_single_bound():
+    drawn = SPACE["weight_decay"]
+    starts = [guessed(DIGITS, guess).hyperparameters["weight_decay"].init for guess in ("low", "high")]
+    assert [drawn.init(drawn.low), drawn.init(drawn.high)] == pytest.approx(starts)
 
 
 def test_a_distance_is_drawn_where_the_single_bound_is_not_0():
     above, below = space_of(init=3.0, low=2.0), space_of(init=-1.0, high=1.0)
-    assert (above.low, above.high, above.init(0.5)) == (0.01, 100.0, 2.5)
-    assert (below.low, below.high, below.init(0.5)) == (0.02, 200.0, 0.5)
+    assert (above.low, above.high, above.init(0.5)) == (0.1, 10.0, 2.5)
+    assert (below.low, below.high, below.init(0.5)) == (0.2, 20.0, 0.5)
     with pytest.raises(UserError, match="a bound of a"):
         space_of(init=0.0)
 
