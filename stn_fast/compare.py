@@ -31,7 +31,8 @@ def parser() -> Parser:
     flag = it.add_argument
     flag("recipe", help=f"what to train: {', '.join(RECIPES)}, or FILE.py:NAME")
     known = ", ".join(METHODS)
-    flag("--methods", default=",".join(METHODS), metavar="LIST", help=f"of {known} (default: all)")
+    one_pass = "one-pass sets hyper_optimizer, method.train_steps and the decay of the learning rate itself"
+    flag("--methods", default=",".join(METHODS), metavar="LIST", help=f"of {known} (default: all); {one_pass}")
     starts = (
         "of low, middle, high (5 %%, 30 %%, 65 %% of a range; a tenth of, once, ten times the recipe's distance from a "
         "single bound), recipe, or a number for every dropout rate (default: %(default)s)"
@@ -41,8 +42,11 @@ def parser() -> Parser:
     flag("--seeds", type=whole_number, default=3, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
     flag("--jobs", type=whole_number, default=1, metavar="N", help="parallel runs (default: %(default)s)")
     flag("--epochs", type=whole_number, metavar="N", help="epochs of every run (default: the recipe's)")
-    threads = "override any key of the recipe; threads is 1 unless it is set here"
-    flag("--set", action="append", default=[], metavar="KEY=VALUE", help=threads)
+    sets = (
+        "override any key of the recipe, but for those that one-pass sets itself; threads is 1 unless it is set here, "
+        "and the device must be cpu"
+    )
+    flag("--set", action="append", default=[], metavar="KEY=VALUE", help=sets)
     flag("--data-root", metavar="DIR", help="folder of the data sets (default: as for python -m stn_fast.train)")
     flag("--out", metavar="DIR", help="folder of all results (default: runs/compare-RECIPE)")
     return it
@@ -69,6 +73,10 @@ def _main(arguments: Sequence[str] | None) -> int:
         pairs=flags["set"],
         flags={key: value for key, value in overrides.items() if value is not None},
     )
+    if defaults.device != "cpu":
+        raise UserError(
+            f"device = {defaults.device}: must be cpu, as methods are compared by CPU time; --set device=cpu"
+        )
     from stn_fast.comparison.command import compare
 
     sizes = {name: flags[name] for name in ("budget", "seeds", "jobs")}

@@ -208,6 +208,7 @@ def test_without_optuna_there_are_no_searches_and_everything_else(in_turn, tmp_p
         (["digits", "--budget", "0"], "--budget must be at least 1, got 0"),
         (["digits", "--seeds", "0"], "--seeds must be at least 1"),
         (["digits", "--jobs", "-1"], "--jobs must be at least 1"),
+        (["digits", "--set", "device=cuda"], "device = cuda: must be cpu"),
         (["digits", "--set", "seed=3"], "seed is set by --seeds"),
         (["digits", "--set", "method.name=fixed"], "method.name is set by --methods"),
         (["digits", "--set", "method={name: delta-stn}"], "method.name is set by --methods"),
