@@ -74,7 +74,9 @@ def test_the_curve_of_a_run_has_every_evaluation(whole):
     for line in (whole / "runs.jsonl").read_text().splitlines():
         row = json.loads(line)
         curve = row["curve"]
-        assert [len(column) for column in curve.values()] == [3] * 5
+        assert [len(column) for column in curve.values()] == [3] * 6
+        assert all(step <= whole for step, whole in zip(curve["step_cpu_seconds"], curve["cpu_seconds"], strict=True))
+        assert 0 < curve["step_cpu_seconds"][-1] <= row["step_cpu_seconds"] < row["cpu_seconds"]
         assert min(curve["valid_loss"]) == pytest.approx(row["valid_loss"])
         assert curve["train_examples"][-1] == row["train_examples"]
         assert 0 < curve["cpu_seconds"][0] < curve["cpu_seconds"][-1] <= row["cpu_seconds"]
@@ -161,6 +163,30 @@ def test_a_method_does_not_depend_on_that_of_the_recipe(tmp_path, method):
     others = [MethodConfig(name="fixed"), MethodConfig(name="stn", freeze=True), MethodConfig(name="delta-stn")]
     found = {digest(configure(replace(config, method=m), method, 0, 1.0, tmp_path, None)) for m in others}
     assert len(found) == 1
+
+
+def test_a_row_has_the_settings_that_its_run_used(in_turn, tmp_path):
+    given = ["--set", "hyper_optimizer.learning_rate=0.02", "--set", "method.train_steps=3"]
+    methods = ["--methods", "stn,one-pass", "--guesses", "low"]
+    assert compare.main(["digits", *ALL, *methods, *given, "--out", str(tmp_path)]) == 0
+    found = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    used = {row["method"]: row["used"] for row in found}
+    rates = {method: sections["hyper_optimizer"]["learning_rate"] for method, sections in used.items()}
+    assert rates == {"stn": 0.02, "one-pass": 0.05}
+    assert {method: sections["method"]["train_steps"] for method, sections in used.items()} == {
+        "stn": 3,
+        "one-pass": 10,
+    }
+    assert used["one-pass"]["optimizer"]["decay_factor"] == 1
+
+
+def test_rows_are_in_the_order_of_methods_guesses_seeds_and_trials(tmp_path):
+    asked = plan.Comparison("digits", recipe("digits").config(), ("tpe", "stn"), (0.6, "low"), 2, 2, tmp_path, {})
+    keys = ("method", "guess", "seed", "trial")
+    searches = [("tpe", None, seed, trial) for seed in range(2) for trial in range(2)]
+    expected = searches + [("stn", guess, seed, None) for guess in ("0.6", "low") for seed in range(2)]
+    found = [dict(zip(keys, each, strict=True)) for each in reversed(expected)]
+    assert [tuple(row.values()) for row in sorted(found, key=asked.place_in_tables)] == expected
 
 
 def test_runs_on_other_data_are_not_used(in_turn, whole, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stn_fast.comparison.guesses import Guess, guessed, labels
 from stn_fast.comparison.kept_runs import KeptRuns, Row
 from stn_fast.comparison.processes import Processes, Task
-from stn_fast.comparison.runs import configure, digest_of, measure_with_curve, score
+from stn_fast.comparison.runs import CURVE, configure, digest_of, measure_with_curve, score
 from stn_fast.comparison.search import SEARCHES, Range, Study, open_journal, sampled, search_space
 from stn_fast.recipes import RecipeLike
 from stn_fast.training.config import Config
@@ -50,10 +50,15 @@ class Comparison:
         """The methods that start from guesses."""
         return [method for method in self.methods if method not in SEARCHES]
 
+    def place_in_tables(self, row: Row) -> tuple[int, int, int, int]:
+        """Sorts rows by method, guess, seed and trial, which does not depend on the order in which runs end."""
+        guess = -1 if row["guess"] is None else labels(self.guesses).index(row["guess"])
+        return self.methods.index(row["method"]), guess, row["seed"], row["trial"] or 0
+
     def settings(self, config: Config, **others: Any) -> str:
-        """A digest of everything that the numbers of a run depend on: ``config``, data, versions and ``others``."""
+        """A digest of all that a row depends on: ``config``, data, versions, columns of curves, and ``others``."""
         own = asdict(replace(config, run_dir=None, data_root=None))
-        return digest_of({"config": own, "circumstances": self.circumstances, **others})
+        return digest_of({"config": own, "circumstances": self.circumstances, "columns": CURVE, **others})
 
 
 def circumstances(defaults: Config, module: RecipeLike) -> dict[str, Any]:
@@ -67,7 +72,7 @@ def circumstances(defaults: Config, module: RecipeLike) -> dict[str, Any]:
     from stn_fast.data import fingerprint
     from stn_fast.training.run import checked_task, versions
 
-    task = checked_task(replace(defaults, device="cpu"), module.build)
+    task = checked_task(defaults, module.build)
     found = versions(defaults.device)
     kept = ("stn_fast", "torch", "platform", "device", "backend")
     return {"data": fingerprint(task.data, task.vocabulary), "versions": {name: found[name] for name in kept}}
@@ -95,7 +100,7 @@ def make_runs(comparison: Comparison, jobs: int, say: Callable[[str], None]) -> 
         processes.run(tasks)
     if maker.scratch.is_dir() and not list(maker.scratch.iterdir()):
         maker.scratch.rmdir()
-    return sorted(maker.rows, key=lambda row: comparison.methods.index(row["method"]))
+    return sorted(maker.rows, key=comparison.place_in_tables)
 
 
 class _Maker:
@@ -144,12 +149,18 @@ class _Maker:
         row = self.kept.find(run)
         if row is None or any(row.get(name) != value for name, value in more.items()):
             result = yield measure_with_curve, (self.comparison.place, replace(config, run_dir=str(folder)))
-            row = {**result, **run, **more}
+            row = {**result, **run, **more, "used": _used(config)}
             self.kept.add(row)
             self.say(f"{len(self.rows) + 1} of {self.total} runs: {_told(row)}")
         shutil.rmtree(folder, ignore_errors=True)
         self.rows.append(row)
         return row
+
+
+def _used(config: Config) -> dict[str, Any]:
+    """The sections of a run's settings that may differ from the recipe's because of the method."""
+    sections = ("method", "optimizer", "hyper_optimizer")
+    return {name: asdict(getattr(config, name)) for name in sections}
 
 
 def _described(space: Mapping[str, Range]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 ONE_PASS_ADAM = HyperOptimizerConfig(learning_rate=0.05, beta2=0.999)  # 0.115, about the published rate, is worse
 # Columns of a curve; every other one is in the evaluations of metrics.jsonl by the same name.
-CURVE = ("cpu_seconds", "train_examples", "valid_examples", "valid_loss", "test_loss")
+CURVE = ("cpu_seconds", "step_cpu_seconds", "train_examples", "valid_examples", "valid_loss", "test_loss")
 
 
 def configure(defaults: Config, method: str, seed: int, factor: float, run_dir: Path, epochs: int | None) -> Config:
