@@ -138,6 +138,14 @@ def test_runs_are_made_again_where_a_setting_differs_and_only_there(in_turn, who
     assert made_again(in_turn, whole, tmp_path, *arguments) == count
 
 
+def test_rows_of_other_sources_are_kept_and_counted(in_turn, whole, tmp_path, monkeypatch, capsys):
+    assert made_again(in_turn, whole, tmp_path) == 0
+    assert "other sources" not in capsys.readouterr().out
+    monkeypatch.setattr("stn_fast.comparison.command.sources_digest", lambda: "changed")
+    assert made_again(in_turn, whole, tmp_path) == 0
+    assert "6 of 6 rows were made by other sources of the package." in capsys.readouterr().out
+
+
 def test_a_trial_is_made_again_if_its_row_is_of_another_draw(in_turn, whole, tmp_path):
     found = [json.loads(line) for line in (whole / "runs.jsonl").read_text().splitlines()]
     (trial,) = [row for row in found if row["trial"] == 1]

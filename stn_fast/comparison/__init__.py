@@ -7,6 +7,7 @@ processes  runs in processes of their own, several at a time
 search     studies of Optuna, each of whose trials is a run with fixed hyperparameters
 plan       all runs that a comparison needs, and those that are kept already
 kept_runs  finished runs in a file of JSON lines
+sources    the code that made a row
 curves     the best loss so far over compute
 table      medians, ranges and tests
 report     the table as text

@@ -15,6 +15,7 @@ from stn_fast.comparison.guesses import Guess, guessed
 from stn_fast.comparison.plan import Comparison, circumstances, make_runs
 from stn_fast.comparison.report import report
 from stn_fast.comparison.search import SEARCHES, search_space
+from stn_fast.comparison.sources import of_other_sources, sources_digest
 from stn_fast.comparison.table import summarise
 from stn_fast.errors import UserError
 from stn_fast.extras import require
@@ -82,10 +83,14 @@ def write(asked: Comparison, rows: Sequence[dict[str, Any]]) -> str:
         "config": asdict(replace(asked.defaults, data_root=None)),
         **asked.circumstances,
     }
+    digest = sources_digest()
+    settings["sources"] = digest
     contents = to_json({**settings, **summary}, indent=2) + "\n"
     files.replace(asked.out / "compare.json", contents.encode())
     picture = save(draw(asked.defaults.recipe, rows), asked.out / "compare.png")
-    return f"{report(summary)}\n\nRuns and tables are in {printable(str(asked.out))}, the curves in {picture.name}."
+    parts = [report(summary), of_other_sources(rows, digest)]
+    tables = "\n\n".join(part for part in parts if part)
+    return f"{tables}\n\nRuns and tables are in {printable(str(asked.out))}, the curves in {picture.name}."
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from stn_fast.comparison.kept_runs import Row
 from stn_fast.comparison.processes import Processes
+from stn_fast.comparison.sources import sources_digest
 from stn_fast.files import exists, read_text
 from stn_fast.recipes import recipe
 from stn_fast.training.config import Config, HyperOptimizerConfig, MethodConfig
@@ -87,12 +88,13 @@ def measure(
 def measure_with_curve(place: str, config: Config) -> Row:
     """``measure`` of the recipe named ``place``, with ``curve``, a list for each of ``CURVE``, and the ``loss_unit``.
 
-    A run that was stopped continues from its checkpoint.
+    A run that was stopped continues from its checkpoint. ``sources`` is the digest of the package's.
     """
     result = measure(config, recipe(place).build, resume=True)
     rows = evaluations(Path(config.directory) / "metrics.jsonl")
     curve = {name: [row["loss" if name == "valid_loss" else name] for row in rows] for name in CURVE}
-    return {**result, "curve": curve, "loss_unit": rows[0]["loss_unit"] if rows else ""}
+    own = {"loss_unit": rows[0]["loss_unit"] if rows else "", "sources": sources_digest()}
+    return {**result, "curve": curve, **own}
 
 
 def evaluations(metrics: Path) -> list[Row]:
