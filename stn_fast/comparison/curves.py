@@ -54,13 +54,16 @@ def curve_of(rows: Sequence[Row]) -> Curve:
 
 
 def median_curve(curves: Sequence[Curve]) -> Curve:
-    """The median of the validation losses and that of the test losses over ``curves``, where both are finite."""
+    """The median of the validation losses and that of the test losses over ``curves``.
+
+    It begins where both are finite for the first time; where most runs have become non-finite, it is infinite.
+    """
     moments = sorted({moment for curve in curves for moment in (*curve.seconds, curve.end)})
     points = []
     for moment in moments:
         losses = [curve.at(moment) for curve in curves]
         valid, test = (statistics.median(column) for column in zip(*losses, strict=True))
-        if math.isfinite(valid) and math.isfinite(test):
+        if points or (math.isfinite(valid) and math.isfinite(test)):
             points.append((moment, valid, test))
     seconds, valids, tests = (tuple(column) for column in zip(*points, strict=True)) if points else ((), (), ())
     return Curve(seconds, valids, tests, max(curve.end for curve in curves))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stn_fast.comparison.curves import Curve, median_curve
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 SIZE = (10.0, 4.8)  # inches
 HEAD = 0.16  # share of the height
 ORDER = (*METHODS, *SEARCHES)  # of colours, so that a method has the same one in every figure
-NOTE = "thin: every run and search    bold: median over guesses and seeds    cross: became non-finite"
+NOTE = "thin: every run and search    bold: median over guesses and seeds, while finite    cross: became non-finite"
 
 
 def draw(recipe: str, rows: Sequence[Row]) -> Figure:
@@ -54,8 +53,7 @@ def _panel(axis: Axes, found: Sequence[Outcome], part: str, transform: Callable[
             drawn += _line(axis, curve, part, transform, color=colour, linewidth=0.8, alpha=0.45)
             if not curve.finite and curve.seconds:
                 axis.plot(curve.end, transform(getattr(curve, part)[-1]), "x", color=colour, markersize=6)
-        bold = replace(median_curve(curves), end=max(curve.end for curve in curves))
-        drawn += _line(axis, bold, part, transform, color=colour, linewidth=2.4)
+        drawn += _line(axis, median_curve(curves), part, transform, color=colour, linewidth=2.4)
     axis.set_xscale("log")
     if all(value > 0 for value in drawn):
         axis.set_yscale("log")
@@ -68,7 +66,7 @@ def _panel(axis: Axes, found: Sequence[Outcome], part: str, transform: Callable[
 
 
 def _line(axis: Axes, curve: Curve, part: str, transform: Callable[[float], float], **style: Any) -> Sequence[float]:
-    """Draws the steps of a curve up to its end, and returns the values that are finite."""
+    """Draws the steps of a curve to its end, without those that are infinite, and returns the finite values."""
     values = [transform(loss) for loss in getattr(curve, part)]
     shown = [value if math.isfinite(value) else math.nan for value in values]
     if shown:

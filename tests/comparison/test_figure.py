@@ -1,5 +1,7 @@
 """The figure: a line for every run and search, a bold one for every method, in one colour."""
 
+import math
+
 import pytest
 
 from stn_fast import plot
@@ -51,6 +53,16 @@ def test_a_run_that_became_non_finite_ends_with_a_cross(rows, make_row):
     for axis, last in zip(draw("digits", rows).axes, (1.0, 1.2), strict=True):
         (cross,) = [line for line in axis.get_lines() if line.get_marker() == "x"]
         assert (cross.get_xdata()[0], cross.get_ydata()[0]) == (5.0, last)
+
+
+def test_the_bold_line_ends_where_most_runs_have_become_non_finite(make_row):
+    ends = [(4.0, "nan"), (6.0, "nan"), (9.0, None)]
+    rows = [make_row("stn", seed, 1, 1, cpu=end, curve=CURVE, diverged=why) for seed, (end, why) in enumerate(ends)]
+    for axis, last in zip(draw("digits", rows).axes, (1.0, 1.2), strict=True):
+        (bold,) = lines(axis, bold=True)
+        shown = [(x, y) for x, y in zip(bold.get_xdata(), bold.get_ydata(), strict=True) if math.isfinite(y)]
+        assert shown[-1] == (4.0, last)
+        assert min(x for x, y in zip(bold.get_xdata(), bold.get_ydata(), strict=True) if math.isnan(y)) == 6.0
 
 
 def test_the_figure_of_a_text_shows_perplexities(rows):

@@ -45,6 +45,15 @@ def test_the_median_curve_begins_where_most_have_begun_and_keeps_the_best_of_tho
     assert (median.valid[-1], median.test[-1], median.end) == (3.0, 30.0, 9.0)
 
 
+def test_the_median_curve_is_infinite_where_most_runs_have_become_non_finite(make_row):
+    ends = [(4.0, "nan"), (6.0, "nan"), (9.0, None)]
+    curves = [curve_of([make_row("stn", 0, 1, 1, cpu=end, curve=POINTS[1], diverged=why)]) for end, why in ends]
+    median = median_curve(curves)
+    assert (median.seconds, median.end) == ((1.0, 2.0, 4.0, 6.0, 9.0), 9.0)
+    assert median.valid == (4.0, 0.5, 0.5, math.inf, math.inf)
+    assert median.test == (4.1, 0.7, 0.7, math.inf, math.inf)
+
+
 def compared(make_row):
     """stn and fixed from two guesses with three seeds, and a search of two trials for each seed."""
     tests = {
