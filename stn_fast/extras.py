@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from stn_fast.errors import UserError
 
-FOR_COMPARE = ("optuna", "scipy")  # all others are for train, and compare includes them
+FOR_COMPARE = ("optuna",)  # all others are for train, and compare includes them
 
 
 @contextmanager

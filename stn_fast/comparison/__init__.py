@@ -9,6 +9,7 @@ plan       all runs that a comparison needs, and those that are kept already
 kept_runs  finished runs in a file of JSON lines
 sources    the code that made a row
 curves     the best loss so far over compute
+ranks      Wilcoxon's exact test
 table      medians, ranges and tests
 report     the table as text
 figure     the curves

@@ -56,7 +56,7 @@ def compare(
         Stopped: by a signal; the same call continues.
     """
     searches = set(methods) & set(SEARCHES)
-    for package in ("matplotlib", "scipy", *(["optuna"] if searches else [])):
+    for package in ("matplotlib", *(["optuna"] if searches else [])):
         require(package)  # fail before the runs rather than after them
     for guess in guesses:
         guessed(defaults, guess)

@@ -33,10 +33,11 @@ class Curve:
         return self.valid[place], self.test[place]
 
 
-def curve_of(rows: Sequence[Row]) -> Curve:
+def curve_of(rows: Sequence[Row], clock: str = "cpu_seconds") -> Curve:
     """The curve of a run, a single row, or of a search, the rows of its trials in order.
 
-    A trial that became non-finite only adds its CPU time.
+    ``clock`` is ``cpu_seconds`` or, for the CPU time of steps, ``step_cpu_seconds``. A trial that became non-finite
+    only adds its time.
     """
     seconds: list[float] = []
     best: list[tuple[float, float]] = []
@@ -44,11 +45,11 @@ def curve_of(rows: Sequence[Row]) -> Curve:
     for row in rows:
         if not (row["diverged"] and is_search):
             curve = row["curve"]
-            for cpu, valid, test in zip(curve["cpu_seconds"], curve["valid_loss"], curve["test_loss"], strict=True):
+            for cpu, valid, test in zip(curve[clock], curve["valid_loss"], curve["test_loss"], strict=True):
                 if valid is not None and (not best or valid < best[-1][0]):
                     seconds.append(before + cpu)
                     best.append((valid, math.inf if test is None else test))
-        before += row["cpu_seconds"]
+        before += row[clock]
     finite = is_search or not rows[0]["diverged"]
     return Curve(tuple(seconds), tuple(v for v, _ in best), tuple(t for _, t in best), before, finite)
 
@@ -59,7 +60,7 @@ def median_curve(curves: Sequence[Curve]) -> Curve:
     It begins where both are finite for the first time; where most runs have become non-finite, it is infinite.
     """
     moments = sorted({moment for curve in curves for moment in (*curve.seconds, curve.end)})
-    points = []
+    points: list[tuple[float, float, float]] = []
     for moment in moments:
         losses = [curve.at(moment) for curve in curves]
         valid, test = (statistics.median(column) for column in zip(*losses, strict=True))

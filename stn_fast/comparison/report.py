@@ -8,7 +8,11 @@ from stn_fast.comparison.kept_runs import Row
 from stn_fast.terminal import printable
 
 UNMOVED = ("fixed", "frozen")  # their hyperparameters end where they start
-COST = "CPU s is the median per run or search, also as a multiple of one fixed run; examples are those that steps read."
+COST = (
+    "CPU s is the median per run or search, also as a multiple of one fixed run; steps are its part without\n"
+    "evaluations and checkpoints, examples those that steps read. A gated pass costs about two plain ones, so that\n"
+    "examples understate self-tuning; the Neumann products of one-pass are only in the CPU times."
+)
 
 
 def report(summary: Row) -> str:
@@ -25,12 +29,13 @@ def report(summary: Row) -> str:
 def _scores(scores: Sequence[Row]) -> str:
     of_text = "test_perplexity" in scores[0]
     measure = "perplexity" if of_text else "loss"
-    head = ["method", "guess", "seeds", f"valid {measure}", f"test {measure}", "CPU s", "x fixed", "examples x fixed"]
+    costs = ["CPU s", "x fixed", "steps x fixed", "examples x fixed"]
+    head = ["method", "guess", "seeds", f"valid {measure}", f"test {measure}", *costs]
     lines = []
     for entry in scores:
         cells = [_range(entry[f"{part}_{measure}"]) for part in ("valid", "test")]
-        reads = _times(entry["examples_of_fixed"])
-        cost = [f"{entry['cpu_seconds']:.1f}", _times(entry["cpu_of_fixed"]), reads]
+        multiples = [_times(entry[f"{name}_of_fixed"]) for name in ("cpu_seconds", "step_cpu_seconds", "examples")]
+        cost = [_times(entry["cpu_seconds"], ".1f"), *multiples]
         lines.append([entry["method"], _where(entry), str(entry["seeds"]), *cells, *cost])
     note = f"Best validation {measure} and test {measure} there: median over seeds (smallest to largest)."
     return f"{note}\n{COST}\n\n{_aligned(head, lines, left=2)}"
@@ -73,21 +78,22 @@ def _ends(methods: Sequence[Row]) -> str:
 
 
 def _tests(tests: Sequence[Row]) -> str:
-    head = ["stn against", "paired by", "pairs", "stn better", "p", "smallest p"]
+    head = ["method", "against", "seeds", "better", "p", "smallest p"]
     lines = [
         [
+            test["reference"],
             test["method"],
-            test["paired_by"],
             str(test["pairs"]),
-            str(test["stn_better"]),
+            str(test["reference_better"]),
             f"{test['p']:.2g}",
             f"{test['smallest_p']:.2g}",
         ]
         for test in tests
     ]
     note = (
-        "Wilcoxon's exact signed-rank test of test losses (two-sided). The smallest p is what so many pairs give if\n"
-        "stn wins or loses all of them. A search is paired with the median of the stn runs of its seed."
+        "Wilcoxon's exact signed-rank test of test losses (two-sided), paired by seed. From several guesses, the loss\n"
+        "of a seed is the median over them. Seeds without a difference are left out.\n"
+        "The smallest p that n seeds can give is 2^(1-n)."
     )
     return f"{note}\n\n{_aligned(head, lines, left=2)}"
 

@@ -28,6 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fixed": {"name": "fixed", "freeze": False},
     "frozen": {"name": "stn", "freeze": True},
 }
+SELF_TUNED = ("stn", "delta-stn")  # the methods that searches and others are compared with
 ONE_PASS_ADAM = HyperOptimizerConfig(learning_rate=0.05, beta2=0.999)  # 0.115, about the published rate, is worse
 # Columns of a curve; every other one is in the evaluations of metrics.jsonl by the same name.
 CURVE = ("cpu_seconds", "step_cpu_seconds", "train_examples", "valid_examples", "valid_loss", "test_loss")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stn_fast.comparison.curves import Curve, curve_of
 from stn_fast.comparison.kept_runs import Row
 from stn_fast.comparison.plan import groups
-from stn_fast.comparison.runs import score
+from stn_fast.comparison.ranks import signed_rank_p
+from stn_fast.comparison.runs import SELF_TUNED, score
 from stn_fast.comparison.search import SEARCHES
-from stn_fast.extras import extra
+
+COST = ("cpu_seconds", "step_cpu_seconds", "examples")  # fields of an outcome
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,9 @@ class Outcome:
     """A finished run, or a search with all of its trials.
 
     ``valid`` and ``test`` are losses at the lowest validation loss, infinite for a run that became non-finite.
-    ``seconds`` is CPU time, ``examples`` counts those that training and validation steps have read, and ``ends`` are
-    the final hyperparameters, for a search those of its best trial. ``not_finite`` of the ``runs`` became non-finite.
+    ``step_cpu_seconds`` is the CPU time of training and validation steps, and ``examples`` counts those that these have
+    read. ``ends`` are the final hyperparameters, for a search those of its best trial. ``not_finite`` of the ``runs``
+    became non-finite. ``curve`` is over CPU time, ``step_curve`` over that of steps.
     """
 
     method: str
@@ -30,12 +33,14 @@ class Outcome:
     seed: int
     valid: float
     test: float
-    seconds: float
+    cpu_seconds: float
+    step_cpu_seconds: float
     examples: int
     ends: dict[str, float]
     runs: int
     not_finite: int
     curve: Curve
+    step_curve: Curve
 
 
 def outcomes(rows: Sequence[Row]) -> list[Outcome]:
@@ -51,28 +56,30 @@ def _outcome(method: str, guess: str | None, seed: int, rows: Sequence[Row]) -> 
         seed=seed,
         valid=score(best, "valid_loss"),
         test=score(best, "test_loss"),
-        seconds=sum(row["cpu_seconds"] for row in rows),
+        cpu_seconds=sum(row["cpu_seconds"] for row in rows),
+        step_cpu_seconds=sum(row["step_cpu_seconds"] for row in rows),
         examples=sum(row["train_examples"] + row["valid_examples"] for row in rows),
         ends=best.get("hyperparameters_end", {}),
         runs=len(rows),
         not_finite=sum(row["diverged"] is not None for row in rows),
         curve=curve_of(rows),
+        step_curve=curve_of(rows, "step_cpu_seconds"),
     )
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Everything that the printed table says, from all ``rows`` of a comparison.
 
-    ``scores``: one entry for every method and guess; for a search, also what it had found after the median CPU time of
-    an stn run. ``methods``: spread, counts and ends of every method over all guesses and seeds. ``tests``: stn against
-    every other method.
+    ``scores``: one entry for every method and guess; for a search, also what it had found in the median CPU time of a
+    self-tuned run, and in the median CPU time of such a run's steps. ``methods``: spread, counts and ends of every
+    method over all guesses and seeds. ``tests``: those of `paired_tests`.
     """
     found = outcomes(rows)
     is_text = any("test_perplexity" in row for row in rows)
     return {
         "scores": list(_scores(found, perplexity if is_text else None)),
         "methods": [_method(method, found, perplexity if is_text else None) for method in _methods(found)],
-        "tests": [test for method in _methods(found) if (test := paired_test(found, method)) is not None],
+        "tests": paired_tests(found),
     }
 
 
@@ -87,37 +94,51 @@ def _methods(found: Sequence[Outcome]) -> list[str]:
 
 def _scores(found: Sequence[Outcome], transform: Callable[[float], float] | None) -> Iterable[Row]:
     fixed = [each for each in found if each.method == "fixed"]
-    tuned = [each for each in found if each.method == "stn"]
     for method, guess in dict.fromkeys((each.method, each.guess) for each in found):
         group = [each for each in found if (each.method, each.guess) == (method, guess)]
+        own = {"method": method, "guess": guess, "seeds": len(group), "trials": group[0].runs}
         losses = [(each.valid, each.test) for each in group]
-        compute = [each.seconds for each in group]
-        own = {"method": method, "guess": guess, "seeds": len(group), "trials": group[0].runs, "part": "all"}
-        reads = _median(each.examples for each in group)
-        of_fixed = {"examples": reads, "examples_of_fixed": ratio(reads, [each.examples for each in fixed])}
-        yield {**own, **_entry(losses, compute, fixed, transform), **of_fixed}
-        if method in SEARCHES and tuned:
-            limit = _median(each.seconds for each in tuned)
-            losses = [each.curve.at(limit) for each in group]
-            compute = [min(limit, each.seconds) for each in group]
-            entry = _entry(losses, compute, fixed, transform)
-            part = "in the CPU time of one stn run"
-            yield {**own, "part": part, **entry, "examples": None, "examples_of_fixed": None}
+        spent = {name: _median(getattr(each, name) for each in group) for name in COST}
+        yield {**own, "part": "all", **_losses(losses, transform), **_cost(spent, fixed)}
+        for part, losses, spent in _parts(group, found) if method in SEARCHES else ():
+            yield {**own, "part": part, **_losses(losses, transform), **_cost(spent, fixed)}
 
 
-def _entry(
-    losses: Sequence[tuple[float, float]],
-    compute: Sequence[float],
-    fixed: Sequence[Outcome],
-    transform: Callable[[float], float] | None,
-) -> Row:
+def _parts(
+    search: Sequence[Outcome], found: Sequence[Outcome]
+) -> Iterable[tuple[str, list[tuple[float, float]], dict[str, float]]]:
+    """What a search had found in the median CPU time of a run of each self-tuned method, and in that of its steps.
+
+    Yields (name of this part, losses for each seed, what they cost).
+    """
+    for reference in SELF_TUNED:
+        tuned = [each for each in found if each.method == reference]
+        for name, curve, unit in (("cpu_seconds", "curve", "CPU s"), ("step_cpu_seconds", "step_curve", "step CPU s")):
+            if tuned:
+                limit = _median(getattr(each, name) for each in tuned)
+                losses = [getattr(each, curve).at(limit) for each in search]
+                spent = _median(min(limit, getattr(each, name)) for each in search)
+                yield f"in {unit} of {reference}", losses, {name: spent}
+
+
+def _losses(losses: Sequence[tuple[float, float]], transform: Callable[[float], float] | None) -> Row:
+    """The ranges of validation and test losses, and of their perplexities by ``transform``."""
     entry: Row = {}
     for name, values in zip(("valid", "test"), zip(*losses, strict=True), strict=True):
         entry[f"{name}_loss"] = _range(values)
         if transform is not None:
             entry[f"{name}_perplexity"] = _range([transform(value) for value in values])
-    seconds = _median(compute)
-    return {**entry, "cpu_seconds": seconds, "cpu_of_fixed": ratio(seconds, [each.seconds for each in fixed])}
+    return entry
+
+
+def _cost(spent: Mapping[str, float], fixed: Sequence[Outcome]) -> Row:
+    """Each of ``COST``, also as a multiple of the median of a fixed run; None for those that ``spent`` lacks."""
+    entry: Row = {}
+    for name in COST:
+        base = [getattr(each, name) for each in fixed]
+        entry[name] = spent.get(name)
+        entry[f"{name}_of_fixed"] = ratio(spent[name], base) if name in spent else None
+    return entry
 
 
 def _range(values: Sequence[float]) -> Row:
@@ -171,43 +192,37 @@ def _ends(ends: Sequence[dict[str, float]]) -> Row:
     return entries
 
 
-def paired_test(found: Sequence[Outcome], other: str) -> Row | None:
-    """Wilcoxon's exact signed-rank test of stn's test losses against those of ``other``; None if either is missing.
+def paired_tests(found: Sequence[Outcome]) -> list[Row]:
+    """The tests of every self-tuned method against every other one; of two self-tuned ones, once."""
+    methods = _methods(found)
+    tests = []
+    for number, reference in enumerate(SELF_TUNED):
+        others = [method for method in methods if method not in SELF_TUNED[: number + 1]]
+        tests += [paired_test(found, reference, other) for other in others if reference in methods]
+    return tests
 
-    Pairs have the same guess and seed. A search has no guess: its pair is the median of the stn runs with its seed.
-    ``smallest_p`` is what as many pairs give if stn wins all of them, 2^(1 - pairs). Pairs without a difference are
-    left out.
+
+def paired_test(found: Sequence[Outcome], reference: str, other: str) -> Row:
+    """Wilcoxon's exact signed-rank test of the test losses of ``reference`` against those of ``other``.
+
+    Pairs have the same seed. From several guesses, a method's loss is the median over them: runs with one seed share
+    data order and first weights, so that each of them is no evidence of its own. ``smallest_p`` is what as many pairs
+    give if the reference wins all of them, 2^(1 - pairs). Pairs without a difference are left out.
     """
-    tuned = [each for each in found if each.method == "stn"]
-    against = [each for each in found if each.method == other]
-    if not tuned or not against or other == "stn":
-        return None
-    if other in SEARCHES:
-        by_seed = {seed: _median(each.test for each in tuned if each.seed == seed) for seed in {t.seed for t in tuned}}
-        pairs = [(by_seed[each.seed], each.test) for each in against if each.seed in by_seed]
-    else:
-        by_pair = {(each.guess, each.seed): each.test for each in tuned}
-        pairs = [(by_pair[key], each.test) for each in against if (key := (each.guess, each.seed)) in by_pair]
+    own, others = _by_seed(found, reference), _by_seed(found, other)
+    pairs = [(own[seed], others[seed]) for seed in own if seed in others]
     differences = [one - two for one, two in pairs if one != two]
     return {
+        "reference": reference,
         "method": other,
-        "paired_by": "seed" if other in SEARCHES else "guess and seed",
         "pairs": len(differences),
-        "stn_better": sum(difference < 0 for difference in differences),
+        "reference_better": sum(difference < 0 for difference in differences),
         "p": signed_rank_p(differences),
         "smallest_p": min(1.0, 2.0 ** (1 - len(differences))),
     }
 
 
-def signed_rank_p(differences: Sequence[float]) -> float:
-    """The two-sided p-value of Wilcoxon's exact signed-rank test of ``differences``, none of which is 0; 1 for none.
-
-    Infinite differences, of runs that became non-finite, have the highest ranks.
-    """
-    if not differences:
-        return 1.0
-    with extra("scipy"):
-        from scipy.stats import wilcoxon
-    beyond = 2 * max((abs(each) for each in differences if math.isfinite(each)), default=1.0)
-    ranked = [math.copysign(min(abs(each), beyond), each) for each in differences]
-    return float(wilcoxon(ranked, method="exact").pvalue)
+def _by_seed(found: Sequence[Outcome], method: str) -> dict[int, float]:
+    """The median test loss of ``method`` over its guesses for each seed; a search has one loss for each."""
+    group = [each for each in found if each.method == method]
+    return {seed: _median(e.test for e in group if e.seed == seed) for seed in sorted({e.seed for e in group})}

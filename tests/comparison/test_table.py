@@ -1,13 +1,13 @@
 """Curves and tables: their numbers, computed by hand from a few rows."""
 
-import itertools
 import math
+import re
 
 import pytest
 
 from stn_fast.comparison.curves import curve_of, median_curve
 from stn_fast.comparison.report import report
-from stn_fast.comparison.table import outcomes, paired_test, signed_rank_p, summarise
+from stn_fast.comparison.table import outcomes, paired_test, summarise
 
 POINTS = [[(1.0, 3.0, 3.1), (2.0, 1.0, 1.2), (3.0, 2.0, 0.1)], [(1.0, 4.0, 4.1), (2.0, 0.5, 0.7)]]
 
@@ -84,7 +84,8 @@ def test_scores_are_medians_and_ranges_over_seeds_and_multiples_of_a_fixed_run(m
     low = entry(scores, method="stn", guess="low")
     assert low["test_loss"] == {"median": 0.6, "smallest": 0.5, "largest": 0.7}
     assert low["valid_loss"]["median"] == pytest.approx(0.5)
-    assert (low["cpu_seconds"], low["cpu_of_fixed"], low["examples_of_fixed"]) == (21.0, 21 / 11, 1.0)
+    assert (low["cpu_seconds"], low["cpu_seconds_of_fixed"], low["examples_of_fixed"]) == (21.0, 21 / 11, 1.0)
+    assert (low["step_cpu_seconds"], low["step_cpu_seconds_of_fixed"]) == (10.5, 10.5 / 5.5)
     assert "test_perplexity" not in low
 
 
@@ -93,8 +94,19 @@ def test_a_search_is_scored_at_its_whole_budget_and_at_the_compute_of_one_stn_ru
     whole = entry(scores, method="tpe", part="all")
     assert (whole["test_loss"]["median"], whole["cpu_seconds"], whole["examples"]) == (0.35, 30.0, 2200)
     assert whole["valid_loss"]["median"] == pytest.approx(0.4)
-    part = entry(scores, method="tpe", part="in the CPU time of one stn run")
-    assert (part["test_loss"]["median"], part["cpu_seconds"]) == (0.95, 21.0)
+    part = entry(scores, method="tpe", part="in CPU s of stn")
+    assert (part["test_loss"]["median"], part["cpu_seconds"], part["step_cpu_seconds"]) == (0.95, 21.0, None)
+
+
+def test_a_search_is_scored_at_the_compute_of_the_steps_of_one_stn_run(make_row):
+    rows = [make_row("stn", 0, 0.5, 0.5, cpu=20.0, step_cpu_seconds=18.0), make_row("fixed", 0, 0.5, 0.5)]
+    for trial, loss in enumerate((0.9, 0.8, 0.7, 0.6)):
+        rows.append(make_row("tpe", 0, loss, loss, trial=trial, cpu=10.0))  # of which steps take 5
+    scores = summarise(rows)["scores"]
+    assert entry(scores, method="tpe", part="in CPU s of stn")["test_loss"]["median"] == 0.8
+    part = entry(scores, method="tpe", part="in step CPU s of stn")
+    assert part["test_loss"]["median"] == 0.7
+    assert (part["cpu_seconds"], part["step_cpu_seconds"], part["step_cpu_seconds_of_fixed"]) == (None, 18.0, 3.6)
 
 
 def test_methods_are_compared_over_all_guesses_and_seeds(make_row):
@@ -140,32 +152,40 @@ def test_perplexities_stand_beside_the_losses_of_a_text(make_row):
     assert f"{(math.exp(3) + math.exp(5)) / 2:.4g}" in report(summary)
 
 
-def test_stn_is_paired_by_guess_and_seed_and_with_searches_by_seed(make_row):
+def test_runs_are_paired_by_seed_and_each_method_has_its_median_over_guesses(make_row):
     found = outcomes(compared(make_row))
-    fixed, tpe = paired_test(found, "fixed"), paired_test(found, "tpe")
-    assert (fixed["pairs"], fixed["stn_better"], fixed["paired_by"]) == (6, 5, "guess and seed")
-    assert fixed["smallest_p"] == pytest.approx(2 / 2**6)
-    # The medians of stn over guesses, .65, .5 and .85, are all above the search's .35.
-    assert (tpe["pairs"], tpe["stn_better"], tpe["p"], tpe["smallest_p"]) == (3, 0, 0.25, 0.25)
-    assert paired_test(found, "random") is None
+    fixed, tpe = paired_test(found, "stn", "fixed"), paired_test(found, "stn", "tpe")
+    # Medians over guesses: of stn .65, .5 and .85, of fixed 1.3, 1.3 and 1.55, of the search .35.
+    assert (fixed["pairs"], fixed["reference_better"], fixed["p"], fixed["smallest_p"]) == (3, 3, 0.25, 0.25)
+    assert (tpe["pairs"], tpe["reference_better"], tpe["p"], tpe["smallest_p"]) == (3, 0, 0.25, 0.25)
 
 
-def exact_p(differences):
-    """The definition: how many of all choices of signs give a rank sum as far from its mean."""
-    ranks = [sorted(map(abs, differences)).index(abs(each)) + 1 for each in differences]
-    middle = sum(ranks) / 2
-    seen = abs(sum(rank for rank, each in zip(ranks, differences, strict=True) if each > 0) - middle)
-    sums = [sum(itertools.compress(ranks, signs)) for signs in itertools.product((0, 1), repeat=len(ranks))]
-    return sum(abs(each - middle) >= seen for each in sums) / len(sums)
+def test_seeds_that_became_non_finite_by_both_methods_are_left_out(make_row):
+    rows = [make_row(method, 0, None, None, diverged="nan") for method in ("stn", "fixed")]
+    rows += [make_row(method, seed, 1.0, loss) for method, loss in (("stn", 1.0), ("fixed", 2.0)) for seed in (1, 2)]
+    (test,) = summarise(rows)["tests"]
+    assert (test["pairs"], test["reference_better"], test["p"]) == (2, 2, 0.5)
 
 
-@pytest.mark.parametrize(
-    "differences", [[-0.1, -0.2, -0.3], [0.5, -0.1, 0.2, -0.4, 1.0], [-3, -2, -1, -7, 0.5, -6, 4, -9]]
-)
-def test_p_is_that_of_all_choices_of_signs(differences):
-    assert signed_rank_p(differences) == pytest.approx(exact_p(differences))
+def test_every_self_tuned_method_is_a_reference(make_row):
+    methods = ("delta-stn", "stn", "fixed")
+    rows = [make_row(name, 0, 0.5, loss, cpu=20 - loss) for loss, name in enumerate(methods)]
+    rows += [make_row("tpe", 0, 0.5, 0.5, trial=trial, cpu=15.0) for trial in range(2)]
+    summary = summarise(rows)
+    tested = {(test["reference"], test["method"]) for test in summary["tests"]}
+    assert tested == {(one, other) for one in ("stn", "delta-stn") for other in ("fixed", "tpe")} | {
+        ("stn", "delta-stn")
+    }
+    assert len(summary["tests"]) == len(tested)
+    parts = {each["part"]: each["cpu_seconds"] for each in summary["scores"] if each["method"] == "tpe"}
+    assert (parts["in CPU s of stn"], parts["in CPU s of delta-stn"]) == (19.0, 20.0)
+    only = summarise([row for row in rows if row["method"] != "stn"])
+    assert {test["reference"] for test in only["tests"]} == {"delta-stn"}
+    assert not [each for each in only["scores"] if each["part"].endswith(" of stn")]
 
 
-def test_an_infinite_difference_has_the_highest_rank():
-    assert signed_rank_p([-1.0, 2.0, -3.0, -4.0, math.inf]) == pytest.approx(exact_p([-1.0, 2.0, -3.0, -4.0, 9.0]))
-    assert signed_rank_p([]) == 1.0
+def test_the_report_names_both_methods_of_a_test_and_all_costs(make_row):
+    said = report(summarise(compared(make_row)))
+    assert "CPU s  x fixed  steps x fixed  examples x fixed" in said
+    assert "in step CPU s of stn" in said
+    assert re.search(r"^stn +tpe +3 +0 +0.25 +0.25$", said, flags=re.MULTILINE)
