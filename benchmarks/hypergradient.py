@@ -10,12 +10,14 @@ gradient   dF/dλ as validation steps compute it, through the response: mean ove
            standard error, and the signal-to-noise ratio of one step, |mean| / standard deviation
 K = 0      [F(λ + δ) − F(λ − δ)] / 2δ on the whole validation set through the response, without training. It differs
            from the gradient by curvature and, if σ is tuned, by the perturbation of validation steps
+fitted     the same after --fit more steps that train the response alone, at these weights
 K steps    the same difference after K training steps with the regularisation of λ ± δ, which both start from the
            weights at λ: the response's center is moved along. What training does, whatever the response predicts. Mean
            over --draws seeds of the random numbers, and its standard error
 
 A gradient far below its deviation is lost in noise. A gradient that agrees with no K is that of a response that does
-not fit. Where small K and large K disagree, what helps soon does harm later, or the reverse: a horizon, to which no
+not fit; if the fitted difference agrees, the response lags behind the weights, and if not, its form is too small.
+Where small K and large K disagree, what helps soon does harm later, or the reverse: a horizon, to which no
 fit of the response is an answer. --horizons may end with "rest", the training steps that are left.
 """
 
@@ -62,10 +64,11 @@ REST = "rest"
 
 @dataclass(frozen=True)
 class How:
-    """How a state is examined: δ, validation batches, draws of the training, and numbers of training steps."""
+    """How a state is examined: δ, validation batches, response steps, draws of the training, and training steps."""
 
     width: float
     batches: int
+    fit: int
     draws: int
     horizons: tuple[int | str, ...]
 
@@ -149,8 +152,32 @@ def examine(unit: Unit) -> Any:
     with using_threads(unit.config.threads):
         trainer, method, back = trainer_at(unit.config, unit.state)
         if unit.name is None:
-            return validation_gradients(trainer, method, unit.how.batches)
+            return of_all(trainer, method, unit.how)
         return differences(trainer, method, back, unit.name, unit.how)
+
+
+def of_all(trainer: Trainer, method: SelfTuning, how: How) -> dict[str, Row]:
+    """The gradients and the fitted differences of every hyperparameter, by name."""
+    found = validation_gradients(trainer, method, how.batches)
+    fit_response(trainer, method, how.fit)
+    for name, row in found.items():
+        row["fitted"] = through_the_response(trainer, method, name, how.width)
+    return found
+
+
+def fit_response(trainer: Trainer, method: SelfTuning, steps: int) -> None:
+    """Takes ``steps`` training steps that change the response alone."""
+    from stn_fast.training.delta import DeltaSelfTuning
+    from stn_fast.training.parameters import hold_parameters, is_response
+
+    weights = [parameter for name, parameter in method.model.named_parameters() if not is_response(name)]
+    for number in range(steps):
+        batch, step = trainer.train_batches[trainer.train_steps + number], trainer.step + number
+        if isinstance(method, DeltaSelfTuning):
+            method.response_step(batch, step)
+            continue
+        with hold_parameters(weights):
+            method.train_step(batch, step)
 
 
 def validation_gradients(trainer: Trainer, method: SelfTuning, batches: int) -> dict[str, Row]:
@@ -266,14 +293,15 @@ def examined(units: Sequence[Unit], jobs: int) -> Iterator[Iterator[Any]]:
 def table(rows: Sequence[Row]) -> str:
     """A line for each hyperparameter and state, and how often the gradient's sign is that of the differences."""
     horizons = sorted({K for row in rows for K in row["differences"]}, key=lambda K: math.inf if K == REST else int(K))
-    columns = ["value", "σ", "gradient", "± error", "S/N"]
+    columns = ["value", "σ", "gradient", "± error", "S/N", "fitted"]
     wide = [K if K == REST else f"K = {K}" for K in horizons]
     lines = []
     for step in dict.fromkeys(row["step"] for row in rows):
         heads = [f"{head:>10}" for head in columns] + [f"{head:>18}" for head in wide]
         lines.append(f"{f'after step {step}':>36}" + "".join(heads))
         for row in (row for row in rows if row["step"] == step):
-            numbers = [row[key] for key in ("value", "scale", "gradient", "standard_error", "signal_to_noise")]
+            names = ("value", "scale", "gradient", "standard_error", "signal_to_noise", "fitted")
+            numbers = [row[key] for key in names]
             cells = [f"{number:>10.2g}" for number in numbers] + [f"{cell(row, K):>18}" for K in horizons]
             lines.append(f"{row['hyperparameter']:>36}" + "".join(cells))
     for horizon in horizons:
@@ -349,6 +377,7 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--horizons", nargs="+", default=["10", "50", "200"], metavar="K", help=f"steps, or {REST}")
     it.add_argument("--width", type=float, default=0.5, metavar="δ", help="in unconstrained units (default: 0.5)")
     it.add_argument("--batches", type=int, default=30, help="validation batches of the gradient (default: 30)")
+    it.add_argument("--fit", type=int, default=100, help="steps of the response alone, for `fitted` (default: 100)")
     it.add_argument("--draws", type=int, default=1, help="seeds of the continued training (default: 1)")
     it.add_argument("--out", metavar="FILE", help="JSON lines: finished rows are added, and not made again")
     it.add_argument("--figure", metavar="FILE", help="write a picture here")
@@ -363,9 +392,12 @@ def check(flags: argparse.Namespace) -> None:
         "--at": any(not 0 < share <= 1 for share in flags.at),
         "--width": not flags.width > 0,
         "--batches": flags.batches < 2,
+        "--fit": flags.fit < 0,
         "--draws": flags.draws < 1,
     }
-    right = f"numbers of steps above 0 or {REST}, shares above 0 and at most 1, above 0, at least 2, at least 1"
+    right = (
+        f"numbers of steps above 0 or {REST}, shares above 0 and at most 1, above 0, at least 2, at least 0, at least 1"
+    )
     for (flag, is_wrong), what in zip(wrong.items(), right.split(", "), strict=True):
         if is_wrong:
             raise UserError(f"{flag} {getattr(flags, flag[2:])}: must be {what}")
@@ -379,7 +411,7 @@ def compute(flags: argparse.Namespace) -> list[Row]:
     """
     check(flags)
     kept = KeptRuns(writable(flags.out, "--out") if flags.out else None, KEY)
-    how = How(flags.width, flags.batches, flags.draws, tuple(flags.horizons))
+    how = How(flags.width, flags.batches, flags.fit, flags.draws, tuple(flags.horizons))
     defaults = replace(recipe(flags.recipe).config(), data_root=flags.data_root)
     base = sharing(resolve(defaults, pairs=[f"method.name={flags.method}", *flags.set]), flags.jobs)
     if base.method.response != "shifted":

@@ -11,9 +11,11 @@ from random_response import respond
 from benchmarks import hypergradient
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
 from stn_fast.recipes import recipe
+from stn_fast.training.parameters import is_response
 from stn_fast.training.run import run
 
-QUICK = ["digits", "--guess", ".3", "--epochs", "6", "--at", ".5", "--horizons", "3", "rest", "--batches", "3"]
+QUICK = ["digits", "--guess", ".3", "--epochs", "6", "--at", ".5", "--horizons", "3", "rest"]
+QUICK += ["--batches", "3", "--fit", "2"]
 
 
 def rows_of(file):
@@ -94,6 +96,17 @@ def test_training_goes_on_with_other_regularisation_from_the_same_weights_and_st
     assert high[5] != along(1.0, draw=1)[5], "a draw changes nothing"
 
 
+def test_fitting_the_response_leaves_the_weights_as_they_are(at_a_state):
+    trainer, method, back = at_a_state
+    back()
+    before = {name: parameter.clone() for name, parameter in method.model.named_parameters()}
+    hypergradient.fit_response(trainer, method, 3)
+    changed = {name for name, parameter in method.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed
+    assert all(is_response(name) for name in changed)
+    assert all(parameter.requires_grad for parameter in method.model.parameters())
+
+
 def test_the_center_of_an_integer_can_be_shifted_too():
     integer = Hyperparameter("length", init=2.5, low=0.0, high=14.0, integer=True)
     space = HyperparameterSpace([integer, Hyperparameter("rate", init=0.3, low=0.0, high=0.9)])
@@ -162,7 +175,15 @@ def test_wrong_flags_are_refused(wrong, capsys):
 
 
 def test_the_picture_has_a_line_for_each_state_and_the_table_leaves_out_what_was_not_measured():
-    row = {"step": 5, "hyperparameter": "a", "value": 0.1, "scale": 0.5, "gradient": 1.0, "standard_error": 0.1}
+    row = {
+        "step": 5,
+        "hyperparameter": "a",
+        "value": 0.1,
+        "scale": 0.5,
+        "gradient": 1.0,
+        "standard_error": 0.1,
+        "fitted": 0.7,
+    }
     row |= {"signal_to_noise": 2.0, "differences": {"0": [1.0], "10": [-2.0, -4.0]}, "rest": 30}
     later = {**row, "step": 9, "differences": {"0": [2.0], "rest": [4.0]}}
     said = hypergradient.table([row, later])
