@@ -16,9 +16,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 NUMBER = r"\d+(?:\.\d+)?"
 
 
-def table(title: str) -> dict[str, list[str]]:
+def table(title: str, page: str = README) -> dict[str, list[str]]:
     """The rows below the heading that starts with ``title``: {first cell: the numbers in the others}."""
-    lines = README[README.index(f"| {title}") :].split("\n\n")[0].splitlines()[2:]
+    lines = page[page.index(f"| {title}") :].split("\n\n")[0].splitlines()[2:]
     rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return {name: re.findall(NUMBER, " ".join(cells)) for name, *cells in rows}
 
@@ -325,3 +325,36 @@ def test_losses_in_both_precisions_and_the_recipes_that_take_bf16():
         )
     said = re.search(r"use it on CUDA by default:\n([^.]*)\.", README)[1]
     assert set(re.findall("`([^`]*)`", said)) == {name for name, runs in recorded.items() if precision.holds(runs)}
+
+
+HYPERGRADIENTS = (ROOT / "docs" / "hypergradients.md").read_text()
+TRIED = {
+    "one pass, `method.antithetic=false`": "method.antithetic=false",
+    "`method.response_rank=auto`": "method.response_rank=auto",
+    "`hyper_optimizer.learning_rate=0.1`, three times the recipe's": "hyper_optimizer.learning_rate=0.1",
+    "σ = 0.5, `hyperparameters.NAME.scale=0.5` for all": "hyperparameters.output_dropout.scale=0.5",
+}
+
+
+def runs_with(recipe, setting):
+    rows = map(json.loads, (RESULTS / "settings.jsonl").read_text().splitlines())
+    found = [row for row in rows if row["recipe"] == recipe and setting in row["set"]]
+    return sorted(found, key=lambda row: row["guess"])
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_settings_that_were_tried_on_ptb_small(name):
+    expected = [row[key] for row in runs_with("ptb-small", TRIED[name]) for key in PERPLEXITIES]
+    assert expected
+    assert_shown(table("`ptb-small`, seed 0", HYPERGRADIENTS)[name], expected)
+
+
+def test_the_recipe_as_it_is_beside_settings_that_were_tried():
+    expected = [run[key] for run in runs_of_methods("ptb-small", "stn") for key in PERPLEXITIES]
+    assert_shown(table("`ptb-small`, seed 0", HYPERGRADIENTS)["as it is (σ = 1 for all, not tuned)"], expected)
+
+
+def test_two_passes_with_the_published_start_on_fashion_mnist_small():
+    expected = [row[key] for row in runs_with("fashion-mnist-small", "method.antithetic=true") for key in LOSSES[:2]]
+    shown = table("`fashion-mnist-small`, seed 0", HYPERGRADIENTS)["published start, two passes"]
+    assert_shown(shown, expected)
