@@ -54,9 +54,9 @@ def test_it_leaves_a_row_of_every_run_the_tables_and_the_figure(whole):
     runs = {(method, guess, 0, None) for method in ("stn", "fixed") for guess in ("low", "0.6")}
     assert set(rows(whole)) == runs | {("tpe", None, 0, 0), ("tpe", None, 0, 1)}
     written = json.loads((whole / "compare.json").read_text())
-    assert written["config"]["schedule"]["epochs"] == written["budget"] == 2
-    assert written["config"]["threads"] == 1
-    assert written["versions"].keys() >= {"stn_fast", "torch", "backend"}
+    assert written["settings"]["config"]["schedule"]["epochs"] == written["settings"]["budget"] == 2
+    assert written["settings"]["config"]["threads"] == 1
+    assert written["settings"]["versions"].keys() >= {"stn_fast", "torch", "backend"}
     fixed = rows(whole)["fixed", "0.6", 0, None]
     (score,) = [each for each in written["scores"] if (each["method"], each["guess"]) == ("fixed", "0.6")]
     assert score["test_loss"]["median"] == fixed["test_loss"]

@@ -85,7 +85,7 @@ def write(asked: Comparison, rows: Sequence[dict[str, Any]]) -> str:
     }
     digest = sources_digest()
     settings["sources"] = digest
-    contents = to_json({**settings, **summary}, indent=2) + "\n"
+    contents = to_json({"settings": settings, **summary}, indent=2) + "\n"
     files.replace(asked.out / "compare.json", contents.encode())
     picture = save(draw(asked.defaults.recipe, rows), asked.out / "compare.png")
     parts = [report(summary), of_other_sources(rows, digest)]

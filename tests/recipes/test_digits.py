@@ -1,14 +1,10 @@
 """The recipes on scikit-learn's digits, and the benchmark's even split of the small one."""
 
-from dataclasses import replace
-
 import torch
 
 from benchmarks import even_split
-from stn_fast.comparison.guesses import guessed
 from stn_fast.data import digits
 from stn_fast.recipes import recipe
-from stn_fast.training.run import run
 
 
 def test_the_small_recipe_trains_on_a_tenth_and_tunes_and_tests_on_all():
@@ -31,13 +27,3 @@ def test_the_even_split_has_the_same_images_in_halves():
     )
     assert pooled == divided
     assert torch.equal(even.test.inputs, small.test.inputs)
-
-
-def test_self_tuning_on_the_small_recipe_beats_fixed_values_from_a_high_guess(tmp_path):
-    config = guessed(recipe("digits-small").config(), "high")
-    config = replace(config, schedule=replace(config.schedule, epochs=250))
-    losses = {}
-    for name in ("stn", "fixed"):
-        one = replace(config, method=replace(config.method, name=name), run_dir=str(tmp_path / name))
-        losses[name] = run(one, recipe("digits-small").build)["test_loss"]
-    assert losses["stn"] < 0.9 * losses["fixed"]
