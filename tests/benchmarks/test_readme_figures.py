@@ -9,6 +9,7 @@ from statistics import geometric_mean
 import pytest
 
 from benchmarks import precision
+from benchmarks.hypergradient import mean_and_error
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
@@ -358,3 +359,20 @@ def test_two_passes_with_the_published_start_on_fashion_mnist_small():
     expected = [row[key] for row in runs_with("fashion-mnist-small", "method.antithetic=true") for key in LOSSES[:2]]
     shown = table("`fashion-mnist-small`, seed 0", HYPERGRADIENTS)["published start, two passes"]
     assert_shown(shown, expected)
+
+
+def hypergradient_rows():
+    return [json.loads(line) for line in (RESULTS / "hypergradient.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("row", hypergradient_rows(), ids=lambda row: f"{row['step']}-{row['hyperparameter']}")
+def test_hypergradients_are_those_that_were_recorded(row):
+    thousandths = [row["gradient"], row["standard_error"], row["fitted"]]
+    for horizon in ("10", "50", "200", "rest"):
+        thousandths += mean_and_error(row, horizon)
+    expected = [abs(1000 * value) for value in thousandths]  # the table's numbers are read without their signs
+    expected.insert(2, row["signal_to_noise"])
+    name = f"{row['step']}, {row['hyperparameter'].replace('_', ' ')}"
+    assert_shown(table("step, hyperparameter", HYPERGRADIENTS)[name], expected)
+    shown = next(line for line in HYPERGRADIENTS.splitlines() if line.startswith(f"| {name} |"))
+    assert ("| -" in shown.split(" ± ")[0]) == (row["gradient"] < 0)
