@@ -376,3 +376,19 @@ def test_hypergradients_are_those_that_were_recorded(row):
     assert_shown(table("step, hyperparameter", HYPERGRADIENTS)[name], expected)
     shown = next(line for line in HYPERGRADIENTS.splitlines() if line.startswith(f"| {name} |"))
     assert ("| -" in shown.split(" ± ")[0]) == (row["gradient"] < 0)
+
+
+COMPARED_NAMES = {"stn": "self-tuned", "fixed": "fixed", "frozen": "self-tuning network, frozen"}
+
+
+def test_the_comparison_with_a_search_is_the_recorded_one():
+    recorded = json.loads((RESULTS / "compare-digits-small.json").read_text())
+    shown = table("`digits-small`, 3 seeds")
+    parts = {"all": "TPE, 10 trials", "in CPU s of stn": "TPE, in the CPU time of one self-tuned run"}
+    for entry in recorded["scores"]:
+        own = f"{COMPARED_NAMES.get(entry['method'])} from {entry['guess']}"
+        name = own if entry["guess"] else parts.get(entry["part"], "TPE, in the CPU time of its steps")
+        losses = [entry[loss][of] for loss in LOSSES[:2] for of in ("median", "smallest", "largest")]
+        compute = [entry["cpu_seconds_of_fixed"], entry["step_cpu_seconds_of_fixed"]]
+        assert_shown(shown.pop(name), [*losses, *(value for value in compute if value is not None)])
+    assert not shown
