@@ -77,12 +77,16 @@ def classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Te
 
 
 def decayed_classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:
-    """Cross entropy + ½·weight_decay·‖W_eff‖² averaged over examples, if there is a hyperparameter `weight_decay`.
+    """Cross entropy `with_weight_decay`."""
+    return with_weight_decay(classification_loss(model, batch, hyper), model, hyper)
+
+
+def with_weight_decay(loss: Tensor, model: nn.Module, hyper: HyperBatch) -> Tensor:
+    """``loss`` + ½·weight_decay·‖W_eff‖² averaged over examples, if there is a hyperparameter `weight_decay`.
 
     The matrices and filters of gated layers are decayed; biases and norms are not. Your own layers are decayed if they
     have a method ``weight_decay_penalty(hyper, decay)`` that returns ½ · mean over examples of decay[b] · ‖W_eff[b]‖².
     """
-    loss = classification_loss(model, batch, hyper)
     if "weight_decay" not in hyper:
         return loss
     decay = hyper["weight_decay"]
