@@ -3,8 +3,8 @@
     python -m benchmarks.hypergradient digits-small --guess .3 --draws 3
     python -m benchmarks.hypergradient ptb-small --guess .05 --horizons 10 50 200 --jobs 2 --out FILE --figure FILE
 
-Trains a run and examines its states after --at of its training steps. For each hyperparameter, with λ in unconstrained
-units:
+Trains a run and examines its states after the shares --at of its steps. For each hyperparameter, with λ in
+unconstrained units:
 
 gradient   dF/dλ as validation steps compute it, through the response: mean over --batches validation batches, its
            standard error, and the signal-to-noise ratio of one step, |mean| / standard deviation
@@ -30,7 +30,6 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ from benchmarks.self_tuning import add_run_flags, check_run_flags, sharing, writ
 from stn_fast.command_line import run_command
 from stn_fast.comparison.guesses import guessed
 from stn_fast.comparison.kept_runs import KeptRuns, Row
-from stn_fast.comparison.processes import Processes
+from stn_fast.comparison.processes import mapped
 from stn_fast.comparison.runs import digest
 from stn_fast.errors import UserError
 from stn_fast.hyperparameters import HyperparameterSpace
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stn_fast.hyperparameters import HyperBatch
+    from stn_fast.training.batches import BatchSequence
     from stn_fast.training.methods import SelfTuning
     from stn_fast.training.trainer import Trainer
 
@@ -83,8 +83,8 @@ class Unit:
     how: How
 
 
-def states(config: Config, shares: Sequence[float], folder: Path) -> list[Path]:
-    """Trains as ``config`` says up to the largest share of its steps; returns a checkpoint for each share.
+def states(config: Config, steps: Sequence[int], folder: Path) -> dict[int, Path]:
+    """Trains as ``config`` says up to the last of ``steps``, which ascend; returns the checkpoint after each.
 
     Raises:
         UserError: the run ends before.
@@ -92,9 +92,9 @@ def states(config: Config, shares: Sequence[float], folder: Path) -> list[Path]:
     from stn_fast.training import checkpoint
     from stn_fast.training.run import run
 
-    kept = []
+    kept = {}
     build = recipe(config.recipe).build
-    for step in steps_at(config, shares):
+    for step in steps:
         result = run(replace(config, schedule=replace(config.schedule, max_steps=step)), build)
         if result["steps"] < step:
             raise UserError(
@@ -102,25 +102,25 @@ def states(config: Config, shares: Sequence[float], folder: Path) -> list[Path]:
                 "off by --set, or ask for smaller shares"
             )
         found = checkpoint.path_of(Path(config.directory) / "checkpoints", step)
-        kept.append(shutil.copytree(found, folder / found.name, dirs_exist_ok=True))
+        kept[step] = shutil.copytree(found, folder / found.name, dirs_exist_ok=True)
     return kept
 
 
 def steps_at(config: Config, shares: Sequence[float]) -> list[int]:
     """The numbers of training and validation steps that are the ``shares`` of a whole run, ascending."""
-    method, (training, per_pass) = config.method, training_steps(config)
-    tuning = max(0, training - method.warmup_epochs * per_pass)
+    from stn_fast.training.run import checked_task
+
+    task, method = checked_task(config, recipe(config.recipe).build), config.method
+    sequence = task.batching.sequence(task.data.train, config.schedule.batch_size, seed=0, stream=0)
+    training = training_steps(config, sequence)
+    tuning = max(0, training - method.warmup_epochs * sequence.per_pass)
     total = training + tuning // method.train_steps * method.valid_steps
     return sorted({max(1, round(share * total)) for share in shares})
 
 
-def training_steps(config: Config) -> tuple[int, int]:
-    """The training steps of a whole run, and those of a pass over the training set."""
-    from stn_fast.training.run import checked_task
-
-    task = checked_task(config, recipe(config.recipe).build)
-    sequence = task.batching.sequence(task.data.train, config.schedule.batch_size, seed=0, stream=0)
-    return config.schedule.epochs * sequence.per_pass, sequence.per_pass
+def training_steps(config: Config, batches: BatchSequence) -> int:
+    """The training steps of a whole run."""
+    return config.schedule.epochs * batches.per_pass
 
 
 def trainer_at(config: Config, state: Path) -> tuple[Trainer, SelfTuning, Callable[[], None]]:
@@ -207,7 +207,7 @@ def validation_gradients(trainer: Trainer, method: SelfTuning, batches: int) -> 
 def differences(trainer: Trainer, method: SelfTuning, back: Callable[[], None], name: str, how: How) -> Row:
     """Central differences of the validation loss for each horizon: one for every draw, null where it is not finite."""
     back()
-    left = training_steps(trainer.config)[0] - trainer.train_steps
+    left = training_steps(trainer.config, trainer.train_batches) - trainer.train_steps
     steps = {str(K): left if K == REST else int(K) for K in how.horizons}
     named = {K: steps[K] for K in sorted(steps, key=steps.__getitem__) if steps[K] <= left}
     found: dict[str, list[float | None]] = {"0": [through_the_response(trainer, method, name, how.width)]}
@@ -278,16 +278,6 @@ def shifted(space: HyperparameterSpace, name: str, shift: float) -> Hyperparamet
     start[space.index(name)] += shift
     init = continuous.values(start)[name]
     return HyperparameterSpace([replace(each, init=init) if each.name == name else each for each in space])
-
-
-@contextmanager
-def examined(units: Sequence[Unit], jobs: int) -> Iterator[Iterator[Any]]:
-    """Yields the results of ``units`` in order, ``jobs`` at a time."""
-    if jobs == 1:
-        yield map(examine, units)
-        return
-    with Processes(jobs) as processes:
-        yield processes.map(examine, units)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -430,7 +420,7 @@ def compute(flags: argparse.Namespace) -> list[Row]:
             asked = [{**about, "step": step, "hyperparameter": name} for step in steps for name in config.enabled]
             missing = [row for row in asked if kept.find(row) is None]
             if missing:
-                found = dict(zip(steps, states(config, flags.at, Path(scratch) / str(seed)), strict=True))
+                found = states(config, steps, Path(scratch) / str(seed))
                 for row in made(missing, config, found, how, flags.jobs):
                     kept.add({**row, "set": flags.set})
             rows += [row for row in map(kept.find, asked) if row is not None]
@@ -442,7 +432,7 @@ def made(missing: Sequence[Row], config: Config, found: Mapping[int, Path], how:
     steps = list(dict.fromkeys(row["step"] for row in missing))
     gradients = [Unit(config, found[step], None, how) for step in steps]
     units = [Unit(config, found[row["step"]], row["hyperparameter"], how) for row in missing]
-    with examined([*gradients, *units], jobs) as coming:
+    with mapped(examine, [*gradients, *units], jobs) as coming:
         of_state = {step: next(coming) for step in steps}
         for number, (row, result) in enumerate(zip(missing, coming, strict=True), 1):
             yield {**row, **of_state[row["step"]][row["hyperparameter"]], **result}

@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.as_published:
         defaults = as_published(defaults)
     try:
-        if flags.set:
+        if flags.set:  # without it, `auto` stays in the digests of settings by which finished runs are found
             defaults = resolve(defaults, pairs=flags.set)
         results = compare(flags, defaults)
     except UserError as error:

@@ -28,8 +28,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,7 +41,7 @@ from torch import Tensor, nn
 from benchmarks.self_tuning import writable
 from stn_fast.command_line import run_command
 from stn_fast.comparison.kept_runs import KeptRuns, Row
-from stn_fast.comparison.processes import Processes
+from stn_fast.comparison.processes import mapped
 from stn_fast.data import Split, digits
 from stn_fast.errors import UserError
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter, HyperparameterSpace
@@ -114,12 +113,7 @@ def square_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:
 
 
 def decayed_square_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:
-    loss = square_loss(model, batch, hyper)
-    if "weight_decay" in hyper:
-        for layer in model.modules():
-            if isinstance(layer, HyperLinear):
-                loss = loss + layer.weight_decay_penalty(hyper, hyper["weight_decay"])
-    return loss
+    return task.with_weight_decay(square_loss(model, batch, hyper), model, hyper)
 
 
 def low_guess(seed: int) -> Problem:
@@ -308,16 +302,6 @@ def of_a_seed(runs: Sequence[Row]) -> list[Row]:
     return [one_run(about) for about in runs]
 
 
-@contextmanager
-def made(groups: Sequence[Sequence[Row]], jobs: int) -> Iterator[Iterator[list[Row]]]:
-    """Yields the results of the ``groups`` of runs in order, ``jobs`` at a time in processes of their own."""
-    if jobs == 1:
-        yield map(of_a_seed, groups)
-        return
-    with Processes(jobs) as processes:
-        yield processes.map(of_a_seed, groups)
-
-
 def table(rows: Sequence[Row]) -> str:
     """A line for each task, and the number of runs that became non-finite."""
     heads = ("non-finite", "largest / first loss", "last / first", "σ at the end")
@@ -361,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         about = {"method": flags.method, "cycles": flags.cycles, "as_published": flags.as_published}
         groups = [[{**about, "task": name, "seed": seed} for name in flags.tasks] for seed in range(flags.seeds)]
         missing = [[run for run in group if kept.find(run) is None] for group in groups]
-        with made([group for group in missing if group], flags.jobs) as coming:
+        with mapped(of_a_seed, [group for group in missing if group], flags.jobs) as coming:
             for results in coming:
                 for row in results:
                     kept.add(row)

@@ -130,6 +130,16 @@ class Processes:
 
 
 @contextmanager
+def mapped(function: Callable[[Any], Any], arguments: Sequence[Any], jobs: int) -> Iterator[Iterator[Any]]:
+    """Yields the results of ``function`` in order: computed here, or by ``jobs`` processes at a time if several."""
+    if jobs == 1:
+        yield map(function, arguments)
+        return
+    with Processes(jobs) as processes:
+        yield processes.map(function, arguments)
+
+
+@contextmanager
 def _blocked_signals() -> Iterator[None]:
     """Inside, Ctrl-C is kept waiting: a process started then never gets it, and is ended by SIGTERM.
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stn_fast.comparison.kept_runs import Row
-from stn_fast.comparison.processes import Processes
+from stn_fast.comparison.processes import mapped
 from stn_fast.comparison.sources import sources_digest
 from stn_fast.files import exists, read_text
 from stn_fast.recipes import recipe
@@ -104,14 +104,9 @@ def evaluations(metrics: Path) -> list[Row]:
     return [row for row in rows if row["phase"] == "eval"]
 
 
-@contextmanager
-def measured(configs: Sequence[Config], jobs: int) -> Iterator[Iterator[Row]]:
+def measured(configs: Sequence[Config], jobs: int) -> AbstractContextManager[Iterator[Row]]:
     """Yields the results of ``configs`` in order; several ``jobs`` at a time are processes of their own."""
-    if jobs == 1:
-        yield map(measure, configs)
-        return
-    with Processes(jobs) as processes:
-        yield processes.map(measure, configs)
+    return mapped(measure, configs, jobs)
 
 
 def score(result: Row, key: str) -> float:

@@ -543,7 +543,8 @@ class SelfTuning(Method):
         """What a validation step would use: F, a detached scalar, and the gradients for each of ``tuned``, each (n,).
 
         The gradient for the location is that of F; the one for the raw scale, if it is tuned, includes the entropy
-        term. Nothing is updated; arguments and errors are those of ``valid_step``, but it works with ``freeze=True``.
+        term. No weight or hyperparameter is updated, but a window of a text carries its state on. Arguments and errors
+        are those of ``valid_step``, but it works with ``freeze=True``.
         """
         batch = self.begin("valid_step", batch)
         with float32_products(self.precision):

@@ -11,8 +11,10 @@ import torch
 from random_response import respond
 
 from benchmarks import hypergradient
+from stn_fast.data import digits
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
 from stn_fast.recipes import recipe
+from stn_fast.training.batches import Batches
 from stn_fast.training.parameters import is_response
 from stn_fast.training.run import run
 
@@ -67,7 +69,7 @@ def at_a_state(request, tmp_path_factory):
     defaults = recipe("digits").config()
     schedule, method = replace(defaults.schedule, epochs=2), replace(defaults.method, name=request.param)
     config = replace(defaults, run_dir=str(folder / "run"), schedule=schedule, method=method)
-    (state,) = hypergradient.states(config, [0.5], folder / "kept")
+    (state,) = hypergradient.states(config, hypergradient.steps_at(config, [0.5]), folder / "kept").values()
     return hypergradient.trainer_at(config, state)
 
 
@@ -150,7 +152,8 @@ def test_states_are_taken_at_shares_of_the_steps_that_a_whole_run_has(tmp_path):
     config = replace(defaults, schedule=replace(defaults.schedule, epochs=4), run_dir=str(tmp_path / "run"))
     result = run(config, recipe("digits").build)
     assert hypergradient.steps_at(config, [1.0]) == [result["steps"]]
-    assert hypergradient.training_steps(config)[0] == result["steps"] - result["valid_steps"]
+    batches = Batches(digits.load().train, config.schedule.batch_size, seed=0, stream=0)
+    assert hypergradient.training_steps(config, batches) == result["steps"] - result["valid_steps"]
 
 
 def test_a_run_that_ends_early_is_an_error_that_names_the_key(tmp_path, capsys):

@@ -74,3 +74,4 @@ def test_the_figure_of_a_text_shows_perplexities(rows):
 def test_a_comparison_in_which_everything_became_non_finite_is_drawn(make_row, tmp_path):
     rows = [make_row("stn", 0, None, None, curve=[], diverged="nan", loss_unit="")]
     plot.save(draw("digits", rows), tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
