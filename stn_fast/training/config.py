@@ -130,6 +130,9 @@ class MethodConfig:
     noise of the response's gradients cancels. ``response`` is what the gates see: the shift from the first location
     (``shifted``), the unconstrained sample (``raw``) or its constrained value (``value``).
 
+    Scales that are not tuned shrink to ``scale_decay`` times their first size over ``schedule.epochs``, by the same
+    factor after every epoch. Wide ones find the way from a bad first guess; narrow ones tell better where to stop.
+
     ``response_start`` is how the response of this package's layers starts: at 0, with gates of size 1 (``zero``), so
     that it learns at once; or at random, with gates near 0 (``published``).
 
@@ -152,6 +155,7 @@ class MethodConfig:
     warmup_epochs: int = 3
     tune_scales: bool = True
     entropy_weight: float = 1e-3
+    scale_decay: float = 1.0
     antithetic: bool = True
     response: Response = "shifted"
     response_start: Literal["zero", "published"] = "zero"
@@ -184,6 +188,9 @@ class MethodConfig:
         _require_at_least(0, warmup_epochs=self.warmup_epochs)
         entropy_is_right = isfinite(self.entropy_weight) and self.entropy_weight >= 0
         _require(entropy_is_right, "entropy_weight", self.entropy_weight, "must be finite and at least 0")
+        _require_positive(scale_decay=self.scale_decay)
+        decays = self.scale_decay == 1 or not self.tune_scales
+        _require(decays, "scale_decay", self.scale_decay, "only applies if tune_scales is false")
         starts = ("zero", "published")
         start = self.response_start
         _require(start in starts, "response_start", start, did_you_mean(start, starts))

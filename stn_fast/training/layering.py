@@ -152,12 +152,17 @@ def to_yaml(config: Config) -> str:
 
 
 def differences(saved: Config, asked: Config) -> list[str]:
-    """``key: saved -> asked`` for every key that affects results and differs between the two configurations."""
+    """``key: saved -> asked`` for every key that affects results and differs between the two configurations.
+
+    The number of epochs affects results only if the scales decay over it.
+    """
+    decays = saved.method.scale_decay != 1
+    free = set(FREE_ON_RESUME) - ({"schedule.epochs"} if decays else set())
     old, new = flatten(asdict(saved.resolved)), flatten(asdict(asked.resolved))
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in {**old, **new}
-        if key not in FREE_ON_RESUME and old.get(key) != new.get(key)
+        if key not in free and old.get(key) != new.get(key)
     ]
 
 

@@ -478,6 +478,23 @@ class SelfTuning(Method):
     def scales(self) -> Tensor:
         return self.space.scales(self.raw_scale.detach())
 
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Sets each σ to ``factor`` times its first value, within the bounds that all scales have (0.018 to 3.05).
+
+        Raises:
+            RuntimeError: σ is tuned.
+            ValueError: ``factor`` is not a finite number above 0.
+        """
+        if self.tune_scales:
+            raise RuntimeError("rescale: the scales are tuned; construct the method with tune_scales=False")
+        if not real_number("rescale", "factor", factor) > 0:
+            raise ValueError(f"rescale: factor must be above 0, got {factor}")
+        _, first = self.space.initial_state(self.location.device)
+        wanted = factor * self.space.scales(first)
+        self.raw_scale.copy_(wanted + torch.log(-torch.expm1(-wanted)))  # the inverse of softplus
+        self.space.clamp_(self.raw_scale)
+
     def settings(self) -> dict[str, Any]:
         return super().settings() | {
             "validation_objective": self.validation_objective,

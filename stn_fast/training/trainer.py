@@ -19,7 +19,7 @@ from stn_fast.training.batches import as_batch
 from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.config import Config
 from stn_fast.training.finite import NonFiniteError
-from stn_fast.training.methods import Method
+from stn_fast.training.methods import Method, SelfTuning
 from stn_fast.training.metrics import MeanLoss, MetricsLog, describe
 from stn_fast.training.modes import evaluating
 from stn_fast.training.optimizers import captures
@@ -203,9 +203,17 @@ class Trainer:
         lower = self.plateau.add(self._report_epoch(log))
         if lower is not None:
             self.method.learning_rate = lower
+        self._rescale()
         is_best = self.best["step"] == self.step
         if is_best or self.epoch % self.config.schedule.checkpoint_epochs == 0:
             self._save(log)
+
+    def _rescale(self) -> None:
+        """Sets the scales of the next epoch, if they decay."""
+        decay = self.config.method.scale_decay
+        if decay != 1 and isinstance(self.method, SelfTuning):
+            past = self.train_steps / (self.config.schedule.epochs * self.train_batches.per_pass)
+            self.method.rescale(decay ** min(past, 1.0))
 
     def _report_epoch(self, log: MetricsLog) -> float:
         """Writes the epoch's rows and updates the best; returns the validation loss."""

@@ -49,6 +49,8 @@ from stn_fast.training.spaces import build_space
         ("method.valid_steps=0", "method.valid_steps"),
         ("method.warmup_epochs=-1", "method.warmup_epochs"),
         ("method.entropy_weight=-1", "method.entropy_weight"),
+        ("method.scale_decay=0.5", "method.scale_decay = 0.5: only applies if tune_scales is false"),
+        ("method.scale_decay=0", "method.scale_decay = 0.0: must be a finite number above 0"),
         ("method.response=shift", "did you mean 'shifted'"),
         ("method.freeze=perhaps", "must be true or false"),
         (

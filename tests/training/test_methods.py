@@ -1,6 +1,7 @@
 """Methods: which tensors each kind of step may move, against plain torch where there is a plain counterpart."""
 
 import copy
+import math
 import warnings
 from functools import partial
 
@@ -12,6 +13,7 @@ from random_response import respond
 from torch.utils._pytree import tree_map
 
 from stn_fast.data import Split
+from stn_fast.hyperparameter import SCALE_BOUNDS
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
 from stn_fast.layers import HyperLSTM, PerExampleNoise
 from stn_fast.models.mlp import mlp
@@ -108,6 +110,26 @@ def test_untuned_scales_stay_and_validation_is_unperturbed(model, batch):
     torch.testing.assert_close(method.valid_step(batch, 0), expected)
     assert torch.equal(method.raw_scale, raw_scale)
     assert (method.location != location).all()
+
+
+def test_rescaled_perturbations_are_as_wide_as_asked(model, batch):
+    method = self_tuning(model, tune_scales=False)
+    first = method.scales().clone()
+    for factor in (0.5, 2.0):
+        method.rescale(factor)
+        torch.testing.assert_close(method.scales(), factor * first)
+    low, high = SCALE_BOUNDS
+    for factor, bound in ((1e-6, low), (1e6, high)):
+        method.rescale(factor)
+        torch.testing.assert_close(method.scales(), torch.full_like(first, bound))
+
+
+def test_rescaling_refuses_a_tuned_scale_and_a_wrong_factor(model):
+    with pytest.raises(RuntimeError, match=r"rescale: the scales are tuned.*tune_scales=False"):
+        self_tuning(model).rescale(0.5)
+    for wrong in (0, -1.0, math.nan, "half"):
+        with pytest.raises(ValueError, match="rescale: factor must be"):
+            self_tuning(model, tune_scales=False).rescale(wrong)
 
 
 def test_freezing_holds_hyperparameters_but_trains_the_response(model, batch):

@@ -107,6 +107,25 @@ def test_a_run_of_one_pass_that_goes_on_equals_one_that_never_stopped(train, sam
     same_run(whole, train(*given, name="stopped"))
 
 
+@pytest.mark.parametrize("method", ["stn", "delta-stn"])
+def test_scales_that_decay_end_at_their_share_and_a_run_that_goes_on_equals_one_that_never_stopped(
+    train, same_run, method
+):
+    given = (f"method.name={method}", "method.tune_scales=false", "method.scale_decay=0.25")
+    whole = train(*given, name="whole")
+    scales = [row["scales"]["input_dropout"] for row in rows(whole) if row["phase"] == "eval"]
+    assert scales == pytest.approx([0.5 * 0.25 ** (max(0, epoch - 1) / 6) for epoch in range(7)], rel=1e-5)
+    train(*given, "schedule.max_steps=31", name="stopped")
+    same_run(whole, train(*given, name="stopped"))
+
+
+def test_a_run_whose_scales_decay_refuses_another_number_of_epochs(train):
+    given = ("method.tune_scales=false", "method.scale_decay=0.25")
+    train(*given, "schedule.max_steps=31")
+    with pytest.raises(UserError, match=r"schedule.epochs: 6 -> 9"):
+        train(*given, "schedule.epochs=9")
+
+
 def test_a_finished_run_asked_again_gives_its_result_without_training(train, make_config, monkeypatch):
     directory = train()
     before = json.loads((directory / "result.json").read_text())
