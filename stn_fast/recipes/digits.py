@@ -6,6 +6,7 @@ digits_small  90 training images, on which the best values are inside of their r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stn_fast.recipes import Recipe
@@ -50,11 +51,16 @@ def config() -> Config:
 
 
 def _small() -> Config:
-    """A tenth of the training images, in two batches, and the package's own steps and start of the response."""
+    """A tenth of the training images, in two batches, and the package's own steps and start of the response.
+
+    Scales shrink from 2 to 0.5 over the run. With narrow ones, noise that starts far too small has no effect from which
+    the response could learn.
+    """
+    wide = {name: replace(one, scale=2.0) for name, one in config().hyperparameters.items()}
     return Config(
         recipe="digits-small",
-        hyperparameters={**config().hyperparameters, "input_noise": HyperparameterConfig(init=0.1, low=0.0)},
-        method=MethodConfig(warmup_epochs=30),
+        hyperparameters={**wide, "input_noise": replace(wide["input_noise"], init=0.1)},
+        method=MethodConfig(warmup_epochs=30, tune_scales=False, scale_decay=0.25),
         schedule=ScheduleConfig(epochs=750, batch_size=45),
         threads=1,
         train_fraction=0.1,
