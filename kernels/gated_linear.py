@@ -429,15 +429,13 @@ def backward(
     config: Choice | tuple[Choice, Choice] | None = None,
     projection: Tensor | None = None,
 ) -> Gradients:
-    """(dx, dW, db, dR, dr, dGw, dGb, dh), None where `wanted`, in the same order, says so; q as `forward` saves it.
+    """(dx, dW, db, dR, dr, dGw, dGb, dB, dh), None where `wanted`, in the same order, says so; q as `forward` saves it.
 
-    q is needed for dGw and dh. With a projection B it is u, which dA needs too, dA is in the place of dR, and dB is the
-    ninth.
+    q is needed for dGw and dh. With a projection B it is u, which dA needs too, and dA is in the place of dR.
 
     config fixes how dx, and how dW with dR, are computed, as in `forward`; a pair fixes each.
     """
-    want_x, want_w, want_b, want_r, want_rb, want_gw, want_gb, want_h, *rest = wanted
-    want_p = any(rest)
+    want_x, want_w, want_b, want_r, want_rb, want_gw, want_gb, want_p, want_h = wanted
     pair = config if isinstance(config, tuple) else (config or LIBRARY, config or LIBRARY)
     problem = _problem(x, weight, h, inner, any(isinstance(choice, triton.Config) for choice in pair))
     name_x, name_w = (problem.named(choice) for choice in pair)
@@ -472,7 +470,7 @@ def backward(
                 assert source is not None
                 d_response_weight = torch.mm(run.gated_dy().T, source)
         d_projection = torch.mm(run.du().T, x) if want_p else None
-    found = (
+    return (
         dx,
         d_weight,
         d_bias if want_b else None,
@@ -480,6 +478,6 @@ def backward(
         d_response_bias if want_rb else None,
         d_weight_gate,
         d_bias_gate if want_gb else None,
+        d_projection,
         dh,
     )
-    return found if projection is None else (*found, d_projection)

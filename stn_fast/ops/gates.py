@@ -328,4 +328,4 @@ def check_operands(
                 f"{weight.device}; they must agree (cast one: {name}.to({weight_name}))"
             )
     if not weight.is_floating_point():
-        raise ValueError(f"{operation} wants floating point tensors; got {weight.dtype}")
+        raise ValueError(f"{operation} takes floating point tensors; got {weight.dtype}")

@@ -86,10 +86,12 @@ def assert_forward(tensors, outer, inner, config, save_response=True):
 def assert_gradients(tensors, dy, outer, inner, config, wanted=EVERYTHING):
     x, weight, _, response_weight, response_bias, weight_gate, bias_gate, h = on_device(*tensors)
     q = x @ response_weight.T if wanted[5] or wanted[7] else x.new_empty(0)
-    got = kernels.backward(
+    *got, d_projection, dh = kernels.backward(
         dy.to(DEVICE), x, weight, response_weight, response_bias, weight_gate, bias_gate, h, q,
-        outer, inner, wanted, config=config,
+        outer, inner, (*wanted[:-1], False, wanted[-1]), config=config,
     )  # fmt: skip
+    assert d_projection is None
+    got.append(dh)
     in_dtype, exact = (plain_gradients(tensors, dy, outer, inner, dtype) for dtype in (dy.dtype, torch.float64))
     for name, wants, gradient, *references in zip(NAMES, wanted, got, in_dtype, exact, strict=True):
         assert (gradient is not None) == wants, name

@@ -38,9 +38,14 @@ def whole_response(layer):
     return torch.cat(of_group).view(layer.weight.shape)
 
 
+def in_double(inputs):
+    """``inputs`` in float64, except for tokens."""
+    return inputs.double() if inputs.is_floating_point() else inputs
+
+
 def with_whole_response(kind, layer):
     """A layer with a full response that is the same function."""
-    full = MAKERS[kind]()
+    full = MAKERS[kind]().to(layer.weight.dtype)
     state = {name: value for name, value in layer.state_dict().items() if name != "response_projection"}
     full.load_state_dict(state | {"response_weight": whole_response(layer)})
     return full
@@ -49,36 +54,35 @@ def with_whole_response(kind, layer):
 @each_gated_layer
 def test_a_layer_is_the_one_with_the_whole_response(kind):
     torch.manual_seed(0)
-    layer, x, h = MAKERS[kind](response_rank=RANK), INPUTS[kind](), torch.randn(5, N)
+    layer, x, h = MAKERS[kind](response_rank=RANK).double(), in_double(INPUTS[kind]()), torch.randn(5, N).double()
     full = with_whole_response(kind, layer)
-    torch.testing.assert_close(layer(x, h), full(x, h), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(x, h), full(x, h), rtol=1e-12, atol=1e-13)
 
 
 @each_layer
 def test_a_folded_layer_is_the_plain_one(kind):
     torch.manual_seed(0)
-    layer, x, h = MAKERS[kind](response_rank=RANK), INPUTS[kind](), torch.randn(N)
+    layer, x, h = MAKERS[kind](response_rank=RANK).double(), in_double(INPUTS[kind]()), torch.randn(N).double()
     plain, ours = layer.fold(h)(x), layer(x, h.expand(5, N))
     for got, want in zip(plain, ours, strict=True) if kind == "lstm" else [(plain, ours)]:
         for one, other in zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]:
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
 @each_gated_layer
 def test_weight_decay_is_that_of_the_whole_response(kind):
     torch.manual_seed(0)
     layer, h, decay = MAKERS[kind](response_rank=RANK).double(), torch.randn(5, N).double(), torch.rand(5).double()
-    full = with_whole_response(kind, layer.float()).double()
-    layer = layer.double()
+    full = with_whole_response(kind, layer)
     got, want = layer.weight_decay_penalty(h, decay), full.weight_decay_penalty(h, decay)
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
     names = ("weight", "weight_gate")
     gradients = [
         torch.autograd.grad(penalty, [getattr(of, name) for name in names])
         for penalty, of in ((got, layer), (want, full))
     ]
     for of_got, of_want in zip(*gradients, strict=True):
-        torch.testing.assert_close(of_got, of_want, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(of_got, of_want, rtol=1e-11, atol=1e-13)
 
 
 def test_the_decay_of_an_lstm_counts_every_matrix():

@@ -168,7 +168,7 @@ def test_memory_kept_for_backward_is_the_response_alone(relu, way):
     ("change", "message"),
     [
         (dict(x=torch.randn(3, 5, 7, 5)), r"x must be \(3, 4, 7, 5\).*got \(3, 5, 7, 5\)"),
-        (dict(x=torch.randn(4, 7, 5)), r"wants x \(B, I, H, W\).*got x \(4, 7, 5\)"),
+        (dict(x=torch.randn(4, 7, 5)), r"takes x \(B, I, H, W\).*got x \(4, 7, 5\)"),
         (dict(x=torch.randn(3, 4, 2, 5)), r"x \(3, 4, 2, 5\) with padding=\[0, 0\] is smaller than the filters"),
         (dict(response_weight=torch.randn(6, 4, 3, 1)), r"response_weight must be \(6, 4, 3, 3\)"),
         (dict(weight_gate=torch.randn(6, 2)), r"weight_gate must be \(6, 3\)"),
@@ -183,7 +183,7 @@ def test_memory_kept_for_backward_is_the_response_alone(relu, way):
         (dict(stride=0), r"stride as an int or a pair of them, at least 1; got 0"),
         (dict(padding=-1), r"padding as an int or a pair of them, at least 0; got -1"),
         (dict(padding="full"), r"padding as numbers, 'same' or 'valid'; got 'full'"),
-        (dict(padding="same", stride=2), r"padding='same' wants stride 1"),
+        (dict(padding="same", stride=2), r"padding='same' needs stride 1"),
         (dict(dilation=(1, 2, 3)), r"dilation as an int or a pair of them.*got \(1, 2, 3\)"),
     ],
 )

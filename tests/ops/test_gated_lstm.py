@@ -140,7 +140,7 @@ SMALL = dict(steps=3, batch=4, inputs=5, hidden=7, n=3)
     ("name", "value", "message"),
     [
         ("x", torch.randn(3, 4, 6), r"from_input.weight must be \(28, 6\).*got \(28, 5\)"),
-        ("x", torch.randn(4, 5), r"wants x \(T, B, I\).*got x \(4, 5\)"),
+        ("x", torch.randn(4, 5), r"takes x \(T, B, I\).*got x \(4, 5\)"),
         ("x", torch.randn(0, 4, 5), r"at least one time step.*got x \(0, 4, 5\)"),
         ("h_0", torch.randn(3, 7), r"h_0 must be \(4, 7\).*got \(3, 7\)"),
         ("c_0", torch.randn(4, 6), r"c_0 must be \(4, 7\).*got \(4, 6\)"),

@@ -300,7 +300,7 @@ def pair(who: str, name: str, value: IntOrPair, least: int) -> list[int]:
     """One number a direction, (vertical, horizontal); raises ValueError naming what is no int or pair of them."""
     both = [value, value] if isinstance(value, int) else value
     if not isinstance(both, list | tuple) or len(both) != 2 or any(not isinstance(v, int) or v < least for v in both):
-        raise ValueError(f"{who} wants {name} as an int or a pair of them, at least {least}; got {value!r}")
+        raise ValueError(f"{who} takes {name} as an int or a pair of them, at least {least}; got {value!r}")
     return list(both)
 
 
@@ -312,10 +312,10 @@ def _explicit_padding(
         return x, [0, 0]
     if padding != "same":
         if isinstance(padding, str):
-            raise ValueError(f"gated_conv2d wants padding as numbers, 'same' or 'valid'; got {padding!r}")
+            raise ValueError(f"gated_conv2d takes padding as numbers, 'same' or 'valid'; got {padding!r}")
         return x, pair("gated_conv2d", "padding", padding, 0)
     if stride != [1, 1]:
-        raise ValueError(f"gated_conv2d: padding='same' wants stride 1, as in torch; got stride={stride}")
+        raise ValueError(f"gated_conv2d: padding='same' needs stride 1, as in torch; got stride={stride}")
     total = [dilation[d] * (weight.shape[2 + d] - 1) for d in (0, 1)]
     if total[0] % 2 or total[1] % 2:
         x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
@@ -336,7 +336,7 @@ def _check(x: Tensor, parameters: GatedParameters, h: Tensor, groups: int) -> No
     weight = parameters.weight
     if weight.ndim != 4 or h.ndim not in (1, 2) or x.ndim != 4:
         raise ValueError(
-            "gated_conv2d wants x (B, I, H, W), weight (O, I/groups, kh, kw) and h (B, n) or (n,); "
+            "gated_conv2d takes x (B, I, H, W), weight (O, I/groups, kh, kw) and h (B, n) or (n,); "
             f"got x {tuple(x.shape)}, weight {tuple(weight.shape)}, h {tuple(h.shape)}"
         )
     outputs, n = weight.shape[0], h.shape[-1]

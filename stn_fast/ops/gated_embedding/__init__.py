@@ -231,7 +231,7 @@ def gated_embedding(
     if rate is not None:
         if rate.shape != (1,) or rate.dtype != torch.float32 or rate.requires_grad:
             raise ValueError(
-                f"gated_embedding wants rate (1,) float32 without a gradient; got {tuple(rate.shape)} {rate.dtype}, "
+                f"gated_embedding takes rate (1,) float32 without a gradient; got {tuple(rate.shape)} {rate.dtype}, "
                 f"requires_grad={rate.requires_grad}"
             )
         stream = check_stream("gated_embedding", stream)
@@ -318,12 +318,12 @@ def _check(tokens: Tensor, parameters: GatedParameters, h: Tensor, example_dim: 
     weight = parameters.weight
     if tokens.dtype not in (torch.int64, torch.int32) or tokens.ndim < 1 or tokens.device != weight.device:
         raise ValueError(
-            f"gated_embedding wants tokens as int64 or int32 of at least one dimension on {weight.device}; "
+            f"gated_embedding takes tokens as int64 or int32 of at least one dimension on {weight.device}; "
             f"got {tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
         )
     if weight.ndim != 2 or h.ndim not in (1, 2) or not weight.is_floating_point():
         raise ValueError(
-            "gated_embedding wants weight (V, D) in floating point and h (B, n) or (n,); "
+            "gated_embedding takes weight (V, D) in floating point and h (B, n) or (n,); "
             f"got weight {tuple(weight.shape)} {weight.dtype}, h {tuple(h.shape)}"
         )
     if not -tokens.ndim <= example_dim < tokens.ndim:

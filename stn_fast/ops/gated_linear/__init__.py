@@ -194,7 +194,7 @@ def _check(x: Tensor, parameters: GatedParameters, h: Tensor, example_dim: int) 
     weight = parameters.weight
     if weight.ndim != 2 or h.ndim not in (1, 2) or x.ndim < 2:
         raise ValueError(
-            "gated_linear wants x (..., I) of at least two dimensions, weight (O, I) and h (B, n) or (n,); "
+            "gated_linear takes x (..., I) of at least two dimensions, weight (O, I) and h (B, n) or (n,); "
             f"got x {tuple(x.shape)}, weight {tuple(weight.shape)}, h {tuple(h.shape)}"
         )
     if not -x.ndim <= example_dim < x.ndim or example_dim % x.ndim == x.ndim - 1:

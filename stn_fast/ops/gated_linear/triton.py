@@ -35,7 +35,4 @@ def backward(
 ) -> Gradients:
     weight, _, response_weight, response_bias, weight_gate, bias_gate, projection = parameters
     operands = (x, weight, response_weight, response_bias, weight_gate, bias_gate, h, saved)
-    *asked, last, wants_h = wanted
-    found = kernels.backward(dy, *operands, outer, inner, (*asked, wants_h, last), projection=projection)
-    d_projection = None if projection is None else found[8]
-    return Gradients._make([*found[:7], d_projection, found[7]])
+    return Gradients._make(kernels.backward(dy, *operands, outer, inner, wanted, projection=projection))

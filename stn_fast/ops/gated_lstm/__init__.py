@@ -251,10 +251,10 @@ def _check(
     x: Tensor, h_0: Tensor, c_0: Tensor, from_input: GatedParameters, from_hidden: GatedParameters, h: Tensor
 ) -> None:
     if not x.is_floating_point():
-        raise ValueError(f"gated_lstm wants x of floating point numbers; got {x.dtype}")
+        raise ValueError(f"gated_lstm takes x of floating point numbers; got {x.dtype}")
     if x.ndim != 3 or x.shape[0] < 1 or h_0.ndim != 2 or h.ndim not in (1, 2):
         raise ValueError(
-            "gated_lstm wants x (T, B, I) of at least one time step, h_0 (B, H) and h (B, n) or (n,); "
+            "gated_lstm takes x (T, B, I) of at least one time step, h_0 (B, H) and h (B, n) or (n,); "
             f"got x {tuple(x.shape)}, h_0 {tuple(h_0.shape)}, h {tuple(h.shape)}"
         )
     (_, batch, inputs), hidden, n = x.shape, h_0.shape[1], h.shape[-1]
