@@ -11,7 +11,7 @@ from stn_fast import compare
 from stn_fast.comparison import plan
 from stn_fast.comparison.runs import METHODS, configure, digest
 from stn_fast.recipes import recipe
-from stn_fast.training.config import MethodConfig
+from stn_fast.training.config import HyperOptimizerConfig, MethodConfig
 from stn_fast.training.trainer import Trainer
 
 ALL = ["--methods", "stn,fixed,tpe", "--guesses", "low,.6", "--seeds", "1", "--budget", "2", "--epochs", "2"]
@@ -130,7 +130,8 @@ def made_again(in_turn, whole, folder, *arguments):
         (["--budget", "3"], 1),
         (["--methods", "frozen,tpe"], 2),
         (["--epochs", "1"], 6),
-        (["--set", "hyper_optimizer.learning_rate=0.02"], 6),
+        (["--set", "hyper_optimizer.learning_rate=0.02"], 2),
+        (["--set", "optimizer.learning_rate=0.02"], 6),
         (["--set", "hyperparameters.weight_decay.low=-0.001"], 6),
     ],
 )
@@ -171,6 +172,20 @@ def test_a_method_does_not_depend_on_that_of_the_recipe(tmp_path, method):
     others = [MethodConfig(name="fixed"), MethodConfig(name="stn", freeze=True), MethodConfig(name="delta-stn")]
     found = {digest(configure(replace(config, method=m), method, 0, 1.0, tmp_path, None)) for m in others}
     assert len(found) == 1
+
+
+def test_fixed_runs_do_not_depend_on_settings_of_tuning(tmp_path):
+    config = recipe("digits").config()
+    hyper, method = HyperOptimizerConfig(learning_rate=0.5), replace(config.method, train_steps=9, antithetic=True)
+    wide = {name: replace(one, scale=2.0) for name, one in config.hyperparameters.items()}
+    higher = {name: replace(one, init=0.4) for name, one in config.hyperparameters.items()}
+    others = [
+        replace(config, hyper_optimizer=hyper, method=method, hyperparameters=wide),
+        replace(config, method=replace(config.method, response_rank=2)),
+        replace(config, hyperparameters=higher),
+    ]
+    same, *different = [digest(configure(c, "fixed", 0, 1.0, tmp_path, None)) for c in others]
+    assert digest(configure(config, "fixed", 0, 1.0, tmp_path, None)) == same not in different
 
 
 def test_a_row_has_the_settings_that_its_run_used(in_turn, tmp_path):

@@ -1,4 +1,4 @@
-"""Every command and every line of Python in the README runs, and every file it points to exists."""
+"""Every command and line of Python in the README and in docs/results.md runs, and every file they point to exists."""
 
 import os
 import re
@@ -9,20 +9,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+TEXT = "\n".join(page.read_text() for page in PAGES)
 
 
 DATA = {"fashion-mnist": "fashion_mnist", "cifar10": "cifar10", "ptb": "ptb"}  # by the beginning of a recipe's name
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 def commands() -> list[str]:
     """The lines of the shell blocks, without their comments, and the commands named in the text."""
     lines = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    prose = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
     named = re.findall(r"`((?:make|python|pip) [^`]+)`", prose)
     return list(dict.fromkeys(line for line in [*lines, *named] if line))
 
@@ -104,8 +105,9 @@ def test_python_runs_from_any_folder(code: str, tmp_path: Path) -> None:
     assert "dropout" in result.stdout
 
 
-def test_every_file_it_points_to_exists() -> None:
-    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith("http")]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_it_points_to_exists(page: Path) -> None:
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", page.read_text()) if not target.startswith("http")]
     assert targets
-    missing = [target for target in targets if not (ROOT / target).exists()]
+    missing = [target for target in targets if not (page.parent / target).exists()]
     assert not missing

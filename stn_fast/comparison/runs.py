@@ -15,7 +15,7 @@ from stn_fast.comparison.processes import mapped
 from stn_fast.comparison.sources import sources_digest
 from stn_fast.files import exists, read_text
 from stn_fast.recipes import recipe
-from stn_fast.training.config import Config, HyperOptimizerConfig, MethodConfig
+from stn_fast.training.config import Config, HyperOptimizerConfig, HyperparameterConfig, MethodConfig
 from stn_fast.values import from_json, to_json
 
 if TYPE_CHECKING:
@@ -38,16 +38,23 @@ def configure(defaults: Config, method: str, seed: int, factor: float, run_dir: 
     """``defaults`` with ``method`` and ``seed``, and both learning rates multiplied by ``factor``.
 
     one-pass has a cycle, an optimizer of its hyperparameters and a constant learning rate of the weights of its own,
-    whatever ``defaults`` say: it tunes the learning rate, so nothing else may change it.
+    whatever ``defaults`` say: it tunes the learning rate, so nothing else may change it. Settings of tuning, which do
+    nothing with fixed hyperparameters, have their defaults there, so that fixed runs stay the same runs when they
+    change.
     """
     changed: MethodConfig = replace(defaults.method, **METHODS[method])
-    weights, hyper = defaults.optimizer, defaults.hyper_optimizer
+    weights, hyper, tuned = defaults.optimizer, defaults.hyper_optimizer, defaults.hyperparameters
+    if method == "fixed":
+        changed = MethodConfig(name="fixed", response=changed.response, response_rank=changed.response_rank)
+        hyper = HyperOptimizerConfig()
+        tuned = {name: replace(one, scale=HyperparameterConfig.scale) for name, one in tuned.items()}
     if method == "one-pass":
         weights = replace(weights, decay_factor=1.0, min_learning_rate=0.0)
         hyper = ONE_PASS_ADAM
     schedule = replace(defaults.schedule, epochs=epochs or defaults.schedule.epochs)
     return replace(
         defaults,
+        hyperparameters=tuned,
         method=changed,
         seed=seed,
         optimizer=replace(weights, learning_rate=weights.learning_rate * factor),
