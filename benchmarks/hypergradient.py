@@ -407,7 +407,12 @@ def compute(flags: argparse.Namespace) -> list[Row]:
     if base.method.response != "shifted":
         raise UserError("method.response must be shifted, as a raw response or that to a value has no center")
     base = guessed(
-        replace(base, schedule=replace(base.schedule, epochs=flags.epochs or base.schedule.epochs)), flags.guess
+        replace(
+            base,
+            schedule=replace(base.schedule, epochs=flags.epochs or base.schedule.epochs),
+            optimizer=replace(base.optimizer, average=0.0),  # training is the same, and losses are those of its weights
+        ),
+        flags.guess,
     )
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:

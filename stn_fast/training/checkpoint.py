@@ -21,7 +21,7 @@ from stn_fast.training.disk import writing
 from stn_fast.values import from_json, to_json
 
 STATE, MANIFEST = "state.pt", "manifest.json"
-FORMAT = 5  # version of the state's layout; other versions are not read
+FORMAT = 6  # version of the state's layout; other versions are not read
 KEPT = 2  # number of last checkpoints to keep, besides the best of each
 
 

@@ -225,6 +225,9 @@ class OptimizerConfig:
     After every epoch whose validation loss is no better than the best loss from ``decay_patience`` or more epochs
     before, the learning rate is multiplied by ``decay_factor`` (1: never changed). The run ends once the learning rate
     is below ``min_learning_rate``.
+
+    Evaluations, and so the result, use an exponential moving average of the weights over training steps, whose decay is
+    ``average`` (0: the weights themselves). It changes neither training nor validation steps.
     """
 
     name: Literal["sgd", "adam"] = "sgd"
@@ -234,6 +237,7 @@ class OptimizerConfig:
     decay_factor: float = 1.0
     decay_patience: int = 10
     min_learning_rate: float = 0.0
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         names = ("sgd", "adam")
@@ -245,6 +249,7 @@ class OptimizerConfig:
         _require(0 < self.decay_factor <= 1, "decay_factor", self.decay_factor, "must be above 0 and at most 1")
         _require_at_least(1, decay_patience=self.decay_patience)
         low, start = self.min_learning_rate, self.learning_rate
+        _require(0 <= self.average < 1, "average", self.average, "must be at least 0 and below 1")
         _require(0 <= low < start, "min_learning_rate", low, f"must be at least 0 and below learning_rate = {start}")
 
 

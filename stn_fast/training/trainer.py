@@ -15,6 +15,7 @@ from stn_fast.data import Split
 from stn_fast.errors import UserError
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training import checkpoint
+from stn_fast.training.averaging import averaged_model
 from stn_fast.training.batches import as_batch
 from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.config import Config
@@ -74,6 +75,8 @@ class Trainer:
         self.valid_batches = sequence(valid, schedule.valid_batch_size, seed=seed, stream=1, device=device)
         self.captured = CapturedSteps(method, warn=warn) if config.capture and captures(device) else None
         self._steps = self.captured or method
+        average = config.optimizer.average
+        self.averaged = averaged_model(method.model, average) if average else None
         self.train_steps = self.valid_steps = 0
         self.train_loss, self.response_loss, self.valid_loss = (MeanLoss(device) for _ in range(3))
         self.best: Row = {"valid_loss": math.inf, "step": 0}
@@ -194,6 +197,8 @@ class Trainer:
             self.train_loss.add(self._steps.train_step(self.train_batches[self.train_steps], self.step))
             if self.method.response_loss is not None:
                 self.response_loss.add(self.method.response_loss)
+            if self.averaged is not None:
+                self.averaged.update_parameters(self.method.model)
             self.train_steps += 1
         else:
             self.valid_loss.add(self._steps.valid_step(self.valid_batches[self.valid_steps], self.step))
@@ -293,16 +298,18 @@ class Trainer:
     def evaluate(self, split: Split, unperturbed: Callable[[int], HyperBatch] | None = None) -> dict[str, float]:
         """Scores of all of ``split`` at the unperturbed hyperparameters, on folded weights, in float32.
 
+        The weights are the average of ``averaged``, if there is one, and else the method's.
         ``unperturbed`` makes other hyperparameters for a number of examples; by default the method's own does.
         """
         totals: dict[str, torch.Tensor] = {}
         size, device = self.config.schedule.eval_batch_size, self.method.location.device
         unperturbed = unperturbed or self.method.unperturbed
-        with evaluating(self.method.model), float32_products("fp32"):
+        model = self.method.model if self.averaged is None else self.averaged.module
+        with evaluating(model), float32_products("fp32"):
             for given in self.task.batching.whole(split, size, test=split is self.task.data.test, device=device):
                 batch = as_batch(given, device)
                 hyper = unperturbed(batch.examples)
-                scores = batch.finish(self.task.scores(self.method.model, batch, hyper))
+                scores = batch.finish(self.task.scores(model, batch, hyper))
                 for name, value in scores.items():
                     totals[name] = totals.get(name, 0) + value.double()
         return self.task.report({name: total.item() / split.examples for name, total in totals.items()})
@@ -336,7 +343,7 @@ class Trainer:
             return
         except checkpoint.DamagedCheckpoint as error:
             damage = str(error)
-        here = copy.deepcopy(self.method.state_dict())
+        here = copy.deepcopy(self._learnt())
         others: list[Row] = []
         for step in found:
             try:
@@ -344,9 +351,9 @@ class Trainer:
             except checkpoint.DamagedCheckpoint:
                 continue
             with checkpoint.fitting(self._path(step)):
-                self.method.load_state_dict(state["method"])
+                self._load_learnt(state)
             others.append({"valid_loss": self.evaluate(self.task.data.valid)["loss"], "step": step})
-        self.method.load_state_dict(here)
+        self._load_learnt(here)
         if not others:
             raise UserError(
                 f"every checkpoint under {self.checkpoints} is damaged, the best one: {damage}; "
@@ -367,13 +374,22 @@ class Trainer:
         Raises:
             DamagedCheckpoint: their checkpoint cannot be read.
         """
-        state = checkpoint.read(self._path(self.best["step"]), self.method.location.device)
+        self._load_learnt(checkpoint.read(self._path(self.best["step"]), self.method.location.device))
+
+    def _learnt(self) -> Row:
+        """The part of ``state_dict`` that evaluations depend on."""
+        averaged = None if self.averaged is None else self.averaged.state_dict()
+        return {"method": self.method.state_dict(), "averaged": averaged}
+
+    def _load_learnt(self, state: Row) -> None:
         self.method.load_state_dict(state["method"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
 
     def state_dict(self) -> Row:
         """Everything that the next step and the next row depend on."""
         return {
-            "method": self.method.state_dict(),
+            **self._learnt(),
             "train_steps": self.train_steps,
             "valid_steps": self.valid_steps,
             "train_batches": self.train_batches.state_dict(),
@@ -392,7 +408,7 @@ class Trainer:
 
     def load_state_dict(self, state: Row) -> None:
         """Restores what ``state_dict`` returned."""
-        self.method.load_state_dict(state["method"])
+        self._load_learnt(state)
         self.train_batches.load_state_dict(state["train_batches"])
         self.valid_batches.load_state_dict(state["valid_batches"])
         self.train_loss.load_state_dict(state["train_loss"])

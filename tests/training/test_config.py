@@ -29,6 +29,7 @@ from stn_fast.training.spaces import build_space
         ("optimizer.min_learning_rate=-1", "must be at least 0 and below learning_rate = 0.05"),
         ("optimizer.min_learning_rate=0.05", "must be at least 0 and below learning_rate = 0.05"),
         ("optimizer.min_learning_rate=.nan", "must be at least 0 and below"),
+        ("optimizer.average=1", "optimizer.average = 1.0: must be at least 0 and below 1"),
         ("hyper_optimizer.name=rmsprob", "hyper_optimizer.name = 'rmsprob': did you mean 'rmsprop'"),
         ("schedule.patience=0", "schedule.patience = 0: must be at least 1"),
         ("train_fraction=0", r"train_fraction \(--train-fraction\) = 0.0: must be above 0 and at most 1"),

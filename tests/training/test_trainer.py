@@ -119,6 +119,39 @@ def test_scales_that_decay_end_at_their_share_and_a_run_that_goes_on_equals_one_
     same_run(whole, train(*given, name="stopped"))
 
 
+def test_evaluations_use_the_average_of_the_weights_over_training_steps(make_config):
+    """And training does not depend on it; the average is as written out here."""
+    config = make_config("optimizer.average=0.9", "schedule.epochs=3")
+    task, plain = digits.build(config), make_config("schedule.epochs=3")
+    trainer, other = (
+        Trainer(each, task, build_method(each, digits.build(each)), Path(each.directory)) for each in (config, plain)
+    )
+    weights = {name: weight.detach().clone() for name, weight in trainer.method.model.named_parameters()}
+    for step in range(20):
+        trainer._take_step()
+        other._take_step()
+        share = min(0.9, (1 + step) / (10 + step)) if step else 0.0
+        for name, weight in trainer.method.model.named_parameters():
+            weights[name] = share * weights[name] + (1 - share) * weight.detach()
+    for name, weight in trainer.averaged.module.named_parameters():
+        torch.testing.assert_close(weight, weights[name])
+    for one, same in zip(trainer.method.model.parameters(), other.method.model.parameters(), strict=True):
+        assert torch.equal(one, same)
+    evaluated = trainer.evaluate(task.data.valid)
+    assert evaluated != other.evaluate(task.data.valid)
+    other.method.model.load_state_dict(weights)
+    assert other.evaluate(task.data.valid) == pytest.approx(evaluated, rel=1e-5)
+
+
+def test_a_run_with_averaged_weights_that_goes_on_equals_one_that_never_stopped(train, same_run):
+    whole = train("optimizer.average=0.9", name="whole")
+    assert rows(whole) != rows(train(name="not averaged"))
+    train("optimizer.average=0.9", "schedule.max_steps=31", name="stopped")
+    same_run(whole, train("optimizer.average=0.9", name="stopped"))
+    best = min((row for row in rows(whole) if row["phase"] == "eval"), key=lambda row: row["loss"])
+    assert result(whole)["valid_loss"] == best["loss"]
+
+
 def test_a_run_whose_scales_decay_refuses_another_number_of_epochs(train):
     given = ("method.tune_scales=false", "method.scale_decay=0.25")
     train(*given, "schedule.max_steps=31")
