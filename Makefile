@@ -34,8 +34,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@$(RUN) -c "import os, pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'stn_fast_clone.pth').write_bytes(os.getcwdb() + b'\n')"
 	@touch $@
 
-train: venv  ## train a self-tuning network on scikit-learn's digits (ARGS="--seed 1" adds flags)
-	$(RUN) -m stn_fast.train $(ARGS)
+train: venv  ## train a self-tuning network on ninety of scikit-learn's digits (ARGS="--seed 1" adds flags)
+	$(RUN) -m stn_fast.train digits-small $(ARGS)
 
 lint: venv  ## style and types
 	$(RUN) -m ruff check .
