@@ -350,9 +350,9 @@ def test_settings_that_were_tried_on_ptb_small(name):
     assert_shown(table("`ptb-small`, seed 0", HYPERGRADIENTS)[name], expected)
 
 
-def test_the_recipe_as_it_is_beside_settings_that_were_tried():
+def test_the_recipe_as_it_was_beside_settings_that_were_tried():
     expected = [run[key] for run in runs_of_methods("ptb-small", "stn") for key in PERPLEXITIES]
-    assert_shown(table("`ptb-small`, seed 0", HYPERGRADIENTS)["as it is (σ = 1 for all, not tuned)"], expected)
+    assert_shown(table("`ptb-small`, seed 0", HYPERGRADIENTS)["as it was (σ = 1 for all, not tuned)"], expected)
 
 
 def test_two_passes_with_the_published_start_on_fashion_mnist_small():
@@ -392,3 +392,22 @@ def test_the_comparison_with_a_search_is_the_recorded_one():
         compute = [entry["cpu_seconds_of_fixed"], entry["step_cpu_seconds_of_fixed"]]
         assert_shown(shown.pop(name), [*losses, *(value for value in compute if value is not None)])
     assert not shown
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("σ shrinks from 2 to .5", "compare-digits-small"),
+        ("σ starts at .5 and is tuned", "compare-digits-small-narrow"),
+    ],
+)
+def test_wide_perturbations_on_digits_small(name, file):
+    scores = json.loads((RESULTS / f"{file}.json").read_text())["scores"]
+    own = [
+        entry
+        for guess in ("low", "middle", "high")
+        for entry in scores
+        if (entry["method"], entry["guess"]) == ("stn", guess)
+    ]
+    expected = [entry[loss]["median"] for entry in own for loss in LOSSES[:2]]
+    assert_shown(table("`digits-small`, self-tuned", HYPERGRADIENTS)[name], expected)
