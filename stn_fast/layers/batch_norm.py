@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from stn_fast import checks
 from stn_fast.hyperparameters import HyperBatch
-from stn_fast.layers.gated import GatedLayer, check_sizes, give_parameters
+from stn_fast.layers.gated import Gated, GatedLayer, check_sizes, give_parameters
 from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gates import check_examples, response_input
 from stn_fast.ops.tangents import direction_of, dual, is_centred, paused, split
@@ -16,7 +16,69 @@ from stn_fast.ops.transforms import in_transform
 from stn_fast.ops.uncast import product
 
 
-class HyperBatchNorm2d(GatedLayer):
+class GatedBatchNorm(Gated):
+    """The computation of `HyperBatchNorm2d`, for modules with the parameters and buffers of torch.nn.BatchNorm2d."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    bias: nn.Parameter
+    response_bias: nn.Parameter
+    bias_gate: nn.Parameter
+    eps: float
+    momentum: float | None
+
+    def _affine(self, x: Tensor, hyper: HyperBatch | Tensor, h: Tensor) -> Tensor:
+        """The result for x (B, C, H, W) and h, (B, n) or (n,), the response input of `hyper`."""
+        if (direction := direction_of(hyper, *self.gated_parameters)) is not None:
+            return self._dual(x, direction)
+        if is_centred(hyper):
+            return self._normalised(x, self.weight, self.bias)
+        # y = x̂ ⊙ scale + shift, and x̂ = (x - mean) / deviation
+        rows = (h if h.ndim == 2 else h[None]).to(self.weight.dtype)
+        scale = torch.addcmul(self.weight, product(rows, self.weight_gate.T), self.response_weight)
+        shift = torch.addcmul(self.bias, product(rows, self.bias_gate.T), self.response_bias)
+        if h.ndim == 1:
+            return self._normalised(x, scale[0], shift[0])
+        if self._uses_batch:
+            x = self._normalised(x)
+        else:
+            scale = scale * (self.running_var + self.eps).rsqrt()
+            shift = torch.addcmul(shift, self.running_mean, scale, value=-1)
+        return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None]).to(x.dtype)
+
+    def _dual(self, x: Tensor, direction: Tensor) -> Tensor:
+        """x̂ ⊙ weight + bias, with its tangent along a change of h from 0."""
+        normal, tangent = split(self._normalised(x))
+        weight, bias = self.weight[:, None, None], self.bias[:, None, None]
+        with paused():
+            scale = product(direction, self.weight_gate.T) * self.response_weight
+            shift = product(direction, self.bias_gate.T) * self.response_bias
+            dy = torch.addcmul(shift[:, :, None, None], normal, scale[:, :, None, None])
+            if tangent is not None:
+                dy = torch.addcmul(dy, tangent, weight)
+            y = torch.addcmul(bias, normal, weight)
+        return dual(y.to(x.dtype), dy.to(x.dtype))
+
+    def _normalised(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        if self._uses_batch and (in_transform() or self.running_mean is None):
+            return F.batch_norm(x, None, None, scale, shift, True, 0.0, self.eps)
+        momentum = 0.0 if not self.training else self.momentum
+        if momentum is None:
+            momentum = 1 / float(self.num_batches_tracked)
+        return F.batch_norm(x, self.running_mean, self.running_var, scale, shift, self.training, momentum, self.eps)
+
+    @property
+    def _uses_batch(self) -> bool:
+        """Whether x is normalised by the statistics of the batch, not by the running ones."""
+        return self.training or self.running_mean is None
+
+    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
+        """0: the scale and shift of normalised activations are not decayed."""
+        return torch.zeros_like(decay).sum()
+
+
+class HyperBatchNorm2d(GatedBatchNorm, GatedLayer):
     """y = x̂ ⊙ (weight + (h Gwᵀ) ⊙ R) + bias + (h Gbᵀ) ⊙ r, where x̂ is x normalised per channel.
 
     Training mode normalises by the mean and variance of the batch and updates the running statistics, which eval mode
@@ -46,9 +108,6 @@ class HyperBatchNorm2d(GatedLayer):
         ValueError: an argument is out of range; the message names it.
     """
 
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
     bias: nn.Parameter
     response_bias: nn.Parameter
     bias_gate: nn.Parameter
@@ -105,47 +164,7 @@ class HyperBatchNorm2d(GatedLayer):
                 )
             if not in_transform():
                 self.num_batches_tracked.add_(1)
-        if (direction := direction_of(hyper, *self.gated_parameters)) is not None:
-            return self._dual(x, direction)
-        if is_centred(hyper):
-            return self._normalised(x, self.weight, self.bias)
-        # y = x̂ ⊙ scale + shift, and x̂ = (x - mean) / deviation
-        rows = (h if h.ndim == 2 else h[None]).to(self.weight.dtype)
-        scale = torch.addcmul(self.weight, product(rows, self.weight_gate.T), self.response_weight)
-        shift = torch.addcmul(self.bias, product(rows, self.bias_gate.T), self.response_bias)
-        if h.ndim == 1:
-            return self._normalised(x, scale[0], shift[0])
-        if self.training:
-            x = self._normalised(x)
-        else:
-            scale = scale * (self.running_var + self.eps).rsqrt()
-            shift = torch.addcmul(shift, self.running_mean, scale, value=-1)
-        return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None]).to(x.dtype)
-
-    def _dual(self, x: Tensor, direction: Tensor) -> Tensor:
-        """x̂ ⊙ weight + bias, with its tangent along a change of h from 0."""
-        normal, tangent = split(self._normalised(x))
-        weight, bias = self.weight[:, None, None], self.bias[:, None, None]
-        with paused():
-            scale = product(direction, self.weight_gate.T) * self.response_weight
-            shift = product(direction, self.bias_gate.T) * self.response_bias
-            dy = torch.addcmul(shift[:, :, None, None], normal, scale[:, :, None, None])
-            if tangent is not None:
-                dy = torch.addcmul(dy, tangent, weight)
-            y = torch.addcmul(bias, normal, weight)
-        return dual(y.to(x.dtype), dy.to(x.dtype))
-
-    def _normalised(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        if self.training and in_transform():
-            return F.batch_norm(x, None, None, scale, shift, True, 0.0, self.eps)
-        momentum = 0.0 if not self.training else self.momentum
-        if momentum is None:
-            momentum = 1 / float(self.num_batches_tracked)
-        return F.batch_norm(x, self.running_mean, self.running_var, scale, shift, self.training, momentum, self.eps)
-
-    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
-        """0: the scale and shift of normalised activations are not decayed."""
-        return torch.zeros_like(decay).sum()
+        return self._affine(x, hyper, h)
 
     def fold(self, response: Tensor) -> nn.BatchNorm2d:
         """The plain layer that this one equals at one response input (n,), with a copy of the running statistics."""

@@ -11,6 +11,7 @@ from stn_fast import functional
 from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter
 from stn_fast.layers.gated import (
+    Gated,
     GatedLayer,
     check_folding,
     check_sizes,
@@ -25,7 +26,27 @@ from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gated_embedding import fold
 
 
-class HyperEmbedding(GatedLayer):
+class GatedTable(Gated):
+    """Gated parameters whose outputs are the columns of W and R, as in an embedding."""
+
+    @property
+    def _response_table(self) -> nn.Parameter:
+        return self.response_weight if self.response_projection is None else self.response_projection
+
+    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
+        """½ · mean_b decay[b] ‖E + R diag(Gw h[b])‖², a scalar."""
+        response, projection = self.response_weight, self.response_projection
+        operands = (response.T, None) if projection is None else (response, projection.T)
+        return decay_penalty(self.weight.T, operands[0], self.weight_gate, hyper, decay, operands[1])
+
+    @torch.no_grad()
+    def _folded(self, response: Tensor) -> tuple[Tensor, None]:
+        """The table of the plain embedding that this one equals at one response input (n,)."""
+        check_folding(self.num_hyperparameters, response)
+        return fold(self.gated_parameters, response.to(self.weight)), None
+
+
+class HyperEmbedding(GatedTable, GatedLayer):
     """e = E[t] + (h Gwᵀ) ⊙ R[t], where h is each example's response input.
 
     `weight` is named and shaped as in torch.nn.Embedding, so a plain checkpoint loads with strict=False. E is
@@ -91,10 +112,6 @@ class HyperEmbedding(GatedLayer):
                     table[self.padding_idx].zero_()
         start_gate(self.weight_gate)
 
-    @property
-    def _response_table(self) -> nn.Parameter:
-        return self.response_weight if self.response_projection is None else self.response_projection
-
     def forward(self, tokens: Tensor, hyper: HyperBatch | Tensor, example_dim: int = 0, **dropped: Any) -> Tensor:
         """Tokens (...) → (..., D); `hyper` is a HyperBatch or its response, `example_dim` counts the examples.
 
@@ -115,17 +132,9 @@ class HyperEmbedding(GatedLayer):
             **dropped,
         )
 
-    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
-        """½ · mean_b decay[b] ‖E + R diag(Gw h[b])‖², a scalar."""
-        response, projection = self.response_weight, self.response_projection
-        operands = (response.T, None) if projection is None else (response, projection.T)
-        return decay_penalty(self.weight.T, operands[0], self.weight_gate, hyper, decay, operands[1])
-
-    @torch.no_grad()
     def fold(self, response: Tensor) -> nn.Embedding:
         """The plain layer that this one equals at one response input (n,)."""
-        check_folding(self.num_hyperparameters, response)
-        table = fold(self.gated_parameters, response.to(self.weight))
+        table, _ = self._folded(response)
         plain = nn.Embedding(
             self.num_embeddings, self.embedding_dim, self.padding_idx, sparse=self.sparse, device="meta"
         )

@@ -1,4 +1,4 @@
-"""The base class of gated layers: parameters, initialisation, weight decay and folding."""
+"""The base classes of gated layers: parameters, initialisation, weight decay and folding."""
 
 from __future__ import annotations
 
@@ -63,7 +63,67 @@ def start_gate(gate: Tensor) -> None:
         gate.zero_()[torch.arange(outputs), torch.arange(outputs) % n] = 1
 
 
-class GatedLayer(nn.Module):
+class Gated(nn.Module):
+    """What all modules with gated parameters share: weight decay, folding, and loading of a state.
+
+    They have `weight`, `response_weight` and `weight_gate`, and may have the others of `GatedParameters`.
+    """
+
+    weight: nn.Parameter
+    response_weight: nn.Parameter
+    weight_gate: nn.Parameter
+    response_projection: nn.Parameter | None
+    num_hyperparameters: int
+    response_rank: int | None
+    groups = 1  # of a convolution
+
+    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
+        """½ · mean_b decay[b] ‖W + diag(Gw h[b]) R‖², a scalar; biases are not decayed."""
+        return decay_penalty(
+            self.weight,
+            self.response_weight,
+            self.weight_gate,
+            hyper,
+            decay,
+            self.response_projection,
+            self.groups,
+        )
+
+    def _check_response(self, hyper: HyperBatch | Tensor) -> None:
+        check_response(type(self).__name__, self.num_hyperparameters, hyper)
+
+    @property
+    def gated_parameters(self) -> GatedParameters:
+        """W, b, R, r, Gw, Gb; with a low rank, A in place of R, and B last."""
+        return GatedParameters._make(getattr(self, name, None) for name in GatedParameters._fields)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        """As torch's; adds which rank was stored to the error about a response of another one."""
+        stored = state_dict.get(f"{prefix}response_weight")
+        if isinstance(stored, Tensor) and stored.shape != self.response_weight.shape:
+            rank = stored.shape[1] if f"{prefix}response_projection" in state_dict else None
+            if rank != self.response_rank:
+                layer = f"{type(self).__name__} {prefix.rstrip('.')}".rstrip()
+                errors.append(f"{layer} has response_rank={self.response_rank}, but a state of {rank} is to be loaded")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    @property
+    def _response_repr(self) -> list[str]:
+        """How the response is shown in `repr`."""
+        rank = [] if self.response_rank is None else [f"response_rank={self.response_rank}"]
+        return [f"num_hyperparameters={self.num_hyperparameters}", *rank]
+
+    @torch.no_grad()
+    def _folded(self, response: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the plain layer that this one equals at one response input (n,)."""
+        check_folding(self.num_hyperparameters, response)
+        return fold(self.gated_parameters, response.to(self.weight))
+
+
+class GatedLayer(Gated):
     """W, b, their responses R, r and the gates Gw, Gb of a layer with O outputs and n hyperparameters.
 
     W and b are initialised uniformly in ±1/√fan_in, R and r to 0, and the gates such that output o responds to
@@ -79,9 +139,6 @@ class GatedLayer(nn.Module):
         gated_dim: the output dimension of W and R.
         factors: the shapes of A and B; None for a full response.
     """
-
-    response_projection: nn.Parameter | None
-    groups = 1  # of a convolution
 
     def __init__(
         self,
@@ -129,59 +186,6 @@ class GatedLayer(nn.Module):
         for gate in (self.weight_gate, self.bias_gate):
             if gate is not None:
                 start_gate(gate)
-
-    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
-        """½ · mean_b decay[b] ‖W + diag(Gw h[b]) R‖², a scalar; biases are not decayed."""
-        return decay_penalty(
-            self.weight,
-            self.response_weight,
-            self.weight_gate,
-            hyper,
-            decay,
-            self.response_projection,
-            self.groups,
-        )
-
-    def _check_response(self, hyper: HyperBatch | Tensor) -> None:
-        check_response(type(self).__name__, self.num_hyperparameters, hyper)
-
-    @property
-    def gated_parameters(self) -> GatedParameters:
-        """W, b, R, r, Gw, Gb; with a low rank, A in place of R, and B last."""
-        return GatedParameters(
-            self.weight,
-            self.bias,
-            self.response_weight,
-            self.response_bias,
-            self.weight_gate,
-            self.bias_gate,
-            self.response_projection,
-        )
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str],
-        unexpected: list[str], errors: list[str],
-    ) -> None:  # fmt: skip
-        """As torch's; adds which rank was stored to the error about a response of another one."""
-        stored = state_dict.get(f"{prefix}response_weight")
-        if isinstance(stored, Tensor) and stored.shape != self.response_weight.shape:
-            rank = stored.shape[1] if f"{prefix}response_projection" in state_dict else None
-            if rank != self.response_rank:
-                layer = f"{type(self).__name__} {prefix.rstrip('.')}".rstrip()
-                errors.append(f"{layer} has response_rank={self.response_rank}, but a state of {rank} is to be loaded")
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-
-    @property
-    def _response_repr(self) -> list[str]:
-        """How the response is shown in `repr`."""
-        rank = [] if self.response_rank is None else [f"response_rank={self.response_rank}"]
-        return [f"num_hyperparameters={self.num_hyperparameters}", *rank]
-
-    @torch.no_grad()
-    def _folded(self, response: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the plain layer that this one equals at one response input (n,)."""
-        check_folding(self.num_hyperparameters, response)
-        return fold(self.gated_parameters, response.to(self.weight))
 
 
 def decay_penalty(
