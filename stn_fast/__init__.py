@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stn_fast import functional as functional
+    from stn_fast.conversion import convert as convert
+    from stn_fast.conversion import converts as converts
+    from stn_fast.conversion import fold as fold
+    from stn_fast.conversion import suggest_space as suggest_space
     from stn_fast.dispatch import backends as backends
     from stn_fast.dispatch import use_backend as use_backend
     from stn_fast.hyperparameters import HyperBatch as HyperBatch
@@ -26,12 +30,18 @@ if TYPE_CHECKING:
     from stn_fast.layers import PerExampleDropout as PerExampleDropout
     from stn_fast.layers import PerExampleDropout2d as PerExampleDropout2d
     from stn_fast.layers import PerExampleNoise as PerExampleNoise
+    from stn_fast.training.tuner import SelfTuner as SelfTuner
+    from stn_fast.training.tuner import alternate as alternate
 
 __version__ = "0.1.0"
 
 _HOME = {
     "backends": "stn_fast.dispatch",
     "use_backend": "stn_fast.dispatch",
+    "convert": "stn_fast.conversion",
+    "converts": "stn_fast.conversion",
+    "fold": "stn_fast.conversion",
+    "suggest_space": "stn_fast.conversion",
     "HyperBatch": "stn_fast.hyperparameters",
     "Hyperparameter": "stn_fast.hyperparameters",
     "HyperparameterSpace": "stn_fast.hyperparameters",
@@ -46,8 +56,10 @@ _HOME = {
     "PerExampleDropout": "stn_fast.layers",
     "PerExampleDropout2d": "stn_fast.layers",
     "PerExampleNoise": "stn_fast.layers",
+    "SelfTuner": "stn_fast.training.tuner",
+    "alternate": "stn_fast.training.tuner",
 }
-_MODULES = ("data", "functional", "layers", "models", "recipes", "training")
+_MODULES = ("conversion", "data", "functional", "layers", "models", "recipes", "training")
 
 __all__ = ["__version__", *_HOME, *_MODULES]
 

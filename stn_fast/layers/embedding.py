@@ -30,7 +30,7 @@ class GatedTable(Gated):
     """Gated parameters whose outputs are the columns of W and R, as in an embedding."""
 
     @property
-    def _response_table(self) -> nn.Parameter:
+    def _response_table(self) -> Tensor:
         return self.response_weight if self.response_projection is None else self.response_projection
 
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:

@@ -69,10 +69,10 @@ class Gated(nn.Module):
     They have `weight`, `response_weight` and `weight_gate`, and may have the others of `GatedParameters`.
     """
 
-    weight: nn.Parameter
-    response_weight: nn.Parameter
-    weight_gate: nn.Parameter
-    response_projection: nn.Parameter | None
+    weight: Tensor
+    response_weight: Tensor
+    weight_gate: Tensor
+    response_projection: Tensor | None
     num_hyperparameters: int
     response_rank: int | None
     groups = 1  # of a convolution

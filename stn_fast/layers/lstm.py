@@ -31,7 +31,120 @@ from stn_fast.ops.gates import GatedParameters, check_examples, fold, response_i
 State = tuple[Tensor, Tensor]
 
 
-class HyperLSTM(nn.Module):
+class GatedLSTM(nn.Module):
+    """The computation of `HyperLSTM`, for modules with the parameters and settings of torch.nn.LSTM."""
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    batch_first: bool
+    bidirectional: bool
+    num_hyperparameters: int
+    weight_ih_l0: Tensor
+
+    def _suffixes(self, layer: int) -> list[str]:
+        """The suffix of a layer's parameter names for each direction, in the order of the states."""
+        return [f"l{layer}", f"l{layer}_reverse"] if self.bidirectional else [f"l{layer}"]
+
+    def _run(self, x: Tensor, hyper: HyperBatch | Tensor, state: State | None) -> tuple[Tensor, State]:
+        """The forward pass of `HyperLSTM`."""
+        check_tensor(type(self).__name__, "x", x)
+        if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
+            raise ValueError(
+                f"{type(self).__name__}: x must be ({'B, T' if self.batch_first else 'T, B'}, I) or (T, I) with "
+                f"I = input_size={self.input_size}, got {tuple(x.shape)}"
+            )
+        check_response(type(self).__name__, self.num_hyperparameters, hyper)
+        batch_dim = 0 if self.batch_first else 1
+        self._check_state(state, None if x.ndim == 2 else x.shape[batch_dim])
+        if x.ndim == 2:
+            state = None if state is None else (state[0].unsqueeze(1), state[1].unsqueeze(1))
+            y, (h_n, c_n) = self._run(x.unsqueeze(batch_dim), hyper, state)
+            return y.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
+        check_examples(type(self).__name__, x, hyper, batch_dim)
+        y, after = self._layers(x.transpose(0, 1) if self.batch_first else x, hyper, state)
+        return y.transpose(0, 1) if self.batch_first else y, after
+
+    def _layers(self, y: Tensor, hyper: HyperBatch | Tensor, state: State | None) -> tuple[Tensor, State]:
+        """(T, B, I) → (T, B, H · directions), and the state after the last step."""
+        known = isinstance(hyper, HyperBatch) and hyper.centred  # which the operation makes use of
+        h = hyper if known else response_input(hyper, self.weight_ih_l0)
+        before = zip(*self._state(y, state), strict=True)
+        after: list[State] = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for suffix, (h_0, c_0) in zip(self._suffixes(layer), before, strict=False):
+                weights = self._weights("ih", suffix), self._connected(suffix, hyper)
+                output, last = functional.gated_lstm(y, h_0, c_0, *weights, h, reverse=suffix.endswith("reverse"))
+                outputs.append(output)
+                after.append(last)
+            y = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
+            y = self._between(layer, y, hyper)
+        h_n, c_n = (torch.stack(states) for states in zip(*after, strict=True))
+        return y, (h_n, c_n)
+
+    def _state_shape(self, *batch: int) -> tuple[int, ...]:
+        return (self.num_layers * (2 if self.bidirectional else 1), *batch, self.hidden_size)
+
+    def _check_state(self, state: State | None, batch: int | None) -> None:
+        """Raises ValueError if the state doesn't fit a batch of this size (None: an x without a batch dimension)."""
+        if state is None:
+            return
+        who = type(self).__name__
+        if not isinstance(state, tuple | list) or len(state) != 2:
+            got = f"{len(state)} of them" if isinstance(state, tuple | list) else type(state).__name__
+            raise ValueError(f"{who}: state must be two tensors, (h_0, c_0), got {got}")
+        shape = self._state_shape() if batch is None else self._state_shape(batch)
+        meaning = "H), to fit x without a batch" if batch is None else f"B, H), to fit a batch of {batch}"
+        for name, tensor in zip(("h_0", "c_0"), state, strict=True):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{who}: state must be two tensors, (h_0, c_0), got {name} as {type(tensor).__name__}")
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"{who}: {name} must be {shape}, (num_layers · directions, {meaning}, got {tuple(tensor.shape)}"
+                )
+
+    def _state(self, x: Tensor, state: State | None) -> State:
+        """(h_0, c_0) for x (T, B, I); zeros if ``state`` is None."""
+        if state is not None:
+            return state
+        zeros = x.new_zeros(self._state_shape(x.shape[1]))
+        return zeros, zeros
+
+    def _weights(self, side: str, suffix: str) -> GatedParameters:
+        return GatedParameters._make(getattr(self, f"{name}_{side}_{suffix}", None) for name in GatedParameters._fields)
+
+    def _connected(self, suffix: str, hyper: HyperBatch | Tensor) -> GatedParameters:
+        """The hidden-to-hidden weights."""
+        return self._weights("hh", suffix)
+
+    def _between(self, layer: int, y: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
+        """What the output y (T, B, H · directions) of a layer becomes before the next one."""
+        return y
+
+    def _sides(self) -> Iterator[tuple[str, GatedParameters]]:
+        """(suffix of their names, parameters) for input-to-hidden and hidden-to-hidden of every layer and direction."""
+        for suffix in chain.from_iterable(map(self._suffixes, range(self.num_layers))):
+            for side in ("ih", "hh"):
+                yield f"{side}_{suffix}", self._weights(side, suffix)
+
+    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
+        """½ · mean_b decay[b] ‖W + diag(Gw h[b]) R‖², a scalar, summed over all matrices; biases are not decayed."""
+        penalties = [
+            decay_penalty(
+                of_side.weight,
+                of_side.response_weight,
+                of_side.weight_gate,
+                hyper,
+                decay,
+                of_side.response_projection,
+            )
+            for _, of_side in self._sides()
+        ]
+        return torch.stack(penalties).sum()
+
+
+class HyperLSTM(GatedLSTM):
     """An LSTM whose matrices respond to each example's hyperparameters h, constant over time (STN, section 3.1).
 
     i, f, g, o = linear(x_t; h) + linear(h_{t−1}; h), where each linear is a gated linear layer with its own
@@ -64,8 +177,6 @@ class HyperLSTM(nn.Module):
     Raises:
         ValueError: an argument is out of range; the message names it.
     """
-
-    weight_ih_l0: nn.Parameter
 
     def __init__(
         self,
@@ -112,10 +223,6 @@ class HyperLSTM(nn.Module):
                         self.register_parameter(f"{name}_{side}_{suffix}", parameter)
         self._add_regularisers(dropout, recurrent_dropout, stream)
         self.reset_parameters()
-
-    def _suffixes(self, layer: int) -> list[str]:
-        """The suffix of a layer's parameter names for each direction, in the order of the states."""
-        return [f"l{layer}", f"l{layer}_reverse"] if self.bidirectional else [f"l{layer}"]
 
     def _add_regularisers(self, dropout: str | float | None, recurrent_dropout: str | None, stream: int | None) -> None:
         for name, value in (("dropout", None if dropout == 0 else dropout), ("recurrent_dropout", recurrent_dropout)):
@@ -179,75 +286,9 @@ class HyperLSTM(nn.Module):
                 "HyperLSTM does not support PackedSequence; pad the sequences (torch.nn.utils.rnn.pad_packed_sequence) "
                 "and leave the padding out of the loss"
             )
-        check_tensor("HyperLSTM", "x", x)
-        if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
-            raise ValueError(
-                f"HyperLSTM: x must be ({'B, T' if self.batch_first else 'T, B'}, I) or (T, I) with "
-                f"I = input_size={self.input_size}, got {tuple(x.shape)}"
-            )
-        check_response("HyperLSTM", self.num_hyperparameters, hyper)
-        batch_dim = 0 if self.batch_first else 1
-        self._check_state(state, None if x.ndim == 2 else x.shape[batch_dim])
-        if x.ndim == 2:
-            state = None if state is None else (state[0].unsqueeze(1), state[1].unsqueeze(1))
-            y, (h_n, c_n) = self.forward(x.unsqueeze(batch_dim), hyper, state)
-            return y.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
-        check_examples("HyperLSTM", x, hyper, batch_dim)
         if self.training and isinstance(hyper, Tensor) and (self.dropouts or self.drop_connects):
             raise TypeError("HyperLSTM with dropout: hyper must be a HyperBatch in training mode, got its response")
-        y, after = self._layers(x.transpose(0, 1) if self.batch_first else x, hyper, state)
-        return y.transpose(0, 1) if self.batch_first else y, after
-
-    def _layers(self, y: Tensor, hyper: HyperBatch | Tensor, state: State | None) -> tuple[Tensor, State]:
-        """(T, B, I) → (T, B, H · directions), and the state after the last step."""
-        known = isinstance(hyper, HyperBatch) and hyper.centred  # which the operation makes use of
-        h = hyper if known else response_input(hyper, self.weight_ih_l0)
-        before = zip(*self._state(y, state), strict=True)
-        after: list[State] = []
-        for layer in range(self.num_layers):
-            outputs = []
-            for suffix, (h_0, c_0) in zip(self._suffixes(layer), before, strict=False):
-                weights = self._weights("ih", suffix), self._connected(suffix, hyper)
-                output, last = functional.gated_lstm(y, h_0, c_0, *weights, h, reverse=suffix.endswith("reverse"))
-                outputs.append(output)
-                after.append(last)
-            y = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
-            if f"l{layer}" in self.dropouts:
-                y = self.dropouts[f"l{layer}"](y, hyper, example_dim=1)
-        h_n, c_n = (torch.stack(states) for states in zip(*after, strict=True))
-        return y, (h_n, c_n)
-
-    def _state_shape(self, *batch: int) -> tuple[int, ...]:
-        return (self.num_layers * (2 if self.bidirectional else 1), *batch, self.hidden_size)
-
-    def _check_state(self, state: State | None, batch: int | None) -> None:
-        """Raises ValueError if the state doesn't fit a batch of this size (None: an x without a batch dimension)."""
-        if state is None:
-            return
-        if not isinstance(state, tuple | list) or len(state) != 2:
-            got = f"{len(state)} of them" if isinstance(state, tuple | list) else type(state).__name__
-            raise ValueError(f"HyperLSTM: state must be two tensors, (h_0, c_0), got {got}")
-        shape = self._state_shape() if batch is None else self._state_shape(batch)
-        meaning = "H), to fit x without a batch" if batch is None else f"B, H), to fit a batch of {batch}"
-        for name, tensor in zip(("h_0", "c_0"), state, strict=True):
-            if not isinstance(tensor, Tensor):
-                raise ValueError(
-                    f"HyperLSTM: state must be two tensors, (h_0, c_0), got {name} as {type(tensor).__name__}"
-                )
-            if tensor.shape != shape:
-                raise ValueError(
-                    f"HyperLSTM: {name} must be {shape}, (num_layers · directions, {meaning}, got {tuple(tensor.shape)}"
-                )
-
-    def _state(self, x: Tensor, state: State | None) -> State:
-        """(h_0, c_0) for x (T, B, I); zeros if ``state`` is None."""
-        if state is not None:
-            return state
-        zeros = x.new_zeros(self._state_shape(x.shape[1]))
-        return zeros, zeros
-
-    def _weights(self, side: str, suffix: str) -> GatedParameters:
-        return GatedParameters._make(getattr(self, f"{name}_{side}_{suffix}") for name in GatedParameters._fields)
+        return self._run(x, hyper, state)
 
     def _connected(self, suffix: str, hyper: HyperBatch | Tensor) -> GatedParameters:
         """The hidden-to-hidden weights, after DropConnect if there is any."""
@@ -260,26 +301,9 @@ class HyperLSTM(nn.Module):
             return weights
         return weights._replace(response_weight=drop(weights.response_weight, hyper))
 
-    def _sides(self) -> Iterator[tuple[str, GatedParameters]]:
-        """(suffix of their names, parameters) for input-to-hidden and hidden-to-hidden of every layer and direction."""
-        for suffix in chain.from_iterable(map(self._suffixes, range(self.num_layers))):
-            for side in ("ih", "hh"):
-                yield f"{side}_{suffix}", self._weights(side, suffix)
-
-    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
-        """½ · mean_b decay[b] ‖W + diag(Gw h[b]) R‖², a scalar, summed over all matrices; biases are not decayed."""
-        penalties = [
-            decay_penalty(
-                of_side.weight,
-                of_side.response_weight,
-                of_side.weight_gate,
-                hyper,
-                decay,
-                of_side.response_projection,
-            )
-            for _, of_side in self._sides()
-        ]
-        return torch.stack(penalties).sum()
+    def _between(self, layer: int, y: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
+        """y, after the dropout of the layer if there is any."""
+        return self.dropouts[f"l{layer}"](y, hyper, example_dim=1) if f"l{layer}" in self.dropouts else y
 
     @torch.no_grad()
     def fold(self, response: Tensor) -> nn.LSTM:

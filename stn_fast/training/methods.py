@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -115,7 +115,7 @@ class Method(ABC):
         self._modes, self._buffers = TrainingModes(model), Buffers(model)
         trained = self._trained()
         self.optimizer = optimizer(trained)
-        self.location, self.raw_scale = space.initial_state(trained[0].device)
+        self.location, self.raw_scale = self._initial_state(trained[0].device)
         self.kinds: dict[str, Kind] = {}
         self.took_step = True  # whether the last training step was taken, as far as the host knows
         self.response_loss: Tensor | None = None  # of the last training step, if it had a response step
@@ -124,6 +124,14 @@ class Method(ABC):
     def _trained(self) -> list[nn.Parameter]:
         """The parameters that training steps update."""
         return list(self.model.parameters())
+
+    def _initial_state(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Location and raw scale, leaf tensors that steps update in place."""
+        return self.space.initial_state(device)
+
+    def _in_use(self, hyper: HyperBatch) -> AbstractContextManager[Any]:
+        """What the forward and backward passes with a batch of hyperparameters run in."""
+        return nullcontext()
 
     def _add_training_kinds(self) -> None:
         self._add_kind("train_step", Kind(self._train, self.optimizer))
@@ -262,20 +270,21 @@ class Method(ABC):
         first: bool,
     ) -> Tensor:
         """One of the ``passes`` of a step, whose gradients it adds to ``.grad``; returns its share of the loss."""
-        loss = self._loss("training", self.training_objective, model, batch, hyper)
-        if passes > 1:
-            loss = loss / passes
-        if self._checks_used:
-            check_used(hyper, all_by_name=False)
-            self._checks_used = False
-        if not loss.requires_grad:
-            raise RuntimeError(
-                "the training loss does not depend on any parameter that requires a gradient: compute it from the "
-                "model's outputs, and leave requires_grad on for the parameters to train"
-            )
-        if first:
-            optimizer.zero_grad(set_to_none=True)
-        self._differentiate(loss, step)
+        with self._in_use(hyper):
+            loss = self._loss("training", self.training_objective, model, batch, hyper)
+            if passes > 1:
+                loss = loss / passes
+            if self._checks_used:
+                check_used(hyper, all_by_name=False)
+                self._checks_used = False
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    "the training loss does not depend on any parameter that requires a gradient: compute it from the "
+                    "model's outputs, and leave requires_grad on for the parameters to train"
+                )
+            if first:
+                optimizer.zero_grad(set_to_none=True)
+            self._differentiate(loss, step)
         return loss.detach()
 
     def _differentiate(self, loss: Tensor, step: int | Tensor) -> None:
@@ -574,14 +583,15 @@ class SelfTuning(Method):
             draw = self._draw(batch, step, first_example)
             at = self.space.at
             hyper = self._perturbed(draw) if self.tune_scales else at(self.location, center=self.center, **draw)
-            loss = self._loss("validation", self.validation_objective, self.model, batch, hyper)
-            if not loss.requires_grad:
-                raise RuntimeError(
-                    "the validation loss does not depend on the hyperparameters: the model needs layers that "
-                    "respond to them, such as HyperLinear, called with the HyperBatch that the objective is given"
-                )
-            objective = loss - self.entropy_weight * self.space.entropy(self.raw_scale)
-            return loss.detach(), torch.autograd.grad(objective, self.tuned)
+            with self._in_use(hyper):
+                loss = self._loss("validation", self.validation_objective, self.model, batch, hyper)
+                if not loss.requires_grad:
+                    raise RuntimeError(
+                        "the validation loss does not depend on the hyperparameters: the model needs layers that "
+                        "respond to them, such as HyperLinear, called with the HyperBatch that the objective is given"
+                    )
+                objective = loss - self.entropy_weight * self.space.entropy(self.raw_scale)
+                return loss.detach(), torch.autograd.grad(objective, self.tuned)
 
     def _optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
         return super()._optimizers_by_name() | {"hyper_optimizer": self.hyper_optimizer}

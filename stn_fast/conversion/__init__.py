@@ -1,0 +1,170 @@
+"""Conversion of a plain torch network to a self-tuning one, in place, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
+from typing import TypeVar
+
+from torch import nn
+
+from stn_fast.checks import switch, whole_number
+from stn_fast.conversion.converted import Converted
+from stn_fast.conversion.folding import fold
+from stn_fast.conversion.report import Entry, table
+from stn_fast.conversion.rules import Context, converts, is_known, rate_of, rule_of
+from stn_fast.conversion.selection import Named, check_model, check_patterns, dropouts_of, matches, selected
+from stn_fast.conversion.space import Group, grouped, space_of, suggest_space
+from stn_fast.conversion.tuned import TunedHyperparameters
+from stn_fast.hyperparameter import ResponseRank
+from stn_fast.hyperparameters import HyperparameterSpace
+from stn_fast.layers.gated import factors_to_use
+from stn_fast.layers.regularisers import _Regulariser, check_rate
+
+__all__ = ["Context", "Converted", "Entry", "TunedHyperparameters", "convert", "converts", "fold", "suggest_space"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def convert(
+    model: Model,
+    space: HyperparameterSpace | None = None,
+    *,
+    dropouts: Mapping[str, str] | None = None,
+    include: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = (),
+    example_dims: Mapping[str, int] | None = None,
+    response_rank: ResponseRank = "auto",
+    group: Group = "type",
+    strict: bool = False,
+    quiet: bool = False,
+) -> Model:
+    """Makes a plain network self-tuning, in place, and returns it. It computes the same function as before.
+
+    The classes of its layers change to ones that respond to hyperparameters, and its dropout modules drop each example
+    at its own rate. Parameters, tied ones too, buffers, names, hooks and devices are kept, so a plain checkpoint loads
+    with ``strict=False``. Each layer gets the response parameters of the gated layer of its kind, such as
+    `stn_fast.HyperLinear`; the response is 0 at the start. Make the optimizer afterwards, with all parameters.
+
+    The root gets a child `tuned_hyperparameters`, a `TunedHyperparameters` with the space, the location λ and the
+    report. Train with `stn_fast.SelfTuner`, or call the model inside ``model.tuned_hyperparameters.using(hyper)``. In
+    evaluation mode outside of it, layers use the current λ and dropout is off; in training mode, that is an error.
+
+    Converted are Linear, Conv2d, Embedding, LSTM, LayerNorm, RMSNorm, GroupNorm, BatchNorm1d, BatchNorm2d, Dropout,
+    Dropout1d, Dropout2d and Dropout3d of torch.nn, DropPath of timm, Conv1D of transformers, and classes with a rule
+    added by `stn_fast.converts`; not subclasses. The dropout between the layers of an LSTM becomes tuned, too. Other
+    modules stay as they are: MultiheadAttention and TransformerEncoderLayer with all they contain, GRU, parametrized
+    modules, frozen layers. The report lists them.
+
+    The first dimension of a layer's input counts examples, or consecutive rows of each: a layer that is called with
+    k·B rows for B examples uses the hyperparameters of example i for rows k·i to k·i + k − 1. An Embedding that is
+    called with tokens (1, ...), such as position numbers, returns a result for each example. If it is called with
+    position numbers (T,), exclude it: with T = B, they would be taken for one token per example.
+
+    Patterns are matched by fnmatch on dotted names; a pattern that fits a module fits all modules in it.
+
+    Args:
+        model: on one device, with its weights.
+        space: the hyperparameters; by default `suggest_space(model, group)`.
+        dropouts: {pattern: name of a hyperparameter of `space`} for dropout modules, the first that fits; others stay
+            plain. By default, a dropout module has the hyperparameter with the name that `suggest_space` gives it.
+        include, exclude: patterns of modules to convert, and of those to leave out.
+        example_dims: {pattern: dimension that counts examples}, the first that fits, for inputs such as (T, B, D). It
+            applies to Linear, Embedding, LayerNorm, RMSNorm and dropout; an LSTM has its `batch_first`, and in the
+            inputs of others it is always the first.
+        response_rank: as for `HyperLinear`. Norms always have a full response.
+        group: how dropout modules share rates, as for `suggest_space`.
+        strict: whether it is an error if a module with parameters or dropout is left out for another reason than
+            include and exclude.
+        quiet: whether to print no table.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: nothing can be converted; the model has been converted, is on the meta device or on several; a
+            pattern fits nothing; a hyperparameter other than weight_decay has no use, or can't be a dropout rate;
+            `strict` and a module is left out. The message names it, and the model is unchanged.
+    """
+    check_model("convert", model)
+    switch("convert", "strict", strict)
+    switch("convert", "quiet", quiet)
+    factors_to_use("convert", response_rank, (2, 2))
+    include, exclude = ([given] if isinstance(given, str) else list(given) for given in (include, exclude))
+    example_dims = dict(example_dims or {})
+    for argument, patterns in (("include", include), ("exclude", exclude), ("example_dims", example_dims)):
+        check_patterns(argument, model, patterns)
+    for pattern, dim in example_dims.items():
+        whole_number("convert", f"example_dims[{pattern!r}]", dim, 0)
+    chosen, left_out = selected(model, include, exclude)
+    space, rates = _rates(model, chosen, space, dropouts, group)
+    for one in dropouts_of(chosen):
+        if one.name not in rates:
+            left_out.append(one.left_out("no hyperparameter of the space is its rate"))
+    chosen = [one for one in chosen if one.name in rates or rate_of(one.module) is None]
+    _check_chosen(chosen, left_out, strict)
+    _check_rates(space, rates)
+
+    report = [Entry(one.name, one.kind, rates.get(one.name)) for one in chosen] + left_out
+    tuned = TunedHyperparameters(space, report).train(model.training)
+    tuned.to(next(iter(model.parameters()), tuned.location).device)
+    streams = _free_streams(model)
+    for name, module in chosen:
+        example_dim = next((dim for pattern, dim in example_dims.items() if matches(name, [pattern])), 0)
+        rule = rule_of(module)
+        assert rule is not None
+        rule(module, Context(name, tuned, response_rank, example_dim, rates.get(name), streams))
+    model.add_module("tuned_hyperparameters", tuned)
+    if not quiet:
+        print(table(report, space))
+    return model
+
+
+def _rates(
+    model: nn.Module,
+    chosen: Sequence[Named],
+    space: HyperparameterSpace | None,
+    dropouts: Mapping[str, str] | None,
+    group: Group,
+) -> tuple[HyperparameterSpace, dict[str, str]]:
+    """The space, and {name of a module: the hyperparameter that is its dropout rate}."""
+    if dropouts is None:
+        groups = grouped(dropouts_of(chosen), group)
+        space = space_of(groups) if space is None else space
+        return space, {one.name: name for name, group in groups.items() if name in space for one in group}
+    if space is None:
+        raise ValueError("convert: dropouts names hyperparameters of a space: give space, too")
+    check_patterns("dropouts", model, dropouts)
+    for pattern, name in dropouts.items():
+        if name not in space:
+            raise ValueError(f"convert: dropouts[{pattern!r}] is {name!r}, but the space has {', '.join(space.names)}")
+    rates: dict[str, str] = {}
+    for one in chosen:
+        if rate_of(one.module) is not None or not is_known(one.module):
+            found = [name for pattern, name in dropouts.items() if matches(one.name, [pattern])]
+            rates |= {one.name: found[0]} if found else {}
+    return space, rates
+
+
+def _check_chosen(chosen: Sequence[Named], left_out: Sequence[Entry], strict: bool) -> None:
+    shown = [f"{entry.name or 'the model itself'} ({entry.kind}): {entry.reason}" for entry in left_out]
+    if not chosen:
+        raise ValueError("convert: no module can be converted" + "".join(f"\n  {line}" for line in shown))
+    against = [line for entry, line in zip(left_out, shown, strict=True) if not entry.asked]
+    if strict and against:
+        raise ValueError("convert: strict=True, but modules are left out:" + "".join(f"\n  {line}" for line in against))
+
+
+def _check_rates(space: HyperparameterSpace, rates: Mapping[str, str]) -> None:
+    unused = [name for name in space.names if name not in rates.values() and name != "weight_decay"]
+    if unused:
+        raise ValueError(
+            f"convert: nothing uses {', '.join(unused)}: give the dropout modules with this rate in dropouts, or leave "
+            "it out of the space"
+        )
+    for name in dict.fromkeys(rates.values()):
+        check_rate(space[name])
+
+
+def _free_streams(model: nn.Module) -> Iterator[int]:
+    """Numbers of random streams that no layer of the model uses."""
+    used: Iterable[int] = (module.stream for module in model.modules() if isinstance(module, _Regulariser))
+    return count(max(used, default=0) + 1)

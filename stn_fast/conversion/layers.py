@@ -1,0 +1,334 @@
+"""Converted modules of torch.nn: each computes what the gated layer of its kind does, on its own parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from stn_fast import functional
+from stn_fast.conversion.converted import Converted
+from stn_fast.hyperparameters import HyperBatch
+from stn_fast.layers.batch_norm import GatedBatchNorm
+from stn_fast.layers.embedding import GatedTable
+from stn_fast.layers.gated import Gated
+from stn_fast.layers.lstm import GatedLSTM, State
+from stn_fast.layers.regularisers import PerExampleDropout
+from stn_fast.ops.gates import fold
+from stn_fast.ops.transforms import in_transform
+from stn_fast.ops.uncast import product
+
+
+class _Folding(Converted, Gated):
+    def folded(self, response: Tensor) -> dict[str, Tensor]:
+        weight, bias = self._folded(response)
+        return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+
+class Linear(_Folding, nn.Linear):
+    """`functional.gated_linear`, with k rows per example if the input has k·B."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim == 1:
+            return self.forward(input[None])[0]
+        h = self.response(self.weight)
+        rows = input if h.ndim == 1 else self.split(input, len(h))
+        parameters, projection = self.gated_parameters[:6], self.response_projection
+        y = functional.gated_linear(rows, *parameters, h, self.example_dim, response_projection=projection)
+        return y.view(*input.shape[:-1], self.out_features)
+
+
+class Conv2d(_Folding, nn.Conv2d):
+    """`functional.gated_conv2d`, with k images per example if the input has k·B."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim == 3:
+            return self.forward(input[None])[0]
+        h = self.response_of_rows(input, self.weight)
+        geometry: dict[str, Any] = dict(stride=self.stride, padding=self.padding, dilation=self.dilation)
+        if self.padding_mode != "zeros":
+            input, geometry["padding"] = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        parameters, projection = self.gated_parameters[:6], self.response_projection
+        return functional.gated_conv2d(
+            input, *parameters, h, groups=self.groups, response_projection=projection, **geometry
+        )
+
+
+class Embedding(_Folding, GatedTable, nn.Embedding):
+    """`functional.gated_embedding`; tokens (1, ...), such as position numbers, are looked up for each example."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        h = self.response(self.weight)
+        if h.ndim == 2:
+            input = self._by_example(input, len(h))
+        rows = input if h.ndim == 1 else self.split(input, len(h))
+        e = functional.gated_embedding(
+            rows,
+            self.weight,
+            self.response_weight,
+            self.weight_gate,
+            h,
+            example_dim=self.example_dim,
+            padding_idx=self.padding_idx,
+            sparse=self.sparse,
+            response_projection=self.response_projection,
+        )
+        return e.view(*input.shape, self.embedding_dim)
+
+    def _by_example(self, tokens: Tensor, examples: int) -> Tensor:
+        dim = self.example_dim
+        if tokens.ndim > 1 and dim < tokens.ndim and tokens.shape[dim] == 1:
+            return tokens.expand(*tokens.shape[:dim], examples, *tokens.shape[dim + 1 :])
+        if tokens.ndim == 1 and len(tokens) != examples:  # numbers of positions, more likely than several rows each
+            raise self.wrong_rows(tokens, 0, examples)
+        return tokens
+
+
+class _Norm(Converted, Gated):
+    """y = x̂ ⊙ (weight + (h Gwᵀ) ⊙ R) + bias + (h Gbᵀ) ⊙ r, where x̂ is x normalised by torch."""
+
+    def _scale_and_shift(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of every row of h (B, n): (B, *weight.shape)."""
+        weight, bias, response_weight, response_bias, weight_gate, bias_gate, _ = self.gated_parameters
+        shape = (len(h), *weight.shape)
+        scale = torch.addcmul(weight, product(h, weight_gate.T).view(shape), response_weight)
+        if bias is None or response_bias is None or bias_gate is None:
+            return scale, None
+        return scale, torch.addcmul(bias, product(h, bias_gate.T).view(shape), response_bias)
+
+    @torch.no_grad()
+    def folded(self, response: Tensor) -> dict[str, Tensor]:
+        weight, bias = self._scale_and_shift(response[None].to(self.weight))
+        return {"weight": weight[0]} if bias is None else {"weight": weight[0], "bias": bias[0]}
+
+    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
+        """0: the scale and shift of normalised activations are not decayed."""
+        return torch.zeros_like(decay).sum()
+
+
+class _NormOfLast(_Norm):
+    """A norm over the last dimensions, those of the weight; the example dimension is another one."""
+
+    def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        h = self.response(self.weight)
+        if h.ndim == 1:
+            scale, shift = self._scale_and_shift(h[None])
+            return self._normalised(input, scale[0], None if shift is None else shift[0])
+        if self.example_dim >= input.ndim - self.weight.ndim:
+            raise self.wrong_rows(input, self.example_dim, len(h))
+        normal = self._normalised(input, None, None)
+        rows = self.split(normal, len(h))
+        view = [1] * (rows.ndim - self.weight.ndim)
+        view[self.example_dim] = len(h)
+        scale, shift = self._scale_and_shift(h)
+        scale = scale.view(*view, *self.weight.shape)
+        y = rows * scale if shift is None else torch.addcmul(shift.view_as(scale), rows, scale)
+        return y.reshape(normal.shape).to(normal.dtype)
+
+
+class LayerNorm(_NormOfLast, nn.LayerNorm):  # type: ignore[misc]
+    """torch's, with a scale and a shift for each example."""
+
+    def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(_NormOfLast, nn.RMSNorm):  # type: ignore[misc]
+    """torch's, with a scale for each example."""
+
+    def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class GroupNorm(_Norm, nn.GroupNorm):  # type: ignore[misc]
+    """torch's, with a scale and a shift of the channels for each example."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        h = self.response_of_rows(input, self.weight)
+        scale, shift = self._scale_and_shift(h if h.ndim == 2 else h[None])
+        if h.ndim == 1:
+            return F.group_norm(input, self.num_groups, scale[0], None if shift is None else shift[0], self.eps)
+        normal = F.group_norm(input, self.num_groups, None, None, self.eps)
+        scale = scale.view(*scale.shape, *[1] * (input.ndim - 2))
+        y = normal * scale if shift is None else torch.addcmul(shift.view_as(scale), normal, scale)
+        return y.to(normal.dtype)
+
+
+class _BatchNorm(GatedBatchNorm, _Folding):
+    track_running_stats: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)  # type: ignore[operator]
+        h = self.response_of_rows(input, self.weight)
+        if self.training and self.track_running_stats and not in_transform():
+            self.num_batches_tracked.add_(1)
+        images = input.view(*input.shape, *[1] * (4 - input.ndim))
+        return self._affine(images, h, h).view_as(input)
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):  # type: ignore[misc]
+    """As `HyperBatchNorm2d`, for (N, C) and (N, C, L)."""
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):  # type: ignore[misc]
+    """As `HyperBatchNorm2d`."""
+
+
+class _Dropout(Converted, PerExampleDropout):
+    """Inverted dropout, each example at its own rate; each of its rows has its own mask, if it has several."""
+
+    mask_dims: int | None = None  # how many of the last dimensions share a mask, in an input (N, C, ...)
+    inplace: bool
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        hyper = self.hyper
+        if hyper is None or not self.training:
+            return input
+        rows = self.split(input, len(hyper))
+        dim = self.example_dim
+        y = functional.dropout(
+            rows,
+            self._strength(rows, hyper, dim),
+            **self._draw(hyper),
+            example_dim=dim,
+            shared_dims=self._shared(input, rows.ndim - input.ndim),
+        ).view_as(input)
+        return input.copy_(y) if self.inplace else y
+
+    def _shared(self, x: Tensor, more: int) -> tuple[int, ...]:
+        """The dimensions that share a mask, after the example dimension of x was split into 1 + `more` dimensions."""
+        if self.mask_dims is None:
+            return ()
+        if x.ndim != self.mask_dims + 2:
+            raise ValueError(
+                f"{self.dotted_name} ({self.plain_class.__name__}): its input must have {self.mask_dims + 2} "
+                f"dimensions, with the examples first, got {tuple(x.shape)}"
+            )
+        return tuple(range(-self.mask_dims, 0))
+
+    def set_rate(self, rate: float) -> None:
+        """Sets the rate of the plain module."""
+        self.p = rate
+
+    def revert(self, values: dict[str, float]) -> None:
+        self.set_rate(values[self.name])
+        super().revert(values)
+
+
+class Dropout(_Dropout, nn.Dropout):
+    """torch's, each example at its own rate."""
+
+
+class Dropout1d(_Dropout, nn.Dropout1d):
+    """torch's, for (N, C, L)."""
+
+    mask_dims = 1
+
+
+class Dropout2d(_Dropout, nn.Dropout2d):
+    """torch's, for (N, C, H, W)."""
+
+    mask_dims = 2
+
+
+class Dropout3d(_Dropout, nn.Dropout3d):
+    """torch's, for (N, C, D, H, W)."""
+
+    mask_dims = 3
+
+
+class Conv1D(Converted, GatedTable):
+    """transformers' linear layer y = x W + b, whose weight (I, O) is that of `Linear` transposed."""
+
+    nf: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.response(self.weight)
+        rows = x if h.ndim == 1 else self.split(x, len(h))
+        weight, bias, response_weight, response_bias, weight_gate, bias_gate, projection = self.gated_parameters
+        of_rank = (response_weight.T, None) if projection is None else (response_weight, projection.T)
+        y = functional.gated_linear(
+            rows,
+            weight.T,
+            bias,
+            of_rank[0],
+            response_bias,
+            weight_gate,
+            bias_gate,
+            h,
+            self.example_dim,
+            response_projection=of_rank[1],
+        )
+        return y.view(*x.shape[:-1], self.nf)
+
+    @torch.no_grad()
+    def folded(self, response: Tensor) -> dict[str, Tensor]:
+        _, bias, _, response_bias, _, bias_gate, _ = self.gated_parameters
+        weight, _ = self._folded(response)
+        assert bias is not None
+        assert response_bias is not None
+        assert bias_gate is not None
+        return {"weight": weight, "bias": bias + (bias_gate @ response.to(bias)) * response_bias}
+
+
+class DropPath(_Dropout):
+    """timm's, which drops all of a row."""
+
+    inplace = False
+
+    def _shared(self, x: Tensor, more: int) -> tuple[int, ...]:
+        of_example = range(self.example_dim, self.example_dim + more + 1)
+        return tuple(dim for dim in range(x.ndim + more) if dim not in of_example)
+
+    def set_rate(self, rate: float) -> None:
+        self.drop_prob = rate
+
+
+class LSTM(Converted, GatedLSTM, nn.LSTM):
+    """As `HyperLSTM`, but dropout between layers has a mask for every time step, as torch's."""
+
+    name: str | None
+    streams: tuple[int, ...]
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, hx: State | None = None
+    ) -> tuple[Tensor, State]:
+        if isinstance(input, PackedSequence):
+            raise TypeError(
+                f"{self.dotted_name} (LSTM): a converted LSTM does not support PackedSequence: pad the sequences, or "
+                f"leave it out, convert(model, exclude={self.dotted_name!r})"
+            )
+        h = self.response(self.weight_ih_l0)
+        if h.ndim == 2 and input.ndim == 3:
+            h = h.repeat_interleave(self.rows_per_example(input, 0 if self.batch_first else 1, len(h)), 0)
+        return self._run(input, h, hx)
+
+    def _between(self, layer: int, y: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
+        batch = self.hyper
+        if batch is None or not self.training or self.name is None or layer == self.num_layers - 1:
+            return y
+        rows = y.unflatten(1, (len(batch), -1))
+        draw: dict[str, Any] = dict(seed=batch.draw_seed(self.streams[layer]), step=batch.step)
+        draw |= dict(stream=self.streams[layer], first_example=batch.first_example, example_dim=1)
+        return functional.dropout(rows, batch[self.name], **draw).view_as(y)
+
+    @torch.no_grad()
+    def folded(self, response: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for ending, parameters in self._sides():
+            weight, bias = fold(parameters, response.to(parameters.weight))
+            found[f"weight_{ending}"] = weight
+            if bias is not None:
+                found[f"bias_{ending}"] = bias
+        return found
+
+    def revert(self, values: dict[str, float]) -> None:
+        if self.name is not None:
+            self.dropout = values[self.name]
+        super().revert(values)

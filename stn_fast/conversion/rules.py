@@ -1,0 +1,256 @@
+"""How each kind of module is converted: the rules of torch.nn's, timm's and transformers' modules, and your own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from stn_fast.conversion import layers
+from stn_fast.conversion.converted import Converted, change_class, register_response
+from stn_fast.conversion.tuned import TunedHyperparameters
+from stn_fast.hyperparameter import ResponseRank
+from stn_fast.layers.gated import factors_to_use
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a rule is given besides the module.
+
+    Attributes:
+        name: dotted name of the module in the model.
+        tuned: the model's hyperparameters; `tuned.space` has their names.
+        response_rank: the argument of `convert`.
+        example_dim: the dimension of the module's input that counts examples.
+        hyperparameter: name of the hyperparameter that is the module's dropout rate; None if it has no rate.
+        streams: numbers of random streams that no other layer uses.
+    """
+
+    name: str
+    tuned: TunedHyperparameters
+    response_rank: ResponseRank
+    example_dim: int
+    hyperparameter: str | None
+    streams: Iterator[int]
+
+    def become(self, module: nn.Module, converted: type[Converted]) -> None:
+        """Changes the class of the module to ``converted``, a subclass of `Converted` and of the module's own class."""
+        change_class(module, converted, self.tuned, self.name, self.example_dim)
+
+    def add_response(self, module: nn.Module) -> None:
+        """Registers `response_weight` of the shape of `weight`, `weight_gate`, and the same of a bias, if there is one.
+
+        Dimension 0 of the weight counts the outputs. The response is 0 at the start.
+        """
+        register_response(module, len(self.tuned.space), outputs=len(module.weight))  # type: ignore[arg-type]
+
+
+Rule = Callable[[nn.Module, Context], None]
+AnyRule = TypeVar("AnyRule", bound=Rule)
+
+RULES: dict[type[nn.Module], Rule] = {}
+
+# Their forward functions read the parameters of their children, which would not be called if they were converted.
+CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def converts(kind: type[nn.Module]) -> Callable[[AnyRule], AnyRule]:
+    """Decorator: registers a function that converts modules of your own class, in every later call of `convert`.
+
+    The rule is called as ``rule(module, context)`` for modules of exactly this class; `Context` says what it is given.
+    It registers the parameters of the response and changes the class of the module:
+
+        class Scale(nn.Module):  # y = x ⊙ weight
+            def __init__(self, features):
+                super().__init__()
+                self.weight = nn.Parameter(torch.ones(features))
+
+            def forward(self, x):
+                return x * self.weight
+
+        class TunedScale(Converted, Scale):  # y = x ⊙ (weight + (h Gwᵀ) ⊙ R)
+            def effective(self, h):
+                return self.weight + (h @ self.weight_gate.T) * self.response_weight
+
+            def forward(self, x):
+                return x * self.effective(self.response(self.weight))  # h is (B, n), or (n,) if all examples share it
+
+            def folded(self, response):
+                return {"weight": self.effective(response)}
+
+        @stn.converts(Scale)
+        def convert_scale(module, context):
+            context.add_response(module)
+            context.become(module, TunedScale)
+
+    `Converted` is in `stn_fast.conversion`; its `split` and `response_of_rows` are for inputs with several rows per
+    example.
+
+    Raises:
+        TypeError: ``kind`` is not a class of modules.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"converts: the class must be a subclass of torch.nn.Module, got {kind!r}")
+
+    def register(rule: AnyRule) -> AnyRule:
+        RULES[kind] = rule
+        return rule
+
+    return register
+
+
+def rule_of(module: nn.Module) -> Rule | None:
+    """The rule for a module of exactly this class; None if there is none."""
+    kind = type(module)
+    if kind in RULES:
+        return RULES[kind]
+    if is_drop_path(module):
+        return _drop_path
+    return _table if is_conv1d(module) else None
+
+
+def is_drop_path(module: nn.Module) -> bool:
+    """Whether it is timm's; the library is not imported."""
+    return _is_of(module, "timm", "DropPath") and hasattr(module, "drop_prob")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers', a linear layer with a transposed weight; the library is not imported."""
+    return _is_of(module, "transformers", "Conv1D") and hasattr(module, "nf")
+
+
+def _is_of(module: nn.Module, package: str, name: str) -> bool:
+    kind = type(module)
+    return kind.__name__ == name and kind.__module__.split(".")[0] == package
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether this package has a rule for its class."""
+    return type(module) in KNOWN or is_drop_path(module) or is_conv1d(module)
+
+
+def rate_of(module: nn.Module) -> float | None:
+    """The rate of a dropout module that has a rule, or of an LSTM between its layers; None for other modules."""
+    if type(module) is nn.LSTM:
+        return module.dropout if module.num_layers > 1 and module.dropout > 0 else None
+    if type(module) in DROPOUTS:
+        return float(module.p)  # type: ignore[arg-type]
+    return float(module.drop_prob or 0) if is_drop_path(module) else None  # type: ignore[arg-type]
+
+
+def reason_against(module: nn.Module) -> str | None:
+    """Why a module is not converted although it has parameters or drops activations; None if it can be converted."""
+    kind = type(module)
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "its parameters are not initialised: call the model once before"
+    if is_parametrized(module):
+        return "its parameters are parametrized; torch.nn.utils.parametrize.remove_parametrizations makes them plain"
+    if "quantized" in kind.__module__:
+        return "it is quantised"
+    if isinstance(module, CLOSED):
+        return "its forward reads the parameters of its children directly"
+    if rule_of(module) is None:
+        bases = [base.__name__ for base in kind.__mro__[1:] if base in RULES]
+        own = f"it is a subclass of {bases[0]}, whose forward may differ" if bases else "there is no rule for its class"
+        return f"{own}; stn.converts adds a rule"
+    return _reason_against_known(module) if is_known(module) else None
+
+
+def _reason_against_known(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
+        return "max_norm and scale_grad_by_freq are not supported"
+    if is_drop_path(module) and not getattr(module, "scale_by_keep", True):
+        return "scale_by_keep=False is not supported"
+    if isinstance(module, nn.LSTM) and module.proj_size:
+        return "proj_size is not supported"
+    if type(module) in DROPOUTS or is_drop_path(module):
+        return None
+    weight = module._parameters.get("weight_ih_l0" if isinstance(module, nn.LSTM) else "weight")
+    if weight is None:
+        return "it has no parameter 'weight'"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}"
+    return None if weight.requires_grad else "its weight is frozen (requires_grad=False), so it cannot respond"
+
+
+def _linear(module: nn.Module, context: Context) -> None:
+    assert isinstance(module, nn.Linear | nn.Conv2d)
+    shape, groups = module.weight.shape, getattr(module, "groups", 1)
+    factors = factors_to_use("convert", context.response_rank, shape, groups)
+    bound = module.weight[0].numel() ** -0.5
+    register_response(module, len(context.tuned.space), outputs=shape[0], factors=factors, bound=bound)
+    context.become(module, layers.Linear if isinstance(module, nn.Linear) else layers.Conv2d)
+
+
+def _table(module: nn.Module, context: Context) -> None:
+    """An embedding, or a linear layer whose weight is transposed."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    rows, outputs = weight.shape
+    factors = factors_to_use("convert", context.response_rank, (outputs, rows))
+    if factors is not None:
+        factors = factors[0], factors[1][::-1]  # a table has a row for each input
+    is_embedding = isinstance(module, nn.Embedding)
+    bound = 0.1 if is_embedding else rows**-0.5
+    register_response(module, len(context.tuned.space), outputs=outputs, factors=factors, bound=bound)
+    context.become(module, layers.Embedding if is_embedding else layers.Conv1D)
+    if isinstance(module, layers.Embedding) and module.padding_idx is not None:
+        with torch.no_grad():
+            module._response_table[module.padding_idx].zero_()
+
+
+def _lstm(module: nn.Module, context: Context) -> None:
+    assert isinstance(module, nn.LSTM)
+    outputs, bound = 4 * module.hidden_size, module.hidden_size**-0.5
+    for name, weight in list(module.named_parameters(recurse=False)):
+        if name.startswith("weight"):
+            factors = factors_to_use("convert", context.response_rank, weight.shape)
+            ending = name.removeprefix("weight")
+            register_response(
+                module, len(context.tuned.space), outputs=outputs, factors=factors, bound=bound, ending=ending
+            )
+    streams = tuple(next(context.streams) for _ in range(module.num_layers - 1))
+    module.__dict__.update(name=context.hyperparameter, streams=streams)
+    context.become(module, layers.LSTM)
+
+
+def _norm(module: nn.Module, context: Context) -> None:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    register_response(module, len(context.tuned.space), outputs=weight.numel())
+    context.become(module, NORMS[type(module)])
+
+
+def _dropout(module: nn.Module, context: Context) -> None:
+    _bind(module, context, DROPOUTS[type(module)])
+
+
+def _drop_path(module: nn.Module, context: Context) -> None:
+    _bind(module, context, layers.DropPath)
+
+
+def _bind(module: nn.Module, context: Context, converted: type[Converted]) -> None:
+    module.__dict__.update(name=context.hyperparameter, stream=next(context.streams))
+    context.become(module, converted)
+
+
+NORMS: dict[type[nn.Module], type[Converted]] = {
+    nn.LayerNorm: layers.LayerNorm,
+    nn.RMSNorm: layers.RMSNorm,
+    nn.GroupNorm: layers.GroupNorm,
+    nn.BatchNorm1d: layers.BatchNorm1d,
+    nn.BatchNorm2d: layers.BatchNorm2d,
+}
+DROPOUTS: dict[type[nn.Module], type[Converted]] = {
+    nn.Dropout: layers.Dropout,
+    nn.Dropout1d: layers.Dropout1d,
+    nn.Dropout2d: layers.Dropout2d,
+    nn.Dropout3d: layers.Dropout3d,
+}
+RULES |= {nn.Linear: _linear, nn.Conv2d: _linear, nn.Embedding: _table, nn.LSTM: _lstm}
+RULES |= dict.fromkeys(NORMS, _norm) | dict.fromkeys(DROPOUTS, _dropout)
+KNOWN = frozenset(RULES)

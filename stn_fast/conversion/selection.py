@@ -1,0 +1,101 @@
+"""Which modules of a model are converted, and why others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrize import is_parametrized
+
+from stn_fast.conversion.converted import Converted
+from stn_fast.conversion.report import Entry
+from stn_fast.conversion.rules import CLOSED, rate_of, reason_against, rule_of
+
+
+class Named(NamedTuple):
+    """A module and its dotted name in the model."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def kind(self) -> str:
+        return type(self.module).__name__
+
+    def left_out(self, reason: str, *, asked: bool = False) -> Entry:
+        return Entry(self.name, self.kind, reason=reason, asked=asked)
+
+
+def check_model(who: str, model: nn.Module) -> None:
+    """Raises TypeError or ValueError if this is not a model that can be converted."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{who}: model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, Converted):
+            raise ValueError(f"{who}: the model has been converted already: {name or 'the model itself'} is converted")
+    if hasattr(model, "tuned_hyperparameters"):
+        raise ValueError(f"{who}: the model has an attribute tuned_hyperparameters, the name that conversion uses")
+    devices = {parameter.device: name for name, parameter in model.named_parameters()}
+    on_meta = [name for device, name in devices.items() if device.type == "meta"]
+    if on_meta:
+        raise ValueError(f"{who}: {on_meta[0]} is on the meta device: give the model its weights first")
+    if len(devices) > 1:
+        found = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ValueError(f"{who}: the parameters must be on one device, got {found}")
+
+
+def selected(
+    model: nn.Module, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()
+) -> tuple[list[Named], list[Entry]]:
+    """The modules to convert, in the order of `named_modules`, and entries for those that are left out."""
+    chosen: list[Named] = []
+    left_out: list[Entry] = []
+    for one in _concerned(model):
+        reason = reason_against(one.module)
+        if not matches(one.name, include):
+            left_out.append(one.left_out("not in include", asked=True))
+        elif matches(one.name, exclude):
+            left_out.append(one.left_out("in exclude", asked=True))
+        elif reason is not None:
+            left_out.append(one.left_out(reason))
+        else:
+            chosen.append(one)
+    return chosen, left_out
+
+
+def dropouts_of(chosen: Sequence[Named]) -> list[Named]:
+    """Those that have a dropout rate."""
+    return [one for one in chosen if rate_of(one.module) is not None]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a pattern fits this dotted name, or that of a module that contains it."""
+    parts = name.split(".")
+    names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(fnmatchcase(part, pattern) for pattern in patterns for part in names)
+
+
+def check_patterns(argument: str, model: nn.Module, patterns: Iterable[str]) -> None:
+    """Raises ValueError naming a pattern that fits no module."""
+    names = [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            raise ValueError(f"convert: {argument} {pattern!r} fits the name of no module (see model.named_modules())")
+
+
+def _concerned(model: nn.Module) -> Iterator[Named]:
+    """The modules with a rule, with parameters of their own, or with dropout; not the children of closed modules."""
+    closed: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{parent}." if parent else "") for parent in closed):
+            continue
+        is_closed = isinstance(module, CLOSED) or is_parametrized(module)
+        if is_closed:
+            closed.append(name)
+        own = any(parameter is not None for parameter in module._parameters.values())
+        quantised = "quantized" in type(module).__module__
+        if is_closed or own or quantised or isinstance(module, _DropoutNd) or rule_of(module) is not None:
+            yield Named(name, module)

@@ -1,0 +1,85 @@
+"""The hyperparameter space that a model suggests: one dropout rate per group of dropout modules, and weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from torch import nn
+
+from stn_fast.conversion.rules import rate_of
+from stn_fast.conversion.selection import Named, check_model, dropouts_of, selected
+from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
+
+Group = Literal["type", "block", "each"]
+
+HIGHEST_RATE = 0.95
+HIGHEST_START = 0.9
+START_OF_ZERO = 0.05  # at a rate of 0, the location would be infinite
+
+
+def suggest_space(model: nn.Module, group: Group = "type") -> HyperparameterSpace:
+    """What `convert` tunes by default: the rates of the model's dropout modules, and weight decay.
+
+    Every group of dropout modules shares one rate in [0, 0.95), which starts at their mean rate: at 0.05 if that is 0,
+    and at most at 0.9. `weight_decay` starts at 1e-4. All are perturbed per example, with σ = 0.5.
+
+    Hyperparameters that do not regularise, such as learning rates, momentum and widths, can't be tuned this way: the
+    training loss must depend on them.
+
+    Args:
+        model: any module; it does not change.
+        group: "type" for one rate per class of dropout and last part of the module's name, such as `attn_drop`;
+            "block" for one rate per top-level block, such as `blocks.0`; "each" for one rate per module, named by its
+            dotted name with underscores.
+
+    Raises:
+        TypeError, ValueError: `model` is not a module or has been converted; `group` is something else.
+    """
+    check_model("suggest_space", model)
+    chosen, _ = selected(model)
+    return space_of(grouped(dropouts_of(chosen), group))
+
+
+def space_of(groups: dict[str, list[Named]]) -> HyperparameterSpace:
+    """The space with a rate for each group."""
+    rates = [Hyperparameter(name, low=0.0, high=HIGHEST_RATE, init=_start(group)) for name, group in groups.items()]
+    return HyperparameterSpace([*rates, Hyperparameter("weight_decay", low=0.0, init=1e-4)])
+
+
+def _start(group: Sequence[Named]) -> float:
+    rates = [rate_of(one.module) or 0.0 for one in group]
+    mean = rates[0] if len(set(rates)) == 1 else sum(rates) / len(rates)
+    return min(mean, HIGHEST_START) or START_OF_ZERO
+
+
+def grouped(dropouts: Sequence[Named], group: Group) -> dict[str, list[Named]]:
+    """The dropout modules by the name of the hyperparameter that is their rate."""
+    if group not in get_args(Group):
+        raise ValueError(f"group must be one of {', '.join(map(repr, get_args(Group)))}, got {group!r}")
+    kinds = {role: {one.kind for one in dropouts if _role(one) == role} for role in map(_role, dropouts)}
+    groups: dict[str, list[Named]] = {}
+    for one in dropouts:
+        if group == "each":
+            name = one.name.replace(".", "_") or _role(one)
+        elif group == "block":
+            name = _block(one)
+        else:
+            role = _role(one)
+            name = role if len(kinds[role]) == 1 else f"{role}_{one.kind.lower()}"
+        groups.setdefault(name, []).append(one)
+    return groups
+
+
+def _role(one: Named) -> str:
+    """The last part of its name; of an entry of a container, whose name is a number, its class."""
+    last = one.name.rpartition(".")[2]
+    role = one.kind.lower() if last.isdigit() or not last else last
+    return f"{role}_dropout" if isinstance(one.module, nn.LSTM) else role
+
+
+def _block(one: Named) -> str:
+    """The first part of its name, and the number after it, if there is one."""
+    first, *rest = one.name.split(".")
+    parts = [first, rest[0]] if rest and rest[0].isdigit() else [first]
+    return "_".join([*parts, "dropout"]) if len(parts) <= len(rest) else _role(one)

@@ -1,0 +1,103 @@
+"""TunedHyperparameters: the hyperparameters of a converted model, and the batch of them that its layers use."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from stn_fast.conversion.report import Entry
+from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
+
+
+class TunedHyperparameters(nn.Module):
+    """λ and ρ of a converted model, the child `tuned_hyperparameters` of its root.
+
+    Attributes:
+        space: the hyperparameters.
+        location, raw_scale: buffers (n,) float32, unconstrained. They stay float32 when the model is cast.
+        report: what `convert` did with each module.
+        current: the HyperBatch that layers use now, set by `using`; None outside. It is not saved.
+    """
+
+    location: Tensor
+    raw_scale: Tensor
+
+    def __init__(self, space: HyperparameterSpace, report: Sequence[Entry] = ()):
+        super().__init__()
+        location, raw_scale = space.initial_state()
+        self.register_buffer("location", location)
+        self.register_buffer("raw_scale", raw_scale)
+        self.space, self.report = space, list(report)
+        self.current: HyperBatch | None = None
+        self._thread: int | None = None
+
+    @contextmanager
+    def using(self, hyper: HyperBatch) -> Iterator[None]:
+        """Inside, the converted layers use `hyper`. Run the backward pass inside too: checkpointing calls layers in it.
+
+        Afterwards, also after an error, the batch used before is used again, so that calls may be nested.
+
+        Raises:
+            TypeError: `hyper` is not a HyperBatch.
+            ValueError: it is of another space, or on another device than the model's hyperparameters.
+            RuntimeError: another thread is inside, whose layers would use this thread's batch.
+        """
+        self._check(hyper)
+        thread, before = threading.get_ident(), (self.current, self._thread)
+        if self._thread not in (None, thread):
+            raise RuntimeError(
+                "using: another thread is using this model with its own hyperparameters; a converted model uses one "
+                "HyperBatch at a time, so give each thread a copy of the model (copy.deepcopy)"
+            )
+        self.current, self._thread = hyper, thread
+        try:
+            yield
+        finally:
+            self.current, self._thread = before
+
+    def _check(self, hyper: HyperBatch) -> None:
+        if not isinstance(hyper, HyperBatch):
+            raise TypeError(f"using: hyper must be a HyperBatch, as from space.sample, got {type(hyper).__name__}")
+        if hyper.space != self.space:
+            raise ValueError(
+                f"using: the HyperBatch is of a space with {', '.join(hyper.space.names)}, the model was converted "
+                f"with another one, of {', '.join(self.space.names)}"
+            )
+        if hyper.values.device != self.location.device:
+            raise ValueError(
+                f"using: the HyperBatch is on {hyper.values.device}, the model's hyperparameters are on "
+                f"{self.location.device}; move it with hyper.to({str(self.location.device)!r})"
+            )
+
+    def forward(self, x: Any) -> Any:
+        """Returns its input: a root that is a torch.nn.Sequential calls all of its children."""
+        return x
+
+    def response(self) -> Tensor:
+        """The response input (n,) at the current location."""
+        return self.space.at(self.location, batch_size=1).response[0]
+
+    def values(self) -> dict[str, float]:
+        """The current values, by name."""
+        return self.space.values(self.location)
+
+    def scales(self) -> dict[str, float]:
+        """The current σ of the perturbations, by name, in units of the unconstrained λ."""
+        return dict(zip(self.space.names, self.space.scales(self.raw_scale).tolist(), strict=True))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TunedHyperparameters:
+        """`to`, `double` and others move location and raw scale, but do not cast them."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(fn(buffer).device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"current": None, "_thread": None}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value:.4g}" for name, value in self.values().items())

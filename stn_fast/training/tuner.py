@@ -1,0 +1,253 @@
+"""SelfTuner and alternate: self-tuning of a converted model in a loop of your own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stn_fast.checks import whole_number
+from stn_fast.conversion.folding import fold, tuned_of
+from stn_fast.hyperparameters import HyperBatch
+from stn_fast.training.batches import Examples, as_batch
+from stn_fast.training.methods import SelfTuning
+from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer
+from stn_fast.training.parameters import is_response, listed
+from stn_fast.training.task import with_weight_decay
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class ConvertedSelfTuning(SelfTuning):
+    """The steps of a converted model: they tune its own λ, and its layers use the hyperparameters of each pass."""
+
+    def _initial_state(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The memory of the model's buffers, so that the model always has the current λ."""
+        tuned = tuned_of("SelfTuner", self.model)
+        return tuned.location.detach(), tuned.raw_scale.detach()
+
+    def _in_use(self, hyper: HyperBatch) -> AbstractContextManager[None]:
+        return tuned_of("SelfTuner", self.model).using(hyper)
+
+
+class _Batch(Examples):
+    """Examples counted by the first dimension of the first input tensor."""
+
+    @property
+    def examples(self) -> int:
+        first = next((leaf for leaf in pytree.tree_leaves(self.inputs) if isinstance(leaf, Tensor)), None)
+        if first is None or first.ndim == 0:
+            raise TypeError("SelfTuner: the first input of a batch must be a tensor, with the examples in dimension 0")
+        return len(first)
+
+    def like(self, parts: Any) -> _Batch:
+        return _Batch(*parts)
+
+
+class _Record(NamedTuple):
+    """A validation step: the number of training steps before it, its loss, and the location after it."""
+
+    step: int
+    loss: Tensor
+    location: Tensor
+
+
+class SelfTuner:
+    """Trains a converted model and tunes its hyperparameters, in a loop of your own. `SelfTuning` says how.
+
+        tuned = stn.convert(model)
+        tuner = stn.SelfTuner(tuned, torch.optim.AdamW(tuned.parameters(), 1e-3), loss=F.cross_entropy)
+        for batch, held_out in stn.alternate(train_loader, valid_loader):
+            tuner.step(batch, held_out)
+        plain = tuner.fold()
+
+    A batch (inputs, targets) calls ``loss(model(inputs), targets)``; with more entries, the last one is the targets
+    and the others are the arguments of the model. A dict calls ``loss(model(**batch), batch)``, as for models of
+    transformers with ``loss=lambda output, batch: output.loss``. The first dimension of the first input counts the
+    examples. Batches are not moved to another device.
+
+    The training loss also gets ½·weight_decay·‖W_eff‖² of the converted layers, if the space has `weight_decay`; set
+    the optimizer's own weight_decay to 0 then.
+
+    Args:
+        model: a converted one, as `convert` returns.
+        optimizer: holds the parameters of the model, made after the conversion.
+        loss: returns the mean over the examples, without penalties.
+        valid_loss: what the hyperparameters minimise; by default `loss`.
+        hyper_optimizer: makes the optimizer of location and raw scale from the list of them.
+        train_steps: training steps per validation step.
+        warmup_steps: training steps before the first of these.
+        entropy_weight, tune_scales, antithetic, clip, seed, skip_nonfinite: as for `SelfTuning`.
+
+    Raises:
+        TypeError: the model has not been converted, or `optimizer` is not an optimizer.
+        ValueError: the optimizer lacks parameters of the response, or is another model's; a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Loss,
+        *,
+        valid_loss: Loss | None = None,
+        hyper_optimizer: MakeOptimizer = default_hyper_optimizer,
+        train_steps: int = 2,
+        warmup_steps: int = 0,
+        entropy_weight: float = 1e-3,
+        tune_scales: bool = True,
+        antithetic: bool = True,
+        clip: float | None = 1.0,
+        seed: int = 0,
+        skip_nonfinite: int = 0,
+    ) -> None:
+        tuned = tuned_of("SelfTuner", model)
+        _check_optimizer(model, optimizer)
+        self.train_steps = whole_number("SelfTuner", "train_steps", train_steps, 1)
+        self.warmup_steps = whole_number("SelfTuner", "warmup_steps", warmup_steps, 0)
+        self.model, self.loss, self.valid_loss = model, loss, valid_loss or loss
+        self.method = ConvertedSelfTuning(
+            model,
+            tuned.space,
+            self._training_objective,
+            self._validation_objective,
+            optimizer=lambda parameters: optimizer,
+            hyper_optimizer=hyper_optimizer,
+            entropy_weight=entropy_weight,
+            tune_scales=tune_scales,
+            antithetic=antithetic,
+            clip=clip,
+            seed=seed,
+            skip_nonfinite=skip_nonfinite,
+        )
+        self.trained = self.validated = 0  # steps so far
+        self._since = 0  # training steps after the warm-up since the last validation step
+        self._records: list[_Record] = []
+
+    def _training_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:
+        return with_weight_decay(self.loss(_called(model, batch.inputs), batch.targets), model, hyper)
+
+    def _validation_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:
+        return self.valid_loss(_called(model, batch.inputs), batch.targets)
+
+    def step(self, batch: Any, held_out: Any = None) -> Tensor:
+        """A training step, and then a validation step on `held_out` if one is due.
+
+        One is due after every `train_steps` training steps after the warm-up; it waits for a step with `held_out`.
+        Returns the training loss, a detached scalar on the device. Errors are those of `SelfTuning`.
+        """
+        loss = self.train_step(batch)
+        if held_out is not None and self._since >= self.train_steps:
+            self.valid_step(held_out)
+        return loss
+
+    def train_step(self, batch: Any) -> Tensor:
+        """Updates the weights and the response on a training batch; returns the loss."""
+        loss = self.method.train_step(self._batch(batch), self.trained + self.validated)
+        self.trained += 1
+        self._since += self.trained > self.warmup_steps
+        return loss
+
+    def valid_step(self, held_out: Any) -> Tensor:
+        """Updates the hyperparameters on a validation batch; returns the loss, without the entropy."""
+        loss = self.method.valid_step(self._batch(held_out), self.trained + self.validated)
+        self.validated += 1
+        self._since = 0
+        self._records.append(_Record(self.trained, loss, self.method.location.detach().clone()))
+        return loss
+
+    def _batch(self, batch: Any) -> _Batch:
+        if isinstance(batch, Mapping):
+            entries: Any = dict(batch)
+            return _Batch(entries, entries)
+        converted = as_batch(batch, self.method.location.device)
+        if not isinstance(converted, Examples):
+            raise TypeError(f"SelfTuner: a batch must have independent examples, got {type(batch).__name__}")
+        return _Batch(*converted)
+
+    def values(self) -> dict[str, float]:
+        """The current values of the hyperparameters, by name."""
+        return self.method.space.values(self.method.location)
+
+    def scales(self) -> dict[str, float]:
+        """The current σ of the perturbations, by name, in units of the unconstrained λ."""
+        return dict(zip(self.method.space.names, self.method.scales().tolist(), strict=True))
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Validation steps of this object: ``step``, training steps before it; ``loss``; ``values`` after it."""
+        values = self.method.space.values
+        return [{"step": one.step, "loss": one.loss.item(), "values": values(one.location)} for one in self._records]
+
+    def fold(self) -> nn.Module:
+        """A plain copy of the model at the current hyperparameters, see `stn_fast.fold`."""
+        self.method.check_finite()
+        return fold(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model, hyperparameters, optimizer states and counters: everything that the next step depends on but data."""
+        counters = {"trained": self.trained, "validated": self.validated, "since": self._since}
+        return {"method": self.method.state_dict(), **counters}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned. Raises ValueError as `Method.load_state_dict`."""
+        self.method.load_state_dict(state["method"])
+        self.trained, self.validated, self._since = state["trained"], state["validated"], state["since"]
+
+
+def _called(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "SelfTuner: optimizer must be a torch.optim.Optimizer, made with the parameters of the converted model, "
+            f"got {type(optimizer).__name__}"
+        )
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    wanted = {name: id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if held.isdisjoint(wanted.values()):
+        raise ValueError("SelfTuner: the optimizer holds none of the model's parameters: make it with this model's")
+    missing = [name for name, parameter in wanted.items() if is_response(name) and parameter not in held]
+    if missing:
+        raise ValueError(
+            f"SelfTuner: the optimizer lacks {listed(missing)}, parameters of the response: make it after stn.convert, "
+            "with all parameters of the converted model"
+        )
+
+
+def alternate(
+    train_loader: Iterable[Any], valid_loader: Iterable[Any], train_steps: int = 2
+) -> Iterator[tuple[Any, Any | None]]:
+    """(batch, held_out) for each batch of one pass over the training loader.
+
+    `held_out` is a batch of the validation loader after every `train_steps` training batches, and None otherwise. The
+    validation loader is started again whenever it ends.
+
+    Raises:
+        ValueError: a loader gives no batch, or train_steps is not an int >= 1.
+    """
+    whole_number("alternate", "train_steps", train_steps, 1)
+    validation = _endless(valid_loader)
+    number = 0
+    for number, batch in enumerate(train_loader, start=1):
+        yield batch, next(validation) if number % train_steps == 0 else None
+    if number == 0:
+        raise ValueError("alternate: train_loader gives no batch")
+
+
+def _endless(loader: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("alternate: valid_loader gives no batch; it must be one that can be read again and again")
