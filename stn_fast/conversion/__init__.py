@@ -61,6 +61,9 @@ def convert(
     called with tokens (1, ...), such as position numbers, returns a result for each example. If it is called with
     position numbers (T,), exclude it: with T = B, they would be taken for one token per example.
 
+    If the network reads a layer's weight itself, as in ``F.linear(x, self.embedding.weight)``, exclude the layer: what
+    is read does not respond.
+
     Patterns are matched by fnmatch on dotted names; a pattern that fits a module fits all modules in it.
 
     Args:

@@ -34,7 +34,7 @@ def fold(model: Model) -> Model:
         TypeError: the model has not been converted.
     """
     tuned_of("fold", model)
-    plain = copy.deepcopy(model)
+    plain = copy.deepcopy(getattr(model, "_orig_mod", model))  # the model that torch.compile wraps
     tuned = tuned_of("fold", plain)
     response, values = tuned.response(), tuned.values()
     converted = [(name, module) for name, module in plain.named_modules() if isinstance(module, Converted)]
@@ -54,8 +54,9 @@ def fold(model: Model) -> Model:
 def _put(model: nn.Module, folded: dict[str, Tensor]) -> None:
     """Sets the parameters with these names. Tied ones stay so if all of their names get the same values."""
     tied: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tied.setdefault(parameter, []).append(name)
+    for owner, module in model.named_modules():
+        for key, parameter in module.named_parameters(owner, recurse=False, remove_duplicate=False):
+            tied.setdefault(parameter, []).append(key)
     for parameter, names in tied.items():
         wanted = [folded.get(name, parameter) for name in names]
         if all(one is wanted[0] or torch.equal(one, wanted[0]) for one in wanted[1:]):

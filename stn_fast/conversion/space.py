@@ -16,6 +16,7 @@ Group = Literal["type", "block", "each"]
 HIGHEST_RATE = 0.95
 HIGHEST_START = 0.9
 START_OF_ZERO = 0.05  # at a rate of 0, the location would be infinite
+_SUFFIX = {"LSTM": "_dropout"}  # of the names of rates of modules that are more than dropout
 
 
 def suggest_space(model: nn.Module, group: Group = "type") -> HyperparameterSpace:
@@ -61,7 +62,7 @@ def grouped(dropouts: Sequence[Named], group: Group) -> dict[str, list[Named]]:
     groups: dict[str, list[Named]] = {}
     for one in dropouts:
         if group == "each":
-            name = one.name.replace(".", "_") or _role(one)
+            name = one.name.replace(".", "_") + _SUFFIX.get(one.kind, "") or _role(one)
         elif group == "block":
             name = _block(one)
         else:
@@ -75,11 +76,12 @@ def _role(one: Named) -> str:
     """The last part of its name; of an entry of a container, whose name is a number, its class."""
     last = one.name.rpartition(".")[2]
     role = one.kind.lower() if last.isdigit() or not last else last
-    return f"{role}_dropout" if isinstance(one.module, nn.LSTM) else role
+    return role + _SUFFIX.get(one.kind, "")
 
 
 def _block(one: Named) -> str:
-    """The first part of its name, and the number after it, if there is one."""
+    """The first part of its name, and the number after it if that is a module that contains it."""
     first, *rest = one.name.split(".")
-    parts = [first, rest[0]] if rest and rest[0].isdigit() else [first]
-    return "_".join([*parts, "dropout"]) if len(parts) <= len(rest) else _role(one)
+    if not rest:
+        return _role(one)
+    return f"{first}_{rest[0]}_dropout" if rest[0].isdigit() and len(rest) > 1 else f"{first}_dropout"

@@ -194,6 +194,8 @@ def as_batch(batch: Any, device: torch.device) -> Batch:
     Raises:
         TypeError: ``batch`` is something else, or the targets are not tensors with at least one dimension.
     """
+    if isinstance(batch, Examples):
+        return batch
     if isinstance(batch, Split) and isinstance(batch.inputs, Tensor) and isinstance(batch.targets, Tensor):
         return Examples(*batch)
     if isinstance(batch, Batch):

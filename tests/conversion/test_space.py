@@ -1,0 +1,74 @@
+"""The space that a network suggests."""
+
+import pytest
+from torch import nn
+
+import stn_fast as stn
+
+
+class Layer(nn.Module):
+    def __init__(self, rate):
+        super().__init__()
+        self.attn_drop, self.drop = nn.Dropout(rate), nn.Dropout(0.3)
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.pos_drop = nn.Dropout(0.0)
+        self.blocks = nn.ModuleList([Layer(0.1), Layer(0.2)])
+        self.head = nn.Sequential(nn.Dropout2d(0.99), nn.Dropout(0.5))
+
+
+def starts(group):
+    return {one.name: one.init for one in stn.suggest_space(Network(), group) if one.name != "weight_decay"}
+
+
+def test_one_rate_per_class_and_role():
+    expected = {"pos_drop": 0.05, "attn_drop": 0.15, "drop": 0.3, "dropout2d": 0.9, "dropout": 0.5}
+    assert starts("type") == pytest.approx(expected)
+
+
+def test_one_rate_per_module():
+    expected = {"pos_drop": 0.05, "blocks_0_attn_drop": 0.1, "blocks_0_drop": 0.3, "blocks_1_attn_drop": 0.2}
+    assert starts("each") == pytest.approx(expected | {"blocks_1_drop": 0.3, "head_0": 0.9, "head_1": 0.5})
+
+
+def test_one_rate_per_top_level_block():
+    expected = {"pos_drop": 0.05, "blocks_0_dropout": 0.2, "blocks_1_dropout": 0.25, "head_dropout": 0.745}
+    assert starts("block") == pytest.approx(expected)
+
+
+def test_classes_with_the_same_role_have_their_own_rates():
+    model = nn.ModuleDict(
+        {"a": nn.ModuleDict({"drop": nn.Dropout(0.1)}), "b": nn.ModuleDict({"drop": nn.Dropout1d(0.2)})}
+    )
+    assert stn.suggest_space(model).names == ("drop_dropout", "drop_dropout1d", "weight_decay")
+
+
+def test_ranges_and_weight_decay():
+    *rates, decay = stn.suggest_space(Network())
+    assert all((one.low, one.high, one.scale, one.per_example) == (0.0, 0.95, 0.5, True) for one in rates)
+    assert decay == stn.Hyperparameter("weight_decay", low=0.0, init=1e-4)
+
+
+def test_without_dropout_there_is_only_weight_decay():
+    assert stn.suggest_space(nn.Linear(2, 2)).names == ("weight_decay",)
+
+
+def test_dropout_in_modules_that_are_left_out_has_no_rate():
+    assert stn.suggest_space(nn.TransformerEncoderLayer(4, 2, 8)).names == ("weight_decay",)
+
+
+def test_convert_uses_the_suggestion():
+    model = Network()
+    space = stn.suggest_space(model, "each")
+    tuned = stn.convert(model, group="each", quiet=True)
+    assert tuned.tuned_hyperparameters.space == space
+    assert tuned.blocks[1].attn_drop.name == "blocks_1_attn_drop"
+
+
+def test_an_unknown_group_is_refused():
+    with pytest.raises(ValueError, match="group must be one of 'type', 'block', 'each', got 'all'"):
+        stn.suggest_space(Network(), "all")

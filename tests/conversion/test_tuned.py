@@ -1,0 +1,117 @@
+"""`using`: which HyperBatch layers use, in nested calls, threads, checkpointing and compiled models."""
+
+import threading
+
+import pytest
+import torch
+from converted_networks import converted, inputs, plain, sampled
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import stn_fast as stn
+
+
+def test_nested_calls_and_errors_restore_the_batch_used_before():
+    tuned = stn.convert(nn.Sequential(nn.Linear(3, 2)), quiet=True)
+    own, outer, inner = tuned.tuned_hyperparameters, sampled(tuned), sampled(tuned, step=1)
+    with own.using(outer):
+        with pytest.raises(ZeroDivisionError), own.using(inner):
+            1 / (own.current is outer)
+        assert own.current is outer
+    assert own.current is None
+
+
+def test_another_thread_is_refused_while_one_is_inside():
+    tuned, errors = stn.convert(nn.Sequential(nn.Linear(3, 2)), quiet=True), []
+    own, hyper = tuned.tuned_hyperparameters, sampled(tuned)
+
+    def enter():
+        try:
+            with own.using(hyper):
+                pass
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def run():
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+
+    with own.using(hyper):
+        run()
+        assert own.current is hyper
+    assert "another thread is using this model" in errors[0]
+    run()
+    assert len(errors) == 1
+
+
+def test_other_batches_are_refused():
+    tuned = stn.convert(nn.Sequential(nn.Linear(3, 2)), quiet=True)
+    own = tuned.tuned_hyperparameters
+    other = stn.HyperparameterSpace([stn.Hyperparameter("other", init=0.0)])
+    cases = [
+        (sampled(tuned).response, TypeError, "hyper must be a HyperBatch, as from space.sample, got Tensor"),
+        (other.at(other.initial_state()[0], batch_size=4), ValueError, "space with other, the model.*weight_decay"),
+        (sampled(tuned).to("meta"), ValueError, r"is on meta, the model's hyperparameters are on cpu"),
+    ]
+    for hyper, error, message in cases:
+        with pytest.raises(error, match=message), own.using(hyper):
+            pass
+
+
+def test_values_and_scales_are_those_of_the_buffers():
+    tuned = stn.convert(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.3)), quiet=True)
+    own = tuned.tuned_hyperparameters
+    assert own.values() == pytest.approx({"dropout": 0.3, "weight_decay": 1e-4})
+    assert own.scales() == pytest.approx({"dropout": 0.5, "weight_decay": 0.5})
+    own.location.add_(1.0)
+    assert own.values() == own.space.values(own.location)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["block", "norms"])
+def test_checkpointing_repeats_masks_and_gives_the_same_gradients(kind, use_reentrant):
+    tuned = converted(plain(kind, 0.4))
+    x = inputs(kind)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)  # reentrant: an input must require a gradient
+
+    def segment(scale):
+        return tuned(x) * scale
+
+    found = []
+    for call in (segment, lambda given: checkpoint(segment, given, use_reentrant=use_reentrant)):
+        tuned.zero_grad()
+        with tuned.tuned_hyperparameters.using(sampled(tuned)):
+            y = call(scale)
+            y.square().sum().backward()
+        found.append((y.detach(), *(parameter.grad for parameter in tuned.parameters())))
+    assert all(map(torch.equal, *found))
+
+
+def test_a_compiled_model_needs_no_new_graph_for_other_hyperparameters():
+    torch.manual_seed(0)
+    tuned = converted(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.LayerNorm(8), nn.Dropout(0.3), nn.Linear(8, 3)))
+    graphs, x, own = [], torch.randn(4, 6), tuned.tuned_hyperparameters
+
+    def count(graph, examples):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(tuned, fullgraph=True, backend=count)
+    for step in range(4):
+        own.location.add_(0.1)
+        hyper = sampled(tuned, step=step)
+        with own.using(hyper):
+            y = compiled(x)
+        with own.using(sampled(tuned, step=step)):
+            torch.testing.assert_close(y, tuned(x))
+    assert 1 <= len(graphs) <= 2
+    torch._dynamo.reset()
+
+
+def test_a_compiled_model_is_folded_as_the_model_itself():
+    tuned, x = converted(nn.Sequential(nn.Linear(6, 3))).eval(), torch.randn(4, 6)
+    result = stn.fold(torch.compile(tuned, backend="eager"))
+    assert type(result) is nn.Sequential
+    torch.testing.assert_close(result(x), tuned(x))
