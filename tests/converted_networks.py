@@ -50,6 +50,15 @@ class Norms(nn.Module):
         return self.layer(self.rms(self.drop(self.group(self.conv(images)))))
 
 
+def signals(rate=0.0):
+    return nn.Sequential(
+        nn.Conv1d(2, 4, 3, padding=1, padding_mode="circular", groups=2),
+        nn.Dropout1d(rate),
+        nn.Unflatten(2, (3, 5, 1)),
+        nn.Conv3d(4, 4, (2, 3, 1), stride=(1, 2, 1), bias=False),
+    )
+
+
 def cnn(rate=0.0):
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, stride=2, padding=1, bias=False),  # batch norm has the bias
@@ -64,7 +73,7 @@ def cnn(rate=0.0):
     )
 
 
-NETWORKS = {"cnn": cnn, "block": Block, "text": Text, "norms": Norms}
+NETWORKS = {"cnn": cnn, "block": Block, "text": Text, "norms": Norms, "signals": signals}
 
 
 def plain(kind, rate=0.0):
@@ -82,7 +91,8 @@ def inputs(kind, examples=4):
     generator = torch.Generator().manual_seed(1)
     if kind in ("block", "text"):
         return torch.randint(WORDS, (examples, 5), generator=generator)
-    return torch.randn(examples, 2, 5, 5, generator=generator, dtype=torch.float64)
+    shape = (2, 15) if kind == "signals" else (2, 5, 5)
+    return torch.randn(examples, *shape, generator=generator, dtype=torch.float64)
 
 
 def converted(model, **options):

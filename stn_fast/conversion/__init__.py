@@ -50,19 +50,19 @@ def convert(
     report. Train with `stn_fast.SelfTuner`, or call the model inside ``model.tuned_hyperparameters.using(hyper)``. In
     evaluation mode outside of it, layers use the current λ and dropout is off; in training mode, that is an error.
 
-    Converted are Linear, Conv2d, Embedding, LSTM, LayerNorm, RMSNorm, GroupNorm, BatchNorm1d, BatchNorm2d, Dropout,
-    Dropout1d, Dropout2d and Dropout3d of torch.nn, DropPath of timm, Conv1D of transformers, and classes with a rule
-    added by `stn_fast.converts`; not subclasses. The dropout between the layers of an LSTM becomes tuned, too. Other
-    modules stay as they are: MultiheadAttention and TransformerEncoderLayer with all they contain, GRU, parametrized
-    modules, frozen layers. The report lists them.
+    Converted are Linear, Conv1d, Conv2d, Conv3d, Embedding, LSTM, LayerNorm, RMSNorm, GroupNorm, BatchNorm1d,
+    BatchNorm2d, Dropout, Dropout1d, Dropout2d and Dropout3d of torch.nn, DropPath of timm, Conv1D of transformers, and
+    classes with a rule added by `stn_fast.converts`; not subclasses. The dropout between the layers of an LSTM becomes
+    tuned, too. Other modules stay as they are: MultiheadAttention and TransformerEncoderLayer with all they contain,
+    GRU, parametrized modules, frozen layers. The report lists them.
 
     The first dimension of a layer's input counts examples, or consecutive rows of each: a layer that is called with
     k·B rows for B examples uses the hyperparameters of example i for rows k·i to k·i + k − 1. An Embedding that is
     called with tokens (1, ...), such as position numbers, returns a result for each example. If it is called with
     position numbers (T,), exclude it: with T = B, they would be taken for one token per example.
 
-    If the network reads a layer's weight itself, as in ``F.linear(x, self.embedding.weight)``, exclude the layer: what
-    is read does not respond.
+    Exclude what the network does not call as a module: a layer whose weight it reads itself, as in ``F.linear(x,
+    self.embedding.weight)``, and a dropout module whose rate it passes on, as to ``scaled_dot_product_attention``.
 
     Patterns are matched by fnmatch on dotted names; a pattern that fits a module fits all modules in it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from stn_fast.layers.embedding import GatedTable
 from stn_fast.layers.gated import Gated
 from stn_fast.layers.lstm import GatedLSTM, State
 from stn_fast.layers.regularisers import PerExampleDropout
-from stn_fast.ops.gates import fold
+from stn_fast.ops.gates import fold, gates
 from stn_fast.ops.transforms import in_transform
 from stn_fast.ops.uncast import product
 
@@ -55,6 +56,41 @@ class Conv2d(_Folding, nn.Conv2d):
         return functional.gated_conv2d(
             input, *parameters, h, groups=self.groups, response_projection=projection, **geometry
         )
+
+
+class _PlainConv(_Folding):
+    """y = conv(x, W) + b + (h Gwᵀ) ⊙ conv(x, R) + (h Gbᵀ) ⊙ r by torch's convolutions, with k rows per example."""
+
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # torch's, which pads as the module does
+    kernel_size: tuple[int, ...]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim == len(self.kernel_size) + 1:
+            return self.forward(input[None])[0]
+        h = self.response_of_rows(input, self.weight)
+        if h.ndim == 1:
+            return self._conv_forward(input, *fold(self.gated_parameters, h))
+        scale, shift = gates(self.gated_parameters, h)
+        view = (*scale.shape, *[1] * len(self.kernel_size))
+        y = self._conv_forward(input, self.weight, None)
+        gated = torch.addcmul(y, scale.view(view).to(y.dtype), self._response_to(input))
+        return gated if shift is None else gated + shift.view(view).to(y.dtype)
+
+    def _response_to(self, x: Tensor) -> Tensor:
+        """conv(x, R)"""
+        if self.response_projection is None:
+            return self._conv_forward(x, self.response_weight, None)
+        narrow = self._conv_forward(x, self.response_projection, None)
+        convolve = F.conv1d if len(self.kernel_size) == 1 else F.conv3d
+        return convolve(narrow, self.response_weight, groups=self.groups)
+
+
+class Conv1d(_PlainConv, nn.Conv1d):
+    """torch's, with filters for each example."""
+
+
+class Conv3d(_PlainConv, nn.Conv3d):
+    """torch's, with filters for each example."""
 
 
 class Embedding(_Folding, GatedTable, nn.Embedding):

@@ -128,6 +128,11 @@ def _is_of(module: nn.Module, package: str, name: str) -> bool:
     return kind.__name__ == name and kind.__module__.split(".")[0] == package
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether it is one of torch's quantised modules, which have no floating point weight."""
+    return type(module).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized."))
+
+
 def is_known(module: nn.Module) -> bool:
     """Whether this package has a rule for its class."""
     return type(module) in KNOWN or is_drop_path(module) or is_conv1d(module)
@@ -149,7 +154,7 @@ def reason_against(module: nn.Module) -> str | None:
         return "its parameters are not initialised: call the model once before"
     if is_parametrized(module):
         return "its parameters are parametrized; torch.nn.utils.parametrize.remove_parametrizations makes them plain"
-    if "quantized" in kind.__module__:
+    if is_quantised(module):
         return "it is quantised"
     if isinstance(module, CLOSED):
         return "its forward reads the parameters of its children directly"
@@ -178,12 +183,14 @@ def _reason_against_known(module: nn.Module) -> str | None:
 
 
 def _linear(module: nn.Module, context: Context) -> None:
-    assert isinstance(module, nn.Linear | nn.Conv2d)
-    shape, groups = module.weight.shape, getattr(module, "groups", 1)
+    """A linear layer or a convolution."""
+    assert isinstance(module.weight, nn.Parameter)
+    shape = module.weight.shape
+    groups = module.groups if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
     factors = factors_to_use("convert", context.response_rank, shape, groups)
     bound = module.weight[0].numel() ** -0.5
     register_response(module, len(context.tuned.space), outputs=shape[0], factors=factors, bound=bound)
-    context.become(module, layers.Linear if isinstance(module, nn.Linear) else layers.Conv2d)
+    context.become(module, LINEAR[type(module)])
 
 
 def _table(module: nn.Module, context: Context) -> None:
@@ -238,6 +245,12 @@ def _bind(module: nn.Module, context: Context, converted: type[Converted]) -> No
     context.become(module, converted)
 
 
+LINEAR: dict[type[nn.Module], type[Converted]] = {
+    nn.Linear: layers.Linear,
+    nn.Conv1d: layers.Conv1d,
+    nn.Conv2d: layers.Conv2d,
+    nn.Conv3d: layers.Conv3d,
+}
 NORMS: dict[type[nn.Module], type[Converted]] = {
     nn.LayerNorm: layers.LayerNorm,
     nn.RMSNorm: layers.RMSNorm,
@@ -251,6 +264,6 @@ DROPOUTS: dict[type[nn.Module], type[Converted]] = {
     nn.Dropout2d: layers.Dropout2d,
     nn.Dropout3d: layers.Dropout3d,
 }
-RULES |= {nn.Linear: _linear, nn.Conv2d: _linear, nn.Embedding: _table, nn.LSTM: _lstm}
+RULES |= {nn.Embedding: _table, nn.LSTM: _lstm} | dict.fromkeys(LINEAR, _linear)
 RULES |= dict.fromkeys(NORMS, _norm) | dict.fromkeys(DROPOUTS, _dropout)
 KNOWN = frozenset(RULES)

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.report import Entry
-from stn_fast.conversion.rules import CLOSED, rate_of, reason_against, rule_of
+from stn_fast.conversion.rules import CLOSED, is_quantised, rate_of, reason_against, rule_of
 
 
 class Named(NamedTuple):
@@ -96,6 +96,6 @@ def _concerned(model: nn.Module) -> Iterator[Named]:
         if is_closed:
             closed.append(name)
         own = any(parameter is not None for parameter in module._parameters.values())
-        quantised = "quantized" in type(module).__module__
-        if is_closed or own or quantised or isinstance(module, _DropoutNd) or rule_of(module) is not None:
+        kind = is_quantised(module) or isinstance(module, _DropoutNd) or rule_of(module) is not None
+        if is_closed or own or kind:
             yield Named(name, module)

@@ -23,7 +23,7 @@ def suggest_space(model: nn.Module, group: Group = "type") -> HyperparameterSpac
     """What `convert` tunes by default: the rates of the model's dropout modules, and weight decay.
 
     Every group of dropout modules shares one rate in [0, 0.95), which starts at their mean rate: at 0.05 if that is 0,
-    and at most at 0.9. `weight_decay` starts at 1e-4. All are perturbed per example, with σ = 0.5.
+    and at 0.9 if it is 0.95 or more. `weight_decay` starts at 1e-4. All are perturbed per example, with σ = 0.5.
 
     Hyperparameters that do not regularise, such as learning rates, momentum and widths, can't be tuned this way: the
     training loss must depend on them.
@@ -51,7 +51,7 @@ def space_of(groups: dict[str, list[Named]]) -> HyperparameterSpace:
 def _start(group: Sequence[Named]) -> float:
     rates = [rate_of(one.module) or 0.0 for one in group]
     mean = rates[0] if len(set(rates)) == 1 else sum(rates) / len(rates)
-    return min(mean, HIGHEST_START) or START_OF_ZERO
+    return HIGHEST_START if mean >= HIGHEST_RATE else mean or START_OF_ZERO
 
 
 def grouped(dropouts: Sequence[Named], group: Group) -> dict[str, list[Named]]:

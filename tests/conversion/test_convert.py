@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ class Mixed(nn.Module):
         self.attention = nn.MultiheadAttention(4, 2)
         self.encoder = nn.TransformerEncoderLayer(4, 2, 8)
         self.gru = nn.GRU(3, 3)
-        self.conv1d = nn.Conv1d(3, 3, 1)
+        self.transposed = nn.ConvTranspose1d(3, 3, 1)
         self.alpha = nn.AlphaDropout(0.1)
         self.lazy = nn.LazyLinear(3)
         self.bounded = nn.Embedding(5, 3, max_norm=1.0)
@@ -145,6 +146,7 @@ class Mixed(nn.Module):
         self.normed = parametrize.register_parametrization(nn.Linear(3, 3), "weight", nn.Identity())
         self.hooked = nn.Linear(3, 3)
         nn.utils.spectral_norm(self.hooked)
+        self.quantised = torch.ao.nn.quantized.Quantize(0.1, 0, torch.quint8)
         self.token = nn.Parameter(torch.zeros(3))
         self.linear = nn.Linear(3, 3)
 
@@ -161,7 +163,7 @@ def test_modules_that_cannot_be_converted_are_listed_with_the_reason():
         "attention": "its children directly",
         "encoder": "its children directly",
         "gru": "no rule",
-        "conv1d": "no rule",
+        "transposed": "no rule",
         "alpha": "no rule",
         "lazy": "call the model once",
         "bounded": "max_norm",
@@ -169,6 +171,7 @@ def test_modules_that_cannot_be_converted_are_listed_with_the_reason():
         "plain_norm": "no parameter 'weight'",
         "normed": "parametrized",
         "hooked": "no parameter 'weight'",
+        "quantised": "quantised",
     }
     assert report.keys() == {"linear", *expected}
     for name, reason in expected.items():
@@ -180,7 +183,7 @@ def test_modules_that_cannot_be_converted_are_listed_with_the_reason():
 def test_the_table_is_printed_once(capsys):
     stn.convert(Mixed())
     shown = capsys.readouterr().out
-    assert shown.startswith("stn.convert: 1 of 14 modules converted\n  Linear: 1\n  tuned weight_decay: [0, inf)")
+    assert shown.startswith("stn.convert: 1 of 15 modules converted\n  Linear: 1\n  tuned weight_decay: [0, inf)")
     assert "left out attention (MultiheadAttention: its forward reads the parameters of its children" in shown
     stn.convert(nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.2)) for _ in range(5))))
     shown = capsys.readouterr().out
@@ -287,6 +290,14 @@ def test_models_that_cannot_be_converted_are_refused():
             stn.convert(again)
         with pytest.raises(ValueError, match="has been converted already"):
             stn.suggest_space(again)
+
+    class OnTwoDevices(nn.Linear):
+        def named_parameters(self, *args, **options):
+            yield "weight", self.weight
+            yield "bias", SimpleNamespace(device=torch.device("cuda:0"))
+
+    with pytest.raises(ValueError, match=r"must be on one device, got weight on cpu, bias on cuda:0"):
+        stn.convert(OnTwoDevices(3, 3))
     model = nn.Linear(3, 3)
     model.tuned_hyperparameters = 3
     with pytest.raises(ValueError, match="has an attribute tuned_hyperparameters"):

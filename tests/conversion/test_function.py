@@ -94,7 +94,31 @@ def test_a_converted_layer_is_the_gated_layer_of_its_kind_bit_for_bit(kind, trai
             assert torch.equal(gradient, expected[name]), name
 
 
-@pytest.mark.parametrize("kind", ["block", "text", "norms"])
+@pytest.mark.parametrize("response_rank", [2, None])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_of_signals_is_one_of_images_of_height_one(response_rank, groups):
+    torch.manual_seed(0)
+    made = nn.Conv1d(6, 8, 3, 2, 1, groups=groups), nn.Conv2d(6, 8, (1, 3), (1, 2), (0, 1), groups=groups)
+    ours, theirs = (converted(nn.Sequential(one.double()), response_rank=response_rank) for one in made)
+    with torch.no_grad():
+        for name, parameter in ours[0].named_parameters():
+            parameter.copy_(getattr(theirs[0], name).view_as(parameter))
+    x = torch.randn(4, 6, 9, dtype=torch.float64)
+    for training in (True, False):
+        ours.train(training)
+        theirs.train(training)
+        with ours.tuned_hyperparameters.using(sampled(ours)), theirs.tuned_hyperparameters.using(sampled(theirs)):
+            y, want = ours(x), theirs(x[:, :, None])
+        assert relative_error(y, want[:, :, 0]) < 1e-12
+        expected = gradients(want, theirs)
+        for name, gradient in gradients(y, ours).items():
+            assert relative_error(gradient, expected[name].view_as(gradient)) < 1e-12, name
+        ours.zero_grad()
+        theirs.zero_grad()
+    assert relative_error(ours(x), theirs(x[:, :, None])[:, :, 0]) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["block", "text", "norms", "signals"])
 def test_each_example_gets_its_own_hyperparameters_and_masks(kind):
     tuned, x = converted(plain(kind, 0.3)), inputs(kind)
     own = tuned.tuned_hyperparameters

@@ -11,6 +11,8 @@ import stn_fast as stn
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (3, 6)),
     "conv": (lambda: nn.Conv2d(2, 4, 3), (2, 5, 5)),
+    "conv1d": (lambda: nn.Conv1d(2, 4, 3), (2, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, 2), (2, 3, 3, 3)),
     "embedding": (lambda: nn.Embedding(9, 6), (3,)),
     "layer norm": (lambda: nn.LayerNorm(6), (3, 6)),
     "rms norm": (lambda: nn.RMSNorm(6), (6,)),
@@ -157,7 +159,7 @@ def test_an_example_dimension_that_a_norm_normalises_is_refused():
         tuned(rows("layer norm", 4))
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("kind", ["linear", "conv", "conv1d", "conv3d"])
 def test_an_input_without_a_batch_is_one_example(kind):
     tuned, x = model(kind), rows(kind, 1)
     x = x[0, 0] if kind == "linear" else x[0]

@@ -267,6 +267,13 @@ def test_wrong_settings_are_named(options):
         tuner_of(**options)
 
 
+def test_a_dropout_module_that_is_never_called_is_named():
+    model = network()
+    model.forward = lambda x: model[3](model[0](x))
+    with pytest.raises(ValueError, match="looks up 'dropout'"):
+        tuner_of(model).step(batch(0))
+
+
 def test_wrong_batches_are_named():
     tuner = tuner_of()
     with pytest.raises(TypeError, match="a batch must be"):
