@@ -54,6 +54,23 @@ def test_the_state_of_the_plain_network_lacks_only_the_response_and_the_hyperpar
     assert torch.equal(tuned.up.weight, state["up.weight"])
 
 
+def test_the_response_starts_as_that_of_gated_layers():
+    torch.manual_seed(0)
+    table = nn.Embedding(99, 60, padding_idx=7)
+    model = nn.ModuleList([nn.Linear(40, 30), nn.Conv2d(20, 30, 3), table, nn.LSTM(40, 30)])
+    tuned = stn.convert(model, response_rank=2, quiet=True)
+    for name, parameter in tuned.named_parameters():
+        if "gate" in name:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name  # of the only hyperparameter
+        elif "response" in name and "projection" not in name:
+            assert not parameter.any(), name
+    bounds = {0: 40**-0.5, 1: (20 * 9) ** -0.5, 2: 0.1}
+    for k, bound in bounds.items():
+        projection = tuned[k].response_projection.detach()
+        assert 0.9 * bound < projection.abs().max() <= bound
+    assert not tuned[2].response_projection[7].any()
+
+
 def test_hooks_are_kept_and_called():
     model, seen = nn.Sequential(nn.Linear(3, 2)), []
     model[0].register_forward_hook(lambda module, given, y: seen.append(type(module).__name__))
