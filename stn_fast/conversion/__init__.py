@@ -76,7 +76,7 @@ def convert(
             applies to Linear, Embedding, LayerNorm, RMSNorm and dropout; an LSTM has its `batch_first`, and in the
             inputs of others it is always the first.
         response_rank: as for `HyperLinear`. Norms always have a full response.
-        group: how dropout modules share rates, as for `suggest_space`.
+        group: how dropout modules share rates, as for `suggest_space`; not used with `dropouts`.
         strict: whether it is an error if a module with parameters or dropout is left out for another reason than
             include and exclude.
         quiet: whether to print no table.
