@@ -61,12 +61,17 @@ class GatedBatchNorm(Gated):
         return dual(y.to(x.dtype), dy.to(x.dtype))
 
     def _normalised(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        if self._uses_batch and (in_transform() or self.running_mean is None):
+        if self._uses_batch and (in_transform() or self.running_mean is None or not self._tracks):
             return F.batch_norm(x, None, None, scale, shift, True, 0.0, self.eps)
         momentum = 0.0 if not self.training else self.momentum
         if momentum is None:
             momentum = 1 / float(self.num_batches_tracked)
         return F.batch_norm(x, self.running_mean, self.running_var, scale, shift, self.training, momentum, self.eps)
+
+    @property
+    def _tracks(self) -> bool:
+        """Whether training updates the running statistics; plain layers have a switch for it."""
+        return getattr(self, "track_running_stats", True)
 
     @property
     def _uses_batch(self) -> bool:

@@ -82,10 +82,7 @@ def _ptb() -> Config:
 
 
 def _ptb_small() -> Config:
-    """Two layers of 200 units and the hyperparameters of ``ptb``, whose scales shrink from 2 to 1 over the run.
-
-    With narrower ones, low rates rise late, when the network has overfitted; with wider ones, high rates do not fall.
-    """
+    """Two layers of 200 units and the hyperparameters of ``ptb``, whose scales shrink from 2 to 1 over the run."""
     settings = _settings("ptb-small")
     return replace(
         settings,

@@ -391,10 +391,14 @@ class Config:
 
 
 def as_published(config: Config) -> Config:
-    """``config`` with the papers' start of the response, their steps of one pass, and torch's own β₂ or α."""
-    hyper = config.hyper_optimizer
+    """``config`` with the papers' start of the response, their steps of one pass, and torch's own β₂ or α.
+
+    Scales that shrink over the run have their last size from the start.
+    """
+    hyper, decay = config.hyper_optimizer, config.method.scale_decay
     return replace(
         config,
-        method=replace(config.method, antithetic=False, response_start="published"),
+        hyperparameters={name: replace(one, scale=decay * one.scale) for name, one in config.hyperparameters.items()},
+        method=replace(config.method, antithetic=False, response_start="published", scale_decay=1.0),
         hyper_optimizer=replace(hyper, beta2=0.999 if hyper.name == "adam" else 0.99),
     )

@@ -86,14 +86,20 @@ def with_weight_decay(loss: Tensor, model: nn.Module, hyper: HyperBatch) -> Tens
 
     The matrices and filters of gated layers are decayed; biases and norms are not. Your own layers are decayed if they
     have a method ``weight_decay_penalty(hyper, decay)`` that returns ½ · mean over examples of decay[b] · ‖W_eff[b]‖².
+    A ``weight`` that several layers share is decayed once, with the response of the first of them.
     """
     if "weight_decay" not in hyper:
         return loss
     decay = hyper["weight_decay"]
+    decayed: set[int] = set()
     for layer in model.modules():
         penalty = getattr(type(layer), "weight_decay_penalty", None)
-        if penalty is not None:
-            loss = loss + penalty(layer, hyper, decay)
+        weight = getattr(layer, "weight", None)
+        if penalty is None or id(weight) in decayed:
+            continue
+        loss = loss + penalty(layer, hyper, decay)
+        if isinstance(weight, nn.Parameter):
+            decayed.add(id(weight))
     return loss
 
 

@@ -189,3 +189,13 @@ def test_a_tied_weight_is_one_parameter_that_collects_both_gradients():
     with tuned.tuned_hyperparameters.using(sampled(tuned)):
         tuned(x).square().sum().backward()
     assert tuned.embed.weight.grad.abs().sum(1).all()  # rows of words that don't occur get one from the decoder
+
+
+def test_batch_norm_that_does_not_track_its_statistics_leaves_them():
+    model = plain("cnn")
+    model[1].track_running_stats = False
+    tuned = stn.convert(copy.deepcopy(model), WEIGHT_DECAY, quiet=True)
+    x = inputs("cnn")
+    with tuned.tuned_hyperparameters.using(sampled(tuned)):
+        torch.testing.assert_close(tuned.train()(x), model.train()(x))
+    assert torch.equal(tuned[1].running_mean, torch.zeros_like(tuned[1].running_mean))

@@ -49,8 +49,17 @@ def test_classes_with_the_same_role_have_their_own_rates():
 
 def test_ranges_and_weight_decay():
     *rates, decay = stn.suggest_space(Network())
-    assert all((one.low, one.high, one.scale, one.per_example) == (0.0, 0.95, 0.5, True) for one in rates)
-    assert decay == stn.Hyperparameter("weight_decay", low=0.0, init=1e-4)
+    assert all((one.low, one.high, one.scale, one.per_example) == (0.0, 0.95, 1.0, True) for one in rates)
+    assert decay == stn.Hyperparameter("weight_decay", low=0.0, init=1e-4, scale=1.0)
+
+
+def test_modules_have_rates_of_their_own_whatever_their_names():
+    model = nn.ModuleDict({name: nn.ModuleDict({part: nn.Dropout(rate)}) for name, part, rate in (
+        ("a_b", "c", 0.1), ("a", "b_c", 0.9))})  # fmt: skip
+    assert [one.init for one in stn.suggest_space(model, "each")][:2] == [0.1, 0.9]
+    assert stn.suggest_space(nn.LSTM(2, 2, 2, dropout=0.1), "each").names[0] == "lstm_dropout"
+    model = nn.ModuleDict({"weight_decay": nn.Dropout(0.1)})
+    assert stn.suggest_space(model).names == ("weight_decay_dropout", "weight_decay")
 
 
 def test_without_dropout_there_is_only_weight_decay():

@@ -63,7 +63,7 @@ def test_values_and_scales_are_those_of_the_buffers():
     tuned = stn.convert(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.3)), quiet=True)
     own = tuned.tuned_hyperparameters
     assert own.values() == pytest.approx({"dropout": 0.3, "weight_decay": 1e-4})
-    assert own.scales() == pytest.approx({"dropout": 0.5, "weight_decay": 0.5})
+    assert own.scales() == pytest.approx({"dropout": 1.0, "weight_decay": 1.0})
     own.location.add_(1.0)
     assert own.values() == own.space.values(own.location)
 

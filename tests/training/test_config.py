@@ -5,7 +5,7 @@ import yaml
 
 from stn_fast.errors import UserError
 from stn_fast.recipes import digits, recipe
-from stn_fast.training.config import Config, HyperparameterConfig, MethodConfig
+from stn_fast.training.config import Config, HyperparameterConfig, MethodConfig, as_published
 from stn_fast.training.layering import differences, resolve, to_yaml
 from stn_fast.training.spaces import build_space
 
@@ -214,3 +214,10 @@ def test_the_data_root_defaults_to_the_environment(tmp_path, monkeypatch):
     assert resolve(digits.config(), flags={"data_root": "here"}).data_root == "here"
     monkeypatch.setenv("STN_FAST_DATA", "")
     assert resolve(digits.config()).data_root is None
+
+
+def test_the_published_steps_have_constant_scales():
+    config = resolve(digits.config(), None, ["method.tune_scales=false", "method.scale_decay=0.25"])
+    published = as_published(config)
+    assert (published.method.scale_decay, published.method.antithetic) == (1.0, False)
+    assert {one.scale for one in published.hyperparameters.values()} == {0.25 * 0.5}

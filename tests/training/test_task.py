@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from converted_networks import converted, plain, sampled
 from torch import nn
 
 import stn_fast as stn
 from stn_fast.data import Split
-from stn_fast.training.task import classification_loss, decayed_classification_loss
+from stn_fast.training.task import classification_loss, decayed_classification_loss, with_weight_decay
 
 
 class Network(nn.Module):
@@ -51,3 +52,13 @@ def test_weight_decay_is_the_mean_over_the_weights_of_each_example():
 def test_without_the_hyperparameter_weight_decay_nothing_is_decayed():
     model, batch, hyper = setting("input_noise")
     assert decayed_classification_loss(model, batch, hyper) == classification_loss(model, batch, hyper)
+
+
+def test_a_weight_that_two_layers_share_is_decayed_once():
+    tuned = converted(plain("text"))
+    hyper = sampled(tuned)
+    both = with_weight_decay(torch.zeros(()), tuned, hyper)
+    decay = hyper["weight_decay"]
+    layers = [tuned.embed, tuned.lstm]
+    assert tuned.decoder.weight is tuned.embed.weight
+    torch.testing.assert_close(both, sum(layer.weight_decay_penalty(hyper, decay) for layer in layers))

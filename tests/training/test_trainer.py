@@ -16,6 +16,7 @@ from run_files import result, rows
 from stn_fast.errors import UserError
 from stn_fast.recipes import digits
 from stn_fast.training import checkpoint
+from stn_fast.training.averaging import averaged_model
 from stn_fast.training.build import build_method
 from stn_fast.training.methods import Method, SelfTuning
 from stn_fast.training.progress import Progress
@@ -150,6 +151,11 @@ def test_a_run_with_averaged_weights_that_goes_on_equals_one_that_never_stopped(
     same_run(whole, train("optimizer.average=0.9", name="stopped"))
     best = min((row for row in rows(whole) if row["phase"] == "eval"), key=lambda row: row["loss"])
     assert result(whole)["valid_loss"] == best["loss"]
+
+
+def test_averaged_weights_refuse_running_statistics():
+    with pytest.raises(UserError, match=r"optimizer\.average = 0\.9: must be 0 .* whose 0\.running_mean"):
+        averaged_model(torch.nn.Sequential(torch.nn.BatchNorm1d(2)), 0.9)
 
 
 def test_a_run_whose_scales_decay_refuses_another_number_of_epochs(train):
