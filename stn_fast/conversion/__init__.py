@@ -12,7 +12,8 @@ from stn_fast.checks import switch, whole_number
 from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.folding import fold
 from stn_fast.conversion.report import Entry, table
-from stn_fast.conversion.rules import Context, converts, is_known, rate_of, rule_of
+from stn_fast.conversion.rows import check_rows
+from stn_fast.conversion.rules import Context, converts, fixed_example_dim, is_known, rate_of, rule_of
 from stn_fast.conversion.selection import Named, check_model, check_patterns, dropouts_of, matches, selected
 from stn_fast.conversion.space import Group, grouped, space_of, suggest_space
 from stn_fast.conversion.tuned import TunedHyperparameters
@@ -21,7 +22,17 @@ from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.layers.gated import factors_to_use
 from stn_fast.layers.regularisers import _Regulariser, check_rate
 
-__all__ = ["Context", "Converted", "Entry", "TunedHyperparameters", "convert", "converts", "fold", "suggest_space"]
+__all__ = [
+    "Context",
+    "Converted",
+    "Entry",
+    "TunedHyperparameters",
+    "check_rows",
+    "convert",
+    "converts",
+    "fold",
+    "suggest_space",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -58,8 +69,9 @@ def convert(
 
     The first dimension of a layer's input counts examples, or consecutive rows of each: a layer that is called with
     k·B rows for B examples uses the hyperparameters of example i for rows k·i to k·i + k − 1. An Embedding that is
-    called with tokens (1, ...), such as position numbers, returns a result for each example. If it is called with
-    position numbers (T,), exclude it: with T = B, they would be taken for one token per example.
+    called with tokens (1, ...), such as position numbers, returns a result for each example. Exclude a layer that is
+    called with a table of positions, such as (T, D) or numbers (T,): with T = B, its rows would be taken for examples.
+    `SelfTuner` checks this at its first step; inside `using`, call `stn_fast.conversion.check_rows` yourself.
 
     Exclude what the network does not call as a module: a layer whose weight it reads itself, as in ``F.linear(x,
     self.embedding.weight)``, and a dropout module whose rate it passes on, as to ``scaled_dot_product_attention``.
@@ -73,8 +85,8 @@ def convert(
             plain. By default, a dropout module has the hyperparameter with the name that `suggest_space` gives it.
         include, exclude: patterns of modules to convert, and of those to leave out.
         example_dims: {pattern: dimension that counts examples}, the first that fits, for inputs such as (T, B, D). It
-            applies to Linear, Embedding, LayerNorm, RMSNorm and dropout; an LSTM has its `batch_first`, and in the
-            inputs of others it is always the first.
+            applies to Linear, Embedding, LayerNorm, RMSNorm, Dropout and DropPath; an LSTM has its `batch_first`, and
+            in the inputs of others it is always the first.
         response_rank: as for `HyperLinear`. Norms always have a full response.
         group: how dropout modules share rates, as for `suggest_space`; not used with `dropouts`.
         strict: whether it is an error if a module with parameters or dropout is left out for another reason than
@@ -84,8 +96,9 @@ def convert(
     Raises:
         TypeError: `model` is not a module.
         ValueError: nothing can be converted; the model has been converted, is on the meta device or on several; a
-            pattern fits nothing; a hyperparameter other than weight_decay has no use, or can't be a dropout rate;
-            `strict` and a module is left out. The message names it, and the model is unchanged.
+            pattern fits nothing, or declares a dimension that a module can't have; a hyperparameter other than
+            weight_decay has no use, or can't be a dropout rate; `strict` and a module is left out. The message names
+            it, and the model is unchanged.
     """
     check_model("convert", model)
     switch("convert", "strict", strict)
@@ -106,15 +119,16 @@ def convert(
     _check_chosen(chosen, left_out, strict)
     _check_rates(space, rates)
 
+    dims = _example_dims(chosen, example_dims)
+
     report = [Entry(one.name, one.kind, rates.get(one.name)) for one in chosen] + left_out
     tuned = TunedHyperparameters(space, report).train(model.training)
     tuned.to(next(iter(model.parameters()), tuned.location).device)
     streams = _free_streams(model)
     for name, module in chosen:
-        example_dim = next((dim for pattern, dim in example_dims.items() if matches(name, [pattern])), 0)
         rule = rule_of(module)
         assert rule is not None
-        rule(module, Context(name, tuned, response_rank, example_dim, rates.get(name), streams))
+        rule(module, Context(name, tuned, response_rank, dims[name], rates.get(name), streams))
     model.add_module("tuned_hyperparameters", tuned)
     if not quiet:
         print(table(report, space))
@@ -165,6 +179,22 @@ def _check_rates(space: HyperparameterSpace, rates: Mapping[str, str]) -> None:
         )
     for name in dict.fromkeys(rates.values()):
         check_rate(space[name])
+
+
+def _example_dims(chosen: Sequence[Named], example_dims: Mapping[str, int]) -> dict[str, int]:
+    """{name of a module: the dimension of its input that counts examples}"""
+    dims: dict[str, int] = {}
+    for one in chosen:
+        fixed = fixed_example_dim(one.module)
+        pattern = next((pattern for pattern in example_dims if matches(one.name, [pattern])), None)
+        dims[one.name] = fixed or 0 if pattern is None else example_dims[pattern]
+        if fixed is not None and dims[one.name] != fixed:
+            raise ValueError(
+                f"convert: example_dims[{pattern!r}] is {dims[one.name]}, but dimension {fixed} of the input of "
+                f"{one.name or 'the model'} ({one.kind}) counts examples: use a narrower pattern, or put "
+                f"{{{one.name!r}: {fixed}}} before it"
+            )
+    return dims
 
 
 def _free_streams(model: nn.Module) -> Iterator[int]:

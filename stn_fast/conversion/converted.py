@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,6 +75,10 @@ class Converted(nn.Module):
             f"dimension counts them, declare it: convert(model, example_dims={{{name!r}: 1}}). If none does, leave the "
             f"module out: convert(model, exclude={name!r})"
         )
+
+    def takes_any_examples(self, shape: Sequence[int]) -> bool:
+        """Whether an input of this shape is of no example in particular, so that each gets a result."""
+        return False
 
     def split(self, x: Tensor, examples: int) -> Tensor:
         """x with its example dimension split into (B, k), if each example has several rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -114,9 +114,12 @@ class Embedding(_Folding, GatedTable, nn.Embedding):
         )
         return e.view(*input.shape, self.embedding_dim)
 
+    def takes_any_examples(self, shape: Sequence[int]) -> bool:
+        return len(shape) > 1 and self.example_dim < len(shape) and shape[self.example_dim] == 1
+
     def _by_example(self, tokens: Tensor, examples: int) -> Tensor:
         dim = self.example_dim
-        if tokens.ndim > 1 and dim < tokens.ndim and tokens.shape[dim] == 1:
+        if self.takes_any_examples(tokens.shape):
             return tokens.expand(*tokens.shape[:dim], examples, *tokens.shape[dim + 1 :])
         if tokens.ndim == 1 and len(tokens) != examples:  # numbers of positions, more likely than several rows each
             raise self.wrong_rows(tokens, 0, examples)
@@ -342,7 +345,7 @@ class LSTM(Converted, GatedLSTM, nn.LSTM):
             )
         h = self.response(self.weight_ih_l0)
         if h.ndim == 2 and input.ndim == 3:
-            h = h.repeat_interleave(self.rows_per_example(input, 0 if self.batch_first else 1, len(h)), 0)
+            h = h.repeat_interleave(self.rows_per_example(input, self.example_dim, len(h)), 0)
         return self._run(input, h, hx)
 
     def _between(self, layer: int, y: Tensor, hyper: HyperBatch | Tensor) -> Tensor:

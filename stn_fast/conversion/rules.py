@@ -147,6 +147,13 @@ def rate_of(module: nn.Module) -> float | None:
     return float(module.drop_prob or 0) if is_drop_path(module) else None  # type: ignore[arg-type]
 
 
+def fixed_example_dim(module: nn.Module) -> int | None:
+    """The only dimension of its input that can count examples; None if `example_dims` may declare another one."""
+    if isinstance(module, nn.LSTM):
+        return 0 if module.batch_first else 1
+    return 0 if isinstance(module, EXAMPLES_FIRST) else None
+
+
 def reason_against(module: nn.Module) -> str | None:
     """Why a module is not converted although it has parameters or drops activations; None if it can be converted."""
     kind = type(module)
@@ -264,6 +271,10 @@ DROPOUTS: dict[type[nn.Module], type[Converted]] = {
     nn.Dropout2d: layers.Dropout2d,
     nn.Dropout3d: layers.Dropout3d,
 }
+EXAMPLES_FIRST = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout1d, nn.Dropout2d,
+    nn.Dropout3d,
+)  # fmt: skip
 RULES |= {nn.Embedding: _table, nn.LSTM: _lstm} | dict.fromkeys(LINEAR, _linear)
 RULES |= dict.fromkeys(NORMS, _norm) | dict.fromkeys(DROPOUTS, _dropout)
 KNOWN = frozenset(RULES)

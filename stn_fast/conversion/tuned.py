@@ -59,6 +59,15 @@ class TunedHyperparameters(nn.Module):
         finally:
             self.current, self._thread = before
 
+    @contextmanager
+    def at_location(self) -> Iterator[None]:
+        """Inside, no HyperBatch is in use: the converted layers use the current hyperparameters."""
+        before, self.current = self.current, None
+        try:
+            yield
+        finally:
+            self.current = before
+
     def _check(self, hyper: HyperBatch) -> None:
         if not isinstance(hyper, HyperBatch):
             raise TypeError(f"using: hyper must be a HyperBatch, as from space.sample, got {type(hyper).__name__}")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stn_fast.checks import whole_number
+from stn_fast.checks import switch, whole_number
 from stn_fast.conversion.folding import fold, tuned_of
+from stn_fast.conversion.rows import check_rows, structure
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training.batches import Examples, as_batch
 from stn_fast.training.methods import SelfTuning
@@ -82,6 +83,9 @@ class SelfTuner:
         train_steps: training steps per validation step.
         warmup_steps: training steps before the first of these.
         entropy_weight, tune_scales, antithetic, clip, seed, skip_nonfinite: as for `SelfTuning`.
+        check_rows: whether to check, at the first step with each structure of batch, which examples the rows of a
+            layer's input belong to, as `stn_fast.conversion.check_rows` does. False for a model that can't be called
+            with another number of examples, or keeps a state between calls.
 
     Raises:
         TypeError: the model has not been converted, or `optimizer` is not an optimizer.
@@ -104,11 +108,13 @@ class SelfTuner:
         clip: float | None = 1.0,
         seed: int = 0,
         skip_nonfinite: int = 0,
+        check_rows: bool = True,
     ) -> None:
         tuned = tuned_of("SelfTuner", model)
         _check_optimizer(model, optimizer)
         self.train_steps = whole_number("SelfTuner", "train_steps", train_steps, 1)
         self.warmup_steps = whole_number("SelfTuner", "warmup_steps", warmup_steps, 0)
+        self.check_rows = switch("SelfTuner", "check_rows", check_rows)
         self.model, self.loss, self.valid_loss = model, loss, valid_loss or loss
         self.method = ConvertedSelfTuning(
             model,
@@ -127,6 +133,7 @@ class SelfTuner:
         self.trained = self.validated = 0  # steps so far
         self._since = 0  # training steps after the warm-up since the last validation step
         self._records: list[_Record] = []
+        self._checked: set[Any] = set()  # the structures of batches with which check_rows has called the model
 
     def _training_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:
         return with_weight_decay(self.loss(_called(model, batch.inputs), batch.targets), model, hyper)
@@ -163,11 +170,19 @@ class SelfTuner:
     def _batch(self, batch: Any) -> _Batch:
         if isinstance(batch, Mapping):
             entries: Any = dict(batch)
-            return _Batch(entries, entries)
+            return self._with_known_rows(_Batch(entries, entries))
         converted = as_batch(batch, self.method.location.device)
         if not isinstance(converted, Examples):
             raise TypeError(f"SelfTuner: a batch must have independent examples, got {type(batch).__name__}")
-        return _Batch(*converted)
+        return self._with_known_rows(_Batch(*converted))
+
+    def _with_known_rows(self, batch: _Batch) -> _Batch:
+        """The batch, after a check of the rows of layers if it is the first of its structure."""
+        if self.check_rows and batch.examples and (made := structure(batch.inputs)) not in self._checked:
+            args, kwargs = _arguments(batch.inputs)
+            check_rows(self.model, *args, **kwargs)
+            self._checked.add(made)
+        return batch
 
     def values(self) -> dict[str, float]:
         """The current values of the hyperparameters, by name."""
@@ -200,9 +215,15 @@ class SelfTuner:
 
 
 def _called(model: nn.Module, inputs: Any) -> Any:
+    args, kwargs = _arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """(args, kwargs) of the model."""
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        return (), inputs
+    return inputs if isinstance(inputs, tuple) else (inputs,), {}
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -294,6 +294,31 @@ def test_wrong_arguments_are_named_and_change_nothing():
         assert len(model) == 2
 
 
+@pytest.mark.parametrize(
+    ("layer", "dim", "right"),
+    [
+        (nn.Conv1d(2, 2, 1), 1, 0),
+        (nn.Conv2d(2, 2, 1), 1, 0),
+        (nn.Conv3d(2, 2, 1), 1, 0),
+        (nn.GroupNorm(1, 2), 1, 0),
+        (nn.BatchNorm1d(2), 1, 0),
+        (nn.BatchNorm2d(2), 2, 0),
+        (nn.Dropout2d(0.1), 1, 0),
+        (nn.LSTM(2, 2), 0, 1),
+        (nn.LSTM(2, 2, batch_first=True), 1, 0),
+    ],
+    ids=str,
+)
+def test_an_example_dimension_that_a_module_cannot_have_is_refused(layer, dim, right):
+    model, kind = nn.ModuleDict({"linear": nn.Linear(2, 2), "layer": layer}), type(layer).__name__
+    message = rf"example_dims\['\*'\] is {dim}, but dimension {right} of the input of layer \({kind}\) counts examples"
+    with pytest.raises(ValueError, match=message + rf".*{{'layer': {right}}} before it"):
+        stn.convert(model, example_dims={"*": dim})
+    assert type(model["linear"]) is nn.Linear
+    tuned = stn.convert(model, example_dims={"layer": right, "*": dim}, quiet=True)
+    assert (tuned["layer"].example_dim, tuned["linear"].example_dim) == (right, dim)
+
+
 def test_models_that_cannot_be_converted_are_refused():
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got int"):
         stn.convert(3)

@@ -1,0 +1,175 @@
+"""check_rows: whether the rows of every layer's input belong to the examples that the layer takes them for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stn_fast.conversion.converted import Converted
+from stn_fast.conversion.folding import tuned_of
+from stn_fast.conversion.rules import fixed_example_dim
+from stn_fast.training.modes import evaluating
+
+
+class _Call(NamedTuple):
+    """One call of a converted module: the shape of its input, and a number for each row."""
+
+    shape: torch.Size
+    marks: Tensor
+
+
+_Calls = dict[Converted, list[_Call]]
+
+SAME = 0.1  # two orders of rows differ clearly if one fits this many times better
+NOISE = 1e-3  # relative; smaller differences can be rounding
+
+
+def check_rows(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Raises an error if ``model(*args, **kwargs)`` calls a converted module with rows of unknown examples.
+
+    A converted layer that is called with k·B rows for B examples uses the hyperparameters of example i for rows k·i to
+    k·i + k − 1. That would be wrong for a table of positions (T, D) with T = k·B, and for rows in the order (T, B). So
+    the model is called twice, with all B examples and with the first half of them (an example by itself is repeated),
+    and the input of every converted module must shrink to its first half, too. An Embedding may be called with tokens
+    (1, ...), such as position numbers. `SelfTuner` does this at its first step; inside `using`, do it yourself.
+
+    The first dimension of the first tensor counts the examples; tensors with the same first dimension are halved. The
+    model is called in evaluation mode at its current hyperparameters, without gradients, and not compiled. It does not
+    change, and the state of torch's random number generators is restored. Modules that it does not call in evaluation
+    mode are not checked.
+
+    Raises:
+        TypeError: the model has not been converted, or is called without a tensor.
+        RuntimeError: the model can't be called with half of the examples.
+        ValueError: rows of a module do not belong to examples, or are not known to. The message names the module, the
+            shapes of its input, and what to do.
+    """
+    given = args, kwargs
+    examples = _examples(given)
+    if examples < 2:
+        given, examples = _with_first_dimension(given, examples, lambda tensor: torch.cat([tensor, tensor])), 2
+    half = examples // 2
+    whole = _calls_of(model, given)
+    try:
+        part = _calls_of(model, _with_first_dimension(given, examples, lambda tensor: tensor[:half]))
+    except Exception as error:
+        raise RuntimeError(
+            f"check_rows: the model can be called with {examples} examples, but not with {half} of them: {error}. If "
+            "it needs a fixed number of examples, check the inputs of its layers yourself, and use "
+            "SelfTuner(..., check_rows=False)"
+        ) from error
+    for module in dict.fromkeys([*whole, *part]):
+        _check(module, whole.get(module, []), part.get(module, []), examples, half)
+
+
+def structure(*given: Any) -> Any:
+    """What decides how a model is called, except for sizes: keys, numbers of dimensions and dtypes. It is hashable."""
+    leaves, tree = pytree.tree_flatten(given)
+    kinds = [(leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
+    return str(tree), tuple(kinds)
+
+
+def _examples(given: Any) -> int:
+    first = next((leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)), None)
+    if first is None or first.ndim == 0 or len(first) == 0:
+        raise TypeError("check_rows: the first tensor that the model is called with must have examples in dimension 0")
+    return len(first)
+
+
+def _with_first_dimension(given: Any, examples: int, change: Any) -> Any:
+    def changed(leaf: Any) -> Any:
+        return change(leaf) if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == examples else leaf
+
+    return pytree.tree_map(changed, given)
+
+
+def _calls_of(model: nn.Module, given: Any) -> _Calls:
+    """The calls of each converted module, in evaluation mode."""
+    tuned, calls = tuned_of("check_rows", model), _Calls()
+    devices = [tuned.location.device] if tuned.location.is_cuda else []
+    args, kwargs = given
+    with (
+        torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"), evaluating(model),
+        tuned.at_location(), _recording(model, calls),
+    ):  # fmt: skip
+        model(*args, **kwargs)
+    return calls
+
+
+@contextmanager
+def _recording(model: nn.Module, calls: _Calls) -> Iterator[None]:
+    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+        assert isinstance(module, Converted)
+        x = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        if x is not None:
+            calls.setdefault(module, []).append(_Call(x.shape, _marks(x, module.example_dim)))
+
+    converted = [module for module in model.modules() if isinstance(module, Converted)]
+    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in converted]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _marks(x: Tensor, dim: int) -> Tensor:
+    """A number for each row, which tells different rows apart: a weighted sum."""
+    if dim >= x.ndim:
+        return x.new_zeros(0, dtype=torch.float32)
+    rows = x.detach().movedim(dim, 0).flatten(1).float() if x.ndim > 1 else x.detach()[:, None].float()
+    return rows @ torch.arange(1.0, rows.shape[1] + 1, device=x.device).cos()
+
+
+def _check(module: Converted, whole: Sequence[_Call], part: Sequence[_Call], examples: int, half: int) -> None:
+    if len(whole) != len(part):
+        raise _error(
+            module, f"is called {len(whole)} times for {examples} examples and {len(part)} times for {half} of them"
+        )
+    for one, other in zip(whole, part, strict=True):
+        if module.takes_any_examples(one.shape) and module.takes_any_examples(other.shape):
+            continue
+        dim = module.example_dim
+        rows, fewer = len(one.marks), len(other.marks)
+        if rows == 0 or rows % examples or rows * half != fewer * examples:
+            counting = _counting(one.shape, other.shape, examples, half)
+            raise _error(
+                module,
+                f"has inputs {tuple(one.shape)} for {examples} examples and {tuple(other.shape)} for {half} of them, "
+                f"but dimension {dim} must count the examples, or consecutive rows of each",
+                counting if fixed_example_dim(module) is None else (),
+            )
+        if rows > examples and _in_turn(one.marks, other.marks, examples, half):
+            raise _error(
+                module,
+                f"has the examples in turn in dimension {dim} of its input {tuple(one.shape)}, but the "
+                f"{rows // examples} rows of each of the {examples} examples must be consecutive, as in (B, T, ...) "
+                "after flatten(0, 1)",
+            )
+
+
+def _counting(whole: Sequence[int], part: Sequence[int], examples: int, half: int) -> list[int]:
+    """The dimensions that count examples."""
+    sizes = list(zip(whole, part, strict=False))
+    return [dim for dim, (size, less) in enumerate(sizes) if size == examples and less == half]
+
+
+def _in_turn(whole: Tensor, part: Tensor, examples: int, half: int) -> bool:
+    """Whether rows are of example 0, 1, ..., B − 1, 0, 1, ..., although they would be 0, ..., 0, 1, ..., 1."""
+    consecutive = (whole[: len(part)] - part).norm()
+    in_turn = (whole.view(-1, examples)[:, :half].flatten() - part).norm()
+    return bool((in_turn < SAME * consecutive) & (consecutive > NOISE * part.norm()))
+
+
+def _error(module: Converted, problem: str, dims: Sequence[int] = ()) -> ValueError:
+    name = module.dotted_name
+    declare = f"declare its dimension, convert(model, example_dims={{{name!r}: {dims[0]}}}), or " if dims else ""
+    return ValueError(
+        f"{name or 'the model'} ({module.plain_class.__name__}) {problem}. So it is not known which example's "
+        f"hyperparameters a row needs: {declare}leave the module out, convert(model, exclude={name!r})"
+    )
