@@ -219,11 +219,34 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):  # type: ignore[misc]
     """As `HyperBatchNorm2d`."""
 
 
+def _tuned_rate(attribute: str) -> Any:
+    """The rate of a plain dropout module, a float, which a converted one has only in evaluation mode."""
+
+    def read(module: _Dropout) -> float:
+        if module.training:
+            raise RuntimeError(
+                f"{module.dotted_name} ({module.plain_class.__name__}): its rate {attribute} is read in training mode, "
+                f"in which every example has its own. Call the module, or leave it out: convert(model, "
+                f"exclude={module.dotted_name!r})"
+            )
+        return module.tuned.values()[module.name]
+
+    def write(module: _Dropout, rate: float) -> None:
+        raise AttributeError(
+            f"{module.dotted_name} ({module.plain_class.__name__}): {attribute} can't be set, because its rate is the "
+            f"hyperparameter {module.name!r}: change model.tuned_hyperparameters.location"
+        )
+
+    return property(read, write)
+
+
 class _Dropout(Converted, PerExampleDropout):
     """Inverted dropout, each example at its own rate; each of its rows has its own mask, if it has several."""
 
     mask_dims: int | None = None  # how many of the last dimensions share a mask, in an input (N, C, ...)
     inplace: bool
+    rate_attribute = "p"
+    p = _tuned_rate("p")
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         hyper = self.hyper
@@ -251,13 +274,10 @@ class _Dropout(Converted, PerExampleDropout):
             )
         return tuple(range(-self.mask_dims, 0))
 
-    def set_rate(self, rate: float) -> None:
-        """Sets the rate of the plain module."""
-        self.p = rate
-
     def revert(self, values: dict[str, float]) -> None:
-        self.set_rate(values[self.name])
+        attribute, rate = self.rate_attribute, values[self.name]
         super().revert(values)
+        setattr(self, attribute, rate)
 
 
 class Dropout(_Dropout, nn.Dropout):
@@ -320,13 +340,12 @@ class DropPath(_Dropout):
     """timm's, which drops all of a row."""
 
     inplace = False
+    rate_attribute = "drop_prob"
+    drop_prob = _tuned_rate("drop_prob")
 
     def _shared(self, x: Tensor, more: int) -> tuple[int, ...]:
         of_example = range(self.example_dim, self.example_dim + more + 1)
         return tuple(dim for dim in range(x.ndim + more) if dim not in of_example)
-
-    def set_rate(self, rate: float) -> None:
-        self.drop_prob = rate
 
 
 class LSTM(Converted, GatedLSTM, nn.LSTM):

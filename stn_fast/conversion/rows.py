@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.folding import tuned_of
+from stn_fast.conversion.reading import ReadParameters
 from stn_fast.conversion.rules import fixed_example_dim
 from stn_fast.training.modes import evaluating
 
@@ -46,8 +47,8 @@ def check_rows(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     Raises:
         TypeError: the model has not been converted, or is called without a tensor.
         RuntimeError: the model can't be called with half of the examples.
-        ValueError: rows of a module do not belong to examples, or are not known to. The message names the module, the
-            shapes of its input, and what to do.
+        ValueError: rows of a module do not belong to examples, or are not known to; or the model computes with the
+            parameters of a module without calling it. The message names the module and says what to do.
     """
     given = args, kwargs
     examples = _examples(given)
@@ -103,19 +104,37 @@ def _calls_of(model: nn.Module, given: Any) -> _Calls:
 
 @contextmanager
 def _recording(model: nn.Module, calls: _Calls) -> Iterator[None]:
-    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Records the calls of converted modules, and raises an error if other code computes with their parameters."""
+    converted = [module for module in model.modules() if isinstance(module, Converted)]
+    reading = ReadParameters(
+        {id(parameter): (one, name) for one in converted for name, parameter in one.named_parameters(recurse=False)}
+    )
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         assert isinstance(module, Converted)
+        reading.running += 1
         x = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         if x is not None:
             calls.setdefault(module, []).append(_Call(x.shape, _marks(x, module.example_dim)))
 
-    converted = [module for module in model.modules() if isinstance(module, Converted)]
-    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in converted]
+    def leave(*given: Any) -> None:
+        reading.running -= 1
+
+    hooks = [module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True) for module in converted]
+    hooks += [module.register_forward_hook(leave, always_call=True) for module in converted]
     try:
-        yield
+        with reading:
+            yield
     finally:
         for hook in hooks:
             hook.remove()
+    if reading.found is not None:
+        module, parameter, function = reading.found
+        assert isinstance(module, Converted)
+        raise ValueError(
+            f"{_shown(module)} is not called where the model passes its {parameter} to {function}, so it does not "
+            f"respond to hyperparameters there: leave the module out, convert(model, exclude={module.dotted_name!r})"
+        )
 
 
 def _marks(x: Tensor, dim: int) -> Tensor:
@@ -170,6 +189,10 @@ def _error(module: Converted, problem: str, dims: Sequence[int] = ()) -> ValueEr
     name = module.dotted_name
     declare = f"declare its dimension, convert(model, example_dims={{{name!r}: {dims[0]}}}), or " if dims else ""
     return ValueError(
-        f"{name or 'the model'} ({module.plain_class.__name__}) {problem}. So it is not known which example's "
+        f"{_shown(module)} {problem}. So it is not known which example's "
         f"hyperparameters a row needs: {declare}leave the module out, convert(model, exclude={name!r})"
     )
+
+
+def _shown(module: Converted) -> str:
+    return f"{module.dotted_name or 'the model'} ({module.plain_class.__name__})"

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from stn_fast.conversion import layers
@@ -114,18 +115,21 @@ def rule_of(module: nn.Module) -> Rule | None:
 
 
 def is_drop_path(module: nn.Module) -> bool:
-    """Whether it is timm's; the library is not imported."""
-    return _is_of(module, "timm", "DropPath") and hasattr(module, "drop_prob")
+    """Whether it is timm's, or one of those of transformers; the libraries are not imported."""
+    name, package = type(module).__name__, type(module).__module__.split(".")[0]
+    known = (package == "timm" and name == "DropPath") or (package == "transformers" and name.endswith("DropPath"))
+    return known and hasattr(module, "drop_prob")
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether its class is one of dropout, or is named like one of stochastic depth."""
+    return isinstance(module, _DropoutNd) or type(module).__name__.endswith(("DropPath", "StochasticDepth"))
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers', a linear layer with a transposed weight; the library is not imported."""
-    return _is_of(module, "transformers", "Conv1D") and hasattr(module, "nf")
-
-
-def _is_of(module: nn.Module, package: str, name: str) -> bool:
     kind = type(module)
-    return kind.__name__ == name and kind.__module__.split(".")[0] == package
+    return kind.__name__ == "Conv1D" and kind.__module__.split(".")[0] == "transformers" and hasattr(module, "nf")
 
 
 def is_quantised(module: nn.Module) -> bool:

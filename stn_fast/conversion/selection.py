@@ -7,12 +7,12 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from stn_fast.conversion.converted import Converted
+from stn_fast.conversion.reading import reads
 from stn_fast.conversion.report import Entry
-from stn_fast.conversion.rules import CLOSED, is_quantised, rate_of, reason_against, rule_of
+from stn_fast.conversion.rules import CLOSED, drops, is_quantised, rate_of, reason_against, rule_of
 
 
 class Named(NamedTuple):
@@ -54,7 +54,7 @@ def selected(
     chosen: list[Named] = []
     left_out: list[Entry] = []
     for one in _concerned(model):
-        reason = reason_against(one.module)
+        reason = reason_against(one.module) or _reading(model, one)
         if not matches(one.name, include):
             left_out.append(one.left_out("not in include", asked=True))
         elif matches(one.name, exclude):
@@ -64,6 +64,20 @@ def selected(
         else:
             chosen.append(one)
     return chosen, left_out
+
+
+def _reading(model: nn.Module, one: Named) -> str | None:
+    """That the module containing a dropout module passes its rate on, as to scaled_dot_product_attention."""
+    owner, _, child = one.name.rpartition(".")
+    if not child or rate_of(one.module) is None:
+        return None
+    parent = model.get_submodule(owner)
+    fused = getattr(parent, "fused_attn", None)  # timm's: whether attention is one operation, and else calls its child
+    read = next((rate for rate in ("p", "drop_prob") if reads(type(parent), child, rate)), None)
+    if read is None or fused is False:
+        return None
+    told = "" if fused is None else "; it calls it if you set fused_attn = False before the conversion"
+    return f"{type(parent).__name__} reads its rate, self.{child}.{read}, which stays the same for all examples{told}"
 
 
 def dropouts_of(chosen: Sequence[Named]) -> list[Named]:
@@ -96,6 +110,6 @@ def _concerned(model: nn.Module) -> Iterator[Named]:
         if is_closed:
             closed.append(name)
         own = any(parameter is not None for parameter in module._parameters.values())
-        kind = is_quantised(module) or isinstance(module, _DropoutNd) or rule_of(module) is not None
-        if is_closed or own or kind:
+        known = is_quantised(module) or drops(module) or rule_of(module) is not None
+        if is_closed or own or known:
             yield Named(name, module)

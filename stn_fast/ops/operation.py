@@ -284,6 +284,7 @@ def _eager_function(operation: Operation) -> Callable[..., Any]:
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = operation._compute(*inputs)
+        output = tuple(_writable(y, inputs) for y in output) if isinstance(output, tuple) else _writable(output, inputs)
         operation._keep(ctx, inputs, output)
         return output
 
@@ -297,3 +298,13 @@ def _eager_function(operation: Operation) -> Callable[..., Any]:
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     make: Any = type(torch.autograd.Function)
     return make(operation._name, (torch.autograd.Function,), methods).apply
+
+
+def _writable(output: Any, inputs: Sequence[Any]) -> Any:
+    """The output, not as a view of a temporary tensor: autograd would refuse to change it in place, as ReLU may do."""
+    if not isinstance(output, Tensor) or not output._is_view():
+        return output
+    base = output._base
+    if any(base is one or base is one._base for one in inputs if isinstance(one, Tensor)):
+        return output
+    return torch.ops.aten._unsafe_view(output, output.shape)

@@ -192,3 +192,20 @@ def test_dropout_in_place_changes_its_input():
         y = tuned[0](x)
     assert y is x
     assert not x.all()
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in LAYERS if kind != "lstm"]
+)  # which needs its output for the backward pass
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_activation_may_change_the_output_of_a_layer_in_place(kind, dtype, training):
+    found = []
+    for activation in (torch.relu, torch.relu_):
+        tuned, x = model(kind).to(dtype).train(training), rows(kind, 8)
+        x = x.to(dtype).requires_grad_() * 1 if x.is_floating_point() else x
+        with tuned.tuned_hyperparameters.using(sampled(tuned)):
+            y = activation(tuned(x))
+            y.square().sum().backward()
+        found.append((y, *(parameter.grad for parameter in tuned.parameters())))
+    assert all(map(torch.equal, *found))
