@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import pairwise
 from types import CodeType
 from typing import Any
@@ -14,17 +15,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 # What code may ask a parameter for without computing with it.
-METADATA = frozenset(
-    "_version data_ptr device dim dtype element_size get_device grad is_complex is_contiguous is_cpu is_cuda "
-    "is_floating_point is_leaf is_meta is_nested is_quantized is_sparse itemsize layout names nbytes ndim ndimension "
-    "nelement numel requires_grad shape size stride".split()
-)
+METADATA = frozenset((
+    "_version", "data_ptr", "device", "dim", "dtype", "element_size", "get_device", "grad", "is_complex",
+    "is_contiguous", "is_cpu", "is_cuda", "is_floating_point", "is_leaf", "is_meta", "is_nested", "is_quantized",
+    "is_sparse", "itemsize", "layout", "names", "nbytes", "ndim", "ndimension", "nelement", "numel", "requires_grad",
+    "shape", "size", "stride",
+))  # fmt: skip
 NOT_IN_A_PASS = ("__init__", "extra_repr", "__repr__")
 
 
 def reads(parent: type[nn.Module], child: str, attribute: str) -> bool:
     """Whether a method of the class contains ``self.<child>.<attribute>``, by its bytecode."""
-    return any((child, attribute) in _chains(code) for code in _codes(parent))
+    return any((child, attribute) in pairwise(_attributes(code)) for code in _codes(parent))
+
+
+def rates_in(module: nn.Module) -> dict[str, float]:
+    """Dropout rates that are numbers, and that a method of the module reads: {"attention_dropout": 0.1}"""
+    rates = {key: value for key, value in vars(module).items() if "drop" in key and isinstance(value, float)}
+    rates = {key: value for key, value in rates.items() if 0 < value < 1}
+    read = {name for code in _codes(type(module)) for name in _attributes(code)} if rates else set()
+    return {key: value for key, value in rates.items() if key in read}
 
 
 def _codes(kind: type[nn.Module]) -> Iterator[CodeType]:
@@ -45,10 +55,10 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
             yield from _nested(constant)
 
 
-def _chains(code: CodeType) -> set[tuple[str, str]]:
-    """Pairs of attributes of which the second is read from the first."""
-    names = [step.argval if step.opname == "LOAD_ATTR" else None for step in dis.get_instructions(code)]
-    return {(one, other) for one, other in pairwise(names) if one and other}
+@lru_cache(maxsize=4096)
+def _attributes(code: CodeType) -> tuple[str | None, ...]:
+    """The names of attributes that are read, in order, with None for every other instruction."""
+    return tuple(step.argval if step.opname == "LOAD_ATTR" else None for step in dis.get_instructions(code))
 
 
 class ReadParameters(TorchFunctionMode):
@@ -62,7 +72,7 @@ class ReadParameters(TorchFunctionMode):
         found: the module, the name of its parameter and the name of the function that read it, for the first one.
     """
 
-    def __init__(self, owners: dict[int, tuple[nn.Module, str]]) -> None:
+    def __init__(self, owners: Mapping[int, tuple[nn.Module, str]]) -> None:
         super().__init__()
         self.owners, self.running = owners, 0
         self.found: tuple[nn.Module, str, str] | None = None

@@ -106,22 +106,26 @@ def _calls_of(model: nn.Module, given: Any) -> _Calls:
 def _recording(model: nn.Module, calls: _Calls) -> Iterator[None]:
     """Records the calls of converted modules, and raises an error if other code computes with their parameters."""
     converted = [module for module in model.modules() if isinstance(module, Converted)]
-    reading = ReadParameters(
-        {id(parameter): (one, name) for one in converted for name, parameter in one.named_parameters(recurse=False)}
-    )
+    owners = {id(parameter): (one, name) for one in converted for name, parameter in one._parameters.items()}
+    reading = ReadParameters(owners)
+    # Besides the converted modules: others with a parameter that is tied to one of theirs.
+    readers = [one for one in model.modules() if any(id(own) in owners for own in one._parameters.values())]
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
         assert isinstance(module, Converted)
-        reading.running += 1
         x = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         if x is not None:
             calls.setdefault(module, []).append(_Call(x.shape, _marks(x, module.example_dim)))
 
+    def enter(*given: Any) -> None:
+        reading.running += 1
+
     def leave(*given: Any) -> None:
         reading.running -= 1
 
-    hooks = [module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True) for module in converted]
-    hooks += [module.register_forward_hook(leave, always_call=True) for module in converted]
+    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in converted]
+    hooks += [module.register_forward_pre_hook(enter, prepend=True) for module in readers]
+    hooks += [module.register_forward_hook(leave, always_call=True) for module in readers]
     try:
         with reading:
             yield

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from stn_fast.conversion import layers
 from stn_fast.conversion.converted import Converted, change_class, register_response
+from stn_fast.conversion.reading import rates_in
 from stn_fast.conversion.tuned import TunedHyperparameters
 from stn_fast.hyperparameter import ResponseRank
 from stn_fast.layers.gated import factors_to_use
@@ -137,6 +138,12 @@ def is_quantised(module: nn.Module) -> bool:
     return type(module).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized."))
 
 
+def is_only_rates(module: nn.Module) -> bool:
+    """Whether it has no parameters of its own, but drops activations at rates that are plain numbers."""
+    own = any(parameter is not None for parameter in module._parameters.values())
+    return not own and not drops(module) and rule_of(module) is None and bool(rates_in(module))
+
+
 def is_known(module: nn.Module) -> bool:
     """Whether this package has a rule for its class."""
     return type(module) in KNOWN or is_drop_path(module) or is_conv1d(module)
@@ -169,6 +176,9 @@ def reason_against(module: nn.Module) -> str | None:
         return "it is quantised"
     if isinstance(module, CLOSED):
         return "its forward reads the parameters of its children directly"
+    if is_only_rates(module):
+        shown = ", ".join(f"{name} = {rate:g}" for name, rate in rates_in(module).items())
+        return f"its dropout rate is a number, {shown}, which stays the same for all examples"
     if rule_of(module) is None:
         bases = [base.__name__ for base in kind.__mro__[1:] if base in RULES]
         own = f"it is a subclass of {bases[0]}, whose forward may differ" if bases else "there is no rule for its class"

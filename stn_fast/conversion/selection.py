@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.reading import reads
 from stn_fast.conversion.report import Entry
-from stn_fast.conversion.rules import CLOSED, drops, is_quantised, rate_of, reason_against, rule_of
+from stn_fast.conversion.rules import CLOSED, drops, is_only_rates, is_quantised, rate_of, reason_against, rule_of
 
 
 class Named(NamedTuple):
@@ -111,5 +111,5 @@ def _concerned(model: nn.Module) -> Iterator[Named]:
             closed.append(name)
         own = any(parameter is not None for parameter in module._parameters.values())
         known = is_quantised(module) or drops(module) or rule_of(module) is not None
-        if is_closed or own or known:
+        if is_closed or own or known or is_only_rates(module):
             yield Named(name, module)

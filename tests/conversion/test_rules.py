@@ -161,3 +161,18 @@ def test_a_transposed_linear_layer_is_a_linear_layer(response_rank):
     result = stn.fold(ours.eval())
     assert type(result[0]) is Conv1D
     assert relative_error(result(x), theirs.eval()(x)) < 1e-12
+
+
+@pytest.mark.usefixtures("libraries")
+def test_stochastic_depth_of_transformers_is_that_of_timm(monkeypatch):
+    kind = type("SwinDropPath", (DropPath,), {"__module__": "transformers.models.swin.modeling_swin"})
+    tuned = stn.convert(nn.ModuleDict({"linear": nn.Linear(2, 2), "drop_path": kind(0.3)}), quiet=True)
+    assert tuned.tuned_hyperparameters.space["drop_path"].init == 0.3
+    with tuned.tuned_hyperparameters.using(sampled(tuned, 4)):
+        tuned["drop_path"](torch.ones(4, 2))
+
+
+def test_other_stochastic_depth_is_listed():
+    kind = type("StochasticDepth", (DropPath,), {})
+    tuned = stn.convert(nn.ModuleList([nn.Linear(2, 2), kind(0.3)]), quiet=True)
+    assert "there is no rule for its class" in tuned.tuned_hyperparameters.report[1].reason
