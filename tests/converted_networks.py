@@ -6,6 +6,7 @@ from random_response import respond
 from torch import nn
 
 import stn_fast as stn
+from stn_fast.conversion import Converted
 
 WORDS = 11
 
@@ -101,7 +102,7 @@ def converted(model, **options):
     tuned = respond(stn.convert(model, quiet=True, **options))
     with torch.no_grad():
         for module in tuned.modules():
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            if isinstance(module, Converted) and getattr(module, "padding_idx", None) is not None:
                 table = module.response_weight if module.response_projection is None else module.response_projection
                 table[module.padding_idx].zero_()
         tuned.tuned_hyperparameters.location.add_(0.3)
