@@ -5,12 +5,41 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from stn_fast.conversion.report import Entry
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
+from stn_fast.ops.transforms import in_transform, traced
+
+
+class _Latest(NamedTuple):
+    """A response input, and the location that it was computed at."""
+
+    location: Tensor
+    version: int
+    values: Tensor
+    response: Tensor
+
+    def is_of(self, location: Tensor) -> bool:
+        """Whether the location is still the same. On a GPU, reading its values would wait for the device."""
+        if location.device != self.values.device:
+            return False
+        if location.is_cpu:
+            return torch.equal(location, self.values)
+        return location is self.location and _version(location) == self.version >= 0
+
+
+def _version(location: Tensor) -> int:
+    """How often it was changed in place; -1 if torch doesn't count it."""
+    return -1 if location.is_inference() else location._version
+
+
+def _is_captured(location: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, which must read the location anew at every replay."""
+    return location.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class TunedHyperparameters(nn.Module):
@@ -34,6 +63,7 @@ class TunedHyperparameters(nn.Module):
         self.space, self.report = space, list(report)
         self.current: HyperBatch | None = None
         self._thread: int | None = None
+        self._latest: _Latest | None = None
 
     @contextmanager
     def using(self, hyper: HyperBatch) -> Iterator[None]:
@@ -87,8 +117,17 @@ class TunedHyperparameters(nn.Module):
         return x
 
     def response(self) -> Tensor:
-        """The response input (n,) at the current location."""
-        return self.space.at(self.location, batch_size=1).response[0]
+        """The response input (n,) at the current location. Layers share the result until the location changes."""
+        location = self.location
+        if location.requires_grad or in_transform() or traced(location) or _is_captured(location):
+            return self._response_at(location)
+        if self._latest is None or not self._latest.is_of(location):
+            with torch.inference_mode(False), torch.no_grad():
+                self._latest = _Latest(location, _version(location), location.clone(), self._response_at(location))
+        return self._latest.response
+
+    def _response_at(self, location: Tensor) -> Tensor:
+        return self.space.at(location, batch_size=1).response[0]
 
     def values(self) -> dict[str, float]:
         """The current values, by name."""
@@ -106,7 +145,7 @@ class TunedHyperparameters(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"current": None, "_thread": None}
+        return self.__dict__ | {"current": None, "_thread": None, "_latest": None}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value:.4g}" for name, value in self.values().items())

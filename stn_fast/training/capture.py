@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.utils import _pytree as pytree
 
 from stn_fast.dispatch import choose
@@ -268,6 +269,7 @@ class _Step:
                 own.copy_(given, non_blocking=True)
         captured.step.fill_(step)
         captured.replay()
+        increment_version((self._method.location, self._method.raw_scale))  # a graph changes them, but doesn't count it
         for parameter, gradient in captured.gradients:  # steps without a graph replace them
             parameter.grad = gradient
         self._steps.replayed += 1

@@ -110,6 +110,78 @@ def test_a_compiled_model_needs_no_new_graph_for_other_hyperparameters():
     torch._dynamo.reset()
 
 
+def changes(own):
+    """Every way to change the location, by name."""
+    state = own.state_dict() | {"location": own.location - 0.7}
+    grown = own.location + 0.3
+    return {
+        "in place": lambda: own.location.add_(0.1),
+        "by its data": lambda: own.location.data.add_(0.1),
+        "by a detached tensor": lambda: own.location.detach().add_(0.1),
+        "by load_state_dict": lambda: own.load_state_dict(state),
+        "by assignment of a state": lambda: own.load_state_dict(state | {"location": grown}, assign=True),
+        "by another tensor": lambda: setattr(own, "location", own.location * 1.1),
+        "in inference mode": lambda: torch.inference_mode()(own.location.add_)(0.1),
+    }
+
+
+@pytest.mark.parametrize("change", changes(stn.convert(nn.Linear(3, 2), quiet=True).tuned_hyperparameters))
+def test_evaluation_follows_every_change_of_the_location(change):
+    tuned, x = converted(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))).eval(), torch.randn(4, 6)
+    own = tuned.tuned_hyperparameters
+    before = tuned(x)
+    changes(own)[change]()
+    with own.using(own.space.at(own.location, batch_size=4)):
+        want = tuned(x)
+    assert torch.equal(tuned(x), want)
+    assert not torch.equal(want, before)
+
+
+def test_the_layers_of_an_evaluation_share_one_response_input(monkeypatch):
+    tuned, x = converted(nn.Sequential(*[nn.Linear(3, 3) for _ in range(4)])).eval(), torch.randn(4, 3)
+    own, calls = tuned.tuned_hyperparameters, []
+    at = type(own.space).at
+    monkeypatch.setattr(type(own.space), "at", lambda *given, **options: calls.append(0) or at(*given, **options))
+    tuned(x)
+    tuned(x)
+    assert len(calls) == 1
+    own.location.add_(0.1)
+    tuned(x)
+    assert len(calls) == 2
+
+
+def test_a_response_input_made_in_inference_mode_can_be_differentiated_through():
+    tuned, x = converted(nn.Sequential(nn.Linear(3, 3))).eval(), torch.randn(4, 3)
+    with torch.inference_mode():
+        tuned(x)
+    tuned(x).sum().backward()
+    assert tuned[0].response_weight.grad.any()
+
+
+def test_a_location_that_requires_a_gradient_gets_one_from_each_evaluation():
+    tuned, x = converted(nn.Sequential(nn.Linear(3, 3))).eval(), torch.randn(4, 3)
+    own = tuned.tuned_hyperparameters
+    tuned(x)
+    own.location.requires_grad_()
+    for _ in range(2):
+        own.location.grad = None
+        tuned(x).sum().backward()
+        assert own.location.grad.any()
+
+
+def test_a_compiled_evaluation_follows_the_location_and_needs_no_new_graph():
+    tuned, x = converted(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))).eval(), torch.randn(4, 6)
+    own, graphs = tuned.tuned_hyperparameters, []
+    torch._dynamo.reset()
+    compiled = torch.compile(tuned, fullgraph=True, backend=lambda graph, given: graphs.append(graph) or graph.forward)
+    with torch.no_grad():
+        for _ in range(4):
+            torch.testing.assert_close(compiled(x), tuned(x))
+            own.location.add_(0.1)
+    assert len(graphs) <= 2
+    torch._dynamo.reset()
+
+
 def test_a_compiled_model_is_folded_as_the_model_itself():
     tuned, x = converted(nn.Sequential(nn.Linear(6, 3))).eval(), torch.randn(4, 6)
     result = stn.fold(torch.compile(tuned, backend="eager"))
