@@ -73,8 +73,9 @@ def convert(
     called with a table of positions, such as (T, D) or numbers (T,): with T = B, its rows would be taken for examples.
     `SelfTuner` checks this at its first step; inside `using`, call `stn_fast.conversion.check_rows` yourself.
 
-    Exclude what the network does not call as a module: a layer whose weight it reads itself, as in ``F.linear(x,
-    self.embedding.weight)``, and a dropout module whose rate it passes on, as to ``scaled_dot_product_attention``.
+    A dropout module is left out if the module that contains it reads its rate, as fused attention does; so are rates
+    that are plain numbers. Exclude a layer whose weight the network reads itself, as in ``F.linear(x,
+    self.embedding.weight)``: the check refuses it, too.
 
     Patterns are matched by fnmatch on dotted names; a pattern that fits a module fits all modules in it.
 

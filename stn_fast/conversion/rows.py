@@ -18,10 +18,11 @@ from stn_fast.training.modes import evaluating
 
 
 class _Call(NamedTuple):
-    """One call of a converted module: the shape of its input, and a number for each row."""
+    """One call of a converted module: the shape of its input, its rows, and a number for each if they are several."""
 
     shape: torch.Size
-    marks: Tensor
+    rows: int
+    marks: Tensor | None
 
 
 _Calls = dict[Converted, list[_Call]]
@@ -55,9 +56,9 @@ def check_rows(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     if examples < 2:
         given, examples = _with_first_dimension(given, examples, lambda tensor: torch.cat([tensor, tensor])), 2
     half = examples // 2
-    whole = _calls_of(model, given)
+    whole = _calls_of(model, given, examples)
     try:
-        part = _calls_of(model, _with_first_dimension(given, examples, lambda tensor: tensor[:half]))
+        part = _calls_of(model, _with_first_dimension(given, examples, lambda tensor: tensor[:half]), half)
     except Exception as error:
         raise RuntimeError(
             f"check_rows: the model can be called with {examples} examples, but not with {half} of them: {error}. If "
@@ -89,21 +90,21 @@ def _with_first_dimension(given: Any, examples: int, change: Any) -> Any:
     return pytree.tree_map(changed, given)
 
 
-def _calls_of(model: nn.Module, given: Any) -> _Calls:
+def _calls_of(model: nn.Module, given: Any, examples: int) -> _Calls:
     """The calls of each converted module, in evaluation mode."""
     tuned, calls = tuned_of("check_rows", model), _Calls()
     devices = [tuned.location.device] if tuned.location.is_cuda else []
     args, kwargs = given
     with (
         torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"), evaluating(model),
-        tuned.at_location(), _recording(model, calls),
+        tuned.at_location(), _recording(model, calls, examples),
     ):  # fmt: skip
         model(*args, **kwargs)
     return calls
 
 
 @contextmanager
-def _recording(model: nn.Module, calls: _Calls) -> Iterator[None]:
+def _recording(model: nn.Module, calls: _Calls, examples: int) -> Iterator[None]:
     """Records the calls of converted modules, and raises an error if other code computes with their parameters."""
     converted = [module for module in model.modules() if isinstance(module, Converted)]
     owners = {id(parameter): (one, name) for one in converted for name, parameter in one._parameters.items()}
@@ -115,7 +116,7 @@ def _recording(model: nn.Module, calls: _Calls) -> Iterator[None]:
         assert isinstance(module, Converted)
         x = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         if x is not None:
-            calls.setdefault(module, []).append(_Call(x.shape, _marks(x, module.example_dim)))
+            calls.setdefault(module, []).append(_call(x, module.example_dim, examples))
 
     def enter(*given: Any) -> None:
         reading.running += 1
@@ -141,10 +142,13 @@ def _recording(model: nn.Module, calls: _Calls) -> Iterator[None]:
         )
 
 
+def _call(x: Tensor, dim: int, examples: int) -> _Call:
+    rows = x.shape[dim] if dim < x.ndim else 0
+    return _Call(x.shape, rows, _marks(x, dim) if rows > examples else None)
+
+
 def _marks(x: Tensor, dim: int) -> Tensor:
     """A number for each row, which tells different rows apart: a weighted sum."""
-    if dim >= x.ndim:
-        return x.new_zeros(0, dtype=torch.float32)
     rows = x.detach().movedim(dim, 0).flatten(1).float() if x.ndim > 1 else x.detach()[:, None].float()
     return rows @ torch.arange(1.0, rows.shape[1] + 1, device=x.device).cos()
 
@@ -158,7 +162,7 @@ def _check(module: Converted, whole: Sequence[_Call], part: Sequence[_Call], exa
         if module.takes_any_examples(one.shape) and module.takes_any_examples(other.shape):
             continue
         dim = module.example_dim
-        rows, fewer = len(one.marks), len(other.marks)
+        rows, fewer = one.rows, other.rows
         if rows == 0 or rows % examples or rows * half != fewer * examples:
             counting = _counting(one.shape, other.shape, examples, half)
             raise _error(
@@ -167,7 +171,7 @@ def _check(module: Converted, whole: Sequence[_Call], part: Sequence[_Call], exa
                 f"but dimension {dim} must count the examples, or consecutive rows of each",
                 counting if fixed_example_dim(module) is None else (),
             )
-        if rows > examples and _in_turn(one.marks, other.marks, examples, half):
+        if one.marks is not None and other.marks is not None and _in_turn(one.marks, other.marks, examples, half):
             raise _error(
                 module,
                 f"has the examples in turn in dimension {dim} of its input {tuple(one.shape)}, but the "

@@ -85,7 +85,7 @@ class SelfTuner:
         entropy_weight, tune_scales, antithetic, clip, seed, skip_nonfinite: as for `SelfTuning`.
         check_rows: whether to check, at the first step with each structure of batch, which examples the rows of a
             layer's input belong to, as `stn_fast.conversion.check_rows` does. False for a model that can't be called
-            with another number of examples, or keeps a state between calls.
+            with another number of examples, keeps a state between calls, or pads to the longest example of a call.
 
     Raises:
         TypeError: the model has not been converted, or `optimizer` is not an optimizer.
