@@ -782,3 +782,14 @@ def test_gradients_that_are_switched_off_are_an_error_as_ever():
     cycle(one, 9, steps)
     with torch.no_grad(), pytest.raises(RuntimeError, match="train_step computes gradients"):
         steps.train_step(one.train[9], 9)
+
+
+def test_a_replay_counts_as_a_change_of_the_hyperparameters(monkeypatch):
+    counted = []
+    monkeypatch.setattr(capture, "increment_version", lambda tensors: counted.append([*tensors]))
+    task = digits_steps(precision="fp32")
+    steps = captured(task.method)
+    cycle(task, 9, steps)
+    assert len(counted) == steps.replayed >= 3
+    assert all(one is task.method.location for one, _ in counted)
+    assert all(one is task.method.raw_scale for _, one in counted)
