@@ -118,7 +118,7 @@ def convert(
             left_out.append(one.left_out("no hyperparameter of the space is its rate"))
     chosen = [one for one in chosen if one.name in rates or rate_of(one.module) is None]
     _check_chosen(chosen, left_out, strict)
-    _check_rates(space, rates)
+    _check_rates(space, rates, chosen)
 
     dims = _example_dims(chosen, example_dims)
 
@@ -126,10 +126,16 @@ def convert(
     tuned = TunedHyperparameters(space, report).train(model.training)
     tuned.to(next(iter(model.parameters()), tuned.location).device)
     streams = _free_streams(model)
-    for name, module in chosen:
-        rule = rule_of(module)
-        assert rule is not None
-        rule(module, Context(name, tuned, response_rank, dims[name], rates.get(name), streams))
+    try:
+        for name, module in chosen:
+            rule = rule_of(module)
+            assert rule is not None
+            rule(module, Context(name, tuned, response_rank, dims[name], rates.get(name), streams))
+    except Exception:
+        for _, module in chosen:
+            if isinstance(module, Converted):
+                Converted.revert(module, {})
+        raise
     model.add_module("tuned_hyperparameters", tuned)
     if not quiet:
         print(table(report, space))
@@ -171,14 +177,16 @@ def _check_chosen(chosen: Sequence[Named], left_out: Sequence[Entry], strict: bo
         raise ValueError("convert: strict=True, but modules are left out:" + "".join(f"\n  {line}" for line in against))
 
 
-def _check_rates(space: HyperparameterSpace, rates: Mapping[str, str]) -> None:
+def _check_rates(space: HyperparameterSpace, rates: Mapping[str, str], chosen: Sequence[Named]) -> None:
+    """Modules with a rule of the user's own may use any hyperparameter, and as something else than a rate."""
+    own = {one.name for one in chosen if not is_known(one.module)}
     unused = [name for name in space.names if name not in rates.values() and name != "weight_decay"]
-    if unused:
+    if unused and not own:
         raise ValueError(
             f"convert: nothing uses {', '.join(unused)}: give the dropout modules with this rate in dropouts, or leave "
             "it out of the space"
         )
-    for name in dict.fromkeys(rates.values()):
+    for name in dict.fromkeys(rate for module, rate in rates.items() if module not in own):
         check_rate(space[name])
 
 

@@ -241,10 +241,12 @@ def _tuned_rate(attribute: str) -> Any:
 
 
 class _Dropout(Converted, PerExampleDropout):
-    """Inverted dropout, each example at its own rate; each of its rows has its own mask, if it has several."""
+    """Inverted dropout, each example at its own rate; each of its rows has its own mask, if it has several.
+
+    It never changes its input, also if ``inplace`` is set: a training step calls the model twice with the same batch.
+    """
 
     mask_dims: int | None = None  # how many of the last dimensions share a mask, in an input (N, C, ...)
-    inplace: bool
     rate_attribute = "p"
     p = _tuned_rate("p")
 
@@ -260,8 +262,8 @@ class _Dropout(Converted, PerExampleDropout):
             **self._draw(hyper),
             example_dim=dim,
             shared_dims=self._shared(input, rows.ndim - input.ndim),
-        ).view_as(input)
-        return input.copy_(y) if self.inplace else y
+        )
+        return y.view_as(input)
 
     def _shared(self, x: Tensor, more: int) -> tuple[int, ...]:
         """The dimensions that share a mask, after the example dimension of x was split into 1 + `more` dimensions."""

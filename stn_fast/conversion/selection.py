@@ -12,7 +12,16 @@ from torch.nn.utils.parametrize import is_parametrized
 from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.reading import reads
 from stn_fast.conversion.report import Entry
-from stn_fast.conversion.rules import CLOSED, drops, is_only_rates, is_quantised, rate_of, reason_against, rule_of
+from stn_fast.conversion.rules import (
+    CLOSED,
+    drops,
+    is_known,
+    is_only_rates,
+    is_quantised,
+    rate_of,
+    reason_against,
+    rule_of,
+)
 
 
 class Named(NamedTuple):
@@ -33,6 +42,8 @@ def check_model(who: str, model: nn.Module) -> None:
     """Raises TypeError or ValueError if this is not a model that can be converted."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{who}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(f"{who}: the model is compiled: convert the plain model, then compile the converted one")
     for name, module in model.named_modules():
         if isinstance(module, Converted):
             raise ValueError(f"{who}: the model has been converted already: {name or 'the model itself'} is converted")
@@ -110,6 +121,6 @@ def _concerned(model: nn.Module) -> Iterator[Named]:
         if is_closed:
             closed.append(name)
         own = any(parameter is not None for parameter in module._parameters.values())
-        known = is_quantised(module) or drops(module) or rule_of(module) is not None
-        if is_closed or own or known or is_only_rates(module):
+        ruled = rule_of(module) is not None and not is_known(module)
+        if is_closed or own or ruled or is_quantised(module) or drops(module) or is_only_rates(module):
             yield Named(name, module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from stn_fast.conversion.folding import fold, tuned_of
 from stn_fast.conversion.rows import check_rows, structure
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training.batches import Examples, as_batch
+from stn_fast.training.config import Precision
 from stn_fast.training.methods import SelfTuning
 from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer
 from stn_fast.training.parameters import is_response, listed
@@ -32,7 +34,13 @@ class ConvertedSelfTuning(SelfTuning):
         return tuned.location.detach(), tuned.raw_scale.detach()
 
     def _in_use(self, hyper: HyperBatch) -> AbstractContextManager[None]:
-        return tuned_of("SelfTuner", self.model).using(hyper)
+        tuned = tuned_of("SelfTuner", self.model)
+        if tuned.location.data_ptr() != self.location.data_ptr():
+            raise RuntimeError(
+                "SelfTuner: the model's hyperparameters have other memory than when the tuner was made, as after "
+                "load_state_dict(..., assign=True) or a move to another device; make a new SelfTuner"
+            )
+        return tuned.using(hyper)
 
 
 class _Batch(Examples):
@@ -61,18 +69,19 @@ class SelfTuner:
     """Trains a converted model and tunes its hyperparameters, in a loop of your own. `SelfTuning` says how.
 
         tuned = stn.convert(model)
-        tuner = stn.SelfTuner(tuned, torch.optim.AdamW(tuned.parameters(), 1e-3), loss=F.cross_entropy)
-        for batch, held_out in stn.alternate(train_loader, valid_loader):
+        tuner = stn.SelfTuner(tuned, torch.optim.AdamW(tuned.parameters(), 1e-3, weight_decay=0), loss=F.cross_entropy)
+        for batch, held_out in stn.alternate(train_loader, valid_loader, epochs=20):
             tuner.step(batch, held_out)
         plain = tuner.fold()
 
     A batch (inputs, targets) calls ``loss(model(inputs), targets)``; with more entries, the last one is the targets
     and the others are the arguments of the model. A dict calls ``loss(model(**batch), batch)``, as for models of
     transformers with ``loss=lambda output, batch: output.loss``. The first dimension of the first input counts the
-    examples. Batches are not moved to another device.
+    examples, also for a model that calls it time. Batches are not moved to another device. Activation checkpointing in
+    the model must not be reentrant (``use_reentrant=False``).
 
-    The training loss also gets ½·weight_decay·‖W_eff‖² of the converted layers, if the space has `weight_decay`; set
-    the optimizer's own weight_decay to 0 then.
+    The training loss also gets ½·weight_decay·‖W_eff‖² of the converted layers, if the space has `weight_decay`. An
+    optimizer that decays weights itself decays them and the response as well, which is a warning.
 
     Args:
         model: a converted one, as `convert` returns.
@@ -80,9 +89,8 @@ class SelfTuner:
         loss: returns the mean over the examples, without penalties.
         valid_loss: what the hyperparameters minimise; by default `loss`.
         hyper_optimizer: makes the optimizer of location and raw scale from the list of them.
-        train_steps: training steps per validation step.
-        warmup_steps: training steps before the first of these.
-        entropy_weight, tune_scales, antithetic, clip, seed, skip_nonfinite: as for `SelfTuning`.
+        warmup_steps: training steps before the first validation step.
+        entropy_weight, tune_scales, antithetic, clip, seed, skip_nonfinite, precision: as for `SelfTuning`.
         check_rows: whether to check, at the first step with each structure of batch, which examples the rows of a
             layer's input belong to, as `stn_fast.conversion.check_rows` does. False for a model that can't be called
             with another number of examples, keeps a state between calls, or pads to the longest example of a call.
@@ -100,7 +108,6 @@ class SelfTuner:
         *,
         valid_loss: Loss | None = None,
         hyper_optimizer: MakeOptimizer = default_hyper_optimizer,
-        train_steps: int = 2,
         warmup_steps: int = 0,
         entropy_weight: float = 1e-3,
         tune_scales: bool = True,
@@ -108,11 +115,11 @@ class SelfTuner:
         clip: float | None = 1.0,
         seed: int = 0,
         skip_nonfinite: int = 0,
+        precision: Precision = "fp32",
         check_rows: bool = True,
     ) -> None:
         tuned = tuned_of("SelfTuner", model)
         _check_optimizer(model, optimizer)
-        self.train_steps = whole_number("SelfTuner", "train_steps", train_steps, 1)
         self.warmup_steps = whole_number("SelfTuner", "warmup_steps", warmup_steps, 0)
         self.check_rows = switch("SelfTuner", "check_rows", check_rows)
         self.model, self.loss, self.valid_loss = model, loss, valid_loss or loss
@@ -129,9 +136,9 @@ class SelfTuner:
             clip=clip,
             seed=seed,
             skip_nonfinite=skip_nonfinite,
+            precision=precision,
         )
         self.trained = self.validated = 0  # steps so far
-        self._since = 0  # training steps after the warm-up since the last validation step
         self._records: list[_Record] = []
         self._checked: set[Any] = set()  # the structures of batches with which check_rows has called the model
 
@@ -142,13 +149,12 @@ class SelfTuner:
         return self.valid_loss(_called(model, batch.inputs), batch.targets)
 
     def step(self, batch: Any, held_out: Any = None) -> Tensor:
-        """A training step, and then a validation step on `held_out` if one is due.
+        """A training step, and after the warm-up a validation step on `held_out`, if it is given.
 
-        One is due after every `train_steps` training steps after the warm-up; it waits for a step with `held_out`.
         Returns the training loss, a detached scalar on the device. Errors are those of `SelfTuning`.
         """
         loss = self.train_step(batch)
-        if held_out is not None and self._since >= self.train_steps:
+        if held_out is not None and self.trained > self.warmup_steps:
             self.valid_step(held_out)
         return loss
 
@@ -156,14 +162,12 @@ class SelfTuner:
         """Updates the weights and the response on a training batch; returns the loss."""
         loss = self.method.train_step(self._batch(batch), self.trained + self.validated)
         self.trained += 1
-        self._since += self.trained > self.warmup_steps
         return loss
 
     def valid_step(self, held_out: Any) -> Tensor:
         """Updates the hyperparameters on a validation batch; returns the loss, without the entropy."""
         loss = self.method.valid_step(self._batch(held_out), self.trained + self.validated)
         self.validated += 1
-        self._since = 0
         self._records.append(_Record(self.trained, loss, self.method.location.detach().clone()))
         return loss
 
@@ -205,13 +209,12 @@ class SelfTuner:
 
     def state_dict(self) -> dict[str, Any]:
         """Model, hyperparameters, optimizer states and counters: everything that the next step depends on but data."""
-        counters = {"trained": self.trained, "validated": self.validated, "since": self._since}
-        return {"method": self.method.state_dict(), **counters}
+        return {"method": self.method.state_dict(), "trained": self.trained, "validated": self.validated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned. Raises ValueError as `Method.load_state_dict`."""
         self.method.load_state_dict(state["method"])
-        self.trained, self.validated, self._since = state["trained"], state["validated"], state["since"]
+        self.trained, self.validated = state["trained"], state["validated"]
 
 
 def _called(model: nn.Module, inputs: Any) -> Any:
@@ -236,32 +239,46 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     wanted = {name: id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
     if held.isdisjoint(wanted.values()):
         raise ValueError("SelfTuner: the optimizer holds none of the model's parameters: make it with this model's")
+    if not any(parameter in held for name, parameter in wanted.items() if not is_response(name)):
+        raise ValueError("SelfTuner: the optimizer holds only parameters of the response: give it the weights, too")
     missing = [name for name, parameter in wanted.items() if is_response(name) and parameter not in held]
     if missing:
         raise ValueError(
             f"SelfTuner: the optimizer lacks {listed(missing)}, parameters of the response: make it after stn.convert, "
             "with all parameters of the converted model"
         )
+    decays = [group["weight_decay"] for group in optimizer.param_groups if group.get("weight_decay")]
+    if decays and "weight_decay" in tuned_of("SelfTuner", model).space.names:
+        warnings.warn(
+            f"the optimizer decays weights by {decays[0]}, in addition to the tuned weight_decay, and the response "
+            "too: make it with weight_decay=0",
+            stacklevel=3,
+        )
 
 
 def alternate(
-    train_loader: Iterable[Any], valid_loader: Iterable[Any], train_steps: int = 2
+    train_loader: Iterable[Any], valid_loader: Iterable[Any], train_steps: int = 2, epochs: int = 1
 ) -> Iterator[tuple[Any, Any | None]]:
-    """(batch, held_out) for each batch of one pass over the training loader.
+    """(batch, held_out) for each batch of `epochs` passes over the training loader.
 
     `held_out` is a batch of the validation loader after every `train_steps` training batches, and None otherwise. The
-    validation loader is started again whenever it ends.
+    validation loader is started at each call, and again whenever it ends: give all epochs to one call, so that every
+    part of it is used.
 
     Raises:
-        ValueError: a loader gives no batch, or train_steps is not an int >= 1.
+        ValueError: a loader gives no batch, or train_steps or epochs is not an int >= 1.
     """
     whole_number("alternate", "train_steps", train_steps, 1)
+    whole_number("alternate", "epochs", epochs, 1)
     validation = _endless(valid_loader)
     number = 0
-    for number, batch in enumerate(train_loader, start=1):
-        yield batch, next(validation) if number % train_steps == 0 else None
-    if number == 0:
-        raise ValueError("alternate: train_loader gives no batch")
+    for _ in range(epochs):
+        before = number
+        for batch in train_loader:
+            number += 1
+            yield batch, next(validation) if number % train_steps == 0 else None
+        if number == before:
+            raise ValueError("alternate: train_loader gives no batch; it must be one that can be read again and again")
 
 
 def _endless(loader: Iterable[Any]) -> Iterator[Any]:

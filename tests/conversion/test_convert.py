@@ -185,7 +185,6 @@ def test_modules_that_cannot_be_converted_are_listed_with_the_reason():
         "lazy": "call the model once",
         "bounded": "max_norm",
         "projected": "proj_size",
-        "plain_norm": "no parameter 'weight'",
         "normed": "parametrized",
         "hooked": "no parameter 'weight'",
         "quantised": "quantised",
@@ -200,7 +199,7 @@ def test_modules_that_cannot_be_converted_are_listed_with_the_reason():
 def test_the_table_is_printed_once(capsys):
     stn.convert(Mixed())
     shown = capsys.readouterr().out
-    assert shown.startswith("stn.convert: 1 of 15 modules converted\n  Linear: 1\n  tuned weight_decay: [0, inf)")
+    assert shown.startswith("stn.convert: 1 of 14 modules converted\n  Linear: 1\n  tuned weight_decay: [0, inf)")
     assert "left out attention (MultiheadAttention: its forward reads the parameters of its children" in shown
     stn.convert(nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.2)) for _ in range(5))))
     shown = capsys.readouterr().out
@@ -344,3 +343,13 @@ def test_models_that_cannot_be_converted_are_refused():
     model.tuned_hyperparameters = 3
     with pytest.raises(ValueError, match="has an attribute tuned_hyperparameters"):
         stn.convert(model)
+
+
+def test_norms_without_parameters_are_no_concern_of_strict():
+    tuned = stn.convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False)), strict=True, quiet=True)
+    assert [entry.kind for entry in tuned.tuned_hyperparameters.report] == ["Linear"]
+
+
+def test_a_compiled_model_is_refused():
+    with pytest.raises(ValueError, match="the model is compiled: convert the plain model"):
+        stn.convert(torch.compile(nn.Linear(2, 2)))

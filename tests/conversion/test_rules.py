@@ -176,3 +176,23 @@ def test_other_stochastic_depth_is_listed():
     kind = type("StochasticDepth", (DropPath,), {})
     tuned = stn.convert(nn.ModuleList([nn.Linear(2, 2), kind(0.3)]), quiet=True)
     assert "there is no rule for its class" in tuned.tuned_hyperparameters.report[1].reason
+
+
+def test_a_rule_may_use_a_hyperparameter_that_is_no_rate(rule):
+    space = stn.HyperparameterSpace([stn.Hyperparameter("strength", low=0.0, init=2.0)])
+    assert stn.convert(nn.Sequential(Scale(3)), space, quiet=True)[0].tuned.space == space
+
+
+def test_a_rule_that_fails_leaves_the_model_as_it_was(rule):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.3), Scale(3))
+    before = {name: type(module) for name, module in model.named_modules()}, list(model.state_dict())
+
+    @stn.converts(Scale)
+    def failing(module, context):
+        raise KeyError("no")
+
+    with pytest.raises(KeyError, match="no"):
+        stn.convert(model, quiet=True)
+    assert before == ({name: type(module) for name, module in model.named_modules()}, list(model.state_dict()))
+    assert model[1].p == 0.3
+    stn.convert(model, exclude="2", quiet=True)

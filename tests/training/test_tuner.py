@@ -16,6 +16,7 @@ import stn_fast as stn
 from stn_fast.models import mlp
 from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.methods import SelfTuning
+from stn_fast.training.parameters import is_response
 from stn_fast.training.task import classification_loss, decayed_classification_loss
 
 SPACE = stn.HyperparameterSpace(
@@ -74,7 +75,7 @@ def test_the_numbers_are_those_of_self_tuning_on_the_network_of_gated_layers_bit
     )
     step = 0
     for k in range(8):
-        loss = tuner.step(batch(k), batch(100 + k))
+        loss = tuner.step(batch(k), batch(100 + k) if k % 2 == 1 else None)
         assert torch.equal(loss, method.train_step(batch(k), step))
         step += 1
         if k % 2 == 1:
@@ -86,25 +87,14 @@ def test_the_numbers_are_those_of_self_tuning_on_the_network_of_gated_layers_bit
     assert all(same(ours, theirs) for ours, theirs in zip(layers, hand.layers, strict=True))
 
 
-def test_validation_steps_come_after_every_train_steps_past_the_warm_up():
-    tuner = tuner_of(train_steps=3, warmup_steps=4)
+def test_validation_steps_come_with_their_batches_after_the_warm_up():
+    tuner = tuner_of(warmup_steps=4)
     counts = []
-    for k in range(12):
-        tuner.step(batch(k), batch(100))
+    for k in range(8):
+        tuner.step(batch(k), batch(100) if k % 2 else None)
         counts.append(tuner.validated)
-    assert counts == [0] * 6 + [1] * 3 + [2] * 3
-    assert [row["step"] for row in tuner.history] == [7, 10]
-
-
-def test_a_validation_step_that_is_due_waits_for_a_batch():
-    tuner = tuner_of(warmup_steps=1)
-    for _ in range(4):
-        tuner.step(batch(0))
-    assert tuner.validated == 0
-    tuner.step(batch(0), batch(1))
-    assert (tuner.trained, tuner.validated) == (5, 1)
-    tuner.step(batch(0), batch(1))
-    assert tuner.validated == 1
+    assert counts == [0] * 5 + [1] * 2 + [2]
+    assert [row["step"] for row in tuner.history] == [6, 8]
 
 
 def test_a_training_step_moves_weights_and_a_validation_step_hyperparameters():
@@ -137,7 +127,7 @@ def test_a_bad_dropout_rate_is_tuned_away():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 6, generator=generator)
     y = (x[:, :4] @ torch.randn(4, 4, generator=generator)).argmax(1)
-    tuner = tuner_of(network(0.8), train_steps=1, hyper_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.05))
+    tuner = tuner_of(network(0.8), hyper_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.05))
     assert tuner.values()["dropout"] == pytest.approx(0.8)
     for _ in range(150):
         tuner.step((x[:200], y[:200]), (x[200:], y[200:]))
@@ -158,7 +148,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit():
     assert same(second.model, whole.model)
     assert second.values() == whole.values()
     assert torch.equal(second.method.raw_scale, whole.method.raw_scale)
-    assert (second.trained, second.validated) == (whole.trained, whole.validated) == (9, 4)
+    assert (second.trained, second.validated) == (whole.trained, whole.validated) == (9, 8)
 
 
 def test_folding_gives_the_plain_network_at_the_tuned_values():
@@ -258,9 +248,7 @@ def test_wrong_optimizers_and_models_are_refused():
         stn.SelfTuner(tuned, torch.optim.SGD, F.cross_entropy)
 
 
-@pytest.mark.parametrize(
-    "options", [dict(train_steps=0), dict(warmup_steps=-1), dict(clip=0.0), dict(seed=-1)], ids=str
-)
+@pytest.mark.parametrize("options", [dict(warmup_steps=-1), dict(clip=0.0), dict(seed=-1)], ids=str)
 def test_wrong_settings_are_named(options):
     (name,) = options
     with pytest.raises(ValueError, match=name):
@@ -285,6 +273,8 @@ def test_wrong_batches_are_named():
 def test_alternate_gives_a_validation_batch_after_every_train_steps():
     assert list(stn.alternate("abcde", [1, 2, 3])) == [("a", None), ("b", 1), ("c", None), ("d", 2), ("e", None)]
     assert list(stn.alternate("abc", [1, 2], train_steps=1)) == [("a", 1), ("b", 2), ("c", 1)]
+    epochs = [("a", None), ("b", 1), ("c", None), ("a", 2), ("b", None), ("c", 3)]
+    assert list(stn.alternate("abc", [1, 2, 3], epochs=2)) == epochs
 
 
 def test_alternate_refuses_empty_loaders():
@@ -296,3 +286,43 @@ def test_alternate_refuses_empty_loaders():
         list(stn.alternate("abcd", iter([1])))
     with pytest.raises(ValueError, match="train_steps must be"):
         list(stn.alternate("ab", [1], train_steps=0))
+    with pytest.raises(ValueError, match="epochs must be"):
+        list(stn.alternate("ab", [1], epochs=0))
+    with pytest.raises(ValueError, match="train_loader gives no batch"):
+        list(stn.alternate(iter("ab"), [1], epochs=2))
+
+
+def test_memory_of_its_own_for_the_models_hyperparameters_is_refused():
+    tuner = tuner_of()
+    state = {name: value.clone() for name, value in tuner.model.state_dict().items()}
+    tuner.model.load_state_dict(state, assign=True)
+    with pytest.raises(RuntimeError, match="other memory than when the tuner was made"):
+        tuner.step(batch(0))
+
+
+def test_an_optimizer_that_decays_weights_too_is_a_warning():
+    tuned = stn.convert(network(), quiet=True)
+    with pytest.warns(UserWarning, match=r"decays weights by 0\.01, in addition to the tuned weight_decay"):
+        stn.SelfTuner(tuned, torch.optim.AdamW(tuned.parameters()), F.cross_entropy)
+
+
+def test_an_optimizer_of_the_response_alone_is_refused():
+    tuned = stn.convert(network(), quiet=True)
+    response = [parameter for name, parameter in tuned.named_parameters() if is_response(name)]
+    with pytest.raises(ValueError, match="holds only parameters of the response"):
+        stn.SelfTuner(tuned, torch.optim.SGD(response, lr=0.1), F.cross_entropy)
+
+
+def test_a_rate_that_is_too_high_falls_with_every_seed():
+    """The example of the README."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x = torch.randn(600, 20)
+        y = (x[:, :3].sum(1) > 0).long()
+        train, valid = (list(zip(x[rows].split(50), y[rows].split(50), strict=True)) for rows in (
+            slice(400), slice(400, 600)))  # fmt: skip
+        tuned = stn.convert(nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Dropout(0.7), nn.Linear(64, 2)), quiet=True)
+        tuner = stn.SelfTuner(tuned, torch.optim.AdamW(tuned.parameters(), 1e-3, weight_decay=0), F.cross_entropy)
+        for step_batch, held_out in stn.alternate(train, valid, epochs=40):
+            tuner.step(step_batch, held_out)
+        assert tuner.values()["dropout"] < 0.6
