@@ -63,13 +63,15 @@ def test_scores_are_the_medians_that_were_recorded(name, file, method, guess, ke
     assert_shown(re.findall(NUMBER, cells[0][len(name) + 2 :]), medians(file, method, guess, keys))
 
 
-def test_one_seed_with_the_new_start_and_steps():
-    before = json.loads((RESULTS / PTB).read_text())["stn"]
-    for guess, shown in (("from .05", 0.05), ("from .6", 0.6)):
-        runs = [[row for row in rows if (row["guess"], row["seed"]) == (shown, 0)] for rows in (
-            runs_of_methods("ptb-small", "stn"), before)]  # fmt: skip
-        expected = [row[key] for (row,) in runs for key in PERPLEXITIES]
-        assert_shown(table("seed 0, validation / test perplexity")[guess], expected)
+def test_one_seed_from_three_guesses_on_ptb_small():
+    shown = table("`ptb-small`, seed 0 | best")
+    for entry in json.loads((RESULTS / "compare-ptb-small.json").read_text())["scores"]:
+        expected = [entry[key]["median"] for key in PERPLEXITIES]
+        expected += [entry["cpu_seconds_of_fixed"], entry["step_cpu_seconds_of_fixed"]]
+        assert_shown(
+            shown.pop(f"{'self-tuned' if entry['method'] == 'stn' else 'fixed'} from {entry['guess']}"), expected
+        )
+    assert not shown
 
 
 RANKS = {
