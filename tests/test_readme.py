@@ -51,6 +51,8 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
         command += f" --epochs 1 --run-dir {tmp_path / 'run'}"
     if any(name in command for name in ("self_tuning", "benchmarks.precision", "response_rank")):
         command += " --epochs 1 --seeds 1"
+    if "response_rank" in command:
+        command += " --variants full rank-1"
     if "stn_fast.compare" in command:
         command += f" --epochs 1 --seeds 1 --budget 1 --methods fixed,tpe --guesses low --out {tmp_path / 'out'}"
     elif "--guesses" in command:

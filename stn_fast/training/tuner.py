@@ -35,7 +35,7 @@ class ConvertedSelfTuning(SelfTuning):
 
     def _in_use(self, hyper: HyperBatch) -> AbstractContextManager[None]:
         tuned = tuned_of("SelfTuner", self.model)
-        if tuned.location.data_ptr() != self.location.data_ptr():
+        if not tuned.location.is_set_to(self.location):
             raise RuntimeError(
                 "SelfTuner: the model's hyperparameters have other memory than when the tuner was made, as after "
                 "load_state_dict(..., assign=True) or a move to another device; make a new SelfTuner"

@@ -154,7 +154,7 @@ def test_a_run_with_averaged_weights_that_goes_on_equals_one_that_never_stopped(
 
 
 def test_averaged_weights_refuse_running_statistics():
-    with pytest.raises(UserError, match=r"optimizer\.average = 0\.9: must be 0 .* whose 0\.running_mean"):
+    with pytest.raises(UserError, match=r"optimizer\.average = 0\.9: must be 0 .* as 0\.running_mean"):
         averaged_model(torch.nn.Sequential(torch.nn.BatchNorm1d(2)), 0.9)
 
 

@@ -315,7 +315,7 @@ def test_an_optimizer_of_the_response_alone_is_refused():
 
 def test_a_rate_that_is_too_high_falls_with_every_seed():
     """The example of the README."""
-    for seed in range(5):
+    for seed in (0, 4):  # two of those with which it rose before the perturbations were as wide
         torch.manual_seed(seed)
         x = torch.randn(600, 20)
         y = (x[:, :3].sum(1) > 0).long()
@@ -323,6 +323,6 @@ def test_a_rate_that_is_too_high_falls_with_every_seed():
             slice(400), slice(400, 600)))  # fmt: skip
         tuned = stn.convert(nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Dropout(0.7), nn.Linear(64, 2)), quiet=True)
         tuner = stn.SelfTuner(tuned, torch.optim.AdamW(tuned.parameters(), 1e-3, weight_decay=0), F.cross_entropy)
-        for step_batch, held_out in stn.alternate(train, valid, epochs=40):
+        for step_batch, held_out in stn.alternate(train, valid, epochs=30):
             tuner.step(step_batch, held_out)
         assert tuner.values()["dropout"] < 0.6
