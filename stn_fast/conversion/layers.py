@@ -126,6 +126,11 @@ class Embedding(_Folding, GatedTable, nn.Embedding):
         return tokens
 
 
+def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """x ⊙ scale + shift; a shift has as many entries as the scale."""
+    return x * scale if shift is None else torch.addcmul(shift.view_as(scale), x, scale)
+
+
 class _Norm(Converted, Gated):
     """y = x̂ ⊙ (weight + (h Gwᵀ) ⊙ R) + bias + (h Gbᵀ) ⊙ r, where x̂ is x normalised by torch."""
 
@@ -167,8 +172,7 @@ class _NormOfLast(_Norm):
         view[self.example_dim] = len(h)
         scale, shift = self._scale_and_shift(h)
         scale = scale.view(*view, *self.weight.shape)
-        y = rows * scale if shift is None else torch.addcmul(shift.view_as(scale), rows, scale)
-        return y.reshape(normal.shape).to(normal.dtype)
+        return _affine(rows, scale, shift).reshape(normal.shape).to(normal.dtype)
 
 
 class LayerNorm(_NormOfLast, nn.LayerNorm):  # type: ignore[misc]
@@ -195,8 +199,7 @@ class GroupNorm(_Norm, nn.GroupNorm):  # type: ignore[misc]
             return F.group_norm(input, self.num_groups, scale[0], None if shift is None else shift[0], self.eps)
         normal = F.group_norm(input, self.num_groups, None, None, self.eps)
         scale = scale.view(*scale.shape, *[1] * (input.ndim - 2))
-        y = normal * scale if shift is None else torch.addcmul(shift.view_as(scale), normal, scale)
-        return y.to(normal.dtype)
+        return _affine(normal, scale, shift).to(normal.dtype)
 
 
 class _BatchNorm(GatedBatchNorm, _Folding):
@@ -312,30 +315,16 @@ class Conv1D(Converted, GatedTable):
     def forward(self, x: Tensor) -> Tensor:
         h = self.response(self.weight)
         rows = x if h.ndim == 1 else self.split(x, len(h))
-        weight, bias, response_weight, response_bias, weight_gate, bias_gate, projection = self.gated_parameters
-        of_rank = (response_weight.T, None) if projection is None else (response_weight, projection.T)
-        y = functional.gated_linear(
-            rows,
-            weight.T,
-            bias,
-            of_rank[0],
-            response_bias,
-            weight_gate,
-            bias_gate,
-            h,
-            self.example_dim,
-            response_projection=of_rank[1],
-        )
+        parameters = self._as_linear
+        projection = parameters.response_projection
+        y = functional.gated_linear(rows, *parameters[:6], h, self.example_dim, response_projection=projection)
         return y.view(*x.shape[:-1], self.nf)
 
     @torch.no_grad()
     def folded(self, response: Tensor) -> dict[str, Tensor]:
-        _, bias, _, response_bias, _, bias_gate, _ = self.gated_parameters
-        weight, _ = self._folded(response)
-        assert bias is not None
-        assert response_bias is not None
-        assert bias_gate is not None
-        return {"weight": weight, "bias": bias + (bias_gate @ response.to(bias)) * response_bias}
+        weight, bias = fold(self._as_linear, response.to(self.weight))
+        assert bias is not None  # it always has one
+        return {"weight": weight.T, "bias": bias}
 
 
 class DropPath(_Dropout):

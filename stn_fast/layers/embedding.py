@@ -24,6 +24,7 @@ from stn_fast.layers.gated import (
 from stn_fast.layers.regularisers import _PerBatchRegulariser, check_rate
 from stn_fast.ops.arguments import check_tensor
 from stn_fast.ops.gated_embedding import fold
+from stn_fast.ops.gates import GatedParameters
 
 
 class GatedTable(Gated):
@@ -33,11 +34,20 @@ class GatedTable(Gated):
     def _response_table(self) -> Tensor:
         return self.response_weight if self.response_projection is None else self.response_projection
 
+    @property
+    def _as_linear(self) -> GatedParameters:
+        """Those of the linear layer whose weight is this one's transposed."""
+        table, projection = self.gated_parameters, self.response_projection
+        response = table.response_weight.T if projection is None else table.response_weight
+        transposed = None if projection is None else projection.T
+        return table._replace(weight=table.weight.T, response_weight=response, response_projection=transposed)
+
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
         """½ · mean_b decay[b] ‖E + R diag(Gw h[b])‖², a scalar."""
-        response, projection = self.response_weight, self.response_projection
-        operands = (response.T, None) if projection is None else (response, projection.T)
-        return decay_penalty(self.weight.T, operands[0], self.weight_gate, hyper, decay, operands[1])
+        linear = self._as_linear
+        return decay_penalty(
+            linear.weight, linear.response_weight, linear.weight_gate, hyper, decay, linear.response_projection
+        )
 
     @torch.no_grad()
     def _folded(self, response: Tensor) -> tuple[Tensor, None]:
