@@ -32,13 +32,13 @@ from stn_fast.command_line import run_command
 from stn_fast.comparison.kept_runs import KeptRuns, Row
 from stn_fast.comparison.runs import measure, score
 from stn_fast.errors import UserError
+from stn_fast.modes import evaluating
 from stn_fast.recipes import recipe
 from stn_fast.training.batches import Batch
 from stn_fast.training.build import build_method
 from stn_fast.training.config import Config
 from stn_fast.training.finite import gradient_norms
 from stn_fast.training.methods import Method, SelfTuning
-from stn_fast.training.modes import evaluating
 from stn_fast.training.one_pass import UPDATES, Tuned, clipping, neumann_series
 from stn_fast.training.task import Task
 

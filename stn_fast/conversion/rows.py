@@ -14,7 +14,7 @@ from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.folding import tuned_of
 from stn_fast.conversion.reading import ReadParameters
 from stn_fast.conversion.rules import fixed_example_dim
-from stn_fast.training.modes import evaluating
+from stn_fast.modes import evaluating
 
 
 class _Call(NamedTuple):
@@ -76,8 +76,13 @@ def structure(*given: Any) -> Any:
     return str(tree), tuple(kinds)
 
 
+def first_tensor(given: Any) -> Tensor | None:
+    """The first tensor in a pytree; that of a model's inputs counts the examples by its first dimension."""
+    return next((leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)), None)
+
+
 def _examples(given: Any) -> int:
-    first = next((leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)), None)
+    first = first_tensor(given)
     if first is None or first.ndim == 0 or len(first) == 0:
         raise TypeError("check_rows: the first tensor that the model is called with must have examples in dimension 0")
     return len(first)
@@ -114,7 +119,7 @@ def _recording(model: nn.Module, calls: _Calls, examples: int) -> Iterator[None]
 
     def record(module: nn.Module, args: Any, kwargs: Any) -> None:
         assert isinstance(module, Converted)
-        x = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        x = first_tensor((args, kwargs))
         if x is not None:
             calls.setdefault(module, []).append(_call(x, module.example_dim, examples))
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from stn_fast.checks import real_number, switch, whole_number
-from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
+from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace, inverse_softplus
+from stn_fast.modes import TrainingModes, evaluating
 from stn_fast.training.batches import Batch, as_batch
 from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.config import Precision
 from stn_fast.training.finite import Attempt, Buffers, Guard, NonFiniteError, gradient_norms
 from stn_fast.training.hyper_state import check_made_by, described, reorder, saved_order
-from stn_fast.training.modes import TrainingModes, evaluating
 from stn_fast.training.optimizers import (
     MakeOptimizer,
     default_hyper_optimizer,
@@ -499,9 +499,7 @@ class SelfTuning(Method):
             raise RuntimeError("rescale: the scales are tuned; construct the method with tune_scales=False")
         if not real_number("rescale", "factor", factor) > 0:
             raise ValueError(f"rescale: factor must be above 0, got {factor}")
-        _, first = self.space.initial_state(self.location.device)
-        wanted = factor * self.space.scales(first)
-        self.raw_scale.copy_(wanted + torch.log(-torch.expm1(-wanted)))  # the inverse of softplus
+        self.raw_scale.copy_(torch.tensor([inverse_softplus(factor * one.scale) for one in self.space]))
         self.space.clamp_(self.raw_scale)
 
     def settings(self) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from stn_fast.checks import real_number, whole_number
 from stn_fast.hyperparameter import Hyperparameter
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
+from stn_fast.modes import evaluating
 from stn_fast.training.batches import Batch
 from stn_fast.training.finite import Attempt, gradient_norms
 from stn_fast.training.methods import FixedHyperparameters
-from stn_fast.training.modes import evaluating
 from stn_fast.training.optimizers import (
     MakeOptimizer,
     default_hyper_optimizer,

@@ -14,6 +14,7 @@ import torch
 from stn_fast.data import Split
 from stn_fast.errors import UserError
 from stn_fast.hyperparameters import HyperBatch
+from stn_fast.modes import evaluating
 from stn_fast.training import checkpoint
 from stn_fast.training.averaging import averaged_model
 from stn_fast.training.batches import as_batch
@@ -22,7 +23,6 @@ from stn_fast.training.config import Config
 from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.methods import Method, SelfTuning
 from stn_fast.training.metrics import MeanLoss, MetricsLog, describe
-from stn_fast.training.modes import evaluating
 from stn_fast.training.optimizers import captures
 from stn_fast.training.plateau import Plateau
 from stn_fast.training.precision import float32_products

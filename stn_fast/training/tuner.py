@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from stn_fast.checks import switch, whole_number
 from stn_fast.conversion.folding import fold, tuned_of
-from stn_fast.conversion.rows import check_rows, structure
+from stn_fast.conversion.rows import check_rows, first_tensor, structure
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training.batches import Examples, as_batch
 from stn_fast.training.config import Precision
@@ -48,7 +47,7 @@ class _Batch(Examples):
 
     @property
     def examples(self) -> int:
-        first = next((leaf for leaf in pytree.tree_leaves(self.inputs) if isinstance(leaf, Tensor)), None)
+        first = first_tensor(self.inputs)
         if first is None or first.ndim == 0:
             raise TypeError("SelfTuner: the first input of a batch must be a tensor, with the examples in dimension 0")
         return len(first)
@@ -118,7 +117,7 @@ class SelfTuner:
         precision: Precision = "fp32",
         check_rows: bool = True,
     ) -> None:
-        tuned = tuned_of("SelfTuner", model)
+        tuned = self._tuned = tuned_of("SelfTuner", model)
         _check_optimizer(model, optimizer)
         self.warmup_steps = whole_number("SelfTuner", "warmup_steps", warmup_steps, 0)
         self.check_rows = switch("SelfTuner", "check_rows", check_rows)
@@ -190,11 +189,11 @@ class SelfTuner:
 
     def values(self) -> dict[str, float]:
         """The current values of the hyperparameters, by name."""
-        return self.method.space.values(self.method.location)
+        return self._tuned.values()
 
     def scales(self) -> dict[str, float]:
         """The current σ of the perturbations, by name, in units of the unconstrained λ."""
-        return dict(zip(self.method.space.names, self.method.scales().tolist(), strict=True))
+        return self._tuned.scales()
 
     @property
     def history(self) -> list[dict[str, Any]]:

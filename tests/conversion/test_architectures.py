@@ -267,4 +267,7 @@ def table_of_architectures():
 def test_table():
     pytest.importorskip("timm")
     pytest.importorskip("transformers")
-    print("\n" + table_of_architectures())
+    table = table_of_architectures()
+    print("\n" + table)
+    shown = [line.partition(": ")[0] for line in table.splitlines() if not line.startswith(" ")]
+    assert shown == [*TIMM, *TRANSFORMERS]
