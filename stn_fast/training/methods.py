@@ -46,6 +46,7 @@ from stn_fast.training.parameters import (
     parameter_names,
 )
 from stn_fast.training.precision import autocasting, check_precision, float32_products
+from stn_fast.training.response_steps import ResponseSteps
 from stn_fast.training.task import Objective
 
 
@@ -66,7 +67,7 @@ class Method(ABC):
         optimizer: makes the optimizer from the parameters to train. On CUDA it is made capturable, and the learning
             rate of a fused one becomes a tensor.
         clip: maximum Euclidean norm of the gradient of a training step; a longer gradient is scaled down to it. None
-            for no limit: self-tuning can then diverge.
+            for no limit.
         skip_nonfinite: how many steps in a row are skipped, each with a warning, if their loss or gradient is not
             finite. One more is an error; with 0, the first one is.
         seed: with ``step``, fixes dropout masks and noise.
@@ -113,6 +114,7 @@ class Method(ABC):
         check_streams(model)
         self.guard = Guard(whole_number(who, "skip_nonfinite", skip_nonfinite, 0), self.waits)
         self._modes, self._buffers = TrainingModes(model), Buffers(model)
+        self._response_steps = ResponseSteps(model)
         trained = self._trained()
         self.optimizer = optimizer(trained)
         self.location, self.raw_scale = self._initial_state(trained[0].device)
@@ -253,6 +255,7 @@ class Method(ABC):
         def update() -> None:
             if self.clip is not None:
                 nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
+            self._response_steps.shorten(trained, [hyper.response for hyper in hypers])
             optimizer.step()
 
         name = partial(parameter_names, self.model, trained)
@@ -442,7 +445,9 @@ class SelfTuning(Method):
     hyperparameters for each example. By default, it makes two passes, with opposite perturbations λ ± σε of each
     example and the same draws for the masks and noise of this package's layers (antithetic sampling): what the
     gradients of the response have in common with those of the weights, which is most of their noise, cancels. Layers
-    of torch, such as `nn.Dropout`, draw anew in each pass. Running statistics are those of the first pass.
+    of torch, such as `nn.Dropout`, draw anew in each pass. Running statistics are those of the first pass. After
+    clipping, gradients of the response of this package's layers are divided by max(1, E[s²]), where s is the gate of
+    their output: wide perturbations would otherwise need smaller steps for R than for W.
 
     A validation step minimises F(model(x; λ̃)) − τ·entropy(σ) over the location and raw scale only, through the
     response; the model is in evaluation mode and no weight gradient is computed.

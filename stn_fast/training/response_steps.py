@@ -1,0 +1,50 @@
+"""Steps of the response that stay stable where hyperparameters are perturbed widely, or are far from their start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stn_fast.layers.embedding import GatedTable
+
+
+class ResponseSteps:
+    """Keeps steps of the responses R and r of gated layers as stable as those of W and b.
+
+    An output is W x + s (R x) with s = Gw h, so the curvature of the loss in a row of R is E[s²] times that in this row
+    of W: where h is large, R diverges with learning rates at which W does not. The gradient of each row of R is
+    therefore divided by max(1, E[s²]), the mean over the examples of the step, and that of r likewise. Optimizers that
+    divide by the size of gradients, such as Adam, hardly notice.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._parts: list[tuple[Tensor, Tensor, bool]] = []  # R or r, its gate, and whether outputs are columns of R
+        for module in model.modules():
+            own = dict(module.named_parameters(recurse=False))
+            for name, response in own.items():
+                gate = name.replace("response_weight", "weight_gate").replace("response_bias", "bias_gate")
+                if gate != name and gate in own:
+                    columns = isinstance(module, GatedTable) and module.response_projection is None
+                    self._parts.append((response, own[gate], columns))
+
+    @torch.no_grad()
+    def shorten(self, trained: Sequence[Tensor], responses: Sequence[Tensor]) -> None:
+        """Divides the gradients in place.
+
+        Args:
+            trained: the parameters that have a gradient.
+            responses: h (B, n) of each pass of the step.
+        """
+        moments = torch.stack([h.T @ h / len(h) for h in responses]).mean(0)
+        having_gradients = set(map(id, trained))
+        for response, gate, columns in self._parts:
+            if id(response) not in having_gradients or response.grad is None:
+                continue
+            squares = ((gate @ moments.to(gate)) * gate).sum(1).clamp(min=1)
+            if not columns:  # the scale of a norm may have several dimensions, with a row of the gate for each entry
+                several = squares.numel() == response.numel()
+                squares = squares.view(response.shape if several else (-1, *[1] * (response.ndim - 1)))
+            gradient = response.grad._values() if response.grad.is_sparse else response.grad  # sparse: rows of a table
+            gradient.div_(squares)
