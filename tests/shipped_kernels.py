@@ -431,11 +431,13 @@ def tested(label, job):
     """What `make test` compiles, which leaves the rest to `make compile-ahead`.
 
     float16 compiles like bfloat16. Responses of low rank add a product or a pointer to kernels that are tested anyway,
-    and kernels without matrix products need neither tensor cores nor much memory: of those, one GPU is enough, and of
-    their dtypes bfloat16, which needs the most conversions.
+    and kernels without matrix products need neither tensor cores nor much memory: of those, one GPU is enough, sizes
+    that are multiples of nothing, and of their dtypes bfloat16, which needs the most conversions.
     """
     if label in FEWER_JOBS:
         return True
+    if job.divisible and job.kernel not in WITH_PRODUCTS:
+        return False
     dtypes = {"*bf16", "*fp16"} & set(job.types.values())
     if job.constants.get("K_PAD") or job.constants.get("APART") or job.kernel not in WITH_PRODUCTS:
         return job.capability == 90 and ("*bf16" in dtypes or job.kernel not in WITH_BFLOAT16)

@@ -54,9 +54,9 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
     if "response_rank" in command:
         command += " --variants full rank-1"
     if "stn_fast.compare" in command:
-        command += f" --epochs 1 --seeds 1 --budget 1 --methods fixed,tpe --guesses low --out {tmp_path / 'out'}"
+        command += f" --epochs 1 --seeds 1 --budget 1 --methods fixed --guesses low --out {tmp_path / 'out'}"
     elif "--guesses" in command:
-        command += " --methods stn fixed"
+        command += " --methods stn --guesses .05"
     if "response_step" in command:
         command += " --networks mlp --modes response --rounds 1 --seconds 0.1"
     if "benchmarks.steps" in command:
