@@ -9,8 +9,10 @@ from typing import TypeVar
 from torch import nn
 
 from stn_fast.checks import switch, whole_number
+from stn_fast.conversion.additions import Added, Addition, WeightDecay
 from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.folding import fold
+from stn_fast.conversion.placing import additions_in, decay_names, placed, with_additions
 from stn_fast.conversion.report import Entry, table
 from stn_fast.conversion.rows import check_rows
 from stn_fast.conversion.rules import Context, converts, fixed_example_dim, is_known, rate_of, rule_of
@@ -23,10 +25,12 @@ from stn_fast.layers.gated import factors_to_use
 from stn_fast.layers.regularisers import _Regulariser, check_rate
 
 __all__ = [
+    "Added",
     "Context",
     "Converted",
     "Entry",
     "TunedHyperparameters",
+    "WeightDecay",
     "check_rows",
     "convert",
     "converts",
@@ -39,7 +43,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def convert(
     model: Model,
-    space: HyperparameterSpace | None = None,
+    space: HyperparameterSpace | Sequence[Addition] | None = None,
     *,
     dropouts: Mapping[str, str] | None = None,
     include: str | Sequence[str] = "*",
@@ -81,9 +85,11 @@ def convert(
 
     Args:
         model: on one device, with its weights.
-        space: the hyperparameters; by default `suggest_space(model, group)`.
+        space: the hyperparameters; by default `suggest_space(model, group)`. A list of regularisers that the model
+            lacks, such as `stn_fast.WeightDecay`, adds them: the space is the suggested one and their hyperparameters.
         dropouts: {pattern: name of a hyperparameter of `space`} for dropout modules, the first that fits; others stay
             plain. By default, a dropout module has the hyperparameter with the name that `suggest_space` gives it.
+            Not with a list of additions.
         include, exclude: patterns of modules to convert, and of those to leave out.
         example_dims: {pattern: dimension that counts examples}, the first that fits, for inputs such as (T, B, D). It
             applies to Linear, Embedding, LayerNorm, RMSNorm, Dropout and DropPath; an LSTM has its `batch_first`, and
@@ -95,13 +101,14 @@ def convert(
         quiet: whether to print no table.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `space` is something else.
         ValueError: nothing can be converted; the model has been converted, is on the meta device or on several; a
             pattern fits nothing, or declares a dimension that a module can't have; a hyperparameter other than
-            weight_decay has no use, or can't be a dropout rate; `strict` and a module is left out. The message names
-            it, and the model is unchanged.
+            weight_decay has no use, or can't be a dropout rate; an addition fits nothing, or its name is used;
+            `strict` and a module is left out. The message names it, and the model is unchanged.
     """
     check_model("convert", model)
+    additions = additions_in(space)
     switch("convert", "strict", strict)
     switch("convert", "quiet", quiet)
     factors_to_use("convert", response_rank, (2, 2))
@@ -118,19 +125,22 @@ def convert(
             left_out.append(one.left_out("no hyperparameter of the space is its rate"))
     chosen = [one for one in chosen if one.name in rates or rate_of(one.module) is None]
     _check_chosen(chosen, left_out, strict)
-    _check_rates(space, rates, chosen)
+    added = placed(chosen, additions or ())
+    _check_rates(space, rates, chosen, added)
 
     dims = _example_dims(chosen, example_dims)
 
     report = [Entry(one.name, one.kind, rates.get(one.name)) for one in chosen] + left_out
-    tuned = TunedHyperparameters(space, report).train(model.training)
+    tuned = TunedHyperparameters(space, report, added).train(model.training)
     tuned.to(next(iter(model.parameters()), tuned.location).device)
-    streams = _free_streams(model)
+    streams, decays = _free_streams(model), decay_names(added)
     try:
         for name, module in chosen:
             rule = rule_of(module)
             assert rule is not None
             rule(module, Context(name, tuned, response_rank, dims[name], rates.get(name), streams))
+            if decays:
+                module.__dict__["decay_name"] = decays.get(name)
     except Exception:
         for _, module in chosen:
             if isinstance(module, Converted):
@@ -138,24 +148,27 @@ def convert(
         raise
     model.add_module("tuned_hyperparameters", tuned)
     if not quiet:
-        print(table(report, space))
+        print(table(report, space, added))
     return model
 
 
 def _rates(
     model: nn.Module,
     chosen: Sequence[Named],
-    space: HyperparameterSpace | None,
+    space: HyperparameterSpace | Sequence[Addition] | None,
     dropouts: Mapping[str, str] | None,
     group: Group,
 ) -> tuple[HyperparameterSpace, dict[str, str]]:
     """The space, and {name of a module: the hyperparameter that is its dropout rate}."""
     if dropouts is None:
         groups = grouped(dropouts_of(chosen), group)
-        space = space_of(groups) if space is None else space
+        if not isinstance(space, HyperparameterSpace):
+            space = with_additions(space_of(groups), space or ())
         return space, {one.name: name for name, group in groups.items() if name in space for one in group}
-    if space is None:
-        raise ValueError("convert: dropouts names hyperparameters of a space: give space, too")
+    if not isinstance(space, HyperparameterSpace):
+        raise ValueError(
+            "convert: dropouts names hyperparameters of a space: give space, too, as a HyperparameterSpace"
+        )
     check_patterns("dropouts", model, dropouts)
     for pattern, name in dropouts.items():
         if name not in space:
@@ -177,10 +190,13 @@ def _check_chosen(chosen: Sequence[Named], left_out: Sequence[Entry], strict: bo
         raise ValueError("convert: strict=True, but modules are left out:" + "".join(f"\n  {line}" for line in against))
 
 
-def _check_rates(space: HyperparameterSpace, rates: Mapping[str, str], chosen: Sequence[Named]) -> None:
+def _check_rates(
+    space: HyperparameterSpace, rates: Mapping[str, str], chosen: Sequence[Named], added: Sequence[Added]
+) -> None:
     """Modules with a rule of the user's own may use any hyperparameter, and as something else than a rate."""
     own = {one.name for one in chosen if not is_known(one.module)}
-    unused = [name for name in space.names if name not in rates.values() and name != "weight_decay"]
+    used = {"weight_decay", *rates.values(), *(one.hyperparameter for one in added)}
+    unused = [name for name in space.names if name not in used]
     if unused and not own:
         raise ValueError(
             f"convert: nothing uses {', '.join(unused)}: give the dropout modules with this rate in dropouts, or leave "

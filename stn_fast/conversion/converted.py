@@ -26,12 +26,15 @@ class Converted(nn.Module):
         dotted_name: name of this module in the model.
         plain_class: its class before the conversion.
         example_dim: the dimension of its input that counts examples.
+        decay_name: the hyperparameter that decays its weights, if the model was converted with a `WeightDecay`; None if
+            they are not decayed.
     """
 
     tuned: TunedHyperparameters
     dotted_name: str
     plain_class: type[nn.Module]
     example_dim: int
+    decay_name: str | None
 
     @property
     def hyper(self) -> HyperBatch | None:
@@ -108,7 +111,7 @@ RESPONSE = tuple(GatedParameters._fields[2:])
 # What a conversion stores on a module besides parameters.
 ATTRIBUTES = (
     "tuned", "dotted_name", "plain_class", "example_dim", "num_hyperparameters", "response_rank", "name", "stream",
-    "streams",
+    "streams", "decay_name",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from stn_fast.conversion.additions import Added
 from stn_fast.hyperparameters import HyperparameterSpace
 
 MOST_NAMES = 3  # names of modules in one line of the table
@@ -29,17 +30,18 @@ class Entry:
     asked: bool = False
 
 
-def table(report: Sequence[Entry], space: HyperparameterSpace) -> str:
+def table(report: Sequence[Entry], space: HyperparameterSpace, added: Sequence[Added] = ()) -> str:
     """One line for each kind of converted module, for each hyperparameter, and for each reason to leave modules out."""
     converted = [entry for entry in report if entry.reason is None]
     layers = _grouped((entry.kind, entry.name) for entry in converted if entry.hyperparameter is None)
     rates = _grouped((entry.hyperparameter, entry.name) for entry in converted if entry.hyperparameter is not None)
+    uses = {name: f", rate of {_listed(names)}" for name, names in rates.items()}
+    uses |= {one.hyperparameter: f", {_use(one)}" for one in added}
     left_out = _grouped((f"{entry.kind}: {entry.reason}", entry.name) for entry in report if entry.reason is not None)
     lines = [f"stn.convert: {len(converted)} of {len(report)} modules converted"]
     lines += [f"  {kind}: {len(names)}" for kind, names in layers.items()]
     lines += [
-        f"  tuned {one.name}: {_bounds(one.low, one.high)} from {one.init:.4g}{_used_by(rates.get(one.name, []))}"
-        for one in space
+        f"  tuned {one.name}: {_bounds(one.low, one.high)} from {one.init:.4g}{uses.get(one.name, '')}" for one in space
     ]
     lines += [f"  left out {_listed(names)} ({reason})" for reason, names in left_out.items()]
     return "\n".join(lines)
@@ -56,8 +58,8 @@ def _bounds(low: float | None, high: float | None) -> str:
     return f"{'(-inf' if low is None else f'[{low:g}'}, {'inf' if high is None else f'{high:g}'})"
 
 
-def _used_by(names: Sequence[str]) -> str:
-    return f", rate of {_listed(names)}" if names else ""
+def _use(added: Added) -> str:
+    return f"added as {type(added.addition).__name__} of {_listed(added.modules)}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -158,6 +158,11 @@ def rate_of(module: nn.Module) -> float | None:
     return float(module.drop_prob or 0) if is_drop_path(module) else None  # type: ignore[arg-type]
 
 
+def has_weights(module: nn.Module) -> bool:
+    """Whether a module with a rule is one that weight decay is for; norms and dropout are not."""
+    return type(module) not in NORMS and type(module) not in DROPOUTS and not is_drop_path(module)
+
+
 def fixed_example_dim(module: nn.Module) -> int | None:
     """The only dimension of its input that can count examples; None if `example_dims` may declare another one."""
     if isinstance(module, nn.LSTM):

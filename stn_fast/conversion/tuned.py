@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stn_fast.conversion.additions import Added
 from stn_fast.conversion.report import Entry
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.ops.transforms import in_transform, traced
@@ -49,18 +50,19 @@ class TunedHyperparameters(nn.Module):
         space: the hyperparameters.
         location, raw_scale: buffers (n,) float32, unconstrained. They stay float32 when the model is cast.
         report: what `convert` did with each module.
+        added: what it did with each addition.
         current: the HyperBatch that layers use now, set by `using`; None outside. It is not saved.
     """
 
     location: Tensor
     raw_scale: Tensor
 
-    def __init__(self, space: HyperparameterSpace, report: Sequence[Entry] = ()):
+    def __init__(self, space: HyperparameterSpace, report: Sequence[Entry] = (), added: Sequence[Added] = ()):
         super().__init__()
         location, raw_scale = space.initial_state()
         self.register_buffer("location", location)
         self.register_buffer("raw_scale", raw_scale)
-        self.space, self.report = space, list(report)
+        self.space, self.report, self.added = space, list(report), list(added)
         self.current: HyperBatch | None = None
         self._thread: int | None = None
         self._latest: _Latest | None = None

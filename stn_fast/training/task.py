@@ -86,18 +86,21 @@ def with_weight_decay(loss: Tensor, model: nn.Module, hyper: HyperBatch) -> Tens
 
     The matrices and filters of gated layers are decayed; biases and norms are not. Your own layers are decayed if they
     have a method ``weight_decay_penalty(hyper, decay)`` that returns ½ · mean over examples of decay[b] · ‖W_eff[b]‖².
-    A ``weight`` that several layers share is decayed once, with the response of the first of them.
+    A ``weight`` that several of these layers share is decayed once, with the response of the first of them.
+
+    A layer's attribute ``decay_name`` names another hyperparameter to decay it with, or is None for none; `convert`
+    sets it if it is given a `stn_fast.WeightDecay`.
     """
-    if "weight_decay" not in hyper:
-        return loss
-    decay = hyper["weight_decay"]
+    penalised = [layer for layer in model.modules() if hasattr(type(layer), "weight_decay_penalty")]
+    names = [getattr(layer, "decay_name", "weight_decay") for layer in penalised]
+    decays = {name: hyper[name] for name in dict.fromkeys(["weight_decay", *names]) if name in hyper}
     decayed: set[int] = set()
-    for layer in model.modules():
-        penalty = getattr(type(layer), "weight_decay_penalty", None)
+    for layer, name in zip(penalised, names, strict=True):
+        penalty: Any = layer.weight_decay_penalty
         weight = getattr(layer, "weight", None)
-        if penalty is None or id(weight) in decayed:
+        if name not in decays or id(weight) in decayed:
             continue
-        loss = loss + penalty(layer, hyper, decay)
+        loss = loss + penalty(hyper, decays[name])
         if isinstance(weight, nn.Parameter):
             decayed.add(id(weight))
     return loss

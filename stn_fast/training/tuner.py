@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stn_fast.checks import switch, whole_number
+from stn_fast.conversion.additions import WeightDecay
 from stn_fast.conversion.folding import fold, tuned_of
 from stn_fast.conversion.rows import check_rows, first_tensor, structure
 from stn_fast.hyperparameters import HyperBatch
@@ -79,8 +80,9 @@ class SelfTuner:
     examples, also for a model that calls it time. Batches are not moved to another device. Activation checkpointing in
     the model must not be reentrant (``use_reentrant=False``).
 
-    The training loss also gets ½·weight_decay·‖W_eff‖² of the converted layers, if the space has `weight_decay`. An
-    optimizer that decays weights itself decays them and the response as well, which is a warning.
+    The training loss also gets ½·weight_decay·‖W_eff‖² of the converted layers, if the space has `weight_decay`; with
+    additions of `stn_fast.WeightDecay`, each layer has its own hyperparameter. An optimizer that decays weights itself
+    decays them and the response as well, which is a warning.
 
     Args:
         model: a converted one, as `convert` returns.
@@ -247,9 +249,12 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
             "with all parameters of the converted model"
         )
     decays = [group["weight_decay"] for group in optimizer.param_groups if group.get("weight_decay")]
-    if decays and "weight_decay" in tuned_of("SelfTuner", model).space.names:
+    tuned = tuned_of("SelfTuner", model)
+    added = [one.hyperparameter for one in tuned.added if isinstance(one.addition, WeightDecay)]
+    names = [name for name in tuned.space.names if name in ("weight_decay", *added)]
+    if decays and names:
         warnings.warn(
-            f"the optimizer decays weights by {decays[0]}, in addition to the tuned weight_decay, and the response "
+            f"the optimizer decays weights by {decays[0]}, in addition to the tuned {listed(names)}, and the response "
             "too: make it with weight_decay=0",
             stacklevel=3,
         )
