@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stn_fast import functional as functional
+    from stn_fast.conversion import Dropout as Dropout
     from stn_fast.conversion import WeightDecay as WeightDecay
     from stn_fast.conversion import convert as convert
     from stn_fast.conversion import converts as converts
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 _HOME = {
     "backends": "stn_fast.dispatch",
     "use_backend": "stn_fast.dispatch",
+    "Dropout": "stn_fast.conversion",
     "WeightDecay": "stn_fast.conversion",
     "convert": "stn_fast.conversion",
     "converts": "stn_fast.conversion",

@@ -9,9 +9,10 @@ from typing import TypeVar
 from torch import nn
 
 from stn_fast.checks import switch, whole_number
-from stn_fast.conversion.additions import Added, Addition, WeightDecay
+from stn_fast.conversion.additions import Added, Addition, Dropout, WeightDecay
 from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.folding import fold
+from stn_fast.conversion.output_dropout import add_output_dropouts, remove_output_dropouts
 from stn_fast.conversion.placing import additions_in, decay_names, placed, with_additions
 from stn_fast.conversion.report import Entry, table
 from stn_fast.conversion.rows import check_rows
@@ -28,6 +29,7 @@ __all__ = [
     "Added",
     "Context",
     "Converted",
+    "Dropout",
     "Entry",
     "TunedHyperparameters",
     "WeightDecay",
@@ -86,14 +88,15 @@ def convert(
     Args:
         model: on one device, with its weights.
         space: the hyperparameters; by default `suggest_space(model, group)`. A list of regularisers that the model
-            lacks, such as `stn_fast.WeightDecay`, adds them: the space is the suggested one and their hyperparameters.
+            lacks, `stn_fast.Dropout` and `stn_fast.WeightDecay`, adds them: the space is the suggested one and their
+            hyperparameters.
         dropouts: {pattern: name of a hyperparameter of `space`} for dropout modules, the first that fits; others stay
             plain. By default, a dropout module has the hyperparameter with the name that `suggest_space` gives it.
             Not with a list of additions.
         include, exclude: patterns of modules to convert, and of those to leave out.
         example_dims: {pattern: dimension that counts examples}, the first that fits, for inputs such as (T, B, D). It
-            applies to Linear, Embedding, LayerNorm, RMSNorm, Dropout and DropPath; an LSTM has its `batch_first`, and
-            in the inputs of others it is always the first.
+            applies to Linear, Embedding, LayerNorm, RMSNorm, Dropout and DropPath, and to outputs that a
+            `stn_fast.Dropout` drops; an LSTM has its `batch_first`, and in the inputs of others it is always the first.
         response_rank: as for `HyperLinear`. Norms always have a full response.
         group: how dropout modules share rates, as for `suggest_space`; not used with `dropouts`.
         strict: whether it is an error if a module with parameters or dropout is left out for another reason than
@@ -125,10 +128,11 @@ def convert(
             left_out.append(one.left_out("no hyperparameter of the space is its rate"))
     chosen = [one for one in chosen if one.name in rates or rate_of(one.module) is None]
     _check_chosen(chosen, left_out, strict)
-    added = placed(chosen, additions or ())
+    added = placed(model, chosen, additions or ())
     _check_rates(space, rates, chosen, added)
 
-    dims = _example_dims(chosen, example_dims)
+    dropped = {name for one in added if isinstance(one.addition, Dropout) for name in one.modules}
+    dims = _example_dims([*chosen, *(Named(name, model.get_submodule(name)) for name in dropped)], example_dims)
 
     report = [Entry(one.name, one.kind, rates.get(one.name)) for one in chosen] + left_out
     tuned = TunedHyperparameters(space, report, added).train(model.training)
@@ -141,7 +145,9 @@ def convert(
             rule(module, Context(name, tuned, response_rank, dims[name], rates.get(name), streams))
             if decays:
                 module.__dict__["decay_name"] = decays.get(name)
+        add_output_dropouts(model, added, tuned, dims, streams)
     except Exception:
+        remove_output_dropouts(model)
         for _, module in chosen:
             if isinstance(module, Converted):
                 Converted.revert(module, {})

@@ -6,6 +6,51 @@ import re
 from dataclasses import dataclass
 
 from stn_fast.hyperparameter import Hyperparameter
+from stn_fast.layers.regularisers import check_rate
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Inverted dropout of the output of modules, each example at its own tuned rate.
+
+        stn.convert(model, [stn.Dropout("layer4.*", init=0.1)])
+
+    y = x · keep / (1 − rate[b]) for example b in training mode, where keep is 0 with probability rate[b], else 1. Every
+    module has its own random stream; with several rows for an example, each row has its own mask. In evaluation mode,
+    outputs are not dropped, and `fold` gives a model without this dropout. The modules may be of any class, converted
+    or not; `include` and `exclude` do not concern them.
+
+    Args:
+        pattern: fnmatch on the dotted names of modules. Modules within others that it fits are left out, so "layer4.*"
+            fits layer4.0 and layer4.1, but not layer4.0.conv1. So are the model itself and modules that are never
+            called, as `torch.nn.ModuleList`. A module has the rate of the first Dropout in the list that fits it.
+        init: the first rate, within (low, high).
+        name: of the hyperparameter; by default "dropout" and the words of the pattern, such as `dropout_layer4`.
+        low, high: bounds of the rate, 0 <= low < high < 1.
+        scale: initial σ of the perturbation of the unconstrained value, as for `Hyperparameter`.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it. By `convert`: another hyperparameter has the
+            name, or no module is left for it. By the module: its output does not have the examples in dimension 0, or
+            the one that `example_dims` of `convert` declares.
+        TypeError: by the module, if its output is not a floating point tensor, such as the tuple of `torch.nn.LSTM`.
+    """
+
+    pattern: str
+    init: float = 0.1
+    name: str | None = None
+    low: float = 0.0
+    high: float = 0.95
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_pattern(self)
+        check_rate(self.hyperparameter)
+
+    @property
+    def hyperparameter(self) -> Hyperparameter:
+        name = _name("dropout", self)
+        return Hyperparameter(name, low=self.low, high=self.high, init=self.init, scale=self.scale)
 
 
 @dataclass(frozen=True)
@@ -44,7 +89,7 @@ class WeightDecay:
         return Hyperparameter(_name("weight_decay", self), low=0.0, init=self.init, scale=self.scale)
 
 
-Addition = WeightDecay
+Addition = Dropout | WeightDecay
 
 
 @dataclass(frozen=True)
@@ -62,7 +107,7 @@ class Added:
     modules: tuple[str, ...]
 
 
-def _check_pattern(addition: WeightDecay) -> None:
+def _check_pattern(addition: Addition) -> None:
     if not isinstance(addition.pattern, str) or not addition.pattern:
         raise ValueError(
             f"{type(addition).__name__}: pattern must be a non-empty string, such as 'layer4.*', got "
@@ -70,7 +115,7 @@ def _check_pattern(addition: WeightDecay) -> None:
         )
 
 
-def _name(role: str, addition: WeightDecay) -> str:
+def _name(role: str, addition: Addition) -> str:
     """The name that was given; by default the role and the words of the pattern: "dropout", "*.head" → dropout_head."""
     words = [role, *re.findall(r"\w+", addition.pattern)]
     return "_".join(words) if addition.name is None else addition.name

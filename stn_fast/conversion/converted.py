@@ -44,11 +44,7 @@ class Converted(nn.Module):
             RuntimeError: none is in use, in training mode.
         """
         if self.tuned.current is None and self.training:
-            raise RuntimeError(
-                f"{self.dotted_name or 'the model'} ({self.plain_class.__name__}) is in training mode, in which every "
-                "example has its own hyperparameters: train with stn.SelfTuner, call the model inside `with "
-                "model.tuned_hyperparameters.using(hyper):`, or call model.eval() to use the current hyperparameters"
-            )
+            raise no_batch_in_use(self)
         return self.tuned.current
 
     def response(self, like: Tensor) -> Tensor:
@@ -105,6 +101,15 @@ class Converted(nn.Module):
         for name in ATTRIBUTES:
             self.__dict__.pop(name, None)
         self.__class__ = plain  # type: ignore[assignment]
+
+
+def no_batch_in_use(module: Any) -> RuntimeError:
+    """The error that a module with `dotted_name` and `plain_class` is called in training mode outside `using`."""
+    return RuntimeError(
+        f"{module.dotted_name or 'the model'} ({module.plain_class.__name__}) is in training mode, in which every "
+        "example has its own hyperparameters: train with stn.SelfTuner, call the model inside `with "
+        "model.tuned_hyperparameters.using(hyper):`, or call model.eval() to use the current hyperparameters"
+    )
 
 
 RESPONSE = tuple(GatedParameters._fields[2:])

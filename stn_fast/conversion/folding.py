@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stn_fast.conversion.converted import Converted
+from stn_fast.conversion.output_dropout import remove_output_dropouts
 from stn_fast.conversion.tuned import TunedHyperparameters
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,8 +28,9 @@ def fold(model: Model) -> Model:
     """A plain copy of a converted model, with the classes that its modules had, at the current hyperparameters λ.
 
     It computes what ``model.eval()`` computes, with W_eff = W + diag(Gw h) R and b_eff = b + (Gb h) ⊙ r for h at λ;
-    its dropout modules have the tuned rates. Names, hooks, modes, buffers and tied parameters are kept. Parameters
-    that are tied although their effective values differ are separated, with a warning that names them.
+    its dropout modules have the tuned rates, and the dropout that a `stn_fast.Dropout` added is removed. Names, hooks,
+    modes, buffers and tied parameters are kept. Parameters that are tied although their effective values differ are
+    separated, with a warning that names them.
 
     Raises:
         TypeError: the model has not been converted.
@@ -46,6 +48,7 @@ def fold(model: Model) -> Model:
     _put(plain, folded)
     for _, module in converted:
         module.revert(values)
+    remove_output_dropouts(plain)
     del plain.tuned_hyperparameters
     return plain
 

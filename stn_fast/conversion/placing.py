@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
-from stn_fast.conversion.additions import Added, Addition, WeightDecay
+from torch import nn
+
+from stn_fast.conversion.additions import Added, Addition, Dropout, WeightDecay
 from stn_fast.conversion.rules import has_weights
 from stn_fast.conversion.selection import Named, matches
 from stn_fast.hyperparameters import HyperparameterSpace
@@ -31,36 +34,55 @@ def with_additions(suggested: HyperparameterSpace, additions: Sequence[Addition]
     """The suggested space with the hyperparameters of the additions after its own.
 
     Raises:
-        ValueError: two have the same name.
+        ValueError: two have the same name, or one that is not weight decay has its name.
     """
     replaced = any(isinstance(one, WeightDecay) for one in additions)
     space = [one for one in suggested if not (replaced and one.name == "weight_decay")]
     for addition in additions:
         name = addition.hyperparameter.name
-        if any(one.name == name for one in space):
-            raise ValueError(f"convert: {addition} is called {name!r}, as another hyperparameter is: give it a name")
+        reserved = name == "weight_decay" and not isinstance(addition, WeightDecay)
+        if reserved or any(one.name == name for one in space):
+            raise ValueError(
+                f"convert: {addition} would be the hyperparameter {name!r}, which is another one: give it another name"
+            )
         space.append(addition.hyperparameter)
     return HyperparameterSpace(space)
 
 
-def placed(chosen: Sequence[Named], additions: Sequence[Addition]) -> list[Added]:
+def placed(model: nn.Module, chosen: Sequence[Named], additions: Sequence[Addition]) -> list[Added]:
     """The modules of each addition; a module belongs to the first of its kind that fits it.
 
     Raises:
         ValueError: there is none for an addition.
     """
     layers = [one.name for one in chosen if has_weights(one.module)]
-    added = []
+    added: list[Added] = []
     for addition in additions:
-        modules = tuple(name for name in layers if matches(name, [addition.pattern]))
-        layers = [name for name in layers if name not in modules]
+        if isinstance(addition, Dropout):
+            fitting, wanted = _outermost(model, addition.pattern), "a module that is called, in the model,"
+        else:
+            fitting = [name for name in layers if matches(name, [addition.pattern])]
+            wanted = "a converted layer that is not a norm,"
+        taken = {name for one in added if type(one.addition) is type(addition) for name in one.modules}
+        modules = tuple(name for name in fitting if name not in taken)
         if not modules:
             raise ValueError(
-                f"convert: there is no module for {addition}: its pattern must fit a converted layer that is not a "
-                "norm, and that no WeightDecay before it fits"
+                f"convert: there is no module for {addition}: its pattern must fit {wanted} and that no "
+                f"{type(addition).__name__} before it fits"
             )
         added.append(Added(addition, addition.hyperparameter.name, modules))
     return added
+
+
+def _outermost(model: nn.Module, pattern: str) -> list[str]:
+    """The modules that the pattern fits and that have a forward function, except the model and those within others."""
+    found: list[str] = []
+    for name, module in model.named_modules():  # a module comes before those in it
+        is_called = type(module).forward is not nn.Module.forward
+        within = any(name.startswith(f"{other}.") for other in found)
+        if name and fnmatchcase(name, pattern) and is_called and not within:
+            found.append(name)
+    return found
 
 
 def decay_names(added: Sequence[Added]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,20 +13,25 @@ from torch.utils import _pytree as pytree
 
 from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.folding import tuned_of
+from stn_fast.conversion.output_dropout import OutputDropout, output_dropouts
 from stn_fast.conversion.reading import ReadParameters
 from stn_fast.conversion.rules import fixed_example_dim
 from stn_fast.modes import evaluating
 
 
 class _Call(NamedTuple):
-    """One call of a converted module: the shape of its input, its rows, and a number for each if they are several."""
+    """One call of a converted module: the shape of its input, its rows, and a number for each if they are several.
+
+    Of a module whose output is dropped, the same of its output.
+    """
 
     shape: torch.Size
     rows: int
     marks: Tensor | None
 
 
-_Calls = dict[Converted, list[_Call]]
+_Called = Converted | OutputDropout
+_Calls = dict[_Called, list[_Call]]
 
 SAME = 0.1  # two orders of rows differ clearly if one fits this many times better
 NOISE = 1e-3  # relative; smaller differences can be rounding
@@ -37,8 +43,9 @@ def check_rows(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     A converted layer that is called with k·B rows for B examples uses the hyperparameters of example i for rows k·i to
     k·i + k − 1. That would be wrong for a table of positions (T, D) with T = k·B, and for rows in the order (T, B). So
     the model is called twice, with all B examples and with the first half of them (an example by itself is repeated),
-    and the input of every converted module must shrink to its first half, too. An Embedding may be called with tokens
-    (1, ...), such as position numbers. `SelfTuner` does this at its first step; inside `using`, do it yourself.
+    and the input of every converted module, and every output that a `stn_fast.Dropout` drops, must shrink to its first
+    half, too. An Embedding may be called with tokens (1, ...), such as position numbers. `SelfTuner` does this at its
+    first step; inside `using`, do it yourself.
 
     The first dimension of the first tensor counts the examples; tensors with the same first dimension are halved. The
     model is called in evaluation mode at its current hyperparameters, without gradients, and not compiled. It does not
@@ -123,6 +130,9 @@ def _recording(model: nn.Module, calls: _Calls, examples: int) -> Iterator[None]
         if x is not None:
             calls.setdefault(module, []).append(_call(x, module.example_dim, examples))
 
+    def record_output(dropout: OutputDropout, module: nn.Module, args: Any, output: Any) -> None:
+        calls.setdefault(dropout, []).append(_call(dropout.dropped(output), dropout.example_dim, examples))
+
     def enter(*given: Any) -> None:
         reading.running += 1
 
@@ -131,6 +141,7 @@ def _recording(model: nn.Module, calls: _Calls, examples: int) -> Iterator[None]
 
     hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in converted]
     hooks += [module.register_forward_pre_hook(enter, prepend=True) for module in readers]
+    hooks += [module.register_forward_hook(partial(record_output, one)) for module, one in output_dropouts(model)]
     hooks += [module.register_forward_hook(leave, always_call=True) for module in readers]
     try:
         with reading:
@@ -158,7 +169,7 @@ def _marks(x: Tensor, dim: int) -> Tensor:
     return rows @ torch.arange(1.0, rows.shape[1] + 1, device=x.device).cos()
 
 
-def _check(module: Converted, whole: Sequence[_Call], part: Sequence[_Call], examples: int, half: int) -> None:
+def _check(module: _Called, whole: Sequence[_Call], part: Sequence[_Call], examples: int, half: int) -> None:
     if len(whole) != len(part):
         raise _error(
             module, f"is called {len(whole)} times for {examples} examples and {len(part)} times for {half} of them"
@@ -167,19 +178,20 @@ def _check(module: Converted, whole: Sequence[_Call], part: Sequence[_Call], exa
         if module.takes_any_examples(one.shape) and module.takes_any_examples(other.shape):
             continue
         dim = module.example_dim
+        tensor = "output" if isinstance(module, OutputDropout) else "input"
         rows, fewer = one.rows, other.rows
         if rows == 0 or rows % examples or rows * half != fewer * examples:
             counting = _counting(one.shape, other.shape, examples, half)
             raise _error(
                 module,
-                f"has inputs {tuple(one.shape)} for {examples} examples and {tuple(other.shape)} for {half} of them, "
-                f"but dimension {dim} must count the examples, or consecutive rows of each",
-                counting if fixed_example_dim(module) is None else (),
+                f"has {tensor}s {tuple(one.shape)} for {examples} examples and {tuple(other.shape)} for {half} of "
+                f"them, but dimension {dim} must count the examples, or consecutive rows of each",
+                counting if isinstance(module, OutputDropout) or fixed_example_dim(module) is None else (),
             )
         if one.marks is not None and other.marks is not None and _in_turn(one.marks, other.marks, examples, half):
             raise _error(
                 module,
-                f"has the examples in turn in dimension {dim} of its input {tuple(one.shape)}, but the "
+                f"has the examples in turn in dimension {dim} of its {tensor} {tuple(one.shape)}, but the "
                 f"{rows // examples} rows of each of the {examples} examples must be consecutive, as in (B, T, ...) "
                 "after flatten(0, 1)",
             )
@@ -198,14 +210,16 @@ def _in_turn(whole: Tensor, part: Tensor, examples: int, half: int) -> bool:
     return bool((in_turn < SAME * consecutive) & (consecutive > NOISE * part.norm()))
 
 
-def _error(module: Converted, problem: str, dims: Sequence[int] = ()) -> ValueError:
+def _error(module: _Called, problem: str, dims: Sequence[int] = ()) -> ValueError:
     name = module.dotted_name
     declare = f"declare its dimension, convert(model, example_dims={{{name!r}: {dims[0]}}}), or " if dims else ""
+    leave = f"leave the module out, convert(model, exclude={name!r})"
+    if isinstance(module, OutputDropout):
+        leave = "give stn.Dropout another pattern"
     return ValueError(
-        f"{_shown(module)} {problem}. So it is not known which example's "
-        f"hyperparameters a row needs: {declare}leave the module out, convert(model, exclude={name!r})"
+        f"{_shown(module)} {problem}. So it is not known which example's hyperparameters a row needs: {declare}{leave}"
     )
 
 
-def _shown(module: Converted) -> str:
+def _shown(module: _Called) -> str:
     return f"{module.dotted_name or 'the model'} ({module.plain_class.__name__})"

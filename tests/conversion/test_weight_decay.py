@@ -179,8 +179,12 @@ def test_wrong_entries_are_named_and_change_nothing():
         ([stn.WeightDecay("body.1")], ValueError, "a converted layer that is not a norm"),
         ([stn.WeightDecay("body.2")], ValueError, r"no module for WeightDecay\(pattern='body\.2'"),
         ([stn.WeightDecay(), stn.WeightDecay("head")], ValueError, "no WeightDecay before it fits"),
-        ([stn.WeightDecay("head"), stn.WeightDecay("*.head")], ValueError, "'weight_decay_head', as another"),
-        ([stn.WeightDecay("head", name="dropout")], ValueError, "is called 'dropout', as another hyperparameter is"),
+        (
+            [stn.WeightDecay("head"), stn.WeightDecay("*.head")],
+            ValueError,
+            "the hyperparameter 'weight_decay_head', which is another",
+        ),
+        ([stn.WeightDecay("head", name="dropout")], ValueError, "would be the hyperparameter 'dropout', which"),
         ([space["dropout"]], TypeError, r"a list must have additions.*got Hyperparameter\(name='dropout'"),
         (stn.WeightDecay(), TypeError, r"must be a HyperparameterSpace or a list of additions, got WeightDecay\("),
     ]
