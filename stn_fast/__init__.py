@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stn_fast import functional as functional
     from stn_fast.conversion import Dropout as Dropout
+    from stn_fast.conversion import LabelSmoothing as LabelSmoothing
     from stn_fast.conversion import WeightDecay as WeightDecay
     from stn_fast.conversion import convert as convert
     from stn_fast.conversion import converts as converts
@@ -41,6 +42,7 @@ _HOME = {
     "backends": "stn_fast.dispatch",
     "use_backend": "stn_fast.dispatch",
     "Dropout": "stn_fast.conversion",
+    "LabelSmoothing": "stn_fast.conversion",
     "WeightDecay": "stn_fast.conversion",
     "convert": "stn_fast.conversion",
     "converts": "stn_fast.conversion",

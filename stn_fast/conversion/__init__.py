@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from stn_fast.checks import switch, whole_number
-from stn_fast.conversion.additions import Added, Addition, Dropout, WeightDecay
+from stn_fast.conversion.additions import Added, Addition, Dropout, LabelSmoothing, WeightDecay
 from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.folding import fold
 from stn_fast.conversion.output_dropout import add_output_dropouts, remove_output_dropouts
@@ -31,6 +31,7 @@ __all__ = [
     "Converted",
     "Dropout",
     "Entry",
+    "LabelSmoothing",
     "TunedHyperparameters",
     "WeightDecay",
     "check_rows",
@@ -88,8 +89,8 @@ def convert(
     Args:
         model: on one device, with its weights.
         space: the hyperparameters; by default `suggest_space(model, group)`. A list of regularisers that the model
-            lacks, `stn_fast.Dropout` and `stn_fast.WeightDecay`, adds them: the space is the suggested one and their
-            hyperparameters.
+            lacks, `stn_fast.Dropout`, `stn_fast.WeightDecay` and `stn_fast.LabelSmoothing`, adds them: the space is the
+            suggested one and their hyperparameters.
         dropouts: {pattern: name of a hyperparameter of `space`} for dropout modules, the first that fits; others stay
             plain. By default, a dropout module has the hyperparameter with the name that `suggest_space` gives it.
             Not with a list of additions.

@@ -1,4 +1,4 @@
-"""Regularisers that a model lacks, for `convert` to add: their hyperparameters, and what they regularise."""
+"""Regularisers that a model lacks, which `convert` adds: dropout, weight decay and label smoothing."""
 
 from __future__ import annotations
 
@@ -89,7 +89,47 @@ class WeightDecay:
         return Hyperparameter(_name("weight_decay", self), low=0.0, init=self.init, scale=self.scale)
 
 
-Addition = Dropout | WeightDecay
+@dataclass(frozen=True)
+class LabelSmoothing:
+    """Label smoothing of the training loss of `SelfTuner`, each example at its own tuned rate ε in [0, high).
+
+        tuned = stn.convert(model, [stn.LabelSmoothing(init=0.05)])
+        tuner = stn.SelfTuner(tuned, optimizer, F.cross_entropy)
+
+    The loss of example b is (1 − ε_b)·CE + ε_b·mean_c(−log p_c), averaged over the examples; with several rows for an
+    example, all have its ε. Class weights and ignored targets have the effect that they have with the label_smoothing
+    of `torch.nn.functional.cross_entropy`. The validation loss is not smoothed.
+
+    The loss given to `SelfTuner` must be `torch.nn.functional.cross_entropy` or a `torch.nn.CrossEntropyLoss` with mean
+    reduction and no smoothing of its own. Another loss must smooth the targets itself, by the rates (B,)
+    ``model.tuned_hyperparameters.current["label_smoothing"]``; give `SelfTuner` a valid_loss that does not, too.
+
+    Args:
+        init: the first rate, within (0, high).
+        name: of the hyperparameter.
+        high: upper bound of the rate, above 0 and at most 1.
+        scale: initial σ of the perturbation of the unconstrained value, as for `Hyperparameter`.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it. By `convert`: another hyperparameter has the
+            name, or the list has two of these. By `SelfTuner`: the loss is another one, without a valid_loss.
+    """
+
+    init: float = 0.05
+    name: str = "label_smoothing"
+    high: float = 0.5
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.hyperparameter.reach[1] > 1:
+            raise ValueError(f"LabelSmoothing: high must be at most 1, got {self.high}")
+
+    @property
+    def hyperparameter(self) -> Hyperparameter:
+        return Hyperparameter(self.name, low=0.0, high=self.high, init=self.init, scale=self.scale)
+
+
+Addition = Dropout | WeightDecay | LabelSmoothing
 
 
 @dataclass(frozen=True)
@@ -99,7 +139,7 @@ class Added:
     Attributes:
         addition: the entry of the list.
         hyperparameter: name of its hyperparameter.
-        modules: dotted names of the modules that it regularises.
+        modules: dotted names of the modules that it regularises; none for label smoothing.
     """
 
     addition: Addition
@@ -107,7 +147,7 @@ class Added:
     modules: tuple[str, ...]
 
 
-def _check_pattern(addition: Addition) -> None:
+def _check_pattern(addition: Dropout | WeightDecay) -> None:
     if not isinstance(addition.pattern, str) or not addition.pattern:
         raise ValueError(
             f"{type(addition).__name__}: pattern must be a non-empty string, such as 'layer4.*', got "
@@ -115,7 +155,7 @@ def _check_pattern(addition: Addition) -> None:
         )
 
 
-def _name(role: str, addition: Addition) -> str:
+def _name(role: str, addition: Dropout | WeightDecay) -> str:
     """The name that was given; by default the role and the words of the pattern: "dropout", "*.head" → dropout_head."""
     words = [role, *re.findall(r"\w+", addition.pattern)]
     return "_".join(words) if addition.name is None else addition.name

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from stn_fast.conversion.additions import Added, Addition, Dropout, WeightDecay
+from stn_fast.conversion.additions import Added, Addition, Dropout, LabelSmoothing, WeightDecay
 from stn_fast.conversion.rules import has_weights
 from stn_fast.conversion.selection import Named, matches
 from stn_fast.hyperparameters import HyperparameterSpace
@@ -19,6 +19,7 @@ def additions_in(space: Any) -> tuple[Addition, ...] | None:
 
     Raises:
         TypeError: it is something else.
+        ValueError: several are label smoothing.
     """
     if space is None or isinstance(space, HyperparameterSpace):
         return None
@@ -27,6 +28,8 @@ def additions_in(space: Any) -> tuple[Addition, ...] | None:
     for one in space:
         if not isinstance(one, Addition):
             raise TypeError(f"convert: a list must have additions, such as stn.WeightDecay(), got {one!r}")
+    if sum(isinstance(one, LabelSmoothing) for one in space) > 1:
+        raise ValueError("convert: the loss can have one label smoothing, but the list has several LabelSmoothing")
     return tuple(space)
 
 
@@ -58,6 +61,9 @@ def placed(model: nn.Module, chosen: Sequence[Named], additions: Sequence[Additi
     layers = [one.name for one in chosen if has_weights(one.module)]
     added: list[Added] = []
     for addition in additions:
+        if isinstance(addition, LabelSmoothing):
+            added.append(Added(addition, addition.name, ()))
+            continue
         if isinstance(addition, Dropout):
             fitting, wanted = _outermost(model, addition.pattern), "a module that is called, in the model,"
         else:

@@ -59,7 +59,7 @@ def _bounds(low: float | None, high: float | None) -> str:
 
 
 def _use(added: Added) -> str:
-    return f"added as {type(added.addition).__name__} of {_listed(added.modules)}"
+    return f"added as {type(added.addition).__name__} of {_listed(added.modules) or 'the training loss'}"
 
 
 def _listed(names: Sequence[str]) -> str:

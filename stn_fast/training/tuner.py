@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from stn_fast.checks import switch, whole_number
-from stn_fast.conversion.additions import WeightDecay
+from stn_fast.conversion.additions import LabelSmoothing, WeightDecay
 from stn_fast.conversion.folding import fold, tuned_of
 from stn_fast.conversion.rows import check_rows, first_tensor, structure
+from stn_fast.conversion.tuned import TunedHyperparameters
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training.batches import Examples, as_batch
 from stn_fast.training.config import Precision
 from stn_fast.training.methods import SelfTuning
 from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer
 from stn_fast.training.parameters import is_response, listed
+from stn_fast.training.smoothing import cross_entropy_settings, is_mean_cross_entropy, smoothed_cross_entropy
 from stn_fast.training.task import with_weight_decay
 
 Loss = Callable[[Any, Any], Tensor]
@@ -82,12 +84,14 @@ class SelfTuner:
 
     The training loss also gets ½·weight_decay·‖W_eff‖² of the converted layers, if the space has `weight_decay`; with
     additions of `stn_fast.WeightDecay`, each layer has its own hyperparameter. An optimizer that decays weights itself
-    decays them and the response as well, which is a warning.
+    decays them and the response as well, which is a warning. An addition of `stn_fast.LabelSmoothing` smooths the
+    training loss.
 
     Args:
         model: a converted one, as `convert` returns.
         optimizer: holds the parameters of the model, made after the conversion.
-        loss: returns the mean over the examples, without penalties.
+        loss: returns the mean over the examples, without penalties. With label smoothing, it must be `F.cross_entropy`
+            or a `CrossEntropyLoss` with mean reduction; see `stn_fast.LabelSmoothing` for other losses.
         valid_loss: what the hyperparameters minimise; by default `loss`.
         hyper_optimizer: makes the optimizer of location and raw scale from the list of them.
         warmup_steps: training steps before the first validation step.
@@ -98,7 +102,8 @@ class SelfTuner:
 
     Raises:
         TypeError: the model has not been converted, or `optimizer` is not an optimizer.
-        ValueError: the optimizer lacks parameters of the response, or is another model's; a setting is out of range.
+        ValueError: the optimizer lacks parameters of the response, or is another model's; a setting is out of range;
+            `loss` can't be smoothed, although the model was converted with label smoothing.
     """
 
     def __init__(
@@ -124,6 +129,7 @@ class SelfTuner:
         self.warmup_steps = whole_number("SelfTuner", "warmup_steps", warmup_steps, 0)
         self.check_rows = switch("SelfTuner", "check_rows", check_rows)
         self.model, self.loss, self.valid_loss = model, loss, valid_loss or loss
+        self._smoothing = _smoothing(tuned, loss, valid_loss)
         self.method = ConvertedSelfTuning(
             model,
             tuned.space,
@@ -144,7 +150,13 @@ class SelfTuner:
         self._checked: set[Any] = set()  # the structures of batches with which check_rows has called the model
 
     def _training_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:
-        return with_weight_decay(self.loss(_called(model, batch.inputs), batch.targets), model, hyper)
+        output = _called(model, batch.inputs)
+        if self._smoothing is None:
+            loss = self.loss(output, batch.targets)
+        else:
+            settings = cross_entropy_settings(self.loss)
+            loss = smoothed_cross_entropy(output, batch.targets, hyper[self._smoothing], **settings)
+        return with_weight_decay(loss, model, hyper)
 
     def _validation_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:
         return self.valid_loss(_called(model, batch.inputs), batch.targets)
@@ -228,6 +240,22 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), inputs
     return inputs if isinstance(inputs, tuple) else (inputs,), {}
+
+
+def _smoothing(tuned: TunedHyperparameters, loss: Loss, valid_loss: Loss | None) -> str | None:
+    """The hyperparameter that smooths the labels; None if there is none, or if the loss itself smooths them."""
+    names = [one.hyperparameter for one in tuned.added if isinstance(one.addition, LabelSmoothing)]
+    if not names:
+        return None
+    if is_mean_cross_entropy(loss):
+        return names[0]
+    if valid_loss is None:
+        raise ValueError(
+            f"SelfTuner: with stn.LabelSmoothing, loss must be F.cross_entropy or an nn.CrossEntropyLoss with "
+            f"reduction='mean' and label_smoothing=0, got {loss!r}. Another loss must smooth the labels by hand, with "
+            f"model.tuned_hyperparameters.current[{names[0]!r}], and needs a valid_loss that does not"
+        )
+    return None
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
