@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stn_fast import functional as functional
+    from stn_fast.conversion import Augment as Augment
     from stn_fast.conversion import Dropout as Dropout
     from stn_fast.conversion import LabelSmoothing as LabelSmoothing
     from stn_fast.conversion import WeightDecay as WeightDecay
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 _HOME = {
     "backends": "stn_fast.dispatch",
     "use_backend": "stn_fast.dispatch",
+    "Augment": "stn_fast.conversion",
     "Dropout": "stn_fast.conversion",
     "LabelSmoothing": "stn_fast.conversion",
     "WeightDecay": "stn_fast.conversion",

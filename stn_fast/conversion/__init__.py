@@ -10,6 +10,7 @@ from torch import nn
 
 from stn_fast.checks import switch, whole_number
 from stn_fast.conversion.additions import Added, Addition, Dropout, LabelSmoothing, WeightDecay
+from stn_fast.conversion.augment import Augment
 from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.folding import fold
 from stn_fast.conversion.output_dropout import add_output_dropouts, remove_output_dropouts
@@ -17,7 +18,15 @@ from stn_fast.conversion.placing import additions_in, decay_names, placed, with_
 from stn_fast.conversion.report import Entry, table
 from stn_fast.conversion.rows import check_rows
 from stn_fast.conversion.rules import Context, converts, fixed_example_dim, is_known, rate_of, rule_of
-from stn_fast.conversion.selection import Named, check_model, check_patterns, dropouts_of, matches, selected
+from stn_fast.conversion.selection import (
+    Named,
+    check_model,
+    check_patterns,
+    dropouts_of,
+    matches,
+    selected,
+    strengths_of,
+)
 from stn_fast.conversion.space import Group, grouped, space_of, suggest_space
 from stn_fast.conversion.tuned import TunedHyperparameters
 from stn_fast.hyperparameter import ResponseRank
@@ -27,6 +36,7 @@ from stn_fast.layers.regularisers import _Regulariser, check_rate
 
 __all__ = [
     "Added",
+    "Augment",
     "Context",
     "Converted",
     "Dropout",
@@ -69,10 +79,10 @@ def convert(
     evaluation mode outside of it, layers use the current λ and dropout is off; in training mode, that is an error.
 
     Converted are Linear, Conv1d, Conv2d, Conv3d, Embedding, LSTM, LayerNorm, RMSNorm, GroupNorm, BatchNorm1d,
-    BatchNorm2d, Dropout, Dropout1d, Dropout2d and Dropout3d of torch.nn, DropPath of timm, Conv1D of transformers, and
-    classes with a rule added by `stn_fast.converts`; not subclasses. The dropout between the layers of an LSTM becomes
-    tuned, too. Other modules stay as they are: MultiheadAttention and TransformerEncoderLayer with all they contain,
-    GRU, parametrized modules, frozen layers. The report lists them.
+    BatchNorm2d, Dropout, Dropout1d, Dropout2d and Dropout3d of torch.nn, DropPath of timm, Conv1D of transformers,
+    `stn_fast.Augment`, and classes with a rule added by `stn_fast.converts`; not subclasses. The dropout between the
+    layers of an LSTM becomes tuned, too. Other modules stay as they are: MultiheadAttention and TransformerEncoderLayer
+    with all they contain, GRU, parametrized modules, frozen layers. The report lists them.
 
     The first dimension of a layer's input counts examples, or consecutive rows of each: a layer that is called with
     k·B rows for B examples uses the hyperparameters of example i for rows k·i to k·i + k − 1. An Embedding that is
@@ -108,8 +118,8 @@ def convert(
         TypeError: `model` is not a module, or `space` is something else.
         ValueError: nothing can be converted; the model has been converted, is on the meta device or on several; a
             pattern fits nothing, or declares a dimension that a module can't have; a hyperparameter other than
-            weight_decay has no use, or can't be a dropout rate; an addition fits nothing, or its name is used;
-            `strict` and a module is left out. The message names it, and the model is unchanged.
+            weight_decay has no use, is lacking, or can't be a dropout rate; an addition fits nothing, or its name is
+            used; `strict` and a module is left out. The message names it, and the model is unchanged.
     """
     check_model("convert", model)
     additions = additions_in(space)
@@ -170,7 +180,7 @@ def _rates(
     if dropouts is None:
         groups = grouped(dropouts_of(chosen), group)
         if not isinstance(space, HyperparameterSpace):
-            space = with_additions(space_of(groups), space or ())
+            space = with_additions(space_of(groups, strengths_of(chosen)), space or ())
         return space, {one.name: name for name, group in groups.items() if name in space for one in group}
     if not isinstance(space, HyperparameterSpace):
         raise ValueError(
@@ -202,7 +212,11 @@ def _check_rates(
 ) -> None:
     """Modules with a rule of the user's own may use any hyperparameter, and as something else than a rate."""
     own = {one.name for one in chosen if not is_known(one.module)}
-    used = {"weight_decay", *rates.values(), *(one.hyperparameter for one in added)}
+    strengths = [one.name for one in strengths_of(chosen)]
+    missing = [name for name in strengths if name not in space]
+    if missing:
+        raise ValueError(f"convert: the space lacks {', '.join(missing)}, which stn.Augment needs")
+    used = {"weight_decay", *rates.values(), *strengths, *(one.hyperparameter for one in added)}
     unused = [name for name in space.names if name not in used]
     if unused and not own:
         raise ValueError(

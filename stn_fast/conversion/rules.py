@@ -12,6 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from stn_fast.conversion import layers
+from stn_fast.conversion.augment import Augment, TunedAugment
 from stn_fast.conversion.converted import Converted, change_class, register_response
 from stn_fast.conversion.reading import rates_in
 from stn_fast.conversion.tuned import TunedHyperparameters
@@ -159,8 +160,9 @@ def rate_of(module: nn.Module) -> float | None:
 
 
 def has_weights(module: nn.Module) -> bool:
-    """Whether a module with a rule is one that weight decay is for; norms and dropout are not."""
-    return type(module) not in NORMS and type(module) not in DROPOUTS and not is_drop_path(module)
+    """Whether a module with a rule is one that weight decay is for; norms, dropout and augmentation are not."""
+    without = (*NORMS, *DROPOUTS, Augment)
+    return type(module) not in without and not is_drop_path(module)
 
 
 def fixed_example_dim(module: nn.Module) -> int | None:
@@ -198,7 +200,7 @@ def _reason_against_known(module: nn.Module) -> str | None:
         return "scale_by_keep=False is not supported"
     if isinstance(module, nn.LSTM) and module.proj_size:
         return "proj_size is not supported"
-    if type(module) in DROPOUTS or is_drop_path(module):
+    if type(module) in DROPOUTS or type(module) is Augment or is_drop_path(module):
         return None
     weight = module._parameters.get("weight_ih_l0" if isinstance(module, nn.LSTM) else "weight")
     if weight is None:
@@ -266,6 +268,10 @@ def _drop_path(module: nn.Module, context: Context) -> None:
     _bind(module, context, layers.DropPath)
 
 
+def _augment(module: nn.Module, context: Context) -> None:
+    context.become(module, TunedAugment)
+
+
 def _bind(module: nn.Module, context: Context, converted: type[Converted]) -> None:
     module.__dict__.update(name=context.hyperparameter, stream=next(context.streams))
     context.become(module, converted)
@@ -292,8 +298,8 @@ DROPOUTS: dict[type[nn.Module], type[Converted]] = {
 }
 EXAMPLES_FIRST = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout1d, nn.Dropout2d,
-    nn.Dropout3d,
+    nn.Dropout3d, Augment,
 )  # fmt: skip
-RULES |= {nn.Embedding: _table, nn.LSTM: _lstm} | dict.fromkeys(LINEAR, _linear)
+RULES |= {nn.Embedding: _table, nn.LSTM: _lstm, Augment: _augment} | dict.fromkeys(LINEAR, _linear)
 RULES |= dict.fromkeys(NORMS, _norm) | dict.fromkeys(DROPOUTS, _dropout)
 KNOWN = frozenset(RULES)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from stn_fast.conversion.augment import Augment
 from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.reading import reads
 from stn_fast.conversion.report import Entry
@@ -22,6 +23,7 @@ from stn_fast.conversion.rules import (
     reason_against,
     rule_of,
 )
+from stn_fast.hyperparameter import Hyperparameter
 
 
 class Named(NamedTuple):
@@ -96,6 +98,19 @@ def dropouts_of(chosen: Sequence[Named]) -> list[Named]:
     return [one for one in chosen if rate_of(one.module) is not None]
 
 
+def strengths_of(chosen: Sequence[Named]) -> tuple[Hyperparameter, ...]:
+    """The hyperparameters of the model's `Augment`.
+
+    Raises:
+        ValueError: there are several.
+    """
+    found = [one for one in chosen if isinstance(one.module, Augment)]
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found)
+        raise ValueError(f"convert: a model can have one stn.Augment, got {names}")
+    return found[0].module.hyperparameters if found else ()  # type: ignore[return-value]
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a pattern fits this dotted name, or that of a module that contains it."""
     parts = name.split(".")
@@ -121,6 +136,6 @@ def _concerned(model: nn.Module) -> Iterator[Named]:
         if is_closed:
             closed.append(name)
         own = any(parameter is not None for parameter in module._parameters.values())
-        ruled = rule_of(module) is not None and not is_known(module)
+        ruled = type(module) is Augment or (rule_of(module) is not None and not is_known(module))
         if is_closed or own or ruled or is_quantised(module) or drops(module) or is_only_rates(module):
             yield Named(name, module)

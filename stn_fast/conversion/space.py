@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from stn_fast.conversion.rules import rate_of
-from stn_fast.conversion.selection import Named, check_model, dropouts_of, selected
+from stn_fast.conversion.selection import Named, check_model, dropouts_of, selected, strengths_of
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
 
 Group = Literal["type", "block", "each"]
@@ -24,7 +24,8 @@ def suggest_space(model: nn.Module, group: Group = "type") -> HyperparameterSpac
     """What `convert` tunes by default: the rates of the model's dropout modules, and weight decay.
 
     Every group of dropout modules shares one rate in [0, 0.95), which starts at their mean rate: at 0.05 if that is 0,
-    and at 0.9 if it is 0.95 or more. `weight_decay` starts at 1e-4. All are perturbed per example, with σ = 1 at first.
+    and at 0.9 if it is 0.95 or more. `weight_decay` starts at 1e-4, and the strengths of an `stn_fast.Augment` at its
+    arguments. All are perturbed per example, with σ = 1 at first.
 
     Hyperparameters that do not regularise, such as learning rates, momentum and widths, can't be tuned this way: the
     training loss must depend on them.
@@ -40,16 +41,16 @@ def suggest_space(model: nn.Module, group: Group = "type") -> HyperparameterSpac
     """
     check_model("suggest_space", model)
     chosen, _ = selected(model)
-    return space_of(grouped(dropouts_of(chosen), group))
+    return space_of(grouped(dropouts_of(chosen), group), strengths_of(chosen))
 
 
-def space_of(groups: dict[str, list[Named]]) -> HyperparameterSpace:
-    """The space with a rate for each group."""
+def space_of(groups: dict[str, list[Named]], strengths: Sequence[Hyperparameter]) -> HyperparameterSpace:
+    """The space with a rate for each group, and these strengths."""
     rates = [
         Hyperparameter(name, low=0.0, high=HIGHEST_RATE, init=_start(group), scale=SCALE)
         for name, group in groups.items()
     ]
-    return HyperparameterSpace([*rates, Hyperparameter("weight_decay", low=0.0, init=1e-4, scale=SCALE)])
+    return HyperparameterSpace([*rates, *strengths, Hyperparameter("weight_decay", low=0.0, init=1e-4, scale=SCALE)])
 
 
 def _start(group: Sequence[Named]) -> float:

@@ -74,9 +74,9 @@ class PerExampleAugmentation(_PerExampleRegulariser):
             self.register_buffer(name, bytes_of.float(), persistent=False)
 
     def forward(self, x: Tensor, hyper: HyperBatch) -> Tensor:
-        self._check_images(x)
         if not self.training:
-            return (x - self._byte_mean) / self._byte_std
+            return self.normalised(x)
+        self._check_images(x)
         self._check_batch(x, hyper, 0)
         for name in self.names:
             self._check_bounds(hyper.space[name], *x.shape[2:])
@@ -90,6 +90,11 @@ class PerExampleAugmentation(_PerExampleRegulariser):
             crop_padding=self.crop_padding,
         )
         return augmented.to(self._byte_mean.dtype)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """(x / 255 − mean) / std"""
+        self._check_images(x)
+        return (x - self._byte_mean) / self._byte_std
 
     def _check_images(self, x: Tensor) -> None:
         check_tensor("PerExampleAugmentation", "x", x)
