@@ -52,6 +52,7 @@ check: lint  ## lint and a minute of tests, before each commit
 
 test: lint  ## lint, then every test that needs no GPU
 	@$(MAKE) --no-print-directory triton-oldest || echo "tests that compile with the oldest Triton are skipped" >&2
+	@$(MAKE) --no-print-directory $(VENV)/.exports || echo "tests of ONNX and safetensors are skipped" >&2
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -m "not gpu" $(WORKERS) $(ARGS)
 
 launched-kernels: triton-oldest  ## compile every variant of a kernel that a step of a recipe launches (ARGS="digits" names one)
@@ -70,6 +71,10 @@ triton-oldest: $(OLDEST)/.installed
 
 $(OLDEST)/.installed: | venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OLDEST) 'triton==3.6.*'
+	@touch $@
+
+$(VENV)/.exports: | venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt onnx onnxruntime onnxscript safetensors
 	@touch $@
 
 compile-ahead: triton-oldest  ## compile every kernel for sm_80 and sm_90 with both ends of Triton's range; prints a table

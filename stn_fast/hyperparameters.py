@@ -332,7 +332,7 @@ class HyperparameterSpace:
             batch = self._raw.sample(location, raw_scale, **draw)  # its response is λ̃ itself
             opposite = 2 * location - batch.response
             values = constrain(opposite, table).T.contiguous().T  # columns are contiguous
-            response = torch.where(table[:, 5] > 0, values, opposite - center)
+            response = torch.where(table[:, 5] > 0, values, opposite - center).contiguous()  # as of the other pass
             return replace(batch, values=values, response=response, space=self)
         (values, response), coordinates = perturb_for(
             "sample", location, raw_scale, center, table, step, seed, batch_size, first_example
