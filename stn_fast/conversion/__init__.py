@@ -79,10 +79,13 @@ def convert(
     evaluation mode outside of it, layers use the current λ and dropout is off; in training mode, that is an error.
 
     Converted are Linear, Conv1d, Conv2d, Conv3d, Embedding, LSTM, LayerNorm, RMSNorm, GroupNorm, BatchNorm1d,
-    BatchNorm2d, Dropout, Dropout1d, Dropout2d and Dropout3d of torch.nn, DropPath of timm, Conv1D of transformers,
-    `stn_fast.Augment`, and classes with a rule added by `stn_fast.converts`; not subclasses. The dropout between the
-    layers of an LSTM becomes tuned, too. Other modules stay as they are: MultiheadAttention and TransformerEncoderLayer
-    with all they contain, GRU, parametrized modules, frozen layers. The report lists them.
+    BatchNorm2d, Dropout, Dropout1d, Dropout2d and Dropout3d of torch.nn; of timm, DropPath and the norms LayerNorm,
+    LayerNorm2d, RmsNorm, RmsNorm2d, GroupNorm, GroupNorm1, GroupNormAct, GroupNorm1Act and BatchNormAct2d; of
+    transformers, Conv1D and the norms with only a weight, such as LlamaRMSNorm, GemmaRMSNorm and T5LayerNorm;
+    `stn_fast.Augment`; and classes with a rule added by `stn_fast.converts`. Subclasses are not, but for those of
+    timm's norms that inherit forward. The dropout between the layers of an LSTM becomes tuned, too. Other modules stay
+    as they are: MultiheadAttention and TransformerEncoderLayer with all they contain, GRU, parametrized modules, frozen
+    layers. The report lists them.
 
     The first dimension of a layer's input counts examples, or consecutive rows of each: a layer that is called with
     k·B rows for B examples uses the hyperparameters of example i for rows k·i to k·i + k − 1. An Embedding that is

@@ -13,14 +13,11 @@ from torch.nn.utils.rnn import PackedSequence
 from stn_fast import functional
 from stn_fast.conversion.converted import Converted
 from stn_fast.hyperparameters import HyperBatch
-from stn_fast.layers.batch_norm import GatedBatchNorm
 from stn_fast.layers.embedding import GatedTable
 from stn_fast.layers.gated import Gated
 from stn_fast.layers.lstm import GatedLSTM, State
 from stn_fast.layers.regularisers import PerExampleDropout
 from stn_fast.ops.gates import fold, gates
-from stn_fast.ops.transforms import in_transform
-from stn_fast.ops.uncast import product
 
 
 class _Folding(Converted, Gated):
@@ -124,102 +121,6 @@ class Embedding(_Folding, GatedTable, nn.Embedding):
         if tokens.ndim == 1 and len(tokens) != examples:  # numbers of positions, more likely than several rows each
             raise self.wrong_rows(tokens, 0, examples)
         return tokens
-
-
-def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """x ⊙ scale + shift; a shift has as many entries as the scale."""
-    return x * scale if shift is None else torch.addcmul(shift.view_as(scale), x, scale)
-
-
-class _Norm(Converted, Gated):
-    """y = x̂ ⊙ (weight + (h Gwᵀ) ⊙ R) + bias + (h Gbᵀ) ⊙ r, where x̂ is x normalised by torch."""
-
-    def _scale_and_shift(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of every row of h (B, n): (B, *weight.shape)."""
-        weight, bias, response_weight, response_bias, weight_gate, bias_gate, _ = self.gated_parameters
-        shape = (len(h), *weight.shape)
-        scale = torch.addcmul(weight, product(h, weight_gate.T).view(shape), response_weight)
-        if bias is None or response_bias is None or bias_gate is None:
-            return scale, None
-        return scale, torch.addcmul(bias, product(h, bias_gate.T).view(shape), response_bias)
-
-    @torch.no_grad()
-    def folded(self, response: Tensor) -> dict[str, Tensor]:
-        weight, bias = self._scale_and_shift(response[None].to(self.weight))
-        return {"weight": weight[0]} if bias is None else {"weight": weight[0], "bias": bias[0]}
-
-    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
-        """0: the scale and shift of normalised activations are not decayed."""
-        return torch.zeros_like(decay).sum()
-
-
-class _NormOfLast(_Norm):
-    """A norm over the last dimensions, those of the weight; the example dimension is another one."""
-
-    def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, input: Tensor) -> Tensor:
-        h = self.response(self.weight)
-        if h.ndim == 1:
-            scale, shift = self._scale_and_shift(h[None])
-            return self._normalised(input, scale[0], None if shift is None else shift[0])
-        if self.example_dim >= input.ndim - self.weight.ndim:
-            raise self.wrong_rows(input, self.example_dim, len(h))
-        normal = self._normalised(input, None, None)
-        rows = self.split(normal, len(h))
-        view = [1] * (rows.ndim - self.weight.ndim)
-        view[self.example_dim] = len(h)
-        scale, shift = self._scale_and_shift(h)
-        scale = scale.view(*view, *self.weight.shape)
-        return _affine(rows, scale, shift).reshape(normal.shape).to(normal.dtype)
-
-
-class LayerNorm(_NormOfLast, nn.LayerNorm):  # type: ignore[misc]
-    """torch's, with a scale and a shift for each example."""
-
-    def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
-class RMSNorm(_NormOfLast, nn.RMSNorm):  # type: ignore[misc]
-    """torch's, with a scale for each example."""
-
-    def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
-
-
-class GroupNorm(_Norm, nn.GroupNorm):  # type: ignore[misc]
-    """torch's, with a scale and a shift of the channels for each example."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        h = self.response_of_rows(input, self.weight)
-        scale, shift = self._scale_and_shift(h if h.ndim == 2 else h[None])
-        if h.ndim == 1:
-            return F.group_norm(input, self.num_groups, scale[0], None if shift is None else shift[0], self.eps)
-        normal = F.group_norm(input, self.num_groups, None, None, self.eps)
-        scale = scale.view(*scale.shape, *[1] * (input.ndim - 2))
-        return _affine(normal, scale, shift).to(normal.dtype)
-
-
-class _BatchNorm(GatedBatchNorm, _Folding):
-    track_running_stats: bool
-
-    def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)  # type: ignore[operator]
-        h = self.response_of_rows(input, self.weight)
-        if self.training and self.track_running_stats and not in_transform():
-            self.num_batches_tracked.add_(1)
-        images = input.view(*input.shape, *[1] * (4 - input.ndim))
-        return self._affine(images, h, h).view_as(input)
-
-
-class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):  # type: ignore[misc]
-    """As `HyperBatchNorm2d`, for (N, C) and (N, C, L)."""
-
-
-class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):  # type: ignore[misc]
-    """As `HyperBatchNorm2d`."""
 
 
 def _tuned_rate(attribute: str) -> Any:

@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from stn_fast.conversion import layers
+from stn_fast.conversion import layers, norms
 from stn_fast.conversion.augment import Augment, TunedAugment
 from stn_fast.conversion.converted import Converted, change_class, register_response
+from stn_fast.conversion.libraries import is_conv1d, is_drop_path, norm_of_library
 from stn_fast.conversion.reading import rates_in
 from stn_fast.conversion.tuned import TunedHyperparameters
 from stn_fast.hyperparameter import ResponseRank
@@ -113,25 +114,14 @@ def rule_of(module: nn.Module) -> Rule | None:
         return RULES[kind]
     if is_drop_path(module):
         return _drop_path
-    return _table if is_conv1d(module) else None
-
-
-def is_drop_path(module: nn.Module) -> bool:
-    """Whether it is timm's, or one of those of transformers; the libraries are not imported."""
-    name, package = type(module).__name__, type(module).__module__.split(".")[0]
-    known = (package == "timm" and name == "DropPath") or (package == "transformers" and name.endswith("DropPath"))
-    return known and hasattr(module, "drop_prob")
+    if is_conv1d(module):
+        return _table
+    return _norm if norm_of_library(module) is not None else None
 
 
 def drops(module: nn.Module) -> bool:
     """Whether its class is one of dropout, or is named like one of stochastic depth."""
     return isinstance(module, _DropoutNd) or type(module).__name__.endswith(("DropPath", "StochasticDepth"))
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers', a linear layer with a transposed weight; the library is not imported."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.split(".")[0] == "transformers" and hasattr(module, "nf")
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -147,7 +137,9 @@ def is_only_rates(module: nn.Module) -> bool:
 
 def is_known(module: nn.Module) -> bool:
     """Whether this package has a rule for its class."""
-    return type(module) in KNOWN or is_drop_path(module) or is_conv1d(module)
+    if type(module) in RULES:
+        return type(module) in KNOWN
+    return is_drop_path(module) or is_conv1d(module) or norm_of_library(module) is not None
 
 
 def rate_of(module: nn.Module) -> float | None:
@@ -169,7 +161,7 @@ def fixed_example_dim(module: nn.Module) -> int | None:
     """The only dimension of its input that can count examples; None if `example_dims` may declare another one."""
     if isinstance(module, nn.LSTM):
         return 0 if module.batch_first else 1
-    return 0 if isinstance(module, EXAMPLES_FIRST) else None
+    return 0 if issubclass(norm_of_library(module) or type(module), EXAMPLES_FIRST) else None
 
 
 def reason_against(module: nn.Module) -> str | None:
@@ -207,7 +199,18 @@ def _reason_against_known(module: nn.Module) -> str | None:
         return "it has no parameter 'weight'"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"
-    return None if weight.requires_grad else "its weight is frozen (requires_grad=False), so it cannot respond"
+    if not weight.requires_grad:
+        return "its weight is frozen (requires_grad=False), so it cannot respond"
+    return _reason_against_norm(module)
+
+
+def _reason_against_norm(module: nn.Module) -> str | None:
+    converted = norm_of_library(module)
+    if converted is norms.OwnNorm:
+        return None if norms.takes_stacked_weights(module) else "its forward can't have a weight for each example"
+    if converted is not None and getattr(module, "_fast_norm", False):
+        return "timm's fast norm is not supported: timm.layers.set_fast_norm(False) before the model is made"
+    return None
 
 
 def _linear(module: nn.Module, context: Context) -> None:
@@ -254,10 +257,10 @@ def _lstm(module: nn.Module, context: Context) -> None:
 
 
 def _norm(module: nn.Module, context: Context) -> None:
-    weight = module.weight
+    weight, converted = module.weight, norm_of_library(module) or NORMS[type(module)]
     assert isinstance(weight, nn.Parameter)
     register_response(module, len(context.tuned.space), outputs=weight.numel())
-    context.become(module, NORMS[type(module)])
+    context.become(module, converted)
 
 
 def _dropout(module: nn.Module, context: Context) -> None:
@@ -284,11 +287,11 @@ LINEAR: dict[type[nn.Module], type[Converted]] = {
     nn.Conv3d: layers.Conv3d,
 }
 NORMS: dict[type[nn.Module], type[Converted]] = {
-    nn.LayerNorm: layers.LayerNorm,
-    nn.RMSNorm: layers.RMSNorm,
-    nn.GroupNorm: layers.GroupNorm,
-    nn.BatchNorm1d: layers.BatchNorm1d,
-    nn.BatchNorm2d: layers.BatchNorm2d,
+    nn.LayerNorm: norms.LayerNorm,
+    nn.RMSNorm: norms.RMSNorm,
+    nn.GroupNorm: norms.GroupNorm,
+    nn.BatchNorm1d: norms.BatchNorm1d,
+    nn.BatchNorm2d: norms.BatchNorm2d,
 }
 DROPOUTS: dict[type[nn.Module], type[Converted]] = {
     nn.Dropout: layers.Dropout,
@@ -298,7 +301,7 @@ DROPOUTS: dict[type[nn.Module], type[Converted]] = {
 }
 EXAMPLES_FIRST = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout1d, nn.Dropout2d,
-    nn.Dropout3d, Augment,
+    nn.Dropout3d, norms.LayerNorm2d, norms.RMSNorm2d, Augment,
 )  # fmt: skip
 RULES |= {nn.Embedding: _table, nn.LSTM: _lstm, Augment: _augment} | dict.fromkeys(LINEAR, _linear)
 RULES |= dict.fromkeys(NORMS, _norm) | dict.fromkeys(DROPOUTS, _dropout)
