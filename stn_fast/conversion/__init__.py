@@ -11,13 +11,22 @@ from torch import nn
 from stn_fast.checks import switch, whole_number
 from stn_fast.conversion.additions import Added, Addition, Dropout, LabelSmoothing, WeightDecay
 from stn_fast.conversion.augment import Augment
-from stn_fast.conversion.converted import Converted
+from stn_fast.conversion.converted import Converted, change_class
 from stn_fast.conversion.folding import fold
 from stn_fast.conversion.output_dropout import add_output_dropouts, remove_output_dropouts
 from stn_fast.conversion.placing import additions_in, decay_names, placed, with_additions
 from stn_fast.conversion.report import Entry, table
 from stn_fast.conversion.rows import check_rows
-from stn_fast.conversion.rules import Context, converts, fixed_example_dim, is_known, rate_of, rule_of
+from stn_fast.conversion.rules import (
+    OPENED,
+    TRANSFORMERS,
+    Context,
+    converts,
+    fixed_example_dim,
+    is_known,
+    rate_of,
+    rule_of,
+)
 from stn_fast.conversion.selection import (
     Named,
     check_model,
@@ -78,14 +87,18 @@ def convert(
     report. Train with `stn_fast.SelfTuner`, or call the model inside ``model.tuned_hyperparameters.using(hyper)``. In
     evaluation mode outside of it, layers use the current λ and dropout is off; in training mode, that is an error.
 
-    Converted are Linear, Conv1d, Conv2d, Conv3d, Embedding, LSTM, LayerNorm, RMSNorm, GroupNorm, BatchNorm1d,
-    BatchNorm2d, Dropout, Dropout1d, Dropout2d and Dropout3d of torch.nn; of timm, DropPath and the norms LayerNorm,
-    LayerNorm2d, RmsNorm, RmsNorm2d, GroupNorm, GroupNorm1, GroupNormAct, GroupNorm1Act and BatchNormAct2d; of
-    transformers, Conv1D and the norms with only a weight, such as LlamaRMSNorm, GemmaRMSNorm and T5LayerNorm;
+    Converted are Linear, Conv1d, Conv2d, Conv3d, Embedding, LSTM, MultiheadAttention, LayerNorm, RMSNorm, GroupNorm,
+    BatchNorm1d, BatchNorm2d, Dropout, Dropout1d, Dropout2d and Dropout3d of torch.nn; of timm, DropPath and the norms
+    LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d, GroupNorm, GroupNorm1, GroupNormAct, GroupNorm1Act and BatchNormAct2d;
+    of transformers, Conv1D and the norms with only a weight, such as LlamaRMSNorm, GemmaRMSNorm and T5LayerNorm;
     `stn_fast.Augment`; and classes with a rule added by `stn_fast.converts`. Subclasses are not, but for those of
-    timm's norms that inherit forward. The dropout between the layers of an LSTM becomes tuned, too. Other modules stay
-    as they are: MultiheadAttention and TransformerEncoderLayer with all they contain, GRU, parametrized modules, frozen
-    layers. The report lists them.
+    timm's norms that inherit forward. The dropout between the layers of an LSTM and that of attention weights become
+    tuned, too, if there is any. Other modules stay as they are, such as GRU, parametrized modules and frozen layers.
+    The report lists them.
+
+    Attention with a tuned rate computes its weights in full in training mode, without a fused kernel.
+    TransformerEncoder and TransformerEncoderLayer call the modules in them also in evaluation mode, without torch's
+    fast path, so their results at padded positions are not 0.
 
     The first dimension of a layer's input counts examples, or consecutive rows of each: a layer that is called with
     k·B rows for B examples uses the hyperparameters of example i for rows k·i to k·i + k − 1. An Embedding that is
@@ -110,7 +123,9 @@ def convert(
         include, exclude: patterns of modules to convert, and of those to leave out.
         example_dims: {pattern: dimension that counts examples}, the first that fits, for inputs such as (T, B, D). It
             applies to Linear, Embedding, LayerNorm, RMSNorm, Dropout and DropPath, and to outputs that a
-            `stn_fast.Dropout` drops; an LSTM has its `batch_first`, and in the inputs of others it is always the first.
+            `stn_fast.Dropout` drops; by default it is the first, or what `batch_first` says in transformers of
+            torch.nn. LSTM and MultiheadAttention have their `batch_first`, and in the inputs of others it is always the
+            first.
         response_rank: as for `HyperLinear`. Norms always have a full response.
         group: how dropout modules share rates, as for `suggest_space`; not used with `dropouts`.
         strict: whether it is an error if a module with parameters or dropout is left out for another reason than
@@ -146,7 +161,8 @@ def convert(
     _check_rates(space, rates, chosen, added)
 
     dropped = {name for one in added if isinstance(one.addition, Dropout) for name in one.modules}
-    dims = _example_dims([*chosen, *(Named(name, model.get_submodule(name)) for name in dropped)], example_dims)
+    concerned = [*chosen, *(Named(name, model.get_submodule(name)) for name in dropped)]
+    dims = _example_dims(model, concerned, example_dims)
 
     report = [Entry(one.name, one.kind, rates.get(one.name)) for one in chosen] + left_out
     tuned = TunedHyperparameters(space, report, added).train(model.training)
@@ -159,10 +175,11 @@ def convert(
             rule(module, Context(name, tuned, response_rank, dims[name], rates.get(name), streams))
             if decays:
                 module.__dict__["decay_name"] = decays.get(name)
+        _open(model, tuned)
         add_output_dropouts(model, added, tuned, dims, streams)
     except Exception:
         remove_output_dropouts(model)
-        for _, module in chosen:
+        for module in model.modules():
             if isinstance(module, Converted):
                 Converted.revert(module, {})
         raise
@@ -170,6 +187,13 @@ def convert(
     if not quiet:
         print(table(report, space, added))
     return model
+
+
+def _open(model: nn.Module, tuned: TunedHyperparameters) -> None:
+    """Changes the modules that would not call the converted ones in them."""
+    for name, module in model.named_modules():
+        if type(module) in OPENED and any(isinstance(one, Converted) for one in module.modules()):
+            change_class(module, OPENED[type(module)], tuned, name, fixed_example_dim(module) or 0)
 
 
 def _rates(
@@ -230,13 +254,19 @@ def _check_rates(
         check_rate(space[name])
 
 
-def _example_dims(chosen: Sequence[Named], example_dims: Mapping[str, int]) -> dict[str, int]:
+def _example_dims(model: nn.Module, chosen: Sequence[Named], example_dims: Mapping[str, int]) -> dict[str, int]:
     """{name of a module: the dimension of its input that counts examples}"""
     dims: dict[str, int] = {}
+    transformers = {
+        f"{name}.".lstrip("."): fixed_example_dim(module) or 0
+        for name, module in model.named_modules()
+        if isinstance(module, TRANSFORMERS)
+    }
     for one in chosen:
         fixed = fixed_example_dim(one.module)
         pattern = next((pattern for pattern in example_dims if matches(one.name, [pattern])), None)
-        dims[one.name] = fixed or 0 if pattern is None else example_dims[pattern]
+        default = next((dim for prefix, dim in transformers.items() if one.name.startswith(prefix)), 0)
+        dims[one.name] = (default if fixed is None else fixed) if pattern is None else example_dims[pattern]
         if fixed is not None and dims[one.name] != fixed:
             raise ValueError(
                 f"convert: example_dims[{pattern!r}] is {dims[one.name]}, but dimension {fixed} of the input of "

@@ -130,15 +130,21 @@ def change_class(
 
 
 def register_response(
-    module: nn.Module, n: int, *, outputs: int, factors: Factors | None = None, bound: float = 0.0, ending: str = ""
+    module: nn.Module,
+    n: int,
+    *,
+    outputs: int,
+    factors: Factors | None = None,
+    bound: float = 0.0,
+    ending: str = "",
+    plain: tuple[Tensor, Tensor | None] | None = None,
 ) -> None:
     """Registers R, Gw, and r and Gb if there is a bias; with factors, A and B in place of R.
 
     They start as in `GatedLayer`, and are of the dtype of the weight and on its device. All names end with ``ending``,
-    such as "_ih_l0".
+    such as "_ih_l0". ``plain`` are weight and bias; by default, the parameters with these names and the ending.
     """
-    weight: Tensor = getattr(module, f"weight{ending}")
-    bias: Tensor | None = getattr(module, f"bias{ending}", None)
+    weight, bias = plain or (getattr(module, f"weight{ending}"), getattr(module, f"bias{ending}", None))
     shapes = GatedParameters.shapes(weight.shape, outputs, n, factors)
     for name, shape in zip(RESPONSE, shapes[2:], strict=False):
         if "bias" in name and bias is None:

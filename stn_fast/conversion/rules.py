@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
-from stn_fast.conversion import layers, norms
+from stn_fast.conversion import attention, layers, norms
 from stn_fast.conversion.augment import Augment, TunedAugment
 from stn_fast.conversion.converted import Converted, change_class, register_response
 from stn_fast.conversion.libraries import is_conv1d, is_drop_path, norm_of_library
@@ -58,8 +59,11 @@ AnyRule = TypeVar("AnyRule", bound=Rule)
 
 RULES: dict[type[nn.Module], Rule] = {}
 
-# Their forward functions read the parameters of their children, which would not be called if they were converted.
-CLOSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# What becomes of modules that have no parameters, but read those of converted modules in them without calling these.
+OPENED: dict[type[nn.Module], type[Converted]] = {
+    nn.TransformerEncoderLayer: attention.TransformerEncoderLayer,
+    nn.TransformerEncoder: attention.TransformerEncoder,
+}
 
 
 def converts(kind: type[nn.Module]) -> Callable[[AnyRule], AnyRule]:
@@ -129,6 +133,13 @@ def is_quantised(module: nn.Module) -> bool:
     return type(module).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized."))
 
 
+def is_closed(module: nn.Module) -> bool:
+    """Whether the modules in it are not converted by themselves, because it reads their parameters."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return type(module) not in OPENED
+    return isinstance(module, nn.MultiheadAttention) or is_parametrized(module)
+
+
 def is_only_rates(module: nn.Module) -> bool:
     """Whether it has no parameters of its own, but drops activations at rates that are plain numbers."""
     own = any(parameter is not None for parameter in module._parameters.values())
@@ -143,9 +154,11 @@ def is_known(module: nn.Module) -> bool:
 
 
 def rate_of(module: nn.Module) -> float | None:
-    """The rate of a dropout module that has a rule, or of an LSTM between its layers; None for other modules."""
+    """The rate of a dropout module that has a rule, of an LSTM between its layers, or of attention; None for others."""
     if type(module) is nn.LSTM:
         return module.dropout if module.num_layers > 1 and module.dropout > 0 else None
+    if type(module) is nn.MultiheadAttention:
+        return module.dropout or None
     if type(module) in DROPOUTS:
         return float(module.p)  # type: ignore[arg-type]
     return float(module.drop_prob or 0) if is_drop_path(module) else None  # type: ignore[arg-type]
@@ -154,13 +167,16 @@ def rate_of(module: nn.Module) -> float | None:
 def has_weights(module: nn.Module) -> bool:
     """Whether a module with a rule is one that weight decay is for; norms, dropout and augmentation are not."""
     without = (*NORMS, *DROPOUTS, Augment)
-    return type(module) not in without and not is_drop_path(module)
+    return type(module) not in without and not is_drop_path(module) and norm_of_library(module) is None
 
 
 def fixed_example_dim(module: nn.Module) -> int | None:
     """The only dimension of its input that can count examples; None if `example_dims` may declare another one."""
-    if isinstance(module, nn.LSTM):
+    if isinstance(module, nn.LSTM | nn.MultiheadAttention):
         return 0 if module.batch_first else 1
+    if isinstance(module, TRANSFORMERS):
+        attentions = (fixed_example_dim(one) for one in module.modules() if isinstance(one, nn.MultiheadAttention))
+        return next(attentions, None)
     return 0 if issubclass(norm_of_library(module) or type(module), EXAMPLES_FIRST) else None
 
 
@@ -173,7 +189,7 @@ def reason_against(module: nn.Module) -> str | None:
         return "its parameters are parametrized; torch.nn.utils.parametrize.remove_parametrizations makes them plain"
     if is_quantised(module):
         return "it is quantised"
-    if isinstance(module, CLOSED):
+    if is_closed(module) and rule_of(module) is None:
         return "its forward reads the parameters of its children directly"
     if is_only_rates(module):
         shown = ", ".join(f"{name} = {rate:g}" for name, rate in rates_in(module).items())
@@ -194,6 +210,8 @@ def _reason_against_known(module: nn.Module) -> str | None:
         return "proj_size is not supported"
     if type(module) in DROPOUTS or type(module) is Augment or is_drop_path(module):
         return None
+    if isinstance(module, nn.MultiheadAttention):
+        return _reason_against_attention(module)
     weight = module._parameters.get("weight_ih_l0" if isinstance(module, nn.LSTM) else "weight")
     if weight is None:
         return "it has no parameter 'weight'"
@@ -202,6 +220,15 @@ def _reason_against_known(module: nn.Module) -> str | None:
     if not weight.requires_grad:
         return "its weight is frozen (requires_grad=False), so it cannot respond"
     return _reason_against_norm(module)
+
+
+def _reason_against_attention(module: nn.MultiheadAttention) -> str | None:
+    if type(module.out_proj) not in (nn.Linear, NonDynamicallyQuantizableLinear):
+        return f"its out_proj is a {type(module.out_proj).__name__}"
+    weights = [weight for name, weight in module.named_parameters() if name.endswith("weight")]
+    if not all(weight.requires_grad for weight in weights):
+        return "a weight of it is frozen (requires_grad=False), so it cannot respond"
+    return None
 
 
 def _reason_against_norm(module: nn.Module) -> str | None:
@@ -221,7 +248,7 @@ def _linear(module: nn.Module, context: Context) -> None:
     factors = factors_to_use("convert", context.response_rank, shape, groups)
     bound = module.weight[0].numel() ** -0.5
     register_response(module, len(context.tuned.space), outputs=shape[0], factors=factors, bound=bound)
-    context.become(module, LINEAR[type(module)])
+    context.become(module, LINEAR.get(type(module), layers.Linear))
 
 
 def _table(module: nn.Module, context: Context) -> None:
@@ -254,6 +281,28 @@ def _lstm(module: nn.Module, context: Context) -> None:
     streams = tuple(next(context.streams) for _ in range(module.num_layers - 1))
     module.__dict__.update(name=context.hyperparameter, streams=streams)
     context.become(module, layers.LSTM)
+
+
+def _attention(module: nn.Module, context: Context) -> None:
+    """All of it: `out_proj` becomes a converted Linear."""
+    assert isinstance(module, nn.MultiheadAttention)
+    named = module._parameters.items()
+    weights = {name: weight for name, weight in named if name.endswith("_weight") and weight is not None}
+    biases = [None] * len(weights) if module.in_proj_bias is None else module.in_proj_bias.chunk(len(weights))
+    for (name, weight), bias in zip(weights.items(), biases, strict=True):
+        register_response(
+            module,
+            len(context.tuned.space),
+            outputs=len(weight),
+            factors=factors_to_use("convert", context.response_rank, weight.shape),
+            bound=weight.shape[1] ** -0.5,
+            ending=f"_{name.removesuffix('_weight')}",
+            plain=(weight, bias),
+        )
+    stream = next(context.streams) if context.hyperparameter is not None else 0
+    module.__dict__.update(name=context.hyperparameter, stream=stream)
+    context.become(module, attention.MultiheadAttention)
+    _linear(module.out_proj, replace(context, name=f"{context.name}.out_proj".lstrip(".")))
 
 
 def _norm(module: nn.Module, context: Context) -> None:
@@ -303,6 +352,11 @@ EXAMPLES_FIRST = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout1d, nn.Dropout2d,
     nn.Dropout3d, norms.LayerNorm2d, norms.RMSNorm2d, Augment,
 )  # fmt: skip
-RULES |= {nn.Embedding: _table, nn.LSTM: _lstm, Augment: _augment} | dict.fromkeys(LINEAR, _linear)
+TRANSFORMERS = (
+    nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)  # fmt: skip
+RULES |= {nn.Embedding: _table, nn.LSTM: _lstm, nn.MultiheadAttention: _attention, Augment: _augment}
+RULES |= dict.fromkeys(LINEAR, _linear)
 RULES |= dict.fromkeys(NORMS, _norm) | dict.fromkeys(DROPOUTS, _dropout)
 KNOWN = frozenset(RULES)

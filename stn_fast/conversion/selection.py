@@ -7,15 +7,14 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from stn_fast.conversion.augment import Augment
 from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.reading import reads
 from stn_fast.conversion.report import Entry
 from stn_fast.conversion.rules import (
-    CLOSED,
     drops,
+    is_closed,
     is_known,
     is_only_rates,
     is_quantised,
@@ -132,10 +131,9 @@ def _concerned(model: nn.Module) -> Iterator[Named]:
     for name, module in model.named_modules():
         if any(name.startswith(f"{parent}." if parent else "") for parent in closed):
             continue
-        is_closed = isinstance(module, CLOSED) or is_parametrized(module)
-        if is_closed:
+        if is_closed(module):
             closed.append(name)
         own = any(parameter is not None for parameter in module._parameters.values())
         ruled = type(module) is Augment or (rule_of(module) is not None and not is_known(module))
-        if is_closed or own or ruled or is_quantised(module) or drops(module) or is_only_rates(module):
+        if is_closed(module) or own or ruled or is_quantised(module) or drops(module) or is_only_rates(module):
             yield Named(name, module)

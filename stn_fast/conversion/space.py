@@ -17,7 +17,8 @@ HIGHEST_RATE = 0.95
 HIGHEST_START = 0.9
 SCALE = 1.0  # with 0.5, a rate of .7 that should fall rose in 4 of 12 runs of the example in the README
 START_OF_ZERO = 0.05  # at a rate of 0, the location would be infinite
-_SUFFIX = {"LSTM": "_dropout"}  # of the names of rates of modules that are more than dropout
+# Of the names of rates of modules that are more than dropout.
+_SUFFIX = {"LSTM": "_dropout", "MultiheadAttention": "_dropout"}
 
 
 def suggest_space(model: nn.Module, group: Group = "type") -> HyperparameterSpace:

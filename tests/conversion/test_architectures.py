@@ -81,6 +81,9 @@ TRANSFORMERS = {
     "ViTForImageClassification": dict(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=32, patch_size=8
     ),
+    "SiglipVisionModel": dict(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=32, patch_size=8
+    ),
     "SwinForImageClassification": dict(embed_dim=8, depths=(1, 2), num_heads=(2, 2), image_size=32, window_size=4),
 }
 # What can't be converted without a declaration, with the reason.
@@ -162,14 +165,14 @@ def arguments(name):
     if name.startswith("Whisper"):
         spectra = torch.randn(EXAMPLES, 4, 16, generator=generator, dtype=torch.float64)
         return {"input_features": spectra, "decoder_input_ids": tokens}
-    if "Image" in name:
+    if "Image" in name or "Vision" in name:
         return {"pixel_values": images}
     return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if "Conditional" in name else {})
 
 
 def output(model, given):
     y = model(**given)
-    return y if isinstance(y, torch.Tensor) else y.logits
+    return y if isinstance(y, torch.Tensor) else (y.logits if "logits" in y else y.pooler_output)
 
 
 def plain(name):

@@ -145,14 +145,22 @@ class Own(nn.Linear):
         return 2 * super().forward(x)
 
 
+class OwnAttention(nn.MultiheadAttention):
+    pass
+
+
+class OwnEncoder(nn.TransformerEncoderLayer):
+    pass
+
+
 class Mixed(nn.Module):
     """A layer of every kind that is left out, and one that is converted."""
 
     def __init__(self):
         super().__init__()
         self.own = Own(3, 3)
-        self.attention = nn.MultiheadAttention(4, 2)
-        self.encoder = nn.TransformerEncoderLayer(4, 2, 8)
+        self.attention = OwnAttention(4, 2)
+        self.encoder = OwnEncoder(4, 2, 8)
         self.gru = nn.GRU(3, 3)
         self.transposed = nn.ConvTranspose1d(3, 3, 1)
         self.alpha = nn.AlphaDropout(0.1)
@@ -200,7 +208,7 @@ def test_the_table_is_printed_once(capsys):
     stn.convert(Mixed())
     shown = capsys.readouterr().out
     assert shown.startswith("stn.convert: 1 of 14 modules converted\n  Linear: 1\n  tuned weight_decay: [0, inf)")
-    assert "left out attention (MultiheadAttention: its forward reads the parameters of its children" in shown
+    assert "left out attention (OwnAttention: its forward reads the parameters of its children" in shown
     stn.convert(nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.2)) for _ in range(5))))
     shown = capsys.readouterr().out
     assert "Linear: 5" in shown
@@ -210,8 +218,8 @@ def test_the_table_is_printed_once(capsys):
 
 
 def test_strict_refuses_what_is_left_out_but_not_what_is_excluded():
-    with pytest.raises(ValueError, match=r"strict=True.*\n.*attention \(MultiheadAttention\)"):
-        stn.convert(nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "out": nn.Linear(4, 2)}), strict=True)
+    with pytest.raises(ValueError, match=r"strict=True.*\n.*attention \(OwnAttention\)"):
+        stn.convert(nn.ModuleDict({"attention": OwnAttention(4, 2), "out": nn.Linear(4, 2)}), strict=True)
     model = nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 3))
     stn.convert(model, strict=True, exclude="1", quiet=True)
 
@@ -305,6 +313,8 @@ def test_wrong_arguments_are_named_and_change_nothing():
         (nn.Dropout2d(0.1), 1, 0),
         (nn.LSTM(2, 2), 0, 1),
         (nn.LSTM(2, 2, batch_first=True), 1, 0),
+        (nn.MultiheadAttention(2, 1), 0, 1),
+        (nn.MultiheadAttention(2, 1, batch_first=True), 1, 0),
     ],
     ids=str,
 )

@@ -67,7 +67,13 @@ def test_without_dropout_there_is_only_weight_decay():
 
 
 def test_dropout_in_modules_that_are_left_out_has_no_rate():
-    assert stn.suggest_space(nn.TransformerEncoderLayer(4, 2, 8)).names == ("weight_decay",)
+    own = type("Own", (nn.TransformerEncoderLayer,), {})
+    assert stn.suggest_space(own(4, 2, 8)).names == ("weight_decay",)
+
+
+def test_dropout_of_attention_weights_has_the_name_of_the_attention():
+    names = stn.suggest_space(nn.TransformerEncoderLayer(4, 2, 8)).names
+    assert names == ("self_attn_dropout", "dropout", "dropout1", "dropout2", "weight_decay")
 
 
 def test_convert_uses_the_suggestion():
