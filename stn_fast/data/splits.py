@@ -24,6 +24,11 @@ class Split(NamedTuple):
         targets = self.targets if isinstance(self.targets, Tensor) else pytree.tree_leaves(self.targets)[0]
         return targets.shape[0]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a fingerprint of the split covers."""
+        return tuple(self)
+
     def to(self, device: torch.device | str) -> Split:
         """The same examples on ``device``."""
         return Split(self.inputs.to(device), self.targets.to(device))

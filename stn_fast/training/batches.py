@@ -76,12 +76,18 @@ class Examples(Split):
 
 
 class BatchSequence(Protocol):
-    """An endless sequence of batches of ``examples`` each; a position in it is an index and ``state_dict``."""
+    """An endless sequence of batches of ``examples`` each; a position in it is an index and ``state_dict``.
+
+    The last batch of each of its passes, of ``per_pass`` batches, may be smaller.
+    """
 
     examples: int
     per_pass: int
 
     def __getitem__(self, index: int) -> Any: ...
+
+    def examples_of(self, steps: int) -> int:
+        """The number of examples in the first ``steps`` batches, which have been read."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -89,22 +95,25 @@ class BatchSequence(Protocol):
 
 
 class Batching(Protocol):
-    """How a split is divided into batches."""
+    """How a split, or another part of a task's data, is divided into batches."""
 
     @property
     def unit(self) -> str:
         """What examples are called, in the plural."""
 
     def sequence(
-        self, split: Split, batch_size: int, *, seed: int, stream: int, device: torch.device | None = None
+        self, split: Any, batch_size: int, *, seed: int, stream: int, device: torch.device | None = None
     ) -> BatchSequence:
         """The batches for training and validation steps."""
 
-    def whole(self, split: Split, size: int, *, test: bool, device: torch.device | None = None) -> Iterable[Any]:
+    def whole(self, split: Any, size: int, *, test: bool, device: torch.device | None = None) -> Iterable[Any]:
         """The batches of an evaluation: every example once, about ``size`` at a time."""
 
-    def misfit(self, split: Split, batch_size: int) -> str | None:
+    def misfit(self, split: Any, batch_size: int) -> str | None:
         """What is wrong with a batch size; None if it is fine."""
+
+    def count(self, split: Any) -> int:
+        """The size of a split, in ``unit``."""
 
 
 class IndependentExamples:
@@ -125,6 +134,9 @@ class IndependentExamples:
 
     def misfit(self, split: Split, batch_size: int) -> str | None:
         return None if batch_size <= split.examples else f"must be at most {split.examples}, the number of examples"
+
+    def count(self, split: Split) -> int:
+        return split.examples
 
 
 class Batches:
@@ -160,6 +172,9 @@ class Batches:
         batch = self._staging.receive(self._sent[1])
         self._sent = index + 1, self._staging.send(self._chosen(index + 1))
         return batch
+
+    def examples_of(self, steps: int) -> int:
+        return steps * self.examples
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the index of a batch fixes it."""

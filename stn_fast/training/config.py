@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from stn_fast.errors import UserError, did_you_mean
 from stn_fast.files import expanded
 from stn_fast.hyperparameter import Hyperparameter, Response, ResponseRank, WrongHyperparameter
+from stn_fast.training.fit_config import FitConfig
 
 # Keys that have a flag of their own on the command line.
 FLAGS = {
@@ -326,6 +327,9 @@ class TextConfig:
 class Config:
     """A whole run. ``run_dir`` defaults to ``runs/<recipe>-<method>-seed<seed>``; ``text`` is set only for texts.
 
+    ``fit`` is set only for runs of `stn_fast.fit`. Its optimizers are described there: of ``optimizer``, only ``clip``
+    applies to them, and of ``hyper_optimizer``, only ``learning_rate``.
+
     ``train_fraction`` is the fraction of the training examples to use; validation and test sets are always complete.
     ``threads`` is the number of CPU threads, by default torch's own; rounding may depend on it.
 
@@ -344,6 +348,7 @@ class Config:
     hyper_optimizer: HyperOptimizerConfig = field(default_factory=HyperOptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     text: TextConfig | None = None
+    fit: FitConfig | None = None
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None

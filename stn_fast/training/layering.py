@@ -147,8 +147,12 @@ def read_yaml(path: str) -> Tree:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, which ``--config`` reads back."""
-    return dump(asdict(config))
+    """The resolved configuration as YAML, which ``--config`` reads back; for a fit only the keys that apply to it."""
+    tree = asdict(config)
+    if config.fit is not None:
+        tree |= {"optimizer": {"clip": config.optimizer.clip}}
+        tree |= {"hyper_optimizer": {"learning_rate": config.hyper_optimizer.learning_rate}}
+    return dump(tree)
 
 
 def differences(saved: Config, asked: Config) -> list[str]:

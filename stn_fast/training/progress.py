@@ -92,7 +92,7 @@ def summary(result: dict[str, Any]) -> str:
     scores = [f"{key.replace('_', ' ')} {_shown(result[key], form)}" for key, form in forms.items() if key in result]
     lines.append(
         f"best validation loss {_shown(result['valid_loss'], '.4f')} at step {result['best_step']} of "
-        f"{result['steps']}; there, {', '.join(scores)}"
+        f"{result['steps']}" + (f"; there, {', '.join(scores)}" if scores else "")
     )
     lines.append(f"{result['steps']} steps at {result['steps_per_second']:.4g} a second, ended by {result['ended_by']}")
     if result["peak_bytes"] is not None:

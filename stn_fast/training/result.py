@@ -10,8 +10,16 @@ from stn_fast.training.config import Config
 
 COUNTS = ("steps", "valid_steps", "epochs", "best_step", "train_examples", "valid_examples")
 TIMES = ("wall_seconds", "cpu_seconds", "step_cpu_seconds", "steps_per_second")
-NULLABLE = ("peak_bytes", "valid_loss", "test_loss")
-SCORES = ("valid_accuracy", "test_accuracy", "valid_perplexity", "test_perplexity", "vocabulary", "unknown_share")
+NULLABLE = ("peak_bytes", "valid_loss")
+SCORES = (
+    "test_loss",
+    "valid_accuracy",
+    "test_accuracy",
+    "valid_perplexity",
+    "test_perplexity",
+    "vocabulary",
+    "unknown_share",
+)
 BY_NAME = ("hyperparameters", "hyperparameters_start", "hyperparameters_end", "moved_in_initial_scales")
 
 
@@ -27,6 +35,7 @@ def is_result(value: Any, config: Config) -> bool:
         and all(isinstance(value.get(key), int) and _is_number(value[key]) for key in COUNTS)
         and all(_is_number(value.get(key)) for key in TIMES)
         and all(key in value for key in NULLABLE)
+        and ("test_loss" in value or config.fit is not None)  # a fit may have no test examples
         and _are_nullable(value[key] for key in (*NULLABLE, *SCORES) if key in value)
         and isinstance(value.get("ended_by"), str)
         and isinstance(value.get("versions"), dict)

@@ -26,7 +26,7 @@ from stn_fast.training.parameters import check_used
 from stn_fast.training.progress import Progress
 from stn_fast.training.run_directory import RunDirectory
 from stn_fast.training.task import Task
-from stn_fast.training.trainer import Trainer
+from stn_fast.training.trainer import Scheduler, Trainer
 from stn_fast.values import finite
 
 
@@ -37,10 +37,12 @@ def run(
     resume: bool = True,
     progress: Progress | None = None,
     make_method: Callable[[Config, Task], Method] = build_method,
+    scheduler: Scheduler | None = None,
 ) -> dict[str, Any]:
     """Trains as ``config`` says, in ``config.directory``, and returns the contents of ``result.json``.
 
     ``make_method`` may return a `Method` of your own; by default it is the one that ``config.method`` names.
+    ``scheduler`` may change the learning rate of its optimizer after every epoch; its state is saved.
 
     With ``resume``, a run in that directory continues from its newest undamaged checkpoint, bit for bit as if it had
     never stopped; if it is finished, its result is returned. Both need the data that the run was trained on, though
@@ -69,7 +71,7 @@ def run(
             if (result := directory.finished_result(config)) is not None:
                 progress.say(f"{directory.path} is finished; --no-resume would run it again")
                 return result
-        return _train(config, make_method(config, task), task, data, directory, resume, progress)
+        return _train(config, make_method(config, task), task, data, directory, resume, progress, scheduler)
 
 
 def _train(
@@ -80,8 +82,11 @@ def _train(
     directory: RunDirectory,
     resume: bool,
     progress: Progress,
+    scheduler: Scheduler | None,
 ) -> dict[str, Any]:
-    trainer = Trainer(config, task, method, directory.checkpoints, progress.row, progress.step, progress.warn)
+    trainer = Trainer(
+        config, task, method, directory.checkpoints, progress.row, progress.step, progress.warn, scheduler
+    )
     progress.say(_about(config, task, trainer))
     if resume:
         _continue(trainer, directory, progress)
@@ -101,12 +106,13 @@ def _train(
 def _about(config: Config, task: Task, trainer: Trainer) -> str:
     """One line about the run: recipe, data, size, precision, and the reason if it uses a slow backend."""
     backend, reason = chosen(torch.device(config.device))
-    train, valid, test = (len(split.targets) for split in task.data)
+    kinds = zip(("training", "validation", "test"), task.data, strict=True)
+    sizes = [f"{task.batching.count(split):,} {kind}" for kind, split in kinds if split is not None]
     parameters = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
     steps = trainer.train_batches.per_pass
     return (
-        f"{config.recipe}, {config.method.label}: {train:,} training, {valid:,} validation, {test:,} test "
-        f"{task.batching.unit}; {parameters:,} trained parameters; {steps:,} training steps an epoch"
+        f"{config.recipe}, {config.method.label}: {', '.join(sizes)} {task.batching.unit}; "
+        f"{parameters:,} trained parameters; {steps:,} training steps an epoch"
         + ("" if config.precision == "fp32" else f"; matrix products in {config.precision}")
         + ("" if reason is None else f"; using the slow backend {backend!r}: {reason}")
     )
@@ -177,11 +183,13 @@ def _rehearse(task: Task, batch_size: int) -> None:
     location, _ = task.space.initial_state(device)
     kept = [(buffer, buffer.clone()) for buffer in task.model.buffers() if is_writable(buffer)]
     hyper = task.space.at(location, batch_size=first.examples)
-    task.training_objective(task.model, first, hyper)
-    if not task.allow_unused:
-        check_used(hyper, all_by_name=True)
-    for buffer, before in kept:
-        buffer.copy_(before)
+    try:
+        task.training_objective(task.model, first, hyper)
+        if not task.allow_unused:
+            check_used(hyper, all_by_name=True)
+    finally:
+        for buffer, before in kept:
+            buffer.copy_(before)
 
 
 def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, Any]:
@@ -193,7 +201,7 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
     space, location = trainer.method.space, trainer.method.location.detach()
     start, raw_scale = space.initial_state(location.device)
     scales = space.scales(raw_scale)
-    scores = {"valid": trainer.evaluate(task.data.valid), "test": trainer.evaluate(task.data.test)}
+    scores = trainer.scores()
     return {
         "recipe": config.recipe,
         "method": config.method.label,
@@ -209,7 +217,7 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
         "precision": config.precision,
         "captured": captured(trainer),
         **task.facts,
-        **{f"{split}_{name}": value for split, values in scores.items() for name, value in values.items()},
+        **scores,
         "hyperparameters": space.values(location),
         "hyperparameters_start": space.values(start),
         "hyperparameters_end": space.values(last_location),

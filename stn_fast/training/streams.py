@@ -167,6 +167,9 @@ class Streams(_Carrier):
         spare = len(self.split.targets) - self.per_pass * self.examples
         return int(np.random.default_rng([self.seed, self.stream, number]).integers(spare + 1))
 
+    def examples_of(self, steps: int) -> int:
+        return steps * self.examples
+
     def state_dict(self) -> dict[str, Any]:
         """The state that the next window starts from."""
         return {"next": self._next, "state": _mapped(Tensor.clone, self._state)}
@@ -242,6 +245,9 @@ class ContinuousText:
 
     def misfit(self, split: Split, batch_size: int) -> str | None:
         return misfit(split, batch_size, self.window)
+
+    def count(self, split: Split) -> int:
+        return split.examples
 
 
 def _mapped(function: Any, state: State | None) -> State | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -51,10 +52,12 @@ class Task:
     ``training_objective`` may include penalties; ``validation_objective``, which the hyperparameters minimise, must
     not. ``scores`` are computed in evaluations and must include ``loss``, the validation objective as a sum over
     examples. ``report`` may add scores computed from their means, such as perplexity. ``batching`` makes the batches
-    for all of these. ``facts`` are facts about the data that the result records, for comparison with other results.
+    for all of these, from each of ``data``, which are splits or `stn_fast.training.loaders.Loaded`; ``data.test`` may
+    be None. ``facts`` are facts about the data that the result records, for comparison with other results.
     ``vocabulary`` lists the words of a text by their numbers; a run directory records its checksum with those of the
     splits. ``loss_unit`` is the unit of the losses in plots. ``allow_unused`` is for objectives that read
     ``hyper.values`` instead of ``hyper["name"]``; otherwise, a hyperparameter that is never looked up is an error.
+    ``around_step`` makes the context in which a step with this number is taken.
     """
 
     space: HyperparameterSpace
@@ -69,6 +72,7 @@ class Task:
     vocabulary: Sequence[str] = ()
     loss_unit: str = ""
     allow_unused: bool = False
+    around_step: Callable[[int], AbstractContextManager[Any]] = field(default=nullcontext)
 
 
 def classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:

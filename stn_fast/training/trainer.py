@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -41,6 +41,16 @@ class Diverged(RuntimeError):
         self.compute = compute
 
 
+class Scheduler(Protocol):
+    """Called at the end of each epoch with its validation loss; changes the learning rate of the weights."""
+
+    def __call__(self, loss: float, /) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class Trainer:
     """Runs ``method`` on ``task`` as ``config`` says, and writes rows of metrics and checkpoints.
 
@@ -53,6 +63,7 @@ class Trainer:
         report: called with every row as it is written.
         on_step: called after every step with the number of passes over the training set, as a fraction.
         warn: called with the reason if steps cannot be captured as CUDA graphs.
+        scheduler: of the learning rate, besides ``config.optimizer``.
     """
 
     def __init__(
@@ -64,10 +75,11 @@ class Trainer:
         report: Callable[[Row], None] = lambda row: None,
         on_step: Callable[[float], None] = lambda passes: None,
         warn: Callable[[str], None] = lambda reason: None,
+        scheduler: Scheduler | None = None,
     ) -> None:
         schedule = config.schedule
         self.config, self.task, self.method, self.checkpoints = config, task, method, checkpoints
-        self.report, self.on_step = report, on_step
+        self.report, self.on_step, self.scheduler = report, on_step, scheduler
         train, valid, _ = task.data
         device = method.location.device
         sequence, seed = task.batching.sequence, config.seed
@@ -98,8 +110,8 @@ class Trainer:
 
         A training step of ``method.training_passes`` passes counts its batch as often; evaluations are not counted.
         """
-        train = self.train_steps * self.method.training_passes * self.train_batches.examples
-        return {"train_examples": train, "valid_examples": self.valid_steps * self.valid_batches.examples}
+        train = self.method.training_passes * self.train_batches.examples_of(self.train_steps)
+        return {"train_examples": train, "valid_examples": self.valid_batches.examples_of(self.valid_steps)}
 
     @property
     def compute(self) -> Row:
@@ -188,7 +200,8 @@ class Trainer:
 
     def _advance(self) -> None:
         try:
-            self._take_step()
+            with self.task.around_step(self.step):
+                self._take_step()
         except NonFiniteError as error:
             self._diverge(error.reason)
 
@@ -208,6 +221,8 @@ class Trainer:
         lower = self.plateau.add(self._report_epoch(log))
         if lower is not None:
             self.method.learning_rate = lower
+        if self.scheduler is not None and self.train_steps:
+            self.scheduler(self.plateau.losses[-1])
         self._rescale()
         is_best = self.best["step"] == self.step
         if is_best or self.epoch % self.config.schedule.checkpoint_epochs == 0:
@@ -239,18 +254,17 @@ class Trainer:
                 loss, steps = losses.take()
                 self._write(log, phase, loss, steps * batches.examples, self.reported_at, extra)
         began = self._seconds()
-        valid, test = self.evaluate(self.task.data.valid), self.evaluate(self.task.data.test)
-        scores = {f"valid_{name}": value for name, value in valid.items() if name != "loss"}
-        scores |= {f"test_{name}": value for name, value in test.items()}
-        examples = len(self.task.data.valid.inputs) + len(self.task.data.test.inputs)
+        scores = self.scores()
+        loss = scores.pop("valid_loss")
+        examples = sum(split.examples for split in self.task.data[1:] if split is not None)
         stepped = {"step_cpu_seconds": round(self.step_clock.cpu_seconds, 3), **self.examples}
         evaluated = {"loss_unit": self.task.loss_unit, **stepped, **scores, **tuned}
-        self._write(log, "eval", valid["loss"], examples, began, evaluated)
-        if valid["loss"] < self.best["valid_loss"]:
-            self.best = {"valid_loss": valid["loss"], "step": self.step}
+        self._write(log, "eval", loss, examples, began, evaluated)
+        if loss < self.best["valid_loss"]:
+            self.best = {"valid_loss": loss, "step": self.step}
         self.reported_at = self._seconds()
         self.step_clock.resume()
-        return valid["loss"]
+        return loss
 
     def _write(self, log: MetricsLog, phase: str, loss: float, examples: int, since: float, extra: Row) -> None:
         if not math.isfinite(loss):
@@ -293,6 +307,14 @@ class Trainer:
 
     def _note_times(self) -> None:
         self.wall_seconds, self.cpu_seconds = self._seconds(), self._cpu_seconds()
+
+    def scores(self) -> dict[str, float]:
+        """The scores of the validation examples, and of the test examples if there are any: ``valid_loss`` etc."""
+        data = self.task.data
+        scores = {"valid": self.evaluate(data.valid)}
+        if data.test is not None:
+            scores["test"] = self.evaluate(data.test)
+        return {f"{split}_{name}": value for split, found in scores.items() for name, value in found.items()}
 
     @torch.no_grad()
     def evaluate(self, split: Split, unperturbed: Callable[[int], HyperBatch] | None = None) -> dict[str, float]:
@@ -404,6 +426,7 @@ class Trainer:
             "cpu_seconds": self.cpu_seconds,
             "reported_at": self.reported_at,
             "step_clock": self.step_clock.state_dict(),
+            **({} if self.scheduler is None else {"scheduler": self.scheduler.state_dict()}),
         }
 
     def load_state_dict(self, state: Row) -> None:
@@ -416,6 +439,8 @@ class Trainer:
         self.valid_loss.load_state_dict(state["valid_loss"])
         self.plateau.load_state_dict(state["plateau"])
         self.step_clock.load_state_dict(state["step_clock"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
         for name in ("train_steps", "valid_steps", "best", "rows", "reported_at"):
             setattr(self, name, state[name])
         self.wall_seconds, self.cpu_seconds = state["wall_seconds"], state["cpu_seconds"]
