@@ -84,8 +84,9 @@ def convert(
     `stn_fast.HyperLinear`; the response is 0 at the start. Make the optimizer afterwards, with all parameters.
 
     The root gets a child `tuned_hyperparameters`, a `TunedHyperparameters` with the space, the location λ and the
-    report. Train with `stn_fast.SelfTuner`, or call the model inside ``model.tuned_hyperparameters.using(hyper)``. In
-    evaluation mode outside of it, layers use the current λ and dropout is off; in training mode, that is an error.
+    report. Train with `stn_fast.fit` or `stn_fast.SelfTuner`, or call the model inside
+    ``model.tuned_hyperparameters.using(hyper)``. In evaluation mode outside of it, layers use the current λ and dropout
+    is off; in training mode, that is an error.
 
     Converted are Linear, Conv1d, Conv2d, Conv3d, Embedding, LSTM, MultiheadAttention, LayerNorm, RMSNorm, GroupNorm,
     BatchNorm1d, BatchNorm2d, Dropout, Dropout1d, Dropout2d and Dropout3d of torch.nn; of timm, DropPath and the norms
@@ -165,7 +166,7 @@ def convert(
     dims = _example_dims(model, concerned, example_dims)
 
     report = [Entry(one.name, one.kind, rates.get(one.name)) for one in chosen] + left_out
-    tuned = TunedHyperparameters(space, report, added).train(model.training)
+    tuned = TunedHyperparameters(space, report, added, response_rank).train(model.training)
     tuned.to(next(iter(model.parameters()), tuned.location).device)
     streams, decays = _free_streams(model), decay_names(added)
     try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stn_fast.conversion.additions import Added
 from stn_fast.conversion.report import Entry
+from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.ops.transforms import in_transform, traced
 
@@ -51,18 +52,26 @@ class TunedHyperparameters(nn.Module):
         location, raw_scale: buffers (n,) float32, unconstrained. They stay float32 when the model is cast.
         report: what `convert` did with each module.
         added: what it did with each addition.
+        response_rank: the rank of the responses that it was called with.
         current: the HyperBatch that layers use now, set by `using`; None outside. It is not saved.
     """
 
     location: Tensor
     raw_scale: Tensor
 
-    def __init__(self, space: HyperparameterSpace, report: Sequence[Entry] = (), added: Sequence[Added] = ()):
+    def __init__(
+        self,
+        space: HyperparameterSpace,
+        report: Sequence[Entry] = (),
+        added: Sequence[Added] = (),
+        response_rank: ResponseRank = "auto",
+    ):
         super().__init__()
         location, raw_scale = space.initial_state()
         self.register_buffer("location", location)
         self.register_buffer("raw_scale", raw_scale)
         self.space, self.report, self.added = space, list(report), list(added)
+        self.response_rank = response_rank
         self.current: HyperBatch | None = None
         self._thread: int | None = None
         self._latest: _Latest | None = None

@@ -1,0 +1,288 @@
+"""fit: training of a converted model by the trainer, with a run directory."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from stn_fast.checks import switch, whole_number
+from stn_fast.conversion.folding import tuned_of
+from stn_fast.errors import UserError
+from stn_fast.training.config import (
+    Config,
+    HyperOptimizerConfig,
+    MethodConfig,
+    OptimizerConfig,
+    Precision,
+    ScheduleConfig,
+)
+from stn_fast.training.fit_config import FitConfig
+from stn_fast.training.fit_description import (
+    hyperparameters_of,
+    modules_of,
+    name_of,
+    response_of,
+    settings_of,
+    settings_of_scheduler,
+)
+from stn_fast.training.fit_task import Metric, checked_metrics, loaded, task_of
+from stn_fast.training.fit_words import FitProgress, in_words_of_python
+from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer, learning_rate
+from stn_fast.training.progress import summary
+from stn_fast.training.run import run
+from stn_fast.training.trained import Trained, restore
+from stn_fast.training.trainer import Row
+from stn_fast.training.tuner import Loss, SelfTuner
+
+
+class Fit:
+    """What `fit` has trained.
+
+    Attributes:
+        result: the contents of ``result.json``.
+        run_dir: the run directory.
+    """
+
+    def __init__(self, result: dict[str, Any], run_dir: Path, model: nn.Module) -> None:
+        self.result, self.run_dir, self._model = result, run_dir, model
+
+    @cached_property
+    def best(self) -> Trained:
+        """A copy of the model, at its best validation loss."""
+        return restore(deepcopy(self._model), self.run_dir, "best")
+
+    @cached_property
+    def last(self) -> Trained:
+        """A copy of the model, at the last step."""
+        return restore(deepcopy(self._model), self.run_dir, "last")
+
+
+def fit(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    valid_loader: Iterable[Any],
+    *,
+    loss: Loss,
+    optimizer: MakeOptimizer,
+    run_dir: str | Path,
+    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    valid_loss: Loss | None = None,
+    hyper_optimizer: MakeOptimizer = default_hyper_optimizer,
+    test_loader: Iterable[Any] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    epochs: int = 20,
+    train_steps: int = 2,
+    warmup_epochs: int = 0,
+    patience: int | None = None,
+    checkpoint_epochs: int = 10,
+    clip: float | None = 1.0,
+    entropy_weight: float = 1e-3,
+    tune_scales: bool = True,
+    antithetic: bool = True,
+    precision: Precision = "fp32",
+    check_rows: bool = True,
+    seed: int = 0,
+    resume: bool = True,
+    callbacks: Sequence[Callable[[Row], Any]] = (),
+    quiet: bool = False,
+) -> Fit:
+    """Trains a converted model, tunes its hyperparameters, and writes a run directory as recipes do.
+
+        tuned = stn.convert(model)
+        fit = stn.fit(tuned, train_loader, valid_loader, loss=F.cross_entropy, run_dir="runs/mine",
+                      optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0))
+        plain = fit.best.fold()
+
+    After each ``train_steps`` batches of ``train_loader``, a batch of ``valid_loader`` tunes the hyperparameters. After
+    each epoch, the mean loss over all of ``valid_loader`` decides which checkpoint is the best, and rows are added to
+    ``metrics.jsonl``. Steps and batches are those of `SelfTuner`, but batches are moved to the device of the model.
+    Afterwards, the model itself is the best one, in evaluation mode.
+
+    The same call continues a run that was stopped, bit for bit as if it had never been; if it has finished, its result
+    is read, and with more epochs it goes on. Another model, space, loss, optimizer or batch size is an error that names
+    what differs. Functions are compared by their names. The data are compared if they are in a TensorDataset.
+
+    For that, each pass over a loader and each step use torch's generators, and those given to a DataLoader, at states
+    that only depend on ``seed``; these generators are left as they were. Other random numbers are not repeated: those
+    of Python and NumPy in transforms (a DataLoader with workers does seed these), those of your own sampler, and an
+    order that depends on which worker is faster or on what a loader remembers of earlier passes. A resumed pass reads
+    again, and skips, the batches before. Each pass must have the same number of batches. Persistent workers are started
+    anew in each.
+
+    It needs what ``pip install 'stn-fast[train]'`` installs.
+
+    Args:
+        model: a converted one, as `convert` returns.
+        train_loader, valid_loader, test_loader: iterables of batches that can be read again and again.
+        loss: returns the mean over the examples of a batch, as for `SelfTuner`.
+        optimizer: makes the optimizer of the weights from the list of the parameters.
+        run_dir: the run directory.
+        scheduler: makes a scheduler of `torch.optim.lr_scheduler` from the optimizer. Its ``step`` is called after each
+            epoch, with the validation loss for ReduceLROnPlateau.
+        valid_loss: what the hyperparameters minimise and evaluations report; by default `loss`.
+        metrics: {name: function of outputs and targets that returns the mean over the examples of a batch}, such as
+            ``{"accuracy": lambda logits, targets: (logits.argmax(1) == targets).float().mean()}``. Rows and results
+            have their means over the examples of a loader as ``valid_accuracy`` and ``test_accuracy``.
+        epochs: passes over ``train_loader``.
+        train_steps: training steps for each validation step.
+        warmup_epochs: epochs before the first validation step.
+        patience: end after as many epochs in a row without a new best validation loss; None to go on.
+        checkpoint_epochs: a checkpoint is written after as many epochs, at each new best and at the end.
+        hyper_optimizer, clip, entropy_weight, tune_scales, antithetic, precision, check_rows: as for
+            `SelfTuner`.
+        seed: of all random numbers of the run; the model has its weights already.
+        resume: whether to continue a run in ``run_dir``; False starts over.
+        callbacks: called with each row of ``metrics.jsonl``. Rows after the last checkpoint of a stopped run are
+            written again.
+        quiet: whether to print only warnings.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or does not fit the run in ``run_dir``; the message names it.
+        stn_fast.training.trainer.Diverged: a loss or a gradient is not finite.
+        stn_fast.training.signals.Interrupted: after SIGINT or SIGTERM; a checkpoint of the last step has been written.
+        stn_fast.training.disk.CannotWrite: the disk is full or cannot be written.
+    """
+    tuned = tuned_of("fit", model)
+    _check(epochs, train_steps, warmup_epochs, patience, checkpoint_epochs)
+    switch("fit", "resume", resume)
+    scored = checked_metrics(metrics or {})
+    made = _made("optimizer", optimizer, torch.optim.Optimizer, list(model.parameters()))
+    settings = settings_of(made)  # a scheduler changes them
+    scheduled = None if scheduler is None else _made("scheduler", scheduler, LRScheduler, made)
+    tuner = SelfTuner(
+        model,
+        made,
+        loss,
+        valid_loss=valid_loss,
+        hyper_optimizer=hyper_optimizer,
+        entropy_weight=entropy_weight,
+        tune_scales=tune_scales,
+        antithetic=antithetic,
+        clip=clip,
+        seed=seed,
+        precision=precision,
+        check_rows=check_rows,
+    )
+    train, valid = loaded(tuner, "train_loader", train_loader), loaded(tuner, "valid_loader", valid_loader)
+    test = None if test_loader is None else loaded(tuner, "test_loader", test_loader)
+    progress = FitProgress(epochs, switch("fit", "quiet", quiet), callbacks)
+    with in_words_of_python():
+        config = Config(
+            recipe="fit",
+            hyperparameters=hyperparameters_of(tuned.space),
+            method=MethodConfig(
+                train_steps=train_steps,
+                warmup_epochs=warmup_epochs,
+                tune_scales=tuner.method.tune_scales,
+                entropy_weight=float(entropy_weight),
+                antithetic=tuner.method.antithetic,
+                response=response_of(tuned.space),
+                response_rank=tuned.response_rank,
+            ),
+            optimizer=OptimizerConfig(clip=None if clip is None else float(clip)),
+            hyper_optimizer=HyperOptimizerConfig(learning_rate=learning_rate(tuner.method.hyper_optimizer)),
+            schedule=ScheduleConfig(
+                epochs=epochs,
+                patience=patience,
+                batch_size=train.batch_size,
+                valid_batch_size=valid.batch_size,
+                checkpoint_epochs=checkpoint_epochs,
+            ),
+            fit=FitConfig(
+                model=name_of(type(getattr(model, "_orig_mod", model))),  # what torch.compile wraps
+                modules=modules_of(model),
+                loss=name_of(loss),
+                valid_loss=name_of(tuner.valid_loss),
+                optimizer=settings,
+                hyper_optimizer=settings_of(tuner.method.hyper_optimizer),
+                scheduler={} if scheduled is None else settings_of_scheduler(scheduled),
+                train_batches=train.batches,
+                valid_batches=valid.batches,
+            ),
+            seed=tuner.method.seed,
+            device=tuned.location.device.type,  # type: ignore[arg-type]
+            precision=precision,
+            capture=False,
+            run_dir=os.fspath(run_dir),
+        )
+        task = task_of(tuner, [train, valid, test], scored)
+        result = run(
+            config,
+            lambda config: task,
+            resume=resume,
+            progress=progress,
+            make_method=lambda config, task: tuner.method,
+            scheduler=None if scheduled is None else _Scheduler(scheduled),
+        )
+        directory = Path(config.directory)
+        restore(model, directory, "best")
+    for line in summary(result).splitlines():
+        progress.say(line)
+    return Fit(result, directory, model)
+
+
+def _check(epochs: int, train_steps: int, warmup_epochs: int, patience: int | None, checkpoint_epochs: int) -> None:
+    for name, value, least in (
+        ("epochs", epochs, 1),
+        ("train_steps", train_steps, 1),
+        ("warmup_epochs", warmup_epochs, 0),
+        ("patience", 1 if patience is None else patience, 1),
+        ("checkpoint_epochs", checkpoint_epochs, 1),
+    ):
+        whole_number("fit", name, value, least)
+
+
+def _made(name: str, make: Any, kind: type[Any], given: Any) -> Any:
+    """``make(given)``, an object of this ``kind``."""
+    if isinstance(make, kind) or not callable(make):
+        raise TypeError(
+            f"fit: {name} must be a function that makes it, such as partial({name_of(type(make))}, ...), because a "
+            f"resumed run makes it anew; got an object of type {name_of(type(make))}"
+        )
+    made = make(given)
+    if not isinstance(made, kind):
+        raise TypeError(
+            f"fit: {name} must make a {kind.__name__} of torch, but {name_of(make)} made a {name_of(type(made))}"
+        )
+    return made
+
+
+class _Scheduler:
+    """A scheduler of torch, stepped once per epoch.
+
+    Raises:
+        UserError: its state can't be read back from a checkpoint.
+    """
+
+    def __init__(self, scheduler: LRScheduler) -> None:
+        self.scheduler = scheduler
+        file = io.BytesIO()
+        try:
+            torch.save(scheduler.state_dict(), file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception as error:  # torch.save and torch.load raise many kinds of errors, none of them documented
+            raise UserError(
+                f"fit: the state of scheduler, {name_of(type(scheduler))}, can't be saved in a checkpoint: {error}"
+            ) from error
+
+    def __call__(self, loss: float) -> None:
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(loss)
+        else:
+            self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(state)
