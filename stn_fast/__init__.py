@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from stn_fast.layers import PerExampleDropout as PerExampleDropout
     from stn_fast.layers import PerExampleDropout2d as PerExampleDropout2d
     from stn_fast.layers import PerExampleNoise as PerExampleNoise
+    from stn_fast.loading import load as load
     from stn_fast.training.fit import fit as fit
     from stn_fast.training.tuner import SelfTuner as SelfTuner
     from stn_fast.training.tuner import alternate as alternate
@@ -65,6 +66,7 @@ _HOME = {
     "PerExampleDropout": "stn_fast.layers",
     "PerExampleDropout2d": "stn_fast.layers",
     "PerExampleNoise": "stn_fast.layers",
+    "load": "stn_fast.loading",
     "fit": "stn_fast.training.fit",
     "SelfTuner": "stn_fast.training.tuner",
     "alternate": "stn_fast.training.tuner",
