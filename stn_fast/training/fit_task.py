@@ -26,6 +26,7 @@ TAKEN = ("loss", "steps", "examples")
 
 
 def checked_metrics(metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
+    """Returns ``metrics``; raises TypeError or ValueError if one is not a function, or its name is taken."""
     for name, metric in metrics.items():
         if not isinstance(name, str) or not name or name in TAKEN:
             raise ValueError(
@@ -37,6 +38,7 @@ def checked_metrics(metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
 
 
 def loaded(tuner: SelfTuner, name: str, loader: Any) -> Loaded:
+    """The loader given as the argument ``name``, with batches as `SelfTuner` takes them, on the model's device."""
     device = tuner.method.location.device
 
     def as_batch(entry: Any) -> Batch:
@@ -47,6 +49,7 @@ def loaded(tuner: SelfTuner, name: str, loader: Any) -> Loaded:
 
 
 def task_of(tuner: SelfTuner, parts: Sequence[Any], metrics: Mapping[str, Metric]) -> Task:
+    """The task of training, validation and test ``parts``; the last one may be None."""
     tuned, method = tuned_of("fit", tuner.model), tuner.method
     generators = default_generators(method.location.device)
 
