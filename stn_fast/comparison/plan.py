@@ -58,6 +58,7 @@ class Comparison:
     def settings(self, config: Config, **others: Any) -> str:
         """A digest of all that a row depends on: ``config``, data, versions, columns of curves, and ``others``."""
         own = asdict(replace(config, run_dir=None, data_root=None))
+        del own["fit"]  # of runs of stn_fast.fit, which are not compared
         return digest_of({"config": own, "circumstances": self.circumstances, "columns": CURVE, **others})
 
 
