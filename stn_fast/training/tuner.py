@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +14,12 @@ from stn_fast.conversion.rows import check_rows, first_tensor, structure
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training.batches import Examples, as_batch
 from stn_fast.training.config import Precision
-from stn_fast.training.methods import SelfTuning
+from stn_fast.training.converted import ConvertedSelfTuning, check_optimizer
 from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer
-from stn_fast.training.parameters import is_response, listed
+from stn_fast.training.passes import Passes
 from stn_fast.training.task import with_weight_decay
 
 Loss = Callable[[Any, Any], Tensor]
-
-
-class ConvertedSelfTuning(SelfTuning):
-    """The steps of a converted model: they tune its own λ, and its layers use the hyperparameters of each pass."""
-
-    def _initial_state(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The memory of the model's buffers, so that the model always has the current λ."""
-        tuned = tuned_of("SelfTuner", self.model)
-        return tuned.location.detach(), tuned.raw_scale.detach()
-
-    def _in_use(self, hyper: HyperBatch) -> AbstractContextManager[None]:
-        tuned = tuned_of("SelfTuner", self.model)
-        if not tuned.location.is_set_to(self.location):
-            raise RuntimeError(
-                "SelfTuner: the model's hyperparameters have other memory than when the tuner was made, as after "
-                "load_state_dict(..., assign=True) or a move to another device; make a new SelfTuner"
-            )
-        return tuned.using(hyper)
 
 
 class _Batch(Examples):
@@ -56,15 +36,7 @@ class _Batch(Examples):
         return _Batch(*parts)
 
 
-class _Record(NamedTuple):
-    """A validation step: the number of training steps before it, its loss, and the location after it."""
-
-    step: int
-    loss: Tensor
-    location: Tensor
-
-
-class SelfTuner:
+class SelfTuner(Passes):
     """Trains a converted model and tunes its hyperparameters, in a loop of your own. `SelfTuning` says how.
 
         tuned = stn.convert(model)
@@ -79,13 +51,16 @@ class SelfTuner:
     examples, also for a model that calls it time. Batches are not moved to another device. Activation checkpointing in
     the model must not be reentrant (``use_reentrant=False``).
 
+    A loop that calls backward, zero_grad and the optimizer's step itself uses passes instead of steps: `training`,
+    `validating` and `hyper_step`. There, call `stn_fast.conversion.check_rows` yourself.
+
     The training loss also gets ½·weight_decay·‖W_eff‖² of the converted layers, if the space has `weight_decay`. An
     optimizer that decays weights itself decays them and the response as well, which is a warning.
 
     Args:
         model: a converted one, as `convert` returns.
         optimizer: holds the parameters of the model, made after the conversion.
-        loss: returns the mean over the examples, without penalties.
+        loss: returns the mean over the examples, without penalties. Not needed in loops that use only passes.
         valid_loss: what the hyperparameters minimise; by default `loss`.
         hyper_optimizer: makes the optimizer of location and raw scale from the list of them.
         warmup_steps: training steps before the first validation step.
@@ -103,7 +78,7 @@ class SelfTuner:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        loss: Loss,
+        loss: Loss | None = None,
         *,
         valid_loss: Loss | None = None,
         hyper_optimizer: MakeOptimizer = default_hyper_optimizer,
@@ -118,11 +93,11 @@ class SelfTuner:
         check_rows: bool = True,
     ) -> None:
         tuned = self._tuned = tuned_of("SelfTuner", model)
-        _check_optimizer(model, optimizer)
+        check_optimizer(model, optimizer)
         self.warmup_steps = whole_number("SelfTuner", "warmup_steps", warmup_steps, 0)
         self.check_rows = switch("SelfTuner", "check_rows", check_rows)
         self.model, self.loss, self.valid_loss = model, loss, valid_loss or loss
-        self.method = ConvertedSelfTuning(
+        method = ConvertedSelfTuning(
             model,
             tuned.space,
             self._training_objective,
@@ -137,15 +112,20 @@ class SelfTuner:
             skip_nonfinite=skip_nonfinite,
             precision=precision,
         )
-        self.trained = self.validated = 0  # steps so far
-        self._records: list[_Record] = []
+        super().__init__(method)
         self._checked: set[Any] = set()  # the structures of batches with which check_rows has called the model
 
     def _training_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:
-        return with_weight_decay(self.loss(_called(model, batch.inputs), batch.targets), model, hyper)
+        return with_weight_decay(self._of(self.loss, model, batch), model, hyper)
 
     def _validation_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:
-        return self.valid_loss(_called(model, batch.inputs), batch.targets)
+        return self._of(self.valid_loss, model, batch)
+
+    def _of(self, loss: Loss | None, model: nn.Module, batch: Examples) -> Tensor:
+        if loss is None:
+            raise TypeError("SelfTuner: steps need a loss, SelfTuner(model, optimizer, loss); passes need none")
+        args, kwargs = _arguments(batch.inputs)
+        return loss(model(*args, **kwargs), batch.targets)
 
     def step(self, batch: Any, held_out: Any = None) -> Tensor:
         """A training step, and after the warm-up a validation step on `held_out`, if it is given.
@@ -159,15 +139,18 @@ class SelfTuner:
 
     def train_step(self, batch: Any) -> Tensor:
         """Updates the weights and the response on a training batch; returns the loss."""
-        loss = self.method.train_step(self._batch(batch), self.trained + self.validated)
-        self.trained += 1
+        self._check_closed("train_step")
+        self._responses.clear()  # the gradients of open passes are not used
+        loss = self.method.train_step(self._batch(batch), self.draws)
+        self.draws, self.trained = self.draws + 1, self.trained + 1
         return loss
 
     def valid_step(self, held_out: Any) -> Tensor:
         """Updates the hyperparameters on a validation batch; returns the loss, without the entropy."""
-        loss = self.method.valid_step(self._batch(held_out), self.trained + self.validated)
-        self.validated += 1
-        self._records.append(_Record(self.trained, loss, self.method.location.detach().clone()))
+        self._check_closed("valid_step")
+        loss = self.method.valid_step(self._batch(held_out), self.draws)
+        self.draws += 1
+        self._record(loss)
         return loss
 
     def _batch(self, batch: Any) -> _Batch:
@@ -208,17 +191,15 @@ class SelfTuner:
 
     def state_dict(self) -> dict[str, Any]:
         """Model, hyperparameters, optimizer states and counters: everything that the next step depends on but data."""
-        return {"method": self.method.state_dict(), "trained": self.trained, "validated": self.validated}
+        counts = {"draws": self.draws, "trained": self.trained, "validated": self.validated}
+        return {"method": self.method.state_dict(), **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned. Raises ValueError as `Method.load_state_dict`."""
         self.method.load_state_dict(state["method"])
-        self.trained, self.validated = state["trained"], state["validated"]
-
-
-def _called(model: nn.Module, inputs: Any) -> Any:
-    args, kwargs = _arguments(inputs)
-    return model(*args, **kwargs)
+        self.draws, self.trained, self.validated = state["draws"], state["trained"], state["validated"]
+        self._to_repeat = None
+        self._responses.clear()
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -226,33 +207,6 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), inputs
     return inputs if isinstance(inputs, tuple) else (inputs,), {}
-
-
-def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            "SelfTuner: optimizer must be a torch.optim.Optimizer, made with the parameters of the converted model, "
-            f"got {type(optimizer).__name__}"
-        )
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    wanted = {name: id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if held.isdisjoint(wanted.values()):
-        raise ValueError("SelfTuner: the optimizer holds none of the model's parameters: make it with this model's")
-    if not any(parameter in held for name, parameter in wanted.items() if not is_response(name)):
-        raise ValueError("SelfTuner: the optimizer holds only parameters of the response: give it the weights, too")
-    missing = [name for name, parameter in wanted.items() if is_response(name) and parameter not in held]
-    if missing:
-        raise ValueError(
-            f"SelfTuner: the optimizer lacks {listed(missing)}, parameters of the response: make it after stn.convert, "
-            "with all parameters of the converted model"
-        )
-    decays = [group["weight_decay"] for group in optimizer.param_groups if group.get("weight_decay")]
-    if decays and "weight_decay" in tuned_of("SelfTuner", model).space.names:
-        warnings.warn(
-            f"the optimizer decays weights by {decays[0]}, in addition to the tuned weight_decay, and the response "
-            "too: make it with weight_decay=0",
-            stacklevel=3,
-        )
 
 
 def alternate(

@@ -1,0 +1,117 @@
+"""The steps of converted models, whole and as single passes, and a check of their optimizers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from stn_fast.conversion.folding import tuned_of
+from stn_fast.hyperparameters import HyperBatch
+from stn_fast.modes import evaluating
+from stn_fast.training.methods import SelfTuning
+from stn_fast.training.parameters import check_used, hold_parameters, is_response, listed
+
+
+class ConvertedSelfTuning(SelfTuning):
+    """The steps of a converted model: they tune its own λ, and its layers use the hyperparameters of each pass."""
+
+    responds = "compute it from the outputs of the converted model, called inside `with tuner.validating(...)`"
+
+    def _initial_state(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The memory of the model's buffers, so that the model always has the current λ."""
+        tuned = tuned_of("SelfTuner", self.model)
+        return tuned.location.detach(), tuned.raw_scale.detach()
+
+    def _in_use(self, hyper: HyperBatch) -> AbstractContextManager[None]:
+        tuned = tuned_of("SelfTuner", self.model)
+        if not tuned.location.is_set_to(self.location):
+            raise RuntimeError(
+                "SelfTuner: the model's hyperparameters have other memory than when the tuner was made, as after "
+                "load_state_dict(..., assign=True) or a move to another device; make a new SelfTuner"
+            )
+        return tuned.using(hyper)
+
+    @contextmanager
+    def training_pass(self, batch_size: int, step: int, antithetic: bool) -> Iterator[HyperBatch]:
+        """Inside, the model is in training mode and uses the perturbed hyperparameters of a training step.
+
+        As in ``train_step``, running statistics don't change in antithetic passes, and it is an error at the end of the
+        first pass if some hyperparameters were not looked up.
+        """
+        self._check_ready("training")
+        with torch.no_grad():
+            hyper = self._perturbed(dict(batch_size=batch_size, seed=self.seed, step=step), antithetic)
+        with self._modes.resumed(), self._in_use(hyper), ExitStack() as stack:
+            if antithetic:
+                stack.callback(self._buffers.keep(), None)
+            yield hyper
+        if self._checks_used:
+            if "weight_decay" in hyper and "weight_decay" not in hyper.used:
+                raise ValueError("training: add tuner.penalty() to the loss, which the tuned weight_decay needs")
+            check_used(hyper, all_by_name=False)
+            self._checks_used = False
+
+    @contextmanager
+    def validation_pass(self, batch_size: int, step: int) -> Iterator[HyperBatch]:
+        """Inside, the model is in evaluation mode, its weights are held, and it uses hyperparameters with gradients."""
+        self._check_ready("validating")
+        hyper = self._validation_hyper(dict(batch_size=batch_size, seed=self.seed, step=step))
+        with evaluating(self.model), hold_parameters(self.model.parameters()), self._in_use(hyper):
+            yield hyper
+
+    def hyper_step(self, loss: Tensor, step: int) -> Tensor:
+        """Updates location and raw scale on F, computed in a validation pass; returns it detached."""
+        self._check_ready("hyper_step")
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"hyper_step: the loss must be a tensor of one number, the mean over examples, got {got}")
+        gradients = self._gradients(loss.to(torch.promote_types(loss.dtype, torch.float32)))
+        self._move(loss.detach(), gradients, step, lambda where: None)
+        return loss.detach()
+
+    def shorten(self, optimizer: torch.optim.Optimizer, responses: Sequence[Tensor]) -> None:
+        """Divides the gradients of the response as `ResponseSteps.shorten` does."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._response_steps.shorten([one for one in parameters if one.grad is not None], responses)
+
+    @property
+    def response_has_gradients(self) -> bool:
+        """Whether a parameter of the response has a gradient."""
+        return any(parameter.grad is not None for parameter in self._of_response)
+
+    @cached_property
+    def _of_response(self) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.model.named_parameters() if is_response(name)]
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raises TypeError or ValueError if the optimizer is none, lacks parameters of the response, or is another's."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "SelfTuner: optimizer must be a torch.optim.Optimizer, made with the parameters of the converted model, "
+            f"got {type(optimizer).__name__}"
+        )
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    wanted = {name: id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if held.isdisjoint(wanted.values()):
+        raise ValueError("SelfTuner: the optimizer holds none of the model's parameters: make it with this model's")
+    if not any(parameter in held for name, parameter in wanted.items() if not is_response(name)):
+        raise ValueError("SelfTuner: the optimizer holds only parameters of the response: give it the weights, too")
+    missing = [name for name, parameter in wanted.items() if is_response(name) and parameter not in held]
+    if missing:
+        raise ValueError(
+            f"SelfTuner: the optimizer lacks {listed(missing)}, parameters of the response: make it after stn.convert, "
+            "with all parameters of the converted model"
+        )
+    decays = [group["weight_decay"] for group in optimizer.param_groups if group.get("weight_decay")]
+    if decays and "weight_decay" in tuned_of("SelfTuner", model).space.names:
+        warnings.warn(
+            f"the optimizer decays weights by {decays[0]}, in addition to the tuned weight_decay, and the response "
+            "too: make it with weight_decay=0",
+            stacklevel=3,
+        )
