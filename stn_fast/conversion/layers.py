@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from stn_fast import functional
-from stn_fast.conversion.converted import Converted
+from stn_fast.conversion.converted import Converted, is_shared
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.batch_norm import GatedBatchNorm
 from stn_fast.layers.embedding import GatedTable
 from stn_fast.layers.gated import Gated
 from stn_fast.layers.lstm import GatedLSTM, State
 from stn_fast.layers.regularisers import PerExampleDropout
-from stn_fast.ops.gates import fold, gates
+from stn_fast.ops.gates import fold, gates, response_input
+from stn_fast.ops.tangents import direction_of, dual, is_centred, paused, split
 from stn_fast.ops.transforms import in_transform
 from stn_fast.ops.uncast import product
 
@@ -35,10 +36,10 @@ class Linear(_Folding, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == 1:
             return self.forward(input[None])[0]
-        h = self.response(self.weight)
-        rows = input if h.ndim == 1 else self.split(input, len(h))
+        given = self.gating(self.weight)
+        rows = input if is_shared(given) else self.split(input, len(given))
         parameters, projection = self.gated_parameters[:6], self.response_projection
-        y = functional.gated_linear(rows, *parameters, h, self.example_dim, response_projection=projection)
+        y = functional.gated_linear(rows, *parameters, given, self.example_dim, response_projection=projection)
         return y.view(*input.shape[:-1], self.out_features)
 
 
@@ -48,13 +49,13 @@ class Conv2d(_Folding, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == 3:
             return self.forward(input[None])[0]
-        h = self.response_of_rows(input, self.weight)
+        given = self.gating_of_rows(input, self.weight)
         geometry: dict[str, Any] = dict(stride=self.stride, padding=self.padding, dilation=self.dilation)
         if self.padding_mode != "zeros":
             input, geometry["padding"] = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         parameters, projection = self.gated_parameters[:6], self.response_projection
         return functional.gated_conv2d(
-            input, *parameters, h, groups=self.groups, response_projection=projection, **geometry
+            input, *parameters, given, groups=self.groups, response_projection=projection, **geometry
         )
 
 
@@ -67,14 +68,32 @@ class _PlainConv(_Folding):
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == len(self.kernel_size) + 1:
             return self.forward(input[None])[0]
-        h = self.response_of_rows(input, self.weight)
+        given, parameters = self.gating_of_rows(input, self.weight), self.gated_parameters
+        direction = direction_of(given, *parameters)
+        if direction is not None:
+            return self._dual(input, direction)
+        h = response_input(given, self.weight)
         if h.ndim == 1:
-            return self._conv_forward(input, *fold(self.gated_parameters, h))
-        scale, shift = gates(self.gated_parameters, h)
-        view = (*scale.shape, *[1] * len(self.kernel_size))
+            return self._conv_forward(input, *fold(parameters, h))
         y = self._conv_forward(input, self.weight, None)
-        gated = torch.addcmul(y, scale.view(view).to(y.dtype), self._response_to(input))
+        return self._gated(y, input, *gates(parameters, h))
+
+    def _gated(self, y: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+        """y + scale ⊙ conv(x, R) + shift"""
+        view = (*scale.shape, *[1] * len(self.kernel_size))
+        gated = torch.addcmul(y, scale.view(view).to(y.dtype), self._response_to(x))
         return gated if shift is None else gated + shift.view(view).to(y.dtype)
+
+    def _dual(self, x: Tensor, direction: Tensor) -> Tensor:
+        """conv(x, W) + b, with its tangent along a change of h from 0."""
+        x, dx = split(x)
+        parameters = self.gated_parameters
+        bias = None if parameters.bias is None else torch.zeros_like(parameters.bias)
+        with paused():
+            z = self._conv_forward(x, self.weight, parameters.bias)
+            dz = torch.zeros_like(z) if dx is None else self._conv_forward(dx, self.weight, None)
+            dz = self._gated(dz, x, *gates(parameters._replace(bias=bias), direction))
+        return dual(z, dz)
 
     def _response_to(self, x: Tensor) -> Tensor:
         """conv(x, R)"""
@@ -97,16 +116,16 @@ class Embedding(_Folding, GatedTable, nn.Embedding):
     """`functional.gated_embedding`; tokens (1, ...), such as position numbers, are looked up for each example."""
 
     def forward(self, input: Tensor) -> Tensor:
-        h = self.response(self.weight)
-        if h.ndim == 2:
-            input = self._by_example(input, len(h))
-        rows = input if h.ndim == 1 else self.split(input, len(h))
+        given = self.gating(self.weight)
+        if not is_shared(given):
+            input = self._by_example(input, len(given))
+        rows = input if is_shared(given) else self.split(input, len(given))
         e = functional.gated_embedding(
             rows,
             self.weight,
             self.response_weight,
             self.weight_gate,
-            h,
+            given,
             example_dim=self.example_dim,
             padding_idx=self.padding_idx,
             sparse=self.sparse,
@@ -134,18 +153,29 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
 class _Norm(Converted, Gated):
     """y = x̂ ⊙ (weight + (h Gwᵀ) ⊙ R) + bias + (h Gbᵀ) ⊙ r, where x̂ is x normalised by torch."""
 
-    def _scale_and_shift(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of every row of h (B, n): (B, *weight.shape)."""
+    def _scale_and_shift(self, given: HyperBatch | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of every example: (B, *weight.shape). Along a change of h from 0, the weight and bias with their tangents."""
         weight, bias, response_weight, response_bias, weight_gate, bias_gate, _ = self.gated_parameters
+        direction = direction_of(given, *self.gated_parameters)
+        h = response_input(given, weight) if direction is None else direction
+        h = h if h.ndim == 2 else h[None]
+
+        def responding(plain: Tensor, response: Tensor, gate: Tensor) -> Tensor:
+            if direction is None:
+                return torch.addcmul(plain, product(h, gate.T).view(shape), response)
+            with paused():
+                tangent = product(h, gate.T).view(shape) * response
+            return dual(plain.expand(shape).contiguous(), tangent)
+
         shape = (len(h), *weight.shape)
-        scale = torch.addcmul(weight, product(h, weight_gate.T).view(shape), response_weight)
+        scale = responding(weight, response_weight, weight_gate)
         if bias is None or response_bias is None or bias_gate is None:
             return scale, None
-        return scale, torch.addcmul(bias, product(h, bias_gate.T).view(shape), response_bias)
+        return scale, responding(bias, response_bias, bias_gate)
 
     @torch.no_grad()
     def folded(self, response: Tensor) -> dict[str, Tensor]:
-        weight, bias = self._scale_and_shift(response[None].to(self.weight))
+        weight, bias = self._scale_and_shift(response.to(self.weight))
         return {"weight": weight[0]} if bias is None else {"weight": weight[0], "bias": bias[0]}
 
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
@@ -160,17 +190,19 @@ class _NormOfLast(_Norm):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        h = self.response(self.weight)
-        if h.ndim == 1:
-            scale, shift = self._scale_and_shift(h[None])
+        given = self.gating(self.weight)
+        if is_shared(given):
+            scale, shift = self._scale_and_shift(given)
             return self._normalised(input, scale[0], None if shift is None else shift[0])
         if self.example_dim >= input.ndim - self.weight.ndim:
-            raise self.wrong_rows(input, self.example_dim, len(h))
+            raise self.wrong_rows(input, self.example_dim, len(given))
+        if is_centred(given):
+            return self._normalised(input, self.weight, getattr(self, "bias", None))
         normal = self._normalised(input, None, None)
-        rows = self.split(normal, len(h))
+        rows = self.split(normal, len(given))
         view = [1] * (rows.ndim - self.weight.ndim)
-        view[self.example_dim] = len(h)
-        scale, shift = self._scale_and_shift(h)
+        view[self.example_dim] = len(given)
+        scale, shift = self._scale_and_shift(given)
         scale = scale.view(*view, *self.weight.shape)
         return _affine(rows, scale, shift).reshape(normal.shape).to(normal.dtype)
 
@@ -193,9 +225,11 @@ class GroupNorm(_Norm, nn.GroupNorm):  # type: ignore[misc]
     """torch's, with a scale and a shift of the channels for each example."""
 
     def forward(self, input: Tensor) -> Tensor:
-        h = self.response_of_rows(input, self.weight)
-        scale, shift = self._scale_and_shift(h if h.ndim == 2 else h[None])
-        if h.ndim == 1:
+        given = self.gating_of_rows(input, self.weight)
+        if is_centred(given):
+            return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        scale, shift = self._scale_and_shift(given)
+        if is_shared(given):
             return F.group_norm(input, self.num_groups, scale[0], None if shift is None else shift[0], self.eps)
         normal = F.group_norm(input, self.num_groups, None, None, self.eps)
         scale = scale.view(*scale.shape, *[1] * (input.ndim - 2))
@@ -207,11 +241,11 @@ class _BatchNorm(GatedBatchNorm, _Folding):
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)  # type: ignore[operator]
-        h = self.response_of_rows(input, self.weight)
+        given = self.gating_of_rows(input, self.weight)
         if self.training and self.track_running_stats and not in_transform():
             self.num_batches_tracked.add_(1)
         images = input.view(*input.shape, *[1] * (4 - input.ndim))
-        return self._affine(images, h, h).view_as(input)
+        return self._affine(images, given, response_input(given, self.weight)).view_as(input)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):  # type: ignore[misc]
@@ -313,11 +347,11 @@ class Conv1D(Converted, GatedTable):
     nf: int
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.response(self.weight)
-        rows = x if h.ndim == 1 else self.split(x, len(h))
+        given = self.gating(self.weight)
+        rows = x if is_shared(given) else self.split(x, len(given))
         parameters = self._as_linear
         projection = parameters.response_projection
-        y = functional.gated_linear(rows, *parameters[:6], h, self.example_dim, response_projection=projection)
+        y = functional.gated_linear(rows, *parameters[:6], given, self.example_dim, response_projection=projection)
         return y.view(*x.shape[:-1], self.nf)
 
     @torch.no_grad()
@@ -353,10 +387,9 @@ class LSTM(Converted, GatedLSTM, nn.LSTM):
                 f"{self.dotted_name} (LSTM): a converted LSTM does not support PackedSequence: pad the sequences, or "
                 f"leave it out, convert(model, exclude={self.dotted_name!r})"
             )
-        h = self.response(self.weight_ih_l0)
-        if h.ndim == 2 and input.ndim == 3:
-            h = h.repeat_interleave(self.rows_per_example(input, self.example_dim, len(h)), 0)
-        return self._run(input, h, hx)
+        if input.ndim == 2:
+            return self._run(input, self.gating(self.weight_ih_l0), hx)
+        return self._run(input, self.gating_of_rows(input, self.weight_ih_l0, self.example_dim), hx)
 
     def _between(self, layer: int, y: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
         batch = self.hyper

@@ -51,10 +51,14 @@ from stn_fast.training.task import Objective
 
 
 class Kind(NamedTuple):
-    """One kind of step: ``body(batch, step, first_example)`` computes it and updates by ``optimizer``."""
+    """One kind of step: ``body(batch, step, first_example)`` computes it and updates by ``optimizer``.
+
+    ``attempts`` is the `Attempt.kind` of its attempts.
+    """
 
     body: Callable[[Batch, int | Tensor, int], Tensor]
     optimizer: torch.optim.Optimizer
+    attempts: str = "training"
 
 
 class Method(ABC):
@@ -145,7 +149,7 @@ class Method(ABC):
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimizers of all kinds of steps."""
-        return [kind.optimizer for kind in self.kinds.values()]
+        return list(dict.fromkeys(kind.optimizer for kind in self.kinds.values()))
 
     def _optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
         """The same, by the names that their states have in `state_dict`."""
@@ -496,7 +500,7 @@ class SelfTuning(Method):
         if tune_scales:
             self.tuned.append(self.raw_scale.requires_grad_())
         self.hyper_optimizer = hyper_optimizer(self.tuned)
-        self._add_kind("valid_step", Kind(self._validate, self.hyper_optimizer))
+        self._add_kind("valid_step", Kind(self._validate, self.hyper_optimizer, "validation"))
 
     def scales(self) -> Tensor:
         return self.space.scales(self.raw_scale.detach())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stn_fast.checks import switch, whole_number
 from stn_fast.hyperparameters import HyperBatch
-from stn_fast.training.converted import ConvertedSelfTuning
+from stn_fast.training.converted import ConvertedDeltaSelfTuning, ConvertedSelfTuning
 from stn_fast.training.task import with_weight_decay
 
 
@@ -39,8 +39,13 @@ class Passes:
         self._inside = ""  # the pass that is open
         self._in_use: HyperBatch | None = None  # the hyperparameters of an open training pass
         self._to_repeat: tuple[int, int] | None = None  # number and batch size of the last draw, until it is repeated
-        self._responses: list[Tensor] = []  # h of the training passes since the last step of the optimizer
-        _called(method.optimizer).register_step_pre_hook(self._before_step)
+        # Since the last step of the optimizer: whether there was a training pass, and h of the perturbed ones.
+        self._passed, self._responses = False, list[Tensor]()
+        self._of_weights, self._of_response = (
+            _called(method.kinds[kind].optimizer) for kind in (method.training_kinds[0], method.training_kinds[-1])
+        )
+        for optimizer in {self._of_weights, self._of_response}:
+            optimizer.register_step_pre_hook(self._before_step)
 
     @contextmanager
     def training(self, batch_size: int, *, antithetic: bool = False) -> Iterator[None]:
@@ -72,17 +77,52 @@ class Passes:
                 hyperparameter was not used.
             RuntimeError: another pass is open, gradients are switched off, or there is no draw to repeat.
         """
-        batch_size = whole_number("training", "batch_size", batch_size, 1)
-        self._check_closed("training")
-        number = self._repeated(batch_size) if switch("training", "antithetic", antithetic) else self.draws
+        with self._training("training", self.method.training_pass, batch_size, antithetic):
+            yield
+        self._passed = True
+
+    @contextmanager
+    def responding(self, batch_size: int, *, antithetic: bool = False) -> Iterator[Callable[..., Any]]:
+        """The pass of a response step of Δ-STN, which gives gradients to the response only.
+
+        With ``method="delta-stn"``, the pass `training` gives gradients to the weights only, at the current
+        hyperparameters. The step of the response follows, with the optimizer of the response:
+
+            with tuner.responding(len(x)) as linearised:
+                loss = F.cross_entropy(linearised(x), y) + tuner.penalty()
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        It gives what to call in place of the model: its outputs are linearised in the perturbation, see `Linearised`.
+        ``zero_grad`` must set gradients to None, as it does by default, so that an optimizer of both steps the
+        response only. Arguments and errors are those of `training`; an error, too, if something cuts the tangents.
+
+        Raises:
+            RuntimeError: the method is not delta-stn.
+        """
+        method = self.method
+        if not isinstance(method, ConvertedDeltaSelfTuning):
+            raise RuntimeError('responding: only SelfTuner(..., method="delta-stn") has passes of the response')
+        with self._training("responding", method.response_pass, batch_size, antithetic):
+            yield method.linearised
+
+    @contextmanager
+    def _training(
+        self, call: str, opened: Callable[..., AbstractContextManager[HyperBatch]], batch_size: int, antithetic: bool
+    ) -> Iterator[None]:
+        batch_size = whole_number(call, "batch_size", batch_size, 1)
+        self._check_closed(call)
+        number = self._repeated(call, batch_size) if switch(call, "antithetic", antithetic) else self.draws
         if not self.method.response_has_gradients:  # those of earlier passes were not used
             self._responses.clear()
-        with self.method.training_pass(batch_size, number, antithetic) as hyper, self._open("training"):
+        with opened(batch_size, number, antithetic) as hyper, self._open(call):
             self.draws = max(self.draws, number + 1)
-            self._to_repeat = None if antithetic else (number, batch_size)
+            self._to_repeat = None if antithetic or hyper.centred else (number, batch_size)
             self._in_use = hyper
             yield
-        self._responses.append(hyper.response)
+        if not hyper.centred:
+            self._responses.append(hyper.response)
 
     @contextmanager
     def validating(self, batch_size: int) -> Iterator[None]:
@@ -152,21 +192,27 @@ class Passes:
         finally:
             self._inside, self._in_use = "", None
 
-    def _repeated(self, batch_size: int) -> int:
+    def _repeated(self, call: str, batch_size: int) -> int:
         """The number of the draw to repeat."""
         if self._to_repeat is None:
-            raise RuntimeError("training: antithetic=True repeats the draw of the training pass before, once")
+            raise RuntimeError(f"{call}: antithetic=True repeats the draw of the pass before, once")
         number, examples = self._to_repeat
         if batch_size != examples:
-            raise ValueError(f"training: antithetic=True needs the examples of the pass before, {examples}")
+            raise ValueError(f"{call}: antithetic=True needs the examples of the pass before, {examples}")
         return number
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Called by the optimizer; `train_step` leaves nothing to do here."""
-        if self._responses:
+        """Called by each optimizer; `train_step` leaves nothing to do here."""
+        if optimizer is self._of_response and self._responses:
             self.method.shorten(optimizer, self._responses)
             self._responses.clear()
-            self.trained += 1
+        if optimizer is self._of_weights and self._passed:
+            self.trained, self._passed = self.trained + 1, False
+
+    def _forget_passes(self) -> None:
+        """Leaves nothing to repeat, and nothing to do for the next step of an optimizer."""
+        self._to_repeat, self._passed = None, False
+        self._responses.clear()
 
 
 def _called(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -14,7 +14,7 @@ from stn_fast.conversion.rows import check_rows, first_tensor, structure
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training.batches import Examples, as_batch
 from stn_fast.training.config import Precision
-from stn_fast.training.converted import ConvertedSelfTuning, check_optimizer
+from stn_fast.training.converted import METHODS, TuningMethod, check_method, check_optimizers, response_parameters
 from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer
 from stn_fast.training.passes import Passes
 from stn_fast.training.task import with_weight_decay
@@ -37,7 +37,7 @@ class _Batch(Examples):
 
 
 class SelfTuner(Passes):
-    """Trains a converted model and tunes its hyperparameters, in a loop of your own. `SelfTuning` says how.
+    """Trains a converted model and tunes its hyperparameters, in a loop of your own.
 
         tuned = stn.convert(model)
         tuner = stn.SelfTuner(tuned, torch.optim.AdamW(tuned.parameters(), 1e-3, weight_decay=0), loss=F.cross_entropy)
@@ -61,6 +61,12 @@ class SelfTuner(Passes):
         model: a converted one, as `convert` returns.
         optimizer: holds the parameters of the model, made after the conversion.
         loss: returns the mean over the examples, without penalties. Not needed in loops that use only passes.
+        method: "stn" for the steps of `SelfTuning`; "delta-stn" for those of `DeltaSelfTuning`, whose response is centred
+            at the current hyperparameters, so that evaluation and folding use W and b as they are.
+        response_optimizer: for delta-stn, makes the optimizer of the response from a list of its parameters. By
+            default, `optimizer` takes both of its steps: each time, only what the step trains has a gradient.
+        linearize: for delta-stn, whether the response step linearises the outputs. False for a model that returns its
+            loss, uses activation checkpointing, or has an operation that torch can't differentiate in forward mode.
         valid_loss: what the hyperparameters minimise; by default `loss`.
         hyper_optimizer: makes the optimizer of location and raw scale from the list of them.
         warmup_steps: training steps before the first validation step.
@@ -71,7 +77,8 @@ class SelfTuner(Passes):
 
     Raises:
         TypeError: the model has not been converted, or `optimizer` is not an optimizer.
-        ValueError: the optimizer lacks parameters of the response, or is another model's; a setting is out of range.
+        ValueError: the optimizer lacks parameters of the response, or is another model's; a setting is out of range; the
+            other method has tuned the model's hyperparameters before.
     """
 
     def __init__(
@@ -80,6 +87,9 @@ class SelfTuner(Passes):
         optimizer: torch.optim.Optimizer,
         loss: Loss | None = None,
         *,
+        method: TuningMethod = "stn",
+        response_optimizer: MakeOptimizer | None = None,
+        linearize: bool = True,
         valid_loss: Loss | None = None,
         hyper_optimizer: MakeOptimizer = default_hyper_optimizer,
         warmup_steps: int = 0,
@@ -93,15 +103,10 @@ class SelfTuner(Passes):
         check_rows: bool = True,
     ) -> None:
         tuned = self._tuned = tuned_of("SelfTuner", model)
-        check_optimizer(model, optimizer)
         self.warmup_steps = whole_number("SelfTuner", "warmup_steps", warmup_steps, 0)
         self.check_rows = switch("SelfTuner", "check_rows", check_rows)
         self.model, self.loss, self.valid_loss = model, loss, valid_loss or loss
-        method = ConvertedSelfTuning(
-            model,
-            tuned.space,
-            self._training_objective,
-            self._validation_objective,
+        options: dict[str, Any] = dict(
             optimizer=lambda parameters: optimizer,
             hyper_optimizer=hyper_optimizer,
             entropy_weight=entropy_weight,
@@ -112,7 +117,15 @@ class SelfTuner(Passes):
             skip_nonfinite=skip_nonfinite,
             precision=precision,
         )
-        super().__init__(method)
+        check_method(method, tuned.space, response_optimizer is not None or linearize is not True)
+        of_response = optimizer if response_optimizer is None else response_optimizer(response_parameters(model))
+        check_optimizers(model, optimizer, of_response)
+        if method == "delta-stn":
+            options |= dict(response_optimizer=lambda parameters: of_response, linearize=linearize)
+        objectives = self._training_objective, self._validation_objective
+        made = METHODS[method](model, tuned.space, *objectives, **options)
+        tuned.centre(method == "delta-stn")
+        super().__init__(made)
         self._checked: set[Any] = set()  # the structures of batches with which check_rows has called the model
 
     def _training_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:
@@ -140,7 +153,7 @@ class SelfTuner(Passes):
     def train_step(self, batch: Any) -> Tensor:
         """Updates the weights and the response on a training batch; returns the loss."""
         self._check_closed("train_step")
-        self._responses.clear()  # the gradients of open passes are not used
+        self._forget_passes()  # their gradients are not used
         loss = self.method.train_step(self._batch(batch), self.draws)
         self.draws, self.trained = self.draws + 1, self.trained + 1
         return loss
@@ -198,8 +211,7 @@ class SelfTuner(Passes):
         """Restores what `state_dict` returned. Raises ValueError as `Method.load_state_dict`."""
         self.method.load_state_dict(state["method"])
         self.draws, self.trained, self.validated = state["draws"], state["trained"], state["validated"]
-        self._to_repeat = None
-        self._responses.clear()
+        self._forget_passes()
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

@@ -338,13 +338,13 @@ def test_only_a_draw_that_has_not_been_repeated_can_be():
             tuner.model(x)
             tuner.penalty()
 
-    with pytest.raises(RuntimeError, match="antithetic=True repeats the draw of the training pass before, once"):
+    with pytest.raises(RuntimeError, match="antithetic=True repeats the draw of the pass before, once"):
         enter(EXAMPLES, True)
     enter(EXAMPLES, False)
     with pytest.raises(ValueError, match="antithetic=True needs the examples of the pass before, 13"):
         enter(12, True)
     enter(EXAMPLES, True)
-    with pytest.raises(RuntimeError, match="the training pass before, once"):
+    with pytest.raises(RuntimeError, match="the pass before, once"):
         enter(EXAMPLES, True)
     with pytest.raises(ValueError, match="antithetic must be True or False"):
         enter(EXAMPLES, "no")
