@@ -23,7 +23,8 @@ from stn_fast.training.parameters import check_used, hold_parameters, is_respons
 class ConvertedSelfTuning(SelfTuning):
     """The steps of a converted model: they tune its own λ, and its layers use the hyperparameters of each pass."""
 
-    responds = "compute it from the outputs of the converted model, called inside `with tuner.validating(...)`"
+    name = "stn"
+    responds = "compute it from outputs of the model, in a loop of passes inside `with tuner.validating(...)`"
 
     def _initial_state(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The memory of the model's buffers, so that the model always has the current λ."""
@@ -38,6 +39,9 @@ class ConvertedSelfTuning(SelfTuning):
                 "load_state_dict(..., assign=True) or a move to another device; make a new SelfTuner"
             )
         return tuned.using(hyper)
+
+    def _made_by(self) -> dict[str, Any]:
+        return super()._made_by() | {"method": self.name}
 
     @contextmanager
     def training_pass(self, batch_size: int, step: int, antithetic: bool) -> Iterator[HyperBatch]:
@@ -103,6 +107,8 @@ class ConvertedSelfTuning(SelfTuning):
 class ConvertedDeltaSelfTuning(ConvertedSelfTuning, DeltaSelfTuning):
     """The same by Δ-STN."""
 
+    name = "delta-stn"
+
     def _linearise(self, model: nn.Module) -> Linearised:
         return LinearisedConverted(model)
 
@@ -144,7 +150,7 @@ class LinearisedConverted(Linearised):
 
 
 TuningMethod = Literal["stn", "delta-stn"]
-METHODS: dict[str, type[ConvertedSelfTuning]] = {"stn": ConvertedSelfTuning, "delta-stn": ConvertedDeltaSelfTuning}
+METHODS = {kind.name: kind for kind in (ConvertedSelfTuning, ConvertedDeltaSelfTuning)}
 
 
 def check_method(method: TuningMethod, space: HyperparameterSpace, with_options: bool) -> None:

@@ -180,6 +180,25 @@ class Passes:
         self.validated += 1
         self._records.append(Record(self.trained, loss, self.method.location.detach().clone()))
 
+    def _history(self) -> list[dict[str, Any]]:
+        """The validation steps as plain numbers, with locations by name."""
+        names = self.method.space.names
+        return [
+            {"step": step, "loss": loss.item(), "location": dict(zip(names, location.tolist(), strict=True))}
+            for step, loss, location in self._records
+        ]
+
+    def _load_history(self, history: list[dict[str, Any]]) -> None:
+        names, location = self.method.space.names, self.method.location
+        self._records = [
+            Record(
+                one["step"],
+                torch.tensor(one["loss"], dtype=torch.float64),
+                location.new_tensor([one["location"][name] for name in names]),
+            )
+            for one in history
+        ]
+
     def _check_closed(self, call: str) -> None:
         if self._inside:
             raise RuntimeError(f"{call}: the pass `with tuner.{self._inside}(...)` is still open: leave it first")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,16 @@ from stn_fast.training.batches import Examples, as_batch
 from stn_fast.training.config import Precision
 from stn_fast.training.converted import METHODS, TuningMethod, check_method, check_optimizers, response_parameters
 from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer
+from stn_fast.training.parameters import listed
 from stn_fast.training.passes import Passes
 from stn_fast.training.task import with_weight_decay
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Loss = Callable[[Any, Any], Tensor]
+
+STATE = {"method", "draws", "trained", "validated", "history"}  # the keys of a state
 
 
 class _Batch(Examples):
@@ -61,8 +68,8 @@ class SelfTuner(Passes):
         model: a converted one, as `convert` returns.
         optimizer: holds the parameters of the model, made after the conversion.
         loss: returns the mean over the examples, without penalties. Not needed in loops that use only passes.
-        method: "stn" for the steps of `SelfTuning`; "delta-stn" for those of `DeltaSelfTuning`, whose response is centred
-            at the current hyperparameters, so that evaluation and folding use W and b as they are.
+        method: "stn" for the steps of `SelfTuning`; "delta-stn" for those of `DeltaSelfTuning`, whose response is
+            centred at the current hyperparameters, so that evaluation and folding use W and b as they are.
         response_optimizer: for delta-stn, makes the optimizer of the response from a list of its parameters. By
             default, `optimizer` takes both of its steps: each time, only what the step trains has a gradient.
         linearize: for delta-stn, whether the response step linearises the outputs. False for a model that returns its
@@ -77,8 +84,8 @@ class SelfTuner(Passes):
 
     Raises:
         TypeError: the model has not been converted, or `optimizer` is not an optimizer.
-        ValueError: the optimizer lacks parameters of the response, or is another model's; a setting is out of range; the
-            other method has tuned the model's hyperparameters before.
+        ValueError: the optimizer lacks parameters of the response, or is another model's; a setting is out of range;
+            the other method has tuned the model's hyperparameters before.
     """
 
     def __init__(
@@ -193,9 +200,28 @@ class SelfTuner(Passes):
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Validation steps of this object: ``step``, training steps before it; ``loss``; ``values`` after it."""
+        """Validation steps: ``step``, the training steps before it; ``loss``; ``values`` after it. It is saved, too."""
         values = self.method.space.values
         return [{"step": one.step, "loss": one.loss.item(), "values": values(one.location)} for one in self._records]
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """A figure of the history: the validation loss and each hyperparameter over training steps.
+
+        Args:
+            path: a .png, .pdf or .svg file to write, too.
+
+        Raises:
+            UserError: matplotlib is missing, or the file can't be written.
+            ValueError: there has been no validation step.
+        """
+        from stn_fast.plot import draw_history, save
+
+        if not self._records:
+            raise ValueError("plot: there is no history before the first validation step")
+        figure = draw_history(self.history, list(self.method.space))
+        if path is not None:
+            save(figure, path, "path")
+        return figure
 
     def fold(self) -> nn.Module:
         """A plain copy of the model at the current hyperparameters, see `stn_fast.fold`."""
@@ -203,14 +229,24 @@ class SelfTuner(Passes):
         return fold(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Model, hyperparameters, optimizer states and counters: everything that the next step depends on but data."""
+        """Model, hyperparameters, optimizer states, counters and history: all that a next step depends on but data."""
         counts = {"draws": self.draws, "trained": self.trained, "validated": self.validated}
-        return {"method": self.method.state_dict(), **counts}
+        return {"method": self.method.state_dict(), **counts, "history": self._history()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned. Raises ValueError as `Method.load_state_dict`."""
+        """Restores what `state_dict` returned.
+
+        Raises:
+            ValueError: it is something else, or of another method, space or optimizer; nothing has been loaded.
+        """
+        if not isinstance(state, dict) or not state.keys() >= STATE:
+            is_dict = isinstance(state, dict)
+            got = f"a dict of {listed([*map(str, state)]) or 'nothing'}" if is_dict else type(state).__name__
+            raise ValueError(f"the state must be one that SelfTuner.state_dict() has returned, got {got}")
+        self._check_closed("load_state_dict")
         self.method.load_state_dict(state["method"])
         self.draws, self.trained, self.validated = state["draws"], state["trained"], state["validated"]
+        self._load_history(state["history"])
         self._forget_passes()
 
 

@@ -382,7 +382,7 @@ def test_a_loss_that_does_not_depend_on_hyperparameters_is_refused(tune_scales):
     with torch.no_grad():
         of_evaluation = F.cross_entropy(tuner.model.eval()(x), y)
     for loss in (of_training, of_evaluation):
-        with pytest.raises(RuntimeError, match="does not depend on the hyperparameters: compute it from the outputs"):
+        with pytest.raises(RuntimeError, match="does not depend on the hyperparameters: compute it from outputs"):
             tuner.hyper_step(loss)
     with tuner.validating(EXAMPLES):
         of_each = F.cross_entropy(tuner.model(x), y, reduction="none")
@@ -392,6 +392,13 @@ def test_a_loss_that_does_not_depend_on_hyperparameters_is_refused(tune_scales):
         tuner.hyper_step(0.5)
     assert torch.equal(tuner.method.location, before)
     assert (tuner.validated, tuner.history) == (0, [])
+
+
+def test_the_loss_of_a_step_must_depend_on_hyperparameters_too():
+    tuner = tuner_of(loss=lambda output, targets: output.detach().mean())
+    with pytest.raises(RuntimeError, match="validation loss does not depend on the hyperparameters"):
+        tuner.valid_step(batch(0))
+    assert tuner.draws == 0
 
 
 def test_a_validation_loss_that_is_not_finite_changes_nothing():
