@@ -28,7 +28,7 @@ class Passes:
 
     Attributes:
         draws: how many numbers of random draws have been used; each pass and each step has its own.
-        trained: steps of the optimizer so far, not counting those before the first pass.
+        trained: training steps so far, those of an optimizer after passes among them.
         validated: updates of the hyperparameters so far.
     """
 
