@@ -159,6 +159,13 @@ class HyperBatch:
         response = self.response.to(device, non_blocking=non_blocking)
         return replace(self, values=values, response=response, step=self.step.to(device, non_blocking=non_blocking))
 
+    def repeated(self, rows: int) -> HyperBatch:
+        """A batch with `rows` consecutive rows of each example, for gates; it must not be used for draws."""
+        if rows == 1:
+            return self
+        values, response = (tensor.repeat_interleave(rows, 0) for tensor in (self.values, self.response))
+        return replace(self, values=values, response=response)
+
     def linearised(self) -> HyperBatch:
         """The same values and draws, with a response of 0 whose tangent is this batch's response h.
 

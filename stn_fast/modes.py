@@ -36,6 +36,17 @@ class TrainingModes:
         for module, training in zip(self._modules, self._seen, strict=True):
             module.training = training
 
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Inside, the modes are those of `resume`; afterwards, the mode of each module is restored."""
+        before = self.now()
+        self.resume()
+        try:
+            yield
+        finally:
+            for module, training in zip(self._modules, before, strict=True):
+                module.training = training
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:

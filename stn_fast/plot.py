@@ -15,15 +15,16 @@ from stn_fast.command_line import Parser, run_command
 from stn_fast.errors import UserError
 from stn_fast.extras import extra
 from stn_fast.files import expanded
+from stn_fast.hyperparameter import Hyperparameter
 from stn_fast.terminal import printable
-from stn_fast.training.reading import Run, read_run, read_runs
+from stn_fast.training.reading import Row, Run, read_run, read_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["Run", "draw", "new_figure", "read_run", "read_runs", "save", "save_schedule"]
+__all__ = ["Run", "draw", "draw_history", "new_figure", "read_run", "read_runs", "save", "save_schedule"]
 
 # Okabe and Ito's palette: eight colours that colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A600")
@@ -91,8 +92,10 @@ def save_schedule(
     return save(draw(runs), output if output is not None else single if len(directories) == 1 else "schedules.png")
 
 
-def save(figure: Figure, output: str | Path) -> Path:
+def save(figure: Figure, output: str | Path, argument: str = "--output") -> Path:
     """Writes ``figure`` in the format given by the extension of ``output``, by default PNG; returns the file.
+
+    Errors name the ``argument`` that the file was given by.
 
     All text is drawn literally: ``$`` does not begin a formula, and the user's settings cannot make TeX typeset it.
 
@@ -102,7 +105,7 @@ def save(figure: Figure, output: str | Path) -> Path:
     from matplotlib import rc_context
     from matplotlib.text import Text
 
-    target = expanded(output, "--output")
+    target = expanded(output, argument)
     for text in figure.findobj(Text):
         text.set_parse_math(False)
         text.set_usetex(False)
@@ -111,31 +114,57 @@ def save(figure: Figure, output: str | Path) -> Path:
         with rc_context({"text.parse_math": False, "text.usetex": False}):  # for ticks, which are created on drawing
             figure.savefig(target, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError(f"--output {target} cannot be written ({error}); name a .png, .pdf or .svg file") from None
+        raise UserError(f"{argument} {target} cannot be written ({error}); name a .png, .pdf or .svg file") from None
     return target
 
 
 def draw(runs: Sequence[Run]) -> Figure:
     """One panel for the losses and one for each hyperparameter, all plotted over epochs."""
     names = list(dict.fromkeys(name for run in runs for name in run.config.enabled))
-    panels = 1 + len(names)
-    columns = min(COLUMNS, panels)
-    lines = -(-panels // columns)
     top = 0.35 + 0.25 * -(-len(runs) // LEGEND_COLUMNS)
+    figure, axes = _panels(1 + len(names), top, "epoch")
+    draw_losses(axes[0], runs)
+    for axis, name in zip(axes[1:], names, strict=True):
+        draw_hyperparameter(axis, runs, name)
+    _head(figure, runs, top)
+    return figure
+
+
+def draw_history(history: Sequence[Row], space: Sequence[Hyperparameter]) -> Figure:
+    """One panel for the validation loss and one for each hyperparameter, over the training steps of `SelfTuner`.
+
+    The dotted line is the first guess.
+    """
+    figure, axes = _panels(1 + len(space), 0.0, "training step")
+    steps = [row["step"] for row in history]
+    axes[0].plot(steps, [row["loss"] for row in history], color=COLOURS[0], linewidth=1.0)
+    axes[0].set_title("validation loss", fontsize=10, loc="left")
+    for axis, one in zip(axes[1:], space, strict=True):
+        values = [row["values"][one.name] for row in history]
+        axis.plot(steps, values, color=COLOURS[0], linewidth=1.7)
+        axis.axhline(one.init, color=GREY, linestyle=":", linewidth=1)
+        _scale(axis, [one])
+        _title(axis, one.name)
+        axis.set_title(f"{one.init:.2g} → {values[-1]:.2g}", fontsize=9, loc="right", color=GREY)
+    for axis in axes:
+        _style(axis)
+    return figure
+
+
+def _panels(count: int, top: float, label: str) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with ``count`` panels below the top ``top`` inches; ``label`` names their common horizontal axis."""
+    columns = min(COLUMNS, count)
+    lines = -(-count // columns)
     figure = new_figure(PANEL[0] * columns, PANEL[1] * lines + top)
     below_head = (0, 0, 1, 1 - top / figure.get_figheight())
     figure.set_layout_engine("constrained", rect=below_head, w_pad=0.1, h_pad=0.08)
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
-    draw_losses(axes[0], runs)
-    for axis, name in zip(axes[1:], names, strict=False):
-        draw_hyperparameter(axis, runs, name)
-    for axis in axes[panels:]:
+    for axis in axes[count:]:
         axis.set_visible(False)
-    for axis in axes[max(0, panels - columns) : panels]:
-        axis.set_xlabel("epoch")
+    for axis in axes[max(0, count - columns) : count]:
+        axis.set_xlabel(label)
         axis.tick_params(labelbottom=True)
-    _head(figure, runs, top)
-    return figure
+    return figure, list(axes[:count])
 
 
 def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
@@ -188,11 +217,15 @@ def draw_hyperparameter(axis: Axes, runs: Sequence[Run], name: str) -> None:
     for init in {entry.init for entry in entries}:
         axis.axhline(init, color=GREY, linestyle=":", linewidth=1)
     _scale(axis, entries)
-    axis.set_title(textwrap.fill(printable(name).replace("_", " "), TITLE), fontsize=10, loc="left")
+    _title(axis, name)
     if len(runs) == 1:
         path = f"{entries[0].init:.2g} → {runs[0].best['hyperparameters'][name]:.2g}"
         axis.set_title(path, fontsize=9, loc="right", color=GREY)
     _finish(axis, runs)
+
+
+def _title(axis: Axes, name: str) -> None:
+    axis.set_title(textwrap.fill(printable(name).replace("_", " "), TITLE), fontsize=10, loc="left")
 
 
 def _scale(axis: Axes, entries: Sequence[Any]) -> None:
@@ -214,11 +247,15 @@ def plain_log_labels(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _finish(axis: Axes, runs: Sequence[Run]) -> None:
+def _style(axis: Axes) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.tick_params(labelsize=8)
     axis.set_xlim(left=0)
+
+
+def _finish(axis: Axes, runs: Sequence[Run]) -> None:
+    _style(axis)
     warmups = {run.config.method.warmup_epochs for run in runs if run.config.method.tunes}
     if len(warmups) == 1 and (warmup := warmups.pop()):
         axis.axvspan(0, warmup, color="#000000", alpha=0.05, linewidth=0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stn_fast import functional
-from stn_fast.conversion.converted import Converted
+from stn_fast.conversion.converted import Converted, is_shared
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import decay_penalty
 from stn_fast.ops.gates import GatedParameters, fold
@@ -85,16 +85,16 @@ class MultiheadAttention(Converted, nn.MultiheadAttention):
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
         """q, k and v, each (N, T, E), or (T, N, E)."""
         stored = [parameters for _, parameters in self._stored()]
-        h = self.response(stored[0].weight)
+        given = self.gating(stored[0].weight)
         if len(stored) == 1 and query is key is value:
-            return self._linear(query, stored[0], h).chunk(3, -1)
+            return self._linear(query, stored[0], given).chunk(3, -1)
         sides = stored if len(stored) == 3 else _thirds(stored[0])
-        return [self._linear(x, side, h) for x, side in zip((query, key, value), sides, strict=True)]
+        return [self._linear(x, side, given) for x, side in zip((query, key, value), sides, strict=True)]
 
-    def _linear(self, x: Tensor, parameters: GatedParameters, h: Tensor) -> Tensor:
-        rows = x if h.ndim == 1 else self.split(x, len(h))
+    def _linear(self, x: Tensor, parameters: GatedParameters, given: HyperBatch | Tensor) -> Tensor:
+        rows = x if is_shared(given) else self.split(x, len(given))
         projection = parameters.response_projection
-        y = functional.gated_linear(rows, *parameters[:6], h, self.example_dim, response_projection=projection)
+        y = functional.gated_linear(rows, *parameters[:6], given, self.example_dim, response_projection=projection)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _by_head(self, x: Tensor) -> Tensor:

@@ -52,6 +52,11 @@ class Converted(nn.Module):
         hyper = self.hyper
         return self.tuned.response().to(like) if hyper is None else response_input(hyper, like)
 
+    def gating(self, like: Tensor) -> HyperBatch | Tensor:
+        """What gated operations take: a HyperBatch that is centred, which they make use of, or else `response`."""
+        hyper = self.hyper
+        return hyper if hyper is not None and hyper.centred else self.response(like)
+
     def rows_per_example(self, x: Tensor, dim: int, examples: int) -> int:
         """k, if dimension `dim` of x counts k consecutive rows for each of the examples.
 
@@ -87,7 +92,15 @@ class Converted(nn.Module):
     def response_of_rows(self, x: Tensor, like: Tensor) -> Tensor:
         """The response input (N, n) of each row of x (N, ...), or (n,)."""
         h = self.response(like)
-        return h if h.ndim == 1 else h.repeat_interleave(self.rows_per_example(x, 0, len(h)), 0)
+        return h if is_shared(h) else h.repeat_interleave(self.rows_per_example(x, 0, len(h)), 0)
+
+    def gating_of_rows(self, x: Tensor, like: Tensor, dim: int = 0) -> HyperBatch | Tensor:
+        """`gating` of each row of x, which dimension `dim` counts."""
+        given = self.gating(like)
+        if is_shared(given):
+            return given
+        rows = self.rows_per_example(x, dim, len(given))
+        return given.repeat_interleave(rows, 0) if isinstance(given, Tensor) else given.repeated(rows)
 
     def folded(self, response: Tensor) -> dict[str, Tensor]:
         """The parameters, by name, with which the plain module equals this one at one response input (n,)."""
@@ -110,6 +123,11 @@ def no_batch_in_use(module: Any) -> RuntimeError:
         "example has its own hyperparameters: train with stn.SelfTuner, call the model inside `with "
         "model.tuned_hyperparameters.using(hyper):`, or call model.eval() to use the current hyperparameters"
     )
+
+
+def is_shared(given: HyperBatch | Tensor) -> bool:
+    """Whether it is one response input (n,) for all examples, instead of a row for each."""
+    return isinstance(given, Tensor) and given.ndim == 1
 
 
 RESPONSE = tuple(GatedParameters._fields[2:])

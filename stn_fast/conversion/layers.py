@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from stn_fast import functional
-from stn_fast.conversion.converted import Converted
+from stn_fast.conversion.converted import Converted, is_shared
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.embedding import GatedTable
 from stn_fast.layers.gated import Gated
 from stn_fast.layers.lstm import GatedLSTM, State
 from stn_fast.layers.regularisers import PerExampleDropout
-from stn_fast.ops.gates import fold, gates
+from stn_fast.ops.gates import fold, gates, response_input
+from stn_fast.ops.tangents import direction_of, dual, paused, split
 
 
 class _Folding(Converted, Gated):
@@ -32,10 +33,10 @@ class Linear(_Folding, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == 1:
             return self.forward(input[None])[0]
-        h = self.response(self.weight)
-        rows = input if h.ndim == 1 else self.split(input, len(h))
+        given = self.gating(self.weight)
+        rows = input if is_shared(given) else self.split(input, len(given))
         parameters, projection = self.gated_parameters[:6], self.response_projection
-        y = functional.gated_linear(rows, *parameters, h, self.example_dim, response_projection=projection)
+        y = functional.gated_linear(rows, *parameters, given, self.example_dim, response_projection=projection)
         return y.view(*input.shape[:-1], self.out_features)
 
 
@@ -45,13 +46,13 @@ class Conv2d(_Folding, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == 3:
             return self.forward(input[None])[0]
-        h = self.response_of_rows(input, self.weight)
+        given = self.gating_of_rows(input, self.weight)
         geometry: dict[str, Any] = dict(stride=self.stride, padding=self.padding, dilation=self.dilation)
         if self.padding_mode != "zeros":
             input, geometry["padding"] = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         parameters, projection = self.gated_parameters[:6], self.response_projection
         return functional.gated_conv2d(
-            input, *parameters, h, groups=self.groups, response_projection=projection, **geometry
+            input, *parameters, given, groups=self.groups, response_projection=projection, **geometry
         )
 
 
@@ -64,14 +65,32 @@ class _PlainConv(_Folding):
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == len(self.kernel_size) + 1:
             return self.forward(input[None])[0]
-        h = self.response_of_rows(input, self.weight)
+        given, parameters = self.gating_of_rows(input, self.weight), self.gated_parameters
+        direction = direction_of(given, *parameters)
+        if direction is not None:
+            return self._dual(input, direction)
+        h = response_input(given, self.weight)
         if h.ndim == 1:
-            return self._conv_forward(input, *fold(self.gated_parameters, h))
-        scale, shift = gates(self.gated_parameters, h)
-        view = (*scale.shape, *[1] * len(self.kernel_size))
+            return self._conv_forward(input, *fold(parameters, h))
         y = self._conv_forward(input, self.weight, None)
-        gated = torch.addcmul(y, scale.view(view).to(y.dtype), self._response_to(input))
+        return self._gated(y, input, *gates(parameters, h))
+
+    def _gated(self, y: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+        """y + scale ⊙ conv(x, R) + shift"""
+        view = (*scale.shape, *[1] * len(self.kernel_size))
+        gated = torch.addcmul(y, scale.view(view).to(y.dtype), self._response_to(x))
         return gated if shift is None else gated + shift.view(view).to(y.dtype)
+
+    def _dual(self, x: Tensor, direction: Tensor) -> Tensor:
+        """conv(x, W) + b, with its tangent along a change of h from 0."""
+        x, dx = split(x)
+        parameters = self.gated_parameters
+        bias = None if parameters.bias is None else torch.zeros_like(parameters.bias)
+        with paused():
+            z = self._conv_forward(x, self.weight, parameters.bias)
+            dz = torch.zeros_like(z) if dx is None else self._conv_forward(dx, self.weight, None)
+            dz = self._gated(dz, x, *gates(parameters._replace(bias=bias), direction))
+        return dual(z, dz)
 
     def _response_to(self, x: Tensor) -> Tensor:
         """conv(x, R)"""
@@ -94,16 +113,16 @@ class Embedding(_Folding, GatedTable, nn.Embedding):
     """`functional.gated_embedding`; tokens (1, ...), such as position numbers, are looked up for each example."""
 
     def forward(self, input: Tensor) -> Tensor:
-        h = self.response(self.weight)
-        if h.ndim == 2:
-            input = self._by_example(input, len(h))
-        rows = input if h.ndim == 1 else self.split(input, len(h))
+        given = self.gating(self.weight)
+        if not is_shared(given):
+            input = self._by_example(input, len(given))
+        rows = input if is_shared(given) else self.split(input, len(given))
         e = functional.gated_embedding(
             rows,
             self.weight,
             self.response_weight,
             self.weight_gate,
-            h,
+            given,
             example_dim=self.example_dim,
             padding_idx=self.padding_idx,
             sparse=self.sparse,
@@ -214,11 +233,11 @@ class Conv1D(Converted, GatedTable):
     nf: int
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.response(self.weight)
-        rows = x if h.ndim == 1 else self.split(x, len(h))
+        given = self.gating(self.weight)
+        rows = x if is_shared(given) else self.split(x, len(given))
         parameters = self._as_linear
         projection = parameters.response_projection
-        y = functional.gated_linear(rows, *parameters[:6], h, self.example_dim, response_projection=projection)
+        y = functional.gated_linear(rows, *parameters[:6], given, self.example_dim, response_projection=projection)
         return y.view(*x.shape[:-1], self.nf)
 
     @torch.no_grad()
@@ -254,10 +273,9 @@ class LSTM(Converted, GatedLSTM, nn.LSTM):
                 f"{self.dotted_name} (LSTM): a converted LSTM does not support PackedSequence: pad the sequences, or "
                 f"leave it out, convert(model, exclude={self.dotted_name!r})"
             )
-        h = self.response(self.weight_ih_l0)
-        if h.ndim == 2 and input.ndim == 3:
-            h = h.repeat_interleave(self.rows_per_example(input, self.example_dim, len(h)), 0)
-        return self._run(input, h, hx)
+        if input.ndim == 2:
+            return self._run(input, self.gating(self.weight_ih_l0), hx)
+        return self._run(input, self.gating_of_rows(input, self.weight_ih_l0, self.example_dim), hx)
 
     def _between(self, layer: int, y: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
         batch = self.hyper

@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stn_fast.conversion.converted import Converted
+from stn_fast.conversion.converted import Converted, is_shared
 from stn_fast.conversion.layers import _Folding
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.batch_norm import GatedBatchNorm
 from stn_fast.layers.gated import Gated
+from stn_fast.ops.gates import response_input
+from stn_fast.ops.tangents import direction_of, dual, is_centred, paused
 from stn_fast.ops.transforms import in_transform
 from stn_fast.ops.uncast import product
 
@@ -23,18 +25,29 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
 class _Norm(Converted, Gated):
     """y = x̂ ⊙ (weight + (h Gwᵀ) ⊙ R) + bias + (h Gbᵀ) ⊙ r, where x̂ is x normalised by torch."""
 
-    def _scale_and_shift(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of every row of h (B, n): (B, *weight.shape)."""
+    def _scale_and_shift(self, given: HyperBatch | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of every example: (B, *weight.shape). Along a change of h from 0, the weight and bias with their tangents."""
         weight, bias, response_weight, response_bias, weight_gate, bias_gate, _ = self.gated_parameters
+        direction = direction_of(given, *self.gated_parameters)
+        h = response_input(given, weight) if direction is None else direction
+        h = h if h.ndim == 2 else h[None]
+
+        def responding(plain: Tensor, response: Tensor, gate: Tensor) -> Tensor:
+            if direction is None:
+                return torch.addcmul(plain, product(h, gate.T).view(shape), response)
+            with paused():
+                tangent = product(h, gate.T).view(shape) * response
+            return dual(plain.expand(shape).contiguous(), tangent)
+
         shape = (len(h), *weight.shape)
-        scale = torch.addcmul(weight, product(h, weight_gate.T).view(shape), response_weight)
+        scale = responding(weight, response_weight, weight_gate)
         if bias is None or response_bias is None or bias_gate is None:
             return scale, None
-        return scale, torch.addcmul(bias, product(h, bias_gate.T).view(shape), response_bias)
+        return scale, responding(bias, response_bias, bias_gate)
 
     @torch.no_grad()
     def folded(self, response: Tensor) -> dict[str, Tensor]:
-        weight, bias = self._scale_and_shift(response[None].to(self.weight))
+        weight, bias = self._scale_and_shift(response.to(self.weight))
         return {"weight": weight[0]} if bias is None else {"weight": weight[0], "bias": bias[0]}
 
     def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
@@ -54,15 +67,18 @@ class _NormOfLast(_Norm):
         return _affine(normal, scale, shift).to(normal.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        h = self.response(self.weight)
-        scale, shift = self._scale_and_shift(h if h.ndim == 2 else h[None])
-        if h.ndim == 1:
+        given = self.gating(self.weight)
+        if is_shared(given):
+            scale, shift = self._scale_and_shift(given)
             return self._normalised(input, scale[0], None if shift is None else shift[0])
         if self.example_dim >= input.ndim - self.weight.ndim:
-            raise self.wrong_rows(input, self.example_dim, len(h))
-        rows = self.split(input, len(h))
+            raise self.wrong_rows(input, self.example_dim, len(given))
+        if is_centred(given):
+            return self._normalised(input, self.weight, getattr(self, "bias", None))
+        rows = self.split(input, len(given))
         view = [1] * (rows.ndim - self.weight.ndim)
-        view[self.example_dim] = len(h)
+        view[self.example_dim] = len(given)
+        scale, shift = self._scale_and_shift(given)
         return self._with_rows(rows, scale.view(*view, *self.weight.shape), shift).reshape(input.shape)
 
 
@@ -139,9 +155,11 @@ class GroupNorm(_Norm, nn.GroupNorm):  # type: ignore[misc]
     """torch's, with a scale and a shift of the channels for each example."""
 
     def forward(self, input: Tensor) -> Tensor:
-        h = self.response_of_rows(input, self.weight)
-        scale, shift = self._scale_and_shift(h if h.ndim == 2 else h[None])
-        if h.ndim == 1:
+        given = self.gating_of_rows(input, self.weight)
+        if is_centred(given):
+            return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        scale, shift = self._scale_and_shift(given)
+        if is_shared(given):
             return F.group_norm(input, self.num_groups, scale[0], None if shift is None else shift[0], self.eps)
         normal = F.group_norm(input, self.num_groups, None, None, self.eps)
         scale = scale.view(*scale.shape, *[1] * (input.ndim - 2))
@@ -153,11 +171,11 @@ class _BatchNorm(GatedBatchNorm, _Folding):
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)  # type: ignore[operator]
-        h = self.response_of_rows(input, self.weight)
+        given = self.gating_of_rows(input, self.weight)
         if self.training and self.track_running_stats and not in_transform():
             self.num_batches_tracked.add_(1)
         images = input.view(*input.shape, *[1] * (4 - input.ndim))
-        return self._affine(images, h, h).view_as(input)
+        return self._affine(images, given, response_input(given, self.weight)).view_as(input)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):  # type: ignore[misc]

@@ -17,26 +17,37 @@ from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.ops.transforms import in_transform, traced
 
 
-class _Latest(NamedTuple):
-    """A response input, and the location that it was computed at."""
+class _Seen(NamedTuple):
+    """A buffer, and its values at some time."""
 
-    location: Tensor
+    buffer: Tensor
     version: int
     values: Tensor
+
+    @staticmethod
+    def now(buffer: Tensor) -> _Seen:
+        return _Seen(buffer, _version(buffer), buffer.clone())
+
+    def is_same(self, buffer: Tensor) -> bool:
+        """Whether the values are still the same. On a GPU, reading them would wait for the device."""
+        if buffer.device != self.values.device:
+            return False
+        if buffer.is_cpu:
+            return torch.equal(buffer, self.values)
+        return buffer is self.buffer and _version(buffer) == self.version >= 0
+
+
+class _Latest(NamedTuple):
+    """A response input, and what it was computed from."""
+
+    location: _Seen
+    centred: _Seen
     response: Tensor
 
-    def is_of(self, location: Tensor) -> bool:
-        """Whether the location is still the same. On a GPU, reading its values would wait for the device."""
-        if location.device != self.values.device:
-            return False
-        if location.is_cpu:
-            return torch.equal(location, self.values)
-        return location is self.location and _version(location) == self.version >= 0
 
-
-def _version(location: Tensor) -> int:
+def _version(buffer: Tensor) -> int:
     """How often it was changed in place; -1 if torch doesn't count it."""
-    return -1 if location.is_inference() else location._version
+    return -1 if buffer.is_inference() else buffer._version
 
 
 def _is_captured(location: Tensor) -> bool:
@@ -50,6 +61,8 @@ class TunedHyperparameters(nn.Module):
     Attributes:
         space: the hyperparameters.
         location, raw_scale: buffers (n,) float32, unconstrained. They stay float32 when the model is cast.
+        centred: buffer, a bool: whether the response input is 0 at the current location, wherever that is, because
+            Δ-STN trains the model. W and b are then the weights at the current hyperparameters.
         report: what `convert` did with each module.
         added: what it did with each addition.
         response_rank: the rank of the responses that it was called with.
@@ -58,6 +71,7 @@ class TunedHyperparameters(nn.Module):
 
     location: Tensor
     raw_scale: Tensor
+    centred: Tensor
 
     def __init__(
         self,
@@ -70,6 +84,7 @@ class TunedHyperparameters(nn.Module):
         location, raw_scale = space.initial_state()
         self.register_buffer("location", location)
         self.register_buffer("raw_scale", raw_scale)
+        self.register_buffer("centred", torch.tensor(False))
         self.space, self.report, self.added = space, list(report), list(added)
         self.response_rank = response_rank
         self.current: HyperBatch | None = None
@@ -79,6 +94,8 @@ class TunedHyperparameters(nn.Module):
     @contextmanager
     def using(self, hyper: HyperBatch) -> Iterator[None]:
         """Inside, the converted layers use `hyper`. Run the backward pass inside too: checkpointing calls layers in it.
+
+        For a model trained by Δ-STN, make it with `center` at the location, or with ``centred=True`` (`centred`).
 
         Afterwards, also after an error, the batch used before is used again, so that calls may be nested.
 
@@ -129,16 +146,32 @@ class TunedHyperparameters(nn.Module):
 
     def response(self) -> Tensor:
         """The response input (n,) at the current location. Layers share the result until the location changes."""
-        location = self.location
+        location, latest = self.location, self._latest
         if location.requires_grad or in_transform() or traced(location) or _is_captured(location):
             return self._response_at(location)
-        if self._latest is None or not self._latest.is_of(location):
+        if latest is None or not (latest.location.is_same(location) and latest.centred.is_same(self.centred)):
             with torch.inference_mode(False), torch.no_grad():
-                self._latest = _Latest(location, _version(location), location.clone(), self._response_at(location))
-        return self._latest.response
+                seen = _Seen.now(location), _Seen.now(self.centred)
+                latest = self._latest = _Latest(*seen, self._response_at(location))
+        return latest.response
 
     def _response_at(self, location: Tensor) -> Tensor:
-        return self.space.at(location, batch_size=1).response[0]
+        return self.space.at(location, batch_size=1).response[0].masked_fill(self.centred, 0.0)
+
+    def centre(self, centred: bool) -> None:
+        """Sets `centred`.
+
+        Raises:
+            ValueError: the location has moved, so that the model would compute something else.
+        """
+        first, _ = self.space.initial_state(self.location.device)
+        if bool(self.centred) != centred and not torch.equal(self.location, first):
+            there, here = ("stn", "delta-stn") if centred else ("delta-stn", "stn")
+            raise ValueError(
+                f"the hyperparameters of this model were tuned by {there}, whose response {here} can't go on with: "
+                f"use method={there!r}, or convert the model anew"
+            )
+        self.centred.fill_(centred)
 
     def values(self) -> dict[str, float]:
         """The current values, by name."""

@@ -185,7 +185,7 @@ class _Step:
                 self._steps.note(self._other_shapes)
             if self._seen != (signature, settings):
                 self._warm, self._seen = 0, (signature, settings)
-            if self._warm < WARM_UP or not method.guard.is_warm(self._kind.optimizer):
+            if self._warm < WARM_UP or not method.guard.is_warm(self._kind.optimizer, self._kind.attempts):
                 self._warm += 1
                 with graphs.on_capture_stream():
                     return one_by_one()

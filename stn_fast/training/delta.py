@@ -80,12 +80,16 @@ class DeltaSelfTuning(SelfTuning):
         super().__init__(model, shifted, training_objective, validation_objective, optimizer=optimizer, **options)
         rates = learning_rate(self.response_optimizer), self.learning_rate
         self._rate_of_response = rates[0] / rates[1] if rates[1] else 1.0
-        self._linearised: Any = Linearised(model) if linearize else model
+        self._linearised: Any = self._linearise(model) if linearize else model
         self._checks_reach = True
+        self._reached: set[str] = set()  # parameters that had a gradient in the last general step
+
+    def _linearise(self, model: nn.Module) -> Linearised:
+        return Linearised(model)
 
     def _add_training_kinds(self) -> None:
         self._add_kind("general_step", Kind(self._general_step, self.optimizer))
-        self._add_kind("response_step", Kind(self._response_step, self.response_optimizer))
+        self._add_kind("response_step", Kind(self._response_step, self.response_optimizer, "response"))
 
     def _trained(self) -> list[nn.Parameter]:
         return self._general
@@ -139,35 +143,44 @@ class DeltaSelfTuning(SelfTuning):
             return body(batch, step, first_example)
 
     def _general_step(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
-        draw = self._draw(batch, step, first_example) | {"seed": self.seed ^ GENERAL}
-        hyper = self.space.at(self.location.detach(), **draw, centred=True)
+        hyper = self._general_hyper(self._draw(batch, step, first_example))
         with hold_parameters(self._response):
-            return self._minimise("training", self.model, self.optimizer, batch, step, [hyper])
+            loss = self._minimise("training", self.model, self.optimizer, batch, step, [hyper])
+        self._note_reach()
+        return loss
+
+    def _general_hyper(self, draw: dict[str, Any]) -> HyperBatch:
+        """The hyperparameters of a general step."""
+        return self.space.at(self.location.detach(), **draw | {"seed": self.seed ^ GENERAL}, centred=True)
 
     def _response_step(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
         hypers = self._training_hypers(self._draw(batch, step, first_example))
         # Running statistics are those of general steps.
         with self._buffers.unchanged(), hold_parameters(self._general):
             loss = self._minimise("response", self._linearised, self.response_optimizer, batch, step, hypers)
-        if self._checks_reach:
-            self._check_reach()
-            self._checks_reach = False
+        self._check_reach()
         return loss
 
+    def _note_reach(self) -> None:
+        """Records which parameters have a gradient, until the first response step has been checked."""
+        if self._checks_reach:
+            self._reached = {name for name, one in self.model.named_parameters() if one.grad is not None}
+
     def _check_reach(self) -> None:
-        """Raises RuntimeError if gradients reached weights in a general step, but not their response."""
-        named = dict(self.model.named_parameters())
-        for name, parameter in named.items():
-            weight = named.get(name.replace("response_weight", "weight"))
-            if "response_weight" not in name or weight is None or weight.grad is None or not parameter.requires_grad:
+        """Raises RuntimeError if gradients reached weights in the general step before, but not their response."""
+        if not self._checks_reach:
+            return
+        for name, parameter in self.model.named_parameters():
+            if "response_weight" not in name or name.replace("response_weight", "weight") not in self._reached:
                 continue
-            if parameter.grad is None:
+            if parameter.grad is None and parameter.requires_grad:
                 raise RuntimeError(
                     f"the response step gives no gradient to {name}, although the loss depends on its layer: something "
                     "between that layer and the loss cuts tangents, such as an operation registered by "
                     "torch.library.custom_op, a detach, or checkpointing with use_reentrant=True. Use linearize=False "
                     "if it must stay"
                 )
+        self._checks_reach = False
 
     @property
     def learning_rate(self) -> float:

@@ -116,7 +116,7 @@ class Guard:
     waits: bool = False
     skipped: int = 0
     in_a_row: dict[str, int] = field(default_factory=dict)
-    _warm: set[int] = field(default_factory=set, repr=False)
+    _warm: set[tuple[int, str]] = field(default_factory=set, repr=False)
     _sent: deque[_Sent] = field(default_factory=deque, repr=False)
     _recorded: list[Recorded] | None = field(default=None, repr=False)
 
@@ -135,7 +135,7 @@ class Guard:
         Raises:
             NonFiniteError: the attempt is not finite, nor were the ``skip`` attempts before it.
         """
-        if self._recorded is not None or (_decides(attempt.loss.device) and self.can_decide(optimizer)):
+        if self._recorded is not None or (_decides(attempt.loss.device) and self.can_decide(optimizer, attempt.kind)):
             bad = ~(attempt.loss.isfinite() & attempt.size.isfinite())
             _apply_unless(bad, optimizer, apply)
             undo(bad)
@@ -148,19 +148,22 @@ class Guard:
         if math.isfinite(loss) and math.isfinite(size):
             self.in_a_row[attempt.row] = 0
             apply()
-            self._warm.add(id(optimizer))
+            self._warm.add((id(optimizer), attempt.kind))
             return True
         undo(None)
         self._leave_out(attempt, loss, attempt.parts.tolist())
         return False
 
-    def can_decide(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the device may decide on a step of ``optimizer``."""
-        return not self.waits and self.is_warm(optimizer) and can_skip_on_device(optimizer)
+    def can_decide(self, optimizer: torch.optim.Optimizer, kind: str) -> bool:
+        """Whether the device may decide on a step of ``optimizer`` after an attempt of this kind."""
+        return not self.waits and self.is_warm(optimizer, kind) and can_skip_on_device(optimizer)
 
-    def is_warm(self, optimizer: torch.optim.Optimizer) -> bool:
-        """False before the first step, which creates the state: a fused SGD would leave it unwritten if it skipped."""
-        return id(optimizer) in self._warm
+    def is_warm(self, optimizer: torch.optim.Optimizer, kind: str) -> bool:
+        """False before the first step, which creates the state: a fused SGD would leave it unwritten if it skipped.
+
+        Attempts of different kinds may step different parameters of one optimizer.
+        """
+        return (id(optimizer), kind) in self._warm
 
     @contextmanager
     def recording(self) -> Iterator[list[Recorded]]:

@@ -154,6 +154,8 @@ def fit(
     tuned = tuned_of("fit", model)
     _check(epochs, train_steps, warmup_epochs, patience, checkpoint_epochs)
     switch("fit", "resume", resume)
+    if not callable(loss):
+        raise TypeError(f"fit: loss must be a function of outputs and targets, got {name_of(type(loss))}")
     scored = checked_metrics(metrics or {})
     made = _made("optimizer", optimizer, torch.optim.Optimizer, list(model.parameters()))
     settings = settings_of(made)  # a scheduler changes them

@@ -17,7 +17,7 @@ from stn_fast.training.fit_description import name_of
 from stn_fast.training.generators import OwnStates, default_generators
 from stn_fast.training.loaders import STEPS, Loaded, LoaderBatching
 from stn_fast.training.task import Task
-from stn_fast.training.tuner import SelfTuner, _called
+from stn_fast.training.tuner import SelfTuner, called
 
 Metric = Callable[[Any, Any], Any]
 
@@ -50,7 +50,8 @@ def loaded(tuner: SelfTuner, name: str, loader: Any) -> Loaded:
 
 def task_of(tuner: SelfTuner, parts: Sequence[Any], metrics: Mapping[str, Metric]) -> Task:
     """The task of training, validation and test ``parts``; the last one may be None."""
-    tuned, method = tuned_of("fit", tuner.model), tuner.method
+    tuned, method, valid_loss = tuned_of("fit", tuner.model), tuner.method, tuner.valid_loss
+    assert valid_loss is not None
     generators = default_generators(method.location.device)
 
     def around_step(step: int) -> OwnStates:
@@ -64,8 +65,8 @@ def task_of(tuner: SelfTuner, parts: Sequence[Any], metrics: Mapping[str, Metric
     def scores(model: nn.Module, batch: Any, hyper: HyperBatch) -> dict[str, Tensor]:
         """Sums over the batch."""
         with tuned.using(hyper):
-            outputs = _called(model, batch.inputs)
-            means = {"loss": tuner.valid_loss(outputs, batch.targets)}
+            outputs = called(model, batch.inputs)
+            means = {"loss": valid_loss(outputs, batch.targets)}
             means |= {name: metric(outputs, batch.targets) for name, metric in metrics.items()}
         return {name: batch.examples * _number(name, mean) for name, mean in means.items()}
 

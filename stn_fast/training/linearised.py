@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from stn_fast.hyperparameters import HyperBatch
@@ -22,8 +23,9 @@ class Linearised:
     16-bit ones in float32; so the model must return logits, and the loss must be computed from them outside of it.
 
     Gated layers, dropout and noise of this package have tangents of their own. Other modules need operations that
-    torch can differentiate in forward mode; compiled ones are run eagerly. Gradients flow through the tangents to the
-    response parameters. The weights must not require a gradient.
+    torch can differentiate in forward mode; compiled ones are run eagerly, and attention by torch's plain
+    implementation. Gradients flow through the tangents to the response parameters. The weights must not require a
+    gradient.
 
     Raises:
         RuntimeError: a module has no tangent, and the message names it; none of the outputs depends on h; or an output
@@ -41,12 +43,11 @@ class Linearised:
         return getattr(self._model, name)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        with forward_ad.dual_level(), torch.compiler.set_stance("force_eager"):
-            arguments, named = pytree.tree_map_only(
-                HyperBatch, HyperBatch.linearised, (arguments, named), is_leaf=lambda one: isinstance(one, HyperBatch)
-            )
+        with (
+            forward_ad.dual_level(), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH),
+        ):  # fmt: skip
             try:
-                outputs = self._model(*arguments, **named)
+                outputs = self._outputs(*arguments, **named)
             except (NotImplementedError, RuntimeError) as error:
                 if "forward AD" not in str(error) and "forward mode AD" not in str(error):
                     raise
@@ -60,6 +61,13 @@ class Linearised:
             )
         return pytree.tree_unflatten([_sum(primal, tangent) for primal, tangent in parts], structure)
 
+    def _outputs(self, *arguments: Any, **named: Any) -> Any:
+        """Those of the model, with their tangents."""
+        arguments, named = pytree.tree_map_only(
+            HyperBatch, HyperBatch.linearised, (arguments, named), is_leaf=lambda one: isinstance(one, HyperBatch)
+        )
+        return self._model(*arguments, **named)
+
     def _without_tangent(self, trace: TracebackType | None, error: Exception) -> str:
         """The message of an error that was raised inside of a module: it names the innermost one."""
         names = {id(module): name for name, module in self._model.named_modules()}
@@ -72,8 +80,7 @@ class Linearised:
         first = str(error).splitlines()[0]
         return (
             f"{inside} has no tangent, which the linearised response needs: {first} Write it with operations that have "
-            "one (attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)), give its autograd.Function a jvp, or "
-            "use linearize=False"
+            "one, give its autograd.Function a jvp, or use linearize=False"
         )
 
 

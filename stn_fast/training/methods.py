@@ -51,10 +51,14 @@ from stn_fast.training.task import Objective
 
 
 class Kind(NamedTuple):
-    """One kind of step: ``body(batch, step, first_example)`` computes it and updates by ``optimizer``."""
+    """One kind of step: ``body(batch, step, first_example)`` computes it and updates by ``optimizer``.
+
+    ``attempts`` is the `Attempt.kind` of its attempts.
+    """
 
     body: Callable[[Batch, int | Tensor, int], Tensor]
     optimizer: torch.optim.Optimizer
+    attempts: str = "training"
 
 
 class Method(ABC):
@@ -145,7 +149,7 @@ class Method(ABC):
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimizers of all kinds of steps."""
-        return [kind.optimizer for kind in self.kinds.values()]
+        return list(dict.fromkeys(kind.optimizer for kind in self.kinds.values()))
 
     def _optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
         """The same, by the names that their states have in `state_dict`."""
@@ -296,14 +300,18 @@ class Method(ABC):
 
     def begin(self, call: str, batch: Any) -> Batch:
         """The host's work before a step: checks earlier steps, converts the batch, and restores training mode."""
+        self._check_ready(call)
+        if call != "valid_step":
+            self._modes.resume()
+        return as_batch(batch, self.location.device)
+
+    def _check_ready(self, call: str) -> None:
+        """Raises NonFiniteError for an earlier step, or RuntimeError if gradients are switched off."""
         self.guard.look()
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 f"{call} computes gradients, but torch.no_grad or torch.inference_mode is on: call it outside of them"
             )
-        if call != "valid_step":
-            self._modes.resume()
-        return as_batch(batch, self.location.device)
 
     def _draw(self, batch: Batch, step: int | Tensor, first_example: int) -> dict[str, Any]:
         """Arguments of ``HyperparameterSpace.sample`` and ``at``: number of examples and RNG coordinates."""
@@ -463,6 +471,11 @@ class SelfTuning(Method):
         antithetic: whether training steps make the two passes; False for one, as published.
     """
 
+    responds = (  # what a model needs whose validation loss depends on the hyperparameters
+        "the model needs layers that respond to them, such as HyperLinear, called with the HyperBatch that the "
+        "objective is given"
+    )
+
     def __init__(
         self,
         model: nn.Module,
@@ -487,7 +500,7 @@ class SelfTuning(Method):
         if tune_scales:
             self.tuned.append(self.raw_scale.requires_grad_())
         self.hyper_optimizer = hyper_optimizer(self.tuned)
-        self._add_kind("valid_step", Kind(self._validate, self.hyper_optimizer))
+        self._add_kind("valid_step", Kind(self._validate, self.hyper_optimizer, "validation"))
 
     def scales(self) -> Tensor:
         return self.space.scales(self.raw_scale.detach())
@@ -554,6 +567,13 @@ class SelfTuning(Method):
     def _validate(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
         """The step itself. After the first one, it never waits for a CUDA device."""
         loss, gradients = self._hypergradients(batch, step, first_example)
+        self._move(loss, gradients, step, batch.undo)
+        return loss
+
+    def _move(
+        self, loss: Tensor, gradients: Sequence[Tensor], step: int | Tensor, undo: Callable[[Tensor | None], None]
+    ) -> None:
+        """Updates location and raw scale, or calls ``undo``, as `Guard.take` does, if something is not finite."""
 
         def update() -> None:
             for tensor, gradient in zip(self.tuned, gradients, strict=True):
@@ -562,9 +582,8 @@ class SelfTuning(Method):
 
         parts = sum(gradients[1:], gradients[0])  # one number per hyperparameter, finite only where both are
         attempt = Attempt("validation", step, loss, parts, parts.sum(), self._hyperparameter_names)
-        self.guard.take(attempt, self.hyper_optimizer, update, batch.undo)
+        self.guard.take(attempt, self.hyper_optimizer, update, undo)
         self.space.clamp_(self.raw_scale)
-        return loss
 
     def hypergradients(
         self, batch: Any, step: int | Tensor, *, first_example: int = 0
@@ -583,18 +602,24 @@ class SelfTuning(Method):
         self, batch: Batch, step: int | Tensor, first_example: int
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         with evaluating(self.model), hold_parameters(self.model.parameters()):
-            draw = self._draw(batch, step, first_example)
-            at = self.space.at
-            hyper = self._perturbed(draw) if self.tune_scales else at(self.location, center=self.center, **draw)
+            hyper = self._validation_hyper(self._draw(batch, step, first_example))
             with self._in_use(hyper):
                 loss = self._loss("validation", self.validation_objective, self.model, batch, hyper)
-                if not loss.requires_grad:
-                    raise RuntimeError(
-                        "the validation loss does not depend on the hyperparameters: the model needs layers that "
-                        "respond to them, such as HyperLinear, called with the HyperBatch that the objective is given"
-                    )
-                objective = loss - self.entropy_weight * self.space.entropy(self.raw_scale)
-                return loss.detach(), torch.autograd.grad(objective, self.tuned)
+                return loss.detach(), self._gradients(loss)
+
+    def _validation_hyper(self, draw: dict[str, Any]) -> HyperBatch:
+        """The hyperparameters of a validation step, which get gradients."""
+        if self.tune_scales:
+            return self._perturbed(draw)
+        return self.space.at(self.location, center=self.center, **draw)
+
+    def _gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of F − τ·entropy for each of ``tuned``."""
+        objective = loss - self.entropy_weight * self.space.entropy(self.raw_scale)
+        gradients = torch.autograd.grad(objective, self.tuned, allow_unused=True) if loss.requires_grad else (None,)
+        if gradients[0] is None:
+            raise RuntimeError(f"the validation loss does not depend on the hyperparameters: {self.responds}")
+        return gradients
 
     def _optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
         return super()._optimizers_by_name() | {"hyper_optimizer": self.hyper_optimizer}

@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from stn_fast.checks import switch, whole_number
-from stn_fast.conversion.additions import LabelSmoothing, WeightDecay
+from stn_fast.conversion.additions import LabelSmoothing
 from stn_fast.conversion.folding import fold, tuned_of
 from stn_fast.conversion.rows import check_rows, first_tensor, structure
 from stn_fast.conversion.tuned import TunedHyperparameters
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training.batches import Examples, as_batch
 from stn_fast.training.config import Precision
-from stn_fast.training.methods import SelfTuning
+from stn_fast.training.converted import METHODS, TuningMethod, check_method, check_optimizers, response_parameters
 from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer
-from stn_fast.training.parameters import is_response, listed
+from stn_fast.training.parameters import listed
+from stn_fast.training.passes import Passes
 from stn_fast.training.smoothing import cross_entropy_settings, is_mean_cross_entropy, smoothed_cross_entropy
 from stn_fast.training.task import with_weight_decay
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Loss = Callable[[Any, Any], Tensor]
 
-
-class ConvertedSelfTuning(SelfTuning):
-    """The steps of a converted model: they tune its own λ, and its layers use the hyperparameters of each pass."""
-
-    def _initial_state(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The memory of the model's buffers, so that the model always has the current λ."""
-        tuned = tuned_of("SelfTuner", self.model)
-        return tuned.location.detach(), tuned.raw_scale.detach()
-
-    def _in_use(self, hyper: HyperBatch) -> AbstractContextManager[None]:
-        tuned = tuned_of("SelfTuner", self.model)
-        if not tuned.location.is_set_to(self.location):
-            raise RuntimeError(
-                "SelfTuner: the model's hyperparameters have other memory than when the tuner was made, as after "
-                "load_state_dict(..., assign=True) or a move to another device; make a new SelfTuner"
-            )
-        return tuned.using(hyper)
+STATE = {"method", "draws", "trained", "validated", "history"}  # the keys of a state
 
 
 class _Batch(Examples):
@@ -59,16 +46,8 @@ class _Batch(Examples):
         return _Batch(*parts)
 
 
-class _Record(NamedTuple):
-    """A validation step: the number of training steps before it, its loss, and the location after it."""
-
-    step: int
-    loss: Tensor
-    location: Tensor
-
-
-class SelfTuner:
-    """Trains a converted model and tunes its hyperparameters, in a loop of your own. `SelfTuning` says how.
+class SelfTuner(Passes):
+    """Trains a converted model and tunes its hyperparameters, in a loop of your own.
 
         tuned = stn.convert(model)
         tuner = stn.SelfTuner(tuned, torch.optim.AdamW(tuned.parameters(), 1e-3, weight_decay=0), loss=F.cross_entropy)
@@ -82,16 +61,26 @@ class SelfTuner:
     examples, also for a model that calls it time. Batches are not moved to another device. Activation checkpointing in
     the model must not be reentrant (``use_reentrant=False``).
 
+    A loop that calls backward, zero_grad and the optimizer's step itself uses passes instead of steps: `training`,
+    `validating` and `hyper_step`. There, call `stn_fast.conversion.check_rows` yourself.
+
     The training loss also gets ½·weight_decay·‖W_eff‖² of the converted layers, if the space has `weight_decay`; with
     additions of `stn_fast.WeightDecay`, each layer has its own hyperparameter. An optimizer that decays weights itself
     decays them and the response as well, which is a warning. An addition of `stn_fast.LabelSmoothing` smooths the
-    training loss.
+    training loss of steps; in passes, smooth the labels by hand.
 
     Args:
         model: a converted one, as `convert` returns.
         optimizer: holds the parameters of the model, made after the conversion.
-        loss: returns the mean over the examples, without penalties. With label smoothing, it must be `F.cross_entropy`
-            or a `CrossEntropyLoss` with mean reduction; see `stn_fast.LabelSmoothing` for other losses.
+        loss: returns the mean over the examples, without penalties. Not needed in loops that use only passes. With
+            label smoothing, steps need `F.cross_entropy` or a `CrossEntropyLoss` with mean reduction; see
+            `stn_fast.LabelSmoothing` for other losses.
+        method: "stn" for the steps of `SelfTuning`; "delta-stn" for those of `DeltaSelfTuning`, whose response is
+            centred at the current hyperparameters, so that evaluation and folding use W and b as they are.
+        response_optimizer: for delta-stn, makes the optimizer of the response from a list of its parameters. By
+            default, `optimizer` takes both of its steps: each time, only what the step trains has a gradient.
+        linearize: for delta-stn, whether the response step linearises the outputs. False for a model that returns its
+            loss, uses activation checkpointing, or has an operation that torch can't differentiate in forward mode.
         valid_loss: what the hyperparameters minimise; by default `loss`.
         hyper_optimizer: makes the optimizer of location and raw scale from the list of them.
         warmup_steps: training steps before the first validation step.
@@ -103,15 +92,19 @@ class SelfTuner:
     Raises:
         TypeError: the model has not been converted, or `optimizer` is not an optimizer.
         ValueError: the optimizer lacks parameters of the response, or is another model's; a setting is out of range;
-            `loss` can't be smoothed, although the model was converted with label smoothing.
+            `loss` can't be smoothed, although the model was converted with label smoothing; the other method has tuned
+            the model's hyperparameters before.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        loss: Loss,
+        loss: Loss | None = None,
         *,
+        method: TuningMethod = "stn",
+        response_optimizer: MakeOptimizer | None = None,
+        linearize: bool = True,
         valid_loss: Loss | None = None,
         hyper_optimizer: MakeOptimizer = default_hyper_optimizer,
         warmup_steps: int = 0,
@@ -125,16 +118,11 @@ class SelfTuner:
         check_rows: bool = True,
     ) -> None:
         tuned = self._tuned = tuned_of("SelfTuner", model)
-        _check_optimizer(model, optimizer)
         self.warmup_steps = whole_number("SelfTuner", "warmup_steps", warmup_steps, 0)
         self.check_rows = switch("SelfTuner", "check_rows", check_rows)
         self.model, self.loss, self.valid_loss = model, loss, valid_loss or loss
         self._smoothing = _smoothing(tuned, loss, valid_loss)
-        self.method = ConvertedSelfTuning(
-            model,
-            tuned.space,
-            self._training_objective,
-            self._validation_objective,
+        options: dict[str, Any] = dict(
             optimizer=lambda parameters: optimizer,
             hyper_optimizer=hyper_optimizer,
             entropy_weight=entropy_weight,
@@ -145,21 +133,34 @@ class SelfTuner:
             skip_nonfinite=skip_nonfinite,
             precision=precision,
         )
-        self.trained = self.validated = 0  # steps so far
-        self._records: list[_Record] = []
+        check_method(method, tuned.space, response_optimizer is not None or linearize is not True)
+        of_response = optimizer if response_optimizer is None else response_optimizer(response_parameters(model))
+        check_optimizers(model, optimizer, of_response)
+        if method == "delta-stn":
+            options |= dict(response_optimizer=lambda parameters: of_response, linearize=linearize)
+        objectives = self._training_objective, self._validation_objective
+        made = METHODS[method](model, tuned.space, *objectives, **options)
+        tuned.centre(method == "delta-stn")
+        super().__init__(made)
         self._checked: set[Any] = set()  # the structures of batches with which check_rows has called the model
 
     def _training_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:
-        output = _called(model, batch.inputs)
-        if self._smoothing is None:
-            loss = self.loss(output, batch.targets)
-        else:
-            settings = cross_entropy_settings(self.loss)
-            loss = smoothed_cross_entropy(output, batch.targets, hyper[self._smoothing], **settings)
-        return with_weight_decay(loss, model, hyper)
+        if self._smoothing is None or self.loss is None:
+            return with_weight_decay(self._of(self.loss, model, batch), model, hyper)
+        settings, smoothing = cross_entropy_settings(self.loss), hyper[self._smoothing]
+
+        def smoothed(output: Any, targets: Any) -> Tensor:
+            return smoothed_cross_entropy(output, targets, smoothing, **settings)
+
+        return with_weight_decay(self._of(smoothed, model, batch), model, hyper)
 
     def _validation_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:
-        return self.valid_loss(_called(model, batch.inputs), batch.targets)
+        return self._of(self.valid_loss, model, batch)
+
+    def _of(self, loss: Loss | None, model: nn.Module, batch: Examples) -> Tensor:
+        if loss is None:
+            raise TypeError("SelfTuner: steps need a loss, SelfTuner(model, optimizer, loss); passes need none")
+        return loss(called(model, batch.inputs), batch.targets)
 
     def step(self, batch: Any, held_out: Any = None) -> Tensor:
         """A training step, and after the warm-up a validation step on `held_out`, if it is given.
@@ -173,15 +174,18 @@ class SelfTuner:
 
     def train_step(self, batch: Any) -> Tensor:
         """Updates the weights and the response on a training batch; returns the loss."""
-        loss = self.method.train_step(self._batch(batch), self.trained + self.validated)
-        self.trained += 1
+        self._check_closed("train_step")
+        self._forget_passes()  # their gradients are not used
+        loss = self.method.train_step(self._batch(batch), self.draws)
+        self.draws, self.trained = self.draws + 1, self.trained + 1
         return loss
 
     def valid_step(self, held_out: Any) -> Tensor:
         """Updates the hyperparameters on a validation batch; returns the loss, without the entropy."""
-        loss = self.method.valid_step(self._batch(held_out), self.trained + self.validated)
-        self.validated += 1
-        self._records.append(_Record(self.trained, loss, self.method.location.detach().clone()))
+        self._check_closed("valid_step")
+        loss = self.method.valid_step(self._batch(held_out), self.draws)
+        self.draws += 1
+        self._record(loss)
         return loss
 
     def _batch(self, batch: Any) -> _Batch:
@@ -211,9 +215,28 @@ class SelfTuner:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Validation steps of this object: ``step``, training steps before it; ``loss``; ``values`` after it."""
+        """Validation steps: ``step``, the training steps before it; ``loss``; ``values`` after it. It is saved, too."""
         values = self.method.space.values
         return [{"step": one.step, "loss": one.loss.item(), "values": values(one.location)} for one in self._records]
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """A figure of the history: the validation loss and each hyperparameter over training steps.
+
+        Args:
+            path: a .png, .pdf or .svg file to write, too.
+
+        Raises:
+            UserError: matplotlib is missing, or the file can't be written.
+            ValueError: there has been no validation step.
+        """
+        from stn_fast.plot import draw_history, save
+
+        if not self._records:
+            raise ValueError("plot: there is no history before the first validation step")
+        figure = draw_history(self.history, list(self.method.space))
+        if path is not None:
+            save(figure, path, "path")
+        return figure
 
     def fold(self) -> nn.Module:
         """A plain copy of the model at the current hyperparameters, see `stn_fast.fold`."""
@@ -221,16 +244,29 @@ class SelfTuner:
         return fold(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Model, hyperparameters, optimizer states and counters: everything that the next step depends on but data."""
-        return {"method": self.method.state_dict(), "trained": self.trained, "validated": self.validated}
+        """Model, hyperparameters, optimizer states, counters and history: all that a next step depends on but data."""
+        counts = {"draws": self.draws, "trained": self.trained, "validated": self.validated}
+        return {"method": self.method.state_dict(), **counts, "history": self._history()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned. Raises ValueError as `Method.load_state_dict`."""
+        """Restores what `state_dict` returned.
+
+        Raises:
+            ValueError: it is something else, or of another method, space or optimizer; nothing has been loaded.
+        """
+        if not isinstance(state, dict) or not state.keys() >= STATE:
+            is_dict = isinstance(state, dict)
+            got = f"a dict of {listed([*map(str, state)]) or 'nothing'}" if is_dict else type(state).__name__
+            raise ValueError(f"the state must be one that SelfTuner.state_dict() has returned, got {got}")
+        self._check_closed("load_state_dict")
         self.method.load_state_dict(state["method"])
-        self.trained, self.validated = state["trained"], state["validated"]
+        self.draws, self.trained, self.validated = state["draws"], state["trained"], state["validated"]
+        self._load_history(state["history"])
+        self._forget_passes()
 
 
-def _called(model: nn.Module, inputs: Any) -> Any:
+def called(model: nn.Module, inputs: Any) -> Any:
+    """The outputs of the model for the inputs of a batch."""
     args, kwargs = _arguments(inputs)
     return model(*args, **kwargs)
 
@@ -242,10 +278,10 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return inputs if isinstance(inputs, tuple) else (inputs,), {}
 
 
-def _smoothing(tuned: TunedHyperparameters, loss: Loss, valid_loss: Loss | None) -> str | None:
+def _smoothing(tuned: TunedHyperparameters, loss: Loss | None, valid_loss: Loss | None) -> str | None:
     """The hyperparameter that smooths the labels; None if there is none, or if the loss itself smooths them."""
     names = [one.hyperparameter for one in tuned.added if isinstance(one.addition, LabelSmoothing)]
-    if not names:
+    if not names or loss is None:
         return None
     if is_mean_cross_entropy(loss):
         return names[0]
@@ -256,36 +292,6 @@ def _smoothing(tuned: TunedHyperparameters, loss: Loss, valid_loss: Loss | None)
             f"model.tuned_hyperparameters.current[{names[0]!r}], and needs a valid_loss that does not"
         )
     return None
-
-
-def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            "SelfTuner: optimizer must be a torch.optim.Optimizer, made with the parameters of the converted model, "
-            f"got {type(optimizer).__name__}"
-        )
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    wanted = {name: id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if held.isdisjoint(wanted.values()):
-        raise ValueError("SelfTuner: the optimizer holds none of the model's parameters: make it with this model's")
-    if not any(parameter in held for name, parameter in wanted.items() if not is_response(name)):
-        raise ValueError("SelfTuner: the optimizer holds only parameters of the response: give it the weights, too")
-    missing = [name for name, parameter in wanted.items() if is_response(name) and parameter not in held]
-    if missing:
-        raise ValueError(
-            f"SelfTuner: the optimizer lacks {listed(missing)}, parameters of the response: make it after stn.convert, "
-            "with all parameters of the converted model"
-        )
-    decays = [group["weight_decay"] for group in optimizer.param_groups if group.get("weight_decay")]
-    tuned = tuned_of("SelfTuner", model)
-    added = [one.hyperparameter for one in tuned.added if isinstance(one.addition, WeightDecay)]
-    names = [name for name in tuned.space.names if name in ("weight_decay", *added)]
-    if decays and names:
-        warnings.warn(
-            f"the optimizer decays weights by {decays[0]}, in addition to the tuned {listed(names)}, and the response "
-            "too: make it with weight_decay=0",
-            stacklevel=3,
-        )
 
 
 def alternate(

@@ -157,7 +157,7 @@ def test_the_size_of_batches_of_a_loader_without_one_is_that_of_the_first():
         ([], UserError, "train_loader gives no batch"),
         (DataLoader(Noisy(), 12, drop_last=True), UserError, "gives no batch.*drop_last=True"),
     ],
-    ids=str,
+    ids=["int", "generator", "zip", "empty list", "dropped batch"],
 )
 def test_loaders_without_batches_are_refused(loader, error, says):
     with pytest.raises(error, match=says):
