@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import sys
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["Run", "draw", "draw_history", "new_figure", "read_run", "read_runs", "save", "save_schedule"]
+__all__ = ["Run", "draw", "draw_history", "new_figure", "png", "read_run", "read_runs", "save", "save_schedule"]
 
 # Okabe and Ito's palette: eight colours that colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A600")
@@ -102,20 +103,32 @@ def save(figure: Figure, output: str | Path, argument: str = "--output") -> Path
     Raises:
         UserError: the file or the format cannot be written.
     """
-    from matplotlib import rc_context
-    from matplotlib.text import Text
-
     target = expanded(output, argument)
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)
-        text.set_usetex(False)
     try:
         target = target if target.suffix else target.with_suffix(".png")
-        with rc_context({"text.parse_math": False, "text.usetex": False}):  # for ticks, which are created on drawing
-            figure.savefig(target, dpi=150)
+        _write(figure, target)
     except (OSError, ValueError) as error:
         raise UserError(f"{argument} {target} cannot be written ({error}); name a .png, .pdf or .svg file") from None
     return target
+
+
+def png(figure: Figure) -> bytes:
+    """The contents of a PNG file of ``figure``, drawn as by ``save``."""
+    contents = io.BytesIO()
+    _write(figure, contents, "png")
+    return contents.getvalue()
+
+
+def _write(figure: Figure, target: Path | io.BytesIO, form: str | None = None) -> None:
+    """Writes ``figure`` with all text drawn literally; None as ``form`` is the format of the target's extension."""
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_usetex(False)
+    with rc_context({"text.parse_math": False, "text.usetex": False}):  # for ticks, which are created on drawing
+        figure.savefig(target, dpi=150, format=form)
 
 
 def draw(runs: Sequence[Run]) -> Figure:

@@ -33,7 +33,7 @@ def run_unread(*arguments, streams=("stdout",)):
     return done.returncode, (done.stdout or "") + (done.stderr or "")
 
 
-@pytest.mark.parametrize("module", ["train", "plot", "contact_sheet", "compare"])
+@pytest.mark.parametrize("module", ["train", "plot", "contact_sheet", "compare", "explore"])
 def test_help_into_a_pipe_that_nobody_reads_ends_quietly(module):
     assert run_unread(f"stn_fast.{module}", "--help") == (141, "")
 

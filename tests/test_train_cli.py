@@ -58,11 +58,11 @@ def whole(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("module", ["stn_fast.train", "stn_fast.plot", "stn_fast.contact_sheet", "stn_fast.compare"])
-def test_help_loads_nothing_heavy(module):
+@pytest.mark.parametrize("name", ["train", "plot", "contact_sheet", "compare", "explore"])
+def test_help_loads_nothing_heavy(name):
     script = (
         f"import sys, runpy; sys.argv = ['x', '--help']\n"
-        f"try:\n    runpy.run_module('{module}', run_name='__main__')\n"
+        f"try:\n    runpy.run_module('stn_fast.{name}', run_name='__main__')\n"
         "except SystemExit as stop:\n    assert stop.code == 0\n"
         "heavy = {'torch', 'triton', 'numpy', 'matplotlib', 'sklearn', 'scipy', 'tqdm', 'optuna'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"

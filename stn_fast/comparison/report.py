@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from stn_fast.comparison.kept_runs import Row
-from stn_fast.terminal import printable
+from stn_fast.terminal import aligned, printable
 
 UNMOVED = ("fixed", "frozen")  # their hyperparameters end where they start
 COST = (
@@ -38,7 +38,7 @@ def _scores(scores: Sequence[Row]) -> str:
         cost = [_times(entry["cpu_seconds"], ".1f"), *multiples]
         lines.append([entry["method"], _where(entry), str(entry["seeds"]), *cells, *cost])
     note = f"Best validation {measure} and test {measure} there: median over seeds (smallest to largest)."
-    return f"{note}\n{COST}\n\n{_aligned(head, lines, left=2)}"
+    return f"{note}\n{COST}\n\n{aligned(head, lines, left=2)}"
 
 
 def _where(entry: Row) -> str:
@@ -62,7 +62,7 @@ def _methods(methods: Sequence[Row]) -> str:
         "Over all guesses and seeds: largest / smallest test score, runs with a larger test loss than fixed from the\n"
         "same guess and seed, and runs or trials that became non-finite."
     )
-    return f"{note}\n\n{_aligned(head, lines, left=1)}"
+    return f"{note}\n\n{aligned(head, lines, left=1)}"
 
 
 def _ends(methods: Sequence[Row]) -> str:
@@ -74,7 +74,7 @@ def _ends(methods: Sequence[Row]) -> str:
         for name, values in entry["ends"].items()
     ]
     note = "Where hyperparameters end, over all guesses and seeds; for a search, those of its best trial."
-    return f"{note}\n\n{_aligned(head, lines, left=2)}"
+    return f"{note}\n\n{aligned(head, lines, left=2)}"
 
 
 def _tests(tests: Sequence[Row]) -> str:
@@ -95,7 +95,7 @@ def _tests(tests: Sequence[Row]) -> str:
         "of a seed is the median over them. Seeds without a difference are left out.\n"
         "The smallest p that n seeds can give is 2^(1-n)."
     )
-    return f"{note}\n\n{_aligned(head, lines, left=2)}"
+    return f"{note}\n\n{aligned(head, lines, left=2)}"
 
 
 def _range(values: Row) -> str:
@@ -104,17 +104,3 @@ def _range(values: Row) -> str:
 
 def _times(value: float | None, form: str = ".2f") -> str:
     return "-" if value is None else f"{value:{form}}"
-
-
-def _aligned(head: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
-    """Columns padded to one width, the first ``left`` of them aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-
-    def line(cells: Iterable[str]) -> str:
-        padded = (
-            cell.ljust(width) if number < left else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join(padded).rstrip()
-
-    return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, lines)])

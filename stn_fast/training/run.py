@@ -201,7 +201,7 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
     space, location = trainer.method.space, trainer.method.location.detach()
     start, raw_scale = space.initial_state(location.device)
     scales = space.scales(raw_scale)
-    scores = trainer.scores()
+    scores = trainer.all_scores()
     return {
         "recipe": config.recipe,
         "method": config.method.label,

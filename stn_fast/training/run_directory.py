@@ -22,13 +22,13 @@ MOST_DIFFERENCES = 5  # at most so many are listed in an error
 
 
 class RunDirectory:
-    """The files of one run.
+    """The files of one run; with ``write``, the directory is made if missing.
 
     Raises:
-        UserError: the directory cannot be created or written.
+        UserError: the directory cannot be created or written, and ``write`` is True.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, write: bool = True) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.data = self.path / "data.json"
@@ -36,17 +36,21 @@ class RunDirectory:
         self.result = self.path / "result.json"
         self.schedule = self.path / "schedule.png"
         self.checkpoints = self.path / "checkpoints"
+        self._made = write and not exists(self.path)
+        if write:
+            self._make_writable()
+
+    def _make_writable(self) -> None:
         probe = self.path / ".writable"
-        self._made = not exists(self.path)
         try:
             make_directory(self.path)
             probe.touch()
             probe.unlink(missing_ok=True)
         except FileExistsError:
-            raise UserError(f"--run-dir {path} is a file; name a directory") from None
+            raise UserError(f"--run-dir {self.path} is a file; name a directory") from None
         except OSError as error:
             raise UserError(
-                f"--run-dir {path} cannot be written ({error.strerror}); name a directory that can"
+                f"--run-dir {self.path} cannot be written ({error.strerror}); name a directory that can"
             ) from None
 
     @contextmanager
@@ -134,20 +138,23 @@ class RunDirectory:
             raise UserError(f"{self.path} holds a run with other settings ({named}): {cure}")
 
     def check_same_data(self, data: dict[str, str], warn: Callable[[str], None]) -> None:
-        """Raises UserError if the run in this directory was trained on data with another fingerprint than ``data``.
+        """Raises UserError if the run in this directory was trained on other data; arguments as of ``changed_data``."""
+        if changed := self.changed_data(data, warn):
+            raise UserError(
+                f"{self.path} holds a run on other data (different: {', '.join(changed)}): "
+                "choose another --run-dir, name the run's data with --data-root, or start over with --no-resume"
+            )
+
+    def changed_data(self, data: dict[str, str], warn: Callable[[str], None]) -> list[str]:
+        """The parts of the data whose fingerprint in ``data`` is not that of the run in this directory.
 
         ``warn`` is called if this cannot be checked, because the run is from before fingerprints were saved.
         """
         if not exists(self.data):
             warn(f"{self.path} has no data.json: cannot check whether it was trained on these data")
-            return
+            return []
         saved = self._saved_data()
-        changed = [name for part, name in PARTS.items() if saved.get(part) != data.get(part)]
-        if changed:
-            raise UserError(
-                f"{self.path} holds a run on other data (different: {', '.join(changed)}): "
-                "choose another --run-dir, name the run's data with --data-root, or start over with --no-resume"
-            )
+        return [name for part, name in PARTS.items() if saved.get(part) != data.get(part)]
 
     def _saved_data(self) -> dict[str, str]:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -254,7 +254,7 @@ class Trainer:
                 loss, steps = losses.take()
                 self._write(log, phase, loss, steps * batches.examples, self.reported_at, extra)
         began = self._seconds()
-        scores = self.scores()
+        scores = self.all_scores()
         loss = scores.pop("valid_loss")
         examples = sum(split.examples for split in self.task.data[1:] if split is not None)
         stepped = {"step_cpu_seconds": round(self.step_clock.cpu_seconds, 3), **self.examples}
@@ -308,7 +308,7 @@ class Trainer:
     def _note_times(self) -> None:
         self.wall_seconds, self.cpu_seconds = self._seconds(), self._cpu_seconds()
 
-    def scores(self) -> dict[str, float]:
+    def all_scores(self) -> dict[str, float]:
         """The scores of the validation examples, and of the test examples if there are any: ``valid_loss`` etc."""
         data = self.task.data
         scores = {"valid": self.evaluate(data.valid)}
@@ -320,21 +320,34 @@ class Trainer:
     def evaluate(self, split: Split, unperturbed: Callable[[int], HyperBatch] | None = None) -> dict[str, float]:
         """Scores of all of ``split`` at the unperturbed hyperparameters, on folded weights, in float32.
 
-        The weights are the average of ``averaged``, if there is one, and else the method's.
-        ``unperturbed`` makes other hyperparameters for a number of examples; by default the method's own does.
+        The weights are those of ``evaluated``. ``unperturbed`` makes other hyperparameters for a number of examples; by
+        default the method's own does.
         """
         totals: dict[str, torch.Tensor] = {}
-        size, device = self.config.schedule.eval_batch_size, self.method.location.device
+        for scores in self.scores(split, unperturbed):
+            for name, value in scores.items():
+                totals[name] = totals.get(name, 0) + value.double()
+        return self.task.report({name: total.item() / split.examples for name, total in totals.items()})
+
+    def scores(
+        self, split: Split, unperturbed: Callable[[int], HyperBatch] | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """What ``evaluate`` adds up: the scores of each of its batches, sums over the examples of the batch.
+
+        Gradients reach the hyperparameters if these require them, but not through the state that a text carries from
+        one batch to the next.
+        """
+        size, device, model = self.config.schedule.eval_batch_size, self.method.location.device, self.evaluated
         unperturbed = unperturbed or self.method.unperturbed
-        model = self.method.model if self.averaged is None else self.averaged.module
         with evaluating(model), float32_products("fp32"):
             for given in self.task.batching.whole(split, size, test=split is self.task.data.test, device=device):
                 batch = as_batch(given, device)
-                hyper = unperturbed(batch.examples)
-                scores = batch.finish(self.task.scores(model, batch, hyper))
-                for name, value in scores.items():
-                    totals[name] = totals.get(name, 0) + value.double()
-        return self.task.report({name: total.item() / split.examples for name, total in totals.items()})
+                yield batch.finish(self.task.scores(model, batch, unperturbed(batch.examples)))
+
+    @property
+    def evaluated(self) -> torch.nn.Module:
+        """The network that evaluations use: the averaged one if there is one, and else the method's."""
+        return self.method.model if self.averaged is None else self.averaged.module
 
     def _save(self, log: MetricsLog) -> None:
         if self._saved_at == self.step:
