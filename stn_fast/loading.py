@@ -39,7 +39,8 @@ def load(
         trained.model(inputs, trained.hyper(len(inputs)))
 
     A run of `stn_fast.fit` gives a converted network: it is called as the plain one, and `stn_fast.fold` makes it plain
-    again. It needs ``model``, a network of the same architecture, plain or converted.
+    again. It needs ``model``, a network of the same architecture, plain or converted; a converted one, if regularisers
+    were added at its conversion.
 
     Any other run gives a `TrainedRecipe`: the network, whose layers are called with hyperparameters, and ``hyper``,
     which makes them. A recipe builds the network, for which it reads its data from where the run did; with your own
@@ -124,4 +125,7 @@ def _converted(model: nn.Module, config: Config, path: Path) -> nn.Module:
                 quiet=True,
             )
     except ValueError as error:
-        raise UserError(f"load: model does not fit the run in {path}, of a {config.fit.model}: {error}") from error
+        raise UserError(
+            f"load: model does not fit the run in {path}, of a {config.fit.model}: {error}. If the conversion added "
+            "regularisers, give the model converted in the same way"
+        ) from error

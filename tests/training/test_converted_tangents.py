@@ -52,6 +52,17 @@ class Transformer(nn.Module):
         return x
 
 
+class Encoder(nn.Module):
+    """torch's own transformer layer, with MultiheadAttention."""
+
+    def __init__(self, rate=0.4):
+        super().__init__()
+        self.layer, self.head = nn.TransformerEncoderLayer(6, 2, 9, dropout=rate, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x))
+
+
 def network_and_inputs(kind, rank):
     if kind in NETWORKS:
         return converted(plain(kind, 0.4), response_rank=rank), inputs(kind, EXAMPLES)
@@ -88,7 +99,7 @@ def by_torch_func(model, x, hyper):
 
 
 @pytest.mark.parametrize("rank", [None, 1], ids=["full", "rank 1"])
-@pytest.mark.parametrize("kind", [*NETWORKS, ConvNet, Transformer])
+@pytest.mark.parametrize("kind", [*NETWORKS, ConvNet, Transformer, Encoder])
 def test_outputs_and_response_gradients_are_those_of_torch_func(kind, rank):
     model, x = network_and_inputs(kind, rank)
     hyper = perturbed(model)
