@@ -175,7 +175,7 @@ def convert(
             assert rule is not None
             rule(module, Context(name, tuned, response_rank, dims[name], rates.get(name), streams))
             if decays:
-                module.__dict__["decay_name"] = decays.get(name)
+                _decay(module, decays.get(name))
         _open(model, tuned)
         add_output_dropouts(model, added, tuned, dims, streams)
     except Exception:
@@ -188,6 +188,13 @@ def convert(
     if not quiet:
         print(table(report, space, added))
     return model
+
+
+def _decay(module: nn.Module, hyperparameter: str | None) -> None:
+    """Sets what decays the weights of a module, and of those in it that its rule has converted."""
+    for one in module.modules():
+        if isinstance(one, Converted):
+            one.__dict__["decay_name"] = hyperparameter
 
 
 def _open(model: nn.Module, tuned: TunedHyperparameters) -> None:
@@ -261,7 +268,7 @@ def _example_dims(model: nn.Module, chosen: Sequence[Named], example_dims: Mappi
     transformers = {
         f"{name}.".lstrip("."): fixed_example_dim(module) or 0
         for name, module in model.named_modules()
-        if isinstance(module, TRANSFORMERS)
+        if isinstance(module, (*TRANSFORMERS, nn.MultiheadAttention))
     }
     for one in chosen:
         fixed = fixed_example_dim(one.module)

@@ -51,10 +51,12 @@ class MultiheadAttention(Converted, nn.MultiheadAttention):
         if mask is not None:
             mask = F.pad(mask, (0, k.shape[2] - mask.shape[3]))
         drops = self.training and self.name is not None
+        causal = is_causal and not need_weights and key_padding_mask is None  # then, as in torch, the mask is not read
         if not (need_weights or drops):
-            causal = is_causal and key_padding_mask is None  # then it says what the mask would
             y = F.scaled_dot_product_attention(q, k, v, None if causal else mask, is_causal=causal)
             return self.out_proj(self._joined(y)), None
+        if causal:
+            mask = self._added(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1), q.dtype)
         scores = (q * self.head_dim**-0.5) @ k.mT
         weights = F.softmax(scores if mask is None else scores + mask, -1)
         if drops:

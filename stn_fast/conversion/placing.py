@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from stn_fast.conversion.additions import Added, Addition, Dropout, LabelSmoothing, WeightDecay
-from stn_fast.conversion.rules import has_weights
+from stn_fast.conversion.rules import has_weights, is_closed
 from stn_fast.conversion.selection import Named, matches
 from stn_fast.hyperparameters import HyperparameterSpace
 
@@ -65,7 +65,7 @@ def placed(model: nn.Module, chosen: Sequence[Named], additions: Sequence[Additi
             added.append(Added(addition, addition.name, ()))
             continue
         if isinstance(addition, Dropout):
-            fitting, wanted = _outermost(model, addition.pattern), "a module that is called, in the model,"
+            fitting, wanted = _outermost(model, chosen, addition.pattern), "a module that is called, in the model,"
         else:
             fitting = [name for name in layers if matches(name, [addition.pattern])]
             wanted = "a converted layer that is not a norm,"
@@ -80,12 +80,17 @@ def placed(model: nn.Module, chosen: Sequence[Named], additions: Sequence[Additi
     return added
 
 
-def _outermost(model: nn.Module, pattern: str) -> list[str]:
-    """The modules that the pattern fits and that have a forward function, except the model and those within others."""
+def _outermost(model: nn.Module, chosen: Sequence[Named], pattern: str) -> list[str]:
+    """The modules that the pattern fits and that are called, except the model and those within others that it fits.
+
+    Without a forward function, or in a plain module that reads their parameters instead, they are not called.
+    """
     found: list[str] = []
+    converted = {one.name for one in chosen}
+    closed = [name for name, module in model.named_modules() if is_closed(module) and name not in converted]
     for name, module in model.named_modules():  # a module comes before those in it
         is_called = type(module).forward is not nn.Module.forward
-        within = any(name.startswith(f"{other}.") for other in found)
+        within = any(name.startswith(f"{other}.") for other in (*found, *closed))
         if name and fnmatchcase(name, pattern) and is_called and not within:
             found.append(name)
     return found

@@ -71,6 +71,10 @@ def selected(
             left_out.append(one.left_out("not in include", asked=True))
         elif matches(one.name, exclude):
             left_out.append(one.left_out("in exclude", asked=True))
+        elif is_closed(one.module) and any(
+            matches(f"{one.name}.{child}".lstrip("."), exclude) for child, _ in one.module.named_modules() if child
+        ):
+            left_out.append(one.left_out("it can't be converted without a module in it that is in exclude", asked=True))
         elif reason is not None:
             left_out.append(one.left_out(reason))
         else:

@@ -68,8 +68,9 @@ class ConvertedSelfTuning(SelfTuning):
                 stack.callback(self._buffers.keep(), None)
             yield
         if self._checks_used:
-            if "weight_decay" in hyper and "weight_decay" not in hyper.used:
-                raise ValueError("training: add tuner.penalty() to the loss, which the tuned weight_decay needs")
+            unused = [name for name in decays_of(self.model) if name not in hyper.used]
+            if unused:
+                raise ValueError(f"training: add tuner.penalty() to the loss, which the tuned {listed(unused)} needs")
             check_used(hyper, all_by_name=False)
             self._checks_used = False
 
@@ -200,15 +201,20 @@ def check_optimizers(
         raise ValueError(f"SelfTuner: the {which} lacks {listed(missing)}, parameters of the response: {how}")
     groups = optimizer.param_groups + response_optimizer.param_groups
     decays = [group["weight_decay"] for group in groups if group.get("weight_decay")]
-    tuned = tuned_of("SelfTuner", model)
-    added = [one.hyperparameter for one in tuned.added if isinstance(one.addition, WeightDecay)]
-    names = [name for name in tuned.space.names if name in ("weight_decay", *added)]
+    names = decays_of(model)
     if decays and names:
         warnings.warn(
             f"the optimizer decays weights by {decays[0]}, in addition to the tuned {listed(names)}, and the response "
             "too: make it with weight_decay=0",
             stacklevel=3,
         )
+
+
+def decays_of(model: nn.Module) -> list[str]:
+    """The hyperparameters that decay weights of a converted model."""
+    tuned = tuned_of("SelfTuner", model)
+    added = [one.hyperparameter for one in tuned.added if isinstance(one.addition, WeightDecay)]
+    return [name for name in tuned.space.names if name in ("weight_decay", *added)]
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

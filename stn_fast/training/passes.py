@@ -64,7 +64,8 @@ class Passes:
 
         When the optimizer steps, the gradients of the response are first divided as in `train_step`, see `SelfTuning`:
         after the clipping, and only if the step is taken. A hook of the optimizer does this, so no call can be
-        forgotten. Its ``step`` must not be given a closure that enters a pass.
+        forgotten, and it is an error to step inside. Its ``step`` must not be given a closure that enters a pass, and
+        ``zero_grad`` must set gradients to None, as it does by default.
 
         Args:
             batch_size: number of examples.
@@ -167,7 +168,7 @@ class Passes:
     def penalty(self) -> Tensor:
         """½·weight_decay·‖W_eff‖² of the converted layers, averaged over the examples of the open training pass.
 
-        0 if no hyperparameter is called `weight_decay`.
+        With additions of `stn_fast.WeightDecay`, each layer has its own hyperparameter. 0 if none decays weights.
 
         Raises:
             RuntimeError: no training pass is open; the validation loss has no penalty.
@@ -221,7 +222,13 @@ class Passes:
         return number
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Called by each optimizer; `train_step` leaves nothing to do here."""
+        """Called by each optimizer; `train_step` leaves nothing to do here.
+
+        Raises:
+            RuntimeError: a training pass is open, whose draw the step needs.
+        """
+        if self._inside in ("training", "responding"):
+            raise RuntimeError(f"leave `with tuner.{self._inside}(...)` before the optimizer steps")
         if optimizer is self._of_response and self._responses:
             self.method.shorten(optimizer, self._responses)
             self._responses.clear()

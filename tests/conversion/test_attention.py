@@ -296,3 +296,58 @@ def test_what_attention_cannot_take_is_an_error_that_names_it():
         pytest.raises(ValueError, match=r"dimension 0 of its input \(4, 5, 6\) must count the 3 examples"),
     ):
         attention(x, x, x)
+
+
+@pytest.mark.parametrize("more", [dict(add_zero_attn=True), dict(add_bias_kv=True)], ids=str)
+def test_causal_attention_that_drops_masks_what_torch_masks(more):
+    """In training mode with a rate of almost 0, it is that of evaluation mode, added keys and values included."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.MultiheadAttention(8, 2, dropout=1e-9, batch_first=True, **more).double())
+    x, mask = torch.randn(3, 5, 8, dtype=torch.float64), torch.triu(torch.full((5, 5), -torch.inf), 1).double()
+    given = dict(attn_mask=mask, is_causal=True, need_weights=False)
+    want, _ = plain.eval()[0](x, x, x, **given)
+    tuned = stn.convert(plain, quiet=True)
+    with tuned.tuned_hyperparameters.using(sampled(tuned, examples=3)):
+        found, _ = tuned.train()[0](x, x, x, **given)
+    assert relative_error(found, want) < 1e-6
+
+
+class Read(nn.Module):
+    """Attention and a layer after it."""
+
+    def __init__(self, batch_first=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=batch_first), nn.Linear(8, 2)
+        self.out = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.out(self.head(self.attention(x, x, x, need_weights=False)[0]))
+
+
+@pytest.mark.parametrize(("pattern", "name"), [("attention", "own"), ("head", "weight_decay")])
+def test_the_output_projection_is_decayed_with_its_attention(pattern, name):
+    tuned = stn.convert(Read().double(), [stn.WeightDecay(pattern, name=name, init=0.5)], quiet=True)
+    weights = [tuned.attention.in_proj_weight, tuned.attention.out_proj.weight]
+    weights = weights if pattern == "attention" else [tuned.head.weight]
+    own = tuned.tuned_hyperparameters
+    found = with_weight_decay(torch.zeros((), dtype=torch.float64), tuned, own.space.at(own.location, batch_size=2))
+    assert relative_error(found, 0.25 * sum(weight.square().sum() for weight in weights)) < 1e-6
+
+
+def test_attention_without_its_output_projection_is_left_out():
+    tuned = converted(Read(), exclude="attention.out_proj")
+    assert type(tuned.attention) is nn.MultiheadAttention
+    (entry,) = [entry for entry in tuned.tuned_hyperparameters.report if entry.name == "attention"]
+    assert entry.asked
+    assert "in exclude" in entry.reason
+
+
+def test_the_output_projection_is_dropped_only_where_it_is_called():
+    added = [stn.Dropout("*out*", name="rate")]
+    plain = converted(Read(), space=added, exclude="attention").tuned_hyperparameters
+    assert [one.modules for one in plain.added] == [("out",)]
+    tuned = converted(Read(batch_first=False), space=added, example_dims={"head": 1, "out": 1})
+    assert [one.modules for one in tuned.tuned_hyperparameters.added] == [("attention.out_proj", "out")]
+    with tuned.tuned_hyperparameters.using(sampled(tuned, examples=3)):
+        assert tuned.train()(torch.randn(5, 3, 8)).shape == (5, 3, 2)

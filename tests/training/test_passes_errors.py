@@ -213,3 +213,14 @@ def test_steps_need_a_loss():
     for step in (tuner.train_step, tuner.valid_step):
         with pytest.raises(TypeError, match=r"steps need a loss, SelfTuner\(model, optimizer, loss\)"):
             step(batch(0))
+
+
+def test_a_step_inside_a_pass_is_an_error_and_changes_nothing():
+    tuner, (x, y) = tuner_of(), batch(0)
+    before = [parameter.clone() for parameter in tuner.model.parameters()]
+    with tuner.training(EXAMPLES):
+        (F.cross_entropy(tuner.model(x), y) + tuner.penalty()).backward()
+        with pytest.raises(RuntimeError, match=r"leave `with tuner.training\(...\)` before the optimizer steps"):
+            tuner.method.optimizer.step()
+    assert all(map(torch.equal, before, tuner.model.parameters()))
+    assert tuner.trained == 0
