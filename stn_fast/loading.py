@@ -112,6 +112,8 @@ def _converted(model: nn.Module, config: Config, path: Path) -> nn.Module:
                 f"{', '.join(space.names)}, or other ranges or first guesses of them: give the plain model"
             )
         return model
+    names = config.fit.modules.keys()
+    others = [name for name, _ in model.named_modules() if name not in names]
     modules = {glob.escape(name): one for name, one in config.fit.modules.items()}
     try:
         with torch.random.fork_rng(devices=[]):
@@ -120,6 +122,7 @@ def _converted(model: nn.Module, config: Config, path: Path) -> nn.Module:
                 space,
                 dropouts={name: one.rate for name, one in modules.items() if one.rate is not None},
                 include=list(modules),
+                exclude=[glob.escape(one) for one in others if not any(name.startswith(f"{one}.") for name in names)],
                 example_dims={name: one.example_dim for name, one in modules.items()},
                 response_rank=config.method.response_rank,
                 quiet=True,

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from stn_fast.conversion import Converted
 from stn_fast.conversion.folding import tuned_of
+from stn_fast.conversion.rules import OPENED
 from stn_fast.errors import UserError
 from stn_fast.hyperparameters import HyperparameterSpace, Response
 from stn_fast.training.config import HyperparameterConfig
@@ -65,9 +66,10 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def modules_of(model: nn.Module) -> dict[str, ModuleConfig]:
-    """The converted modules of a model, by name."""
+    """The converted modules of a model, by name, without those that only call converted ones in them."""
     rates = {entry.name: entry.hyperparameter for entry in tuned_of("modules_of", model).report}
-    modules = [module for module in model.modules() if isinstance(module, Converted)]
+    opened = tuple(OPENED.values())
+    modules = [one for one in model.modules() if isinstance(one, Converted) and not isinstance(one, opened)]
     return {one.dotted_name: ModuleConfig(one.example_dim, rates.get(one.dotted_name)) for one in modules}
 
 

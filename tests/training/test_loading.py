@@ -11,6 +11,8 @@ from run_files import result, rows
 from torch import nn
 
 import stn_fast as stn
+from stn_fast.conversion import Converted
+from stn_fast.conversion.rules import RULES
 from stn_fast.data import digits as digits_data
 from stn_fast.errors import UserError
 from stn_fast.models import mlp
@@ -186,3 +188,53 @@ def test_a_model_may_be_compiled_or_not(tmp_path):
     loaded = stn.load(tmp_path, nn.Sequential(nn.Linear(6, 2)))
     assert torch.equal(loaded(X), tuned(X))
     assert torch.equal(stn.load(tmp_path, torch.compile(loaded, backend="eager"))._orig_mod(X), tuned(X))
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 10, dropout=0.2, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.encoder(x).mean(1))
+
+
+class Scale(nn.Module):
+    """Has a rule of its own and a layer in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.linear = nn.Parameter(torch.ones(6)), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.linear(x.mean(1) * self.weight)
+
+
+class TunedScale(Converted, Scale):
+    def forward(self, x):
+        h = self.response(self.weight)
+        return self.linear(x.mean(1) * (self.weight + (h @ self.weight_gate.T) * self.response_weight))
+
+
+def convert_scale(module, context):
+    context.add_response(module)
+    context.become(module, TunedScale)
+
+
+@pytest.mark.parametrize(
+    ("make", "exclude"),
+    [(Encoder, ["encoder.layers.0.linear1", "encoder.layers.1"]), (lambda: nn.Sequential(Scale()), ["0.linear"])],
+)
+def test_what_was_excluded_within_a_converted_module_stays_plain(tmp_path, monkeypatch, make, exclude):
+    monkeypatch.setitem(RULES, Scale, convert_scale)
+    torch.manual_seed(0)
+    space = stn.HyperparameterSpace([stn.Hyperparameter("weight_decay", low=0, init=1e-3)])
+    tuned = stn.convert(make(), space, dropouts={}, exclude=exclude, quiet=True)
+    batches = [(X[:20], Y[:20]), (X[20:], Y[20:])]
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    fit = stn.fit(tuned, batches, batches, loss=F.cross_entropy, optimizer=sgd, epochs=1, run_dir=tmp_path, quiet=True)
+    loaded = stn.load(tmp_path, make())
+    assert loaded.state_dict().keys() == tuned.state_dict().keys()
+    assert torch.equal(loaded(X), fit.best.model(X))
