@@ -27,11 +27,13 @@ from stn_fast.training.config import (
 )
 from stn_fast.training.fit_config import FitConfig
 from stn_fast.training.fit_description import (
+    additions_of,
     hyperparameters_of,
     modules_of,
     name_of,
     response_of,
     settings_of,
+    settings_of_loss,
     settings_of_scheduler,
 )
 from stn_fast.training.fit_task import Metric, checked_metrics, loaded, task_of
@@ -109,7 +111,7 @@ def fit(
 
     The same call continues a run that was stopped, bit for bit as if it had never been; if it has finished, its result
     is read, and with more epochs it goes on. Another model, space, loss, optimizer or batch size is an error that names
-    what differs. Functions are compared by their names. The data are compared if they are in a TensorDataset.
+    what differs. Functions are compared by their names, and losses that are modules by their settings, too. The data are compared if they are in a TensorDataset.
 
     For that, each pass over a loader and each step use torch's generators, and those given to a DataLoader, at states
     that only depend on ``seed``; these generators are left as they were. Other random numbers are not repeated: those
@@ -202,8 +204,9 @@ def fit(
             fit=FitConfig(
                 model=name_of(type(getattr(model, "_orig_mod", model))),  # what torch.compile wraps
                 modules=modules_of(model),
-                loss=name_of(loss),
-                valid_loss=name_of(tuner.valid_loss),
+                additions=additions_of(model),
+                loss=settings_of_loss(loss),
+                valid_loss=settings_of_loss(tuner.valid_loss),
                 optimizer=settings,
                 hyper_optimizer=settings_of(tuner.method.hyper_optimizer),
                 scheduler={} if scheduled is None else settings_of_scheduler(scheduled),

@@ -16,11 +16,13 @@ class ModuleConfig:
 class FitConfig:
     """What a run of `stn_fast.fit` depends on besides numbers: names of classes and functions, and settings as text.
 
-    ``modules`` are the converted modules by name. ``train_batches`` and ``valid_batches`` are the batches in a pass.
+    ``modules`` are the converted modules by name, and ``additions`` the regularisers that the conversion added, by the
+    name of their hyperparameter. ``train_batches`` and ``valid_batches`` are the batches in a pass.
     """
 
     model: str
     modules: Mapping[str, ModuleConfig]
+    additions: Mapping[str, str]
     loss: str
     valid_loss: str
     optimizer: Mapping[str, str]

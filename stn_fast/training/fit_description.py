@@ -39,6 +39,22 @@ def shown(value: Any) -> str:
     return repr(value) if value is None or isinstance(value, bool | int | float | str) else name_of(value)
 
 
+def settings_of_loss(loss: Any) -> str:
+    """The name of a loss; of a module also its settings, and the values of its buffers, such as class weights.
+
+    Modules with parameters in it are left out, because training may change what they hold.
+    """
+    if not isinstance(loss, nn.Module):
+        return name_of(loss)
+    found: dict[str, str] = {}
+    for prefix, module in loss.named_modules():
+        if next(module.parameters(), None) is None:
+            own = {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"}
+            given = _plain(own | dict(module.named_buffers(recurse=False)))
+            found |= {f"{prefix}.{key}".lstrip("."): value for key, value in given.items()}
+    return f"{name_of(loss)}({', '.join(f'{key}={value}' for key, value in found.items())})"
+
+
 def settings_of(optimizer: torch.optim.Optimizer) -> dict[str, str]:
     """The class and the settings of an optimizer, and of each group of parameters those that differ from them.
 
@@ -71,6 +87,12 @@ def modules_of(model: nn.Module) -> dict[str, ModuleConfig]:
     opened = tuple(OPENED.values())
     modules = [one for one in model.modules() if isinstance(one, Converted) and not isinstance(one, opened)]
     return {one.dotted_name: ModuleConfig(one.example_dim, rates.get(one.dotted_name)) for one in modules}
+
+
+def additions_of(model: nn.Module) -> dict[str, str]:
+    """The regularisers that were added at the conversion, and the modules of each, by its hyperparameter."""
+    added = tuned_of("additions_of", model).added
+    return {one.hyperparameter: f"{name_of(type(one.addition))} of {', '.join(one.modules)}" for one in added}
 
 
 def hyperparameters_of(space: HyperparameterSpace) -> dict[str, HyperparameterConfig]:

@@ -318,6 +318,58 @@ def test_a_run_with_other_settings_is_not_continued(whole, says):
     assert {file: file.read_bytes() for file in Path(whole.run_dir).rglob("*") if file.is_file()} == before
 
 
+def regularised(addition):
+    torch.manual_seed(0)
+    return stn.convert(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3)), [addition], quiet=True)
+
+
+class Halved(nn.Module):
+    """A loss in a loss."""
+
+    def __init__(self, factor, **settings):
+        super().__init__()
+        self.factor, self.inner = factor, nn.CrossEntropyLoss(**settings)
+
+    def forward(self, output, targets):
+        return self.factor * self.inner(output, targets)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        (
+            dict(model=partial(regularised, stn.Dropout("0", init=0.3, name="d"))),
+            dict(model=partial(regularised, stn.Dropout("1", init=0.3, name="d"))),
+            r"fit.additions.d: Dropout of 0 -> Dropout of 1\)",
+        ),
+        (
+            dict(model=partial(regularised, stn.WeightDecay("0", name="wd"))),
+            dict(model=partial(regularised, stn.WeightDecay("2", name="wd"))),
+            r"fit.additions.wd: WeightDecay of 0 -> WeightDecay of 2\)",
+        ),
+        (
+            dict(loss=nn.CrossEntropyLoss()),
+            dict(loss=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 100.0, 0.5]))),
+            r"fit.loss: CrossEntropyLoss\(.*\) -> CrossEntropyLoss\(.*weight=\(1.0, 100.0, 0.5\)",
+        ),
+        (
+            dict(loss=F.cross_entropy, valid_loss=Halved(0.5)),
+            dict(loss=F.cross_entropy, valid_loss=Halved(0.5, ignore_index=2)),
+            r"fit.valid_loss: Halved\(factor=0.5.*inner.ignore_index=-100.* -> Halved\(.*inner.ignore_index=2",
+        ),
+    ],
+)
+def test_other_regularisers_or_settings_of_a_loss_are_not_continued(tmp_path, first, second, says):
+    def call(options, epochs):
+        options = dict(options)
+        return trained(tmp_path, options.pop("model", network)(), epochs=epochs, **options)
+
+    call(first, 1)
+    with pytest.raises(UserError, match=says):
+        call(second, 2)
+    assert call(first, 2).result["epochs"] == 2
+
+
 class Own(lr_scheduler.LRScheduler):
     """Keeps a function in its state."""
 
