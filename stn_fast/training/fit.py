@@ -25,6 +25,7 @@ from stn_fast.training.config import (
     Precision,
     ScheduleConfig,
 )
+from stn_fast.training.converted import TuningMethod, response_parameters
 from stn_fast.training.fit_config import FitConfig
 from stn_fast.training.fit_description import (
     additions_of,
@@ -77,6 +78,9 @@ def fit(
     optimizer: MakeOptimizer,
     run_dir: str | Path,
     scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    method: TuningMethod = "stn",
+    response_optimizer: MakeOptimizer | None = None,
+    linearize: bool = True,
     valid_loss: Loss | None = None,
     hyper_optimizer: MakeOptimizer = default_hyper_optimizer,
     test_loader: Iterable[Any] | None = None,
@@ -130,6 +134,9 @@ def fit(
         run_dir: the run directory.
         scheduler: makes a scheduler of `torch.optim.lr_scheduler` from the optimizer. Its ``step`` is called after each
             epoch, with the validation loss for ReduceLROnPlateau.
+        method, linearize: as for `SelfTuner`.
+        response_optimizer: for delta-stn, makes the optimizer of the response from the list of its parameters; by
+            default, `optimizer` takes both steps. `scheduler` does not change its learning rate.
         valid_loss: what the hyperparameters minimise and evaluations report; by default `loss`.
         metrics: {name: function of outputs and targets that returns the mean over the examples of a batch}, such as
             ``{"accuracy": lambda logits, targets: (logits.argmax(1) == targets).float().mean()}``. Rows and results
@@ -162,10 +169,18 @@ def fit(
     made = _made("optimizer", optimizer, torch.optim.Optimizer, list(model.parameters()))
     settings = settings_of(made)  # a scheduler changes them
     scheduled = None if scheduler is None else _made("scheduler", scheduler, LRScheduler, made)
+    of_response = None
+    if response_optimizer is not None:
+        parameters = response_parameters(model)
+        of_response = _made("response_optimizer", response_optimizer, torch.optim.Optimizer, parameters)
+    settings_of_response = {} if of_response is None else settings_of(of_response)
     tuner = SelfTuner(
         model,
         made,
         loss,
+        method=method,
+        response_optimizer=None if of_response is None else lambda parameters: of_response,
+        linearize=linearize,
         valid_loss=valid_loss,
         hyper_optimizer=hyper_optimizer,
         entropy_weight=entropy_weight,
@@ -184,6 +199,8 @@ def fit(
             recipe="fit",
             hyperparameters=hyperparameters_of(tuned.space),
             method=MethodConfig(
+                name=method,
+                linearize=linearize,
                 train_steps=train_steps,
                 warmup_epochs=warmup_epochs,
                 tune_scales=tuner.method.tune_scales,
@@ -208,6 +225,7 @@ def fit(
                 loss=settings_of_loss(loss),
                 valid_loss=settings_of_loss(tuner.valid_loss),
                 optimizer=settings,
+                response_optimizer=settings_of_response,
                 hyper_optimizer=settings_of(tuner.method.hyper_optimizer),
                 scheduler={} if scheduled is None else settings_of_scheduler(scheduled),
                 train_batches=train.batches,

@@ -26,6 +26,7 @@ class FitConfig:
     loss: str
     valid_loss: str
     optimizer: Mapping[str, str]
+    response_optimizer: Mapping[str, str]
     hyper_optimizer: Mapping[str, str]
     scheduler: Mapping[str, str]
     train_batches: int

@@ -116,6 +116,50 @@ def test_a_run_that_is_stopped_anywhere_and_goes_on_equals_one_that_never_stoppe
     assert same(again.last.model, whole.last.model)
 
 
+OF_RESPONSE = partial(torch.optim.SGD, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "other", "says"),
+    [
+        ({}, dict(linearize=False), "method.linearize: True -> False"),
+        (dict(linearize=False, response_optimizer=OF_RESPONSE), dict(linearize=False), "response_optimizer.lr: 0.1 ->"),
+    ],
+    ids=["default", "own"],
+)
+def test_delta_stn_runs_and_resumes_bit_for_bit_and_is_loaded(tmp_path, options, other, says):
+    options = dict(method="delta-stn", checkpoint_epochs=1, **options)
+    whole = trained(tmp_path / "whole", **options)
+    assert whole.result["method"] == "delta-stn"
+    with pytest.raises(Interrupted):  # the loss is called once in each step of the weights, and once in each response
+        trained(tmp_path / "cut", loss=interrupting(F.cross_entropy, 30, terminate), **options)
+    cut_at = checkpoint.steps(tmp_path / "cut" / "checkpoints")[-1]
+    assert 5 < cut_at < whole.result["steps"]
+    again = trained(tmp_path / "cut", **options)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert result(tmp_path / "cut") == result(tmp_path / "whole")
+    assert same(again.last.model, whole.last.model)
+    model = stn.load(tmp_path / "cut", stn.fold(network()))
+    assert model.tuned_hyperparameters.centred
+    assert torch.equal(model(X), whole.best.model(X))
+    with pytest.raises(UserError, match=r"method.name: delta-stn -> stn"):
+        trained(tmp_path / "cut")
+    with pytest.raises(UserError, match=says):
+        trained(tmp_path / "cut", method="delta-stn", **other)
+
+
+def test_a_fit_of_delta_stn_has_the_steps_of_a_self_tuner(tmp_path):
+    train, valid = [(X[:20], Y[:20]), (X[20:50], Y[20:50])], [(X[50:81], Y[50:81])]
+    models = [stn.convert(nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.4), nn.Linear(9, 3)), quiet=True) for _ in "12"]
+    model, other = models
+    other.load_state_dict(model.state_dict())
+    fit = trained(tmp_path, model, method="delta-stn", train=train, valid=valid, warmup_epochs=0, seed=3)
+    tuner = stn.SelfTuner(other, adam(other.parameters()), F.cross_entropy, method="delta-stn", seed=3)
+    for batch, held_out in stn.alternate(train, valid, epochs=3):
+        tuner.step(batch, held_out)
+    assert same(fit.last.model, other)
+
+
 def test_a_callback_that_ends_a_run_loses_nothing(whole, tmp_path):
     scheduler = dict(scheduler=lambda made: lr_scheduler.StepLR(made, 2))
     seen = []
@@ -396,6 +440,10 @@ WRONG = {
     "train_steps must be an int >= 1": dict(train_steps=1.5),
     "warmup_epochs must be an int >= 0": dict(warmup_epochs=-1),
     "patience must be an int >= 1": dict(patience=0),
+    r"method must be one of 'stn', 'delta-stn', got 'delta'": dict(method="delta"),
+    "response_optimizer and linearize are options of method='delta-stn'": dict(linearize=False),
+    r"response_optimizer must be a function that makes it": dict(method="delta-stn", response_optimizer=3),
+    "linearize must be True or False": dict(method="delta-stn", linearize=1),
     "resume must be True or False": dict(resume="no"),
     "clip must be above 0": dict(clip=0),
     "entropy_weight = -1.0: must be finite and at least 0": dict(entropy_weight=-1),
