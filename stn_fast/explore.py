@@ -71,8 +71,13 @@ def recipe_of(config: Config, place: str | None, path: str) -> RecipeLike:
     """The recipe of the run in ``path``, which is at ``place`` if that is given.
 
     Raises:
-        UserError: there is no such recipe, or it is not that of the run.
+        UserError: there is no such recipe, it is not that of the run, or the run is one of `stn_fast.fit`.
     """
+    if config.fit is not None:
+        raise UserError(
+            f"{path} holds a run of stn.fit, which explore can't rebuild: its model, loss and loaders are only in the "
+            "program that called it"
+        )
     if place is None and config.recipe not in RECIPES:
         raise UserError(f"{path} holds a run of your own recipe '{config.recipe}': name it by --recipe FILE.py:NAME")
     module = recipe(place or config.recipe)

@@ -4,9 +4,14 @@ import base64
 import json
 import re
 import shutil
+from functools import partial
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
+import stn_fast as stn
 from stn_fast import explore, train
 from stn_fast.exploration import figure
 from stn_fast.exploration.response import Curve, Exploration, Map, Point
@@ -182,6 +187,17 @@ def test_a_folder_that_is_no_run_and_one_that_cannot_be_written_are_errors(direc
     fails(capsys, [directory, *FEW, "--out", tmp_path / "out"], "has a folder explore.json")
     assert (tmp_path / "file").read_text() == "kept"
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["explore.json"]
+
+
+@pytest.mark.parametrize("recipe", [(), ("--recipe", "digits")])
+def test_a_run_of_fit_is_named_and_left_alone(tmp_path, capsys, recipe):
+    model = stn.convert(nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 2)), quiet=True)
+    batches = [(torch.randn(5, 3), torch.randint(2, (5,)))]
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    stn.fit(model, batches, batches, loss=F.cross_entropy, optimizer=sgd, epochs=1, run_dir=tmp_path, quiet=True)
+    before = contents(tmp_path)
+    fails(capsys, [tmp_path, *recipe], f"{tmp_path} holds a run of stn.fit, which explore can't rebuild")
+    assert contents(tmp_path) == before
 
 
 OWN = """
