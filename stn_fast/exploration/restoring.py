@@ -14,6 +14,7 @@ from stn_fast.training.config import Config
 from stn_fast.training.run import checked_task
 from stn_fast.training.run_directory import RunDirectory
 from stn_fast.training.task import Task
+from stn_fast.training.trained import saved_state
 from stn_fast.training.trainer import Trainer
 
 
@@ -43,13 +44,7 @@ def restored(
         raise UserError(
             f"{path} holds a run on other data (different: {', '.join(changed)}): name the run's data with --data-root"
         )
-    newest = checkpoint.read_newest(directory.checkpoints, config.device, warn)
-    if newest is None:
-        raise UserError(f"{path} holds no checkpoint; let the run finish its first evaluation, or restore checkpoints/")
-    place, state = newest
-    if best:
-        place = checkpoint.path_of(directory.checkpoints, state["best"]["step"])
-        state = checkpoint.read(place, config.device)
+    place, state = saved_state(path, "best" if best else "last", config.device, warn)
     trainer = Trainer(config, task, build_method(config, task), directory.checkpoints)
     with checkpoint.fitting(place):
         trainer.load_state_dict(state)

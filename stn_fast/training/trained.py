@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -53,10 +54,12 @@ class TrainedRecipe(NamedTuple):
         return self.method.space.values(self.method.location)
 
 
-def saved_state(directory: Path, which: Which, device: torch.device | str) -> tuple[Path, dict[str, Any]]:
+def saved_state(
+    directory: Path, which: Which, device: torch.device | str, warn: Callable[[str], None] | None = None
+) -> tuple[Path, dict[str, Any]]:
     """The checkpoint with the best validation loss, or the last one, and its state.
 
-    If the last one is damaged, it is the one before, with a warning.
+    If the last one is damaged, it is the one before, with a warning, or a call of ``warn``.
 
     Raises:
         UserError: there is none, the best one is damaged, or all are.
@@ -64,9 +67,11 @@ def saved_state(directory: Path, which: Which, device: torch.device | str) -> tu
     if which not in get_args(Which):
         raise UserError(f"which = {which!r}: {did_you_mean(str(which), get_args(Which))}")
     root = directory / "checkpoints"
-    newest = checkpoint.read_newest(root, device, lambda text: warnings.warn(text, stacklevel=4))
+    newest = checkpoint.read_newest(root, device, warn or (lambda text: warnings.warn(text, stacklevel=4)))
     if newest is None:
-        raise UserError(f"{directory} holds no checkpoint; let its run finish its first evaluation")
+        raise UserError(
+            f"{directory} holds no checkpoint; let the run finish its first evaluation, or restore checkpoints/"
+        )
     best = _best_step(directory, newest[1])
     path = checkpoint.path_of(root, best)
     if which == "last" or path == newest[0]:
@@ -75,8 +80,8 @@ def saved_state(directory: Path, which: Which, device: torch.device | str) -> tu
         return path, checkpoint.read(path, device)
     except checkpoint.DamagedCheckpoint as error:
         raise UserError(
-            f"the best checkpoint is lost: {error}; use the last one, which='last', or run the training again, which "
-            "falls back to the best of the others"
+            f"the best checkpoint is lost: {error}; use the last one (which='last', or explore without --best), or run "
+            "the training again, which falls back to the best of the others"
         ) from None
 
 

@@ -1,5 +1,6 @@
 """A trainer in the state of a run's checkpoint: which checkpoint, which data, and texts."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -42,6 +43,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(digits_run
         (checkpoint.path_of(copy / "checkpoints", other) / checkpoint.STATE).write_bytes(b"x")
     with pytest.raises(UserError, match="every checkpoint under"):
         restored(copy, config, digits.build, warned.append)
+
+
+def test_the_best_checkpoint_is_the_one_that_the_result_names_and_its_damage_is_explained(digits_run, tmp_path):
+    directory, config = digits_run(STN)
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    steps = checkpoint.steps(copy / "checkpoints")
+    found = json.loads((copy / "result.json").read_text())
+    other = next(step for step in steps[:-1] if step != found["best_step"])
+    (copy / "result.json").write_text(json.dumps(found | {"best_step": other}))
+    assert restored(copy, config, digits.build, pytest.fail, best=True).step == other
+    assert restored(copy, config, digits.build, pytest.fail).step == steps[-1]
+    (checkpoint.path_of(copy / "checkpoints", other) / checkpoint.STATE).write_bytes(b"x")
+    with pytest.raises(
+        UserError, match=r"the best checkpoint is lost: .* is damaged .*without --best.* run the training"
+    ):
+        restored(copy, config, digits.build, pytest.fail, best=True)
 
 
 def write_texts(folder):
