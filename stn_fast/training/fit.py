@@ -37,7 +37,7 @@ from stn_fast.training.fit_description import (
     settings_of_loss,
     settings_of_scheduler,
 )
-from stn_fast.training.fit_task import Metric, checked_metrics, loaded, task_of
+from stn_fast.training.fit_task import Metric, check_scores, checked_metrics, loaded, task_of
 from stn_fast.training.fit_words import FitProgress, in_words_of_python
 from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer, learning_rate
 from stn_fast.training.progress import summary
@@ -115,7 +115,8 @@ def fit(
 
     The same call continues a run that was stopped, bit for bit as if it had never been; if it has finished, its result
     is read, and with more epochs it goes on. Another model, space, loss, optimizer or batch size is an error that names
-    what differs. Functions are compared by their names, and losses that are modules by their settings, too. The data are compared if they are in a TensorDataset.
+    what differs, and so is a metric that the result lacks. Functions are compared by their names, and losses that are
+    modules by their settings, too. The data are compared if they are in a TensorDataset.
 
     For that, each pass over a loader and each step use torch's generators, and those given to a DataLoader, at states
     that only depend on ``seed``; these generators are left as they were. Other random numbers are not repeated: those
@@ -247,6 +248,7 @@ def fit(
             scheduler=None if scheduled is None else _Scheduler(scheduled),
         )
         directory = Path(config.directory)
+        check_scores(result, scored, test is not None, directory)
         restore(model, directory, "best")
     for line in summary(result).splitlines():
         progress.say(line)

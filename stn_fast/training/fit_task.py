@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from stn_fast.conversion.folding import tuned_of
 from stn_fast.data import DataSet
+from stn_fast.errors import UserError
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training.batches import Batch, Examples
 from stn_fast.training.fit_description import name_of
@@ -35,6 +37,17 @@ def checked_metrics(metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
         if not callable(metric):
             raise TypeError(f"fit: metrics[{name!r}] must be a function of outputs and targets, got {name_of(metric)}")
     return metrics
+
+
+def check_scores(result: Mapping[str, Any], metrics: Mapping[str, Metric], with_test: bool, directory: Path) -> None:
+    """Raises UserError if the result of a finished run lacks a metric, or the scores of a test loader."""
+    wanted = [f"valid_{name}" for name in metrics]
+    wanted += [f"test_{name}" for name in ("loss", *metrics)] if with_test else []
+    if missing := [name for name in wanted if name not in result]:
+        raise UserError(
+            f"fit: {directory} holds a finished run without {', '.join(missing)}: choose another run_dir, start over "
+            "with resume=False, or leave metrics and test_loader as they were and evaluate fit.best.model yourself"
+        )
 
 
 def loaded(tuner: SelfTuner, name: str, loader: Any) -> Loaded:

@@ -233,6 +233,22 @@ def test_a_finished_run_gives_its_result_and_more_epochs_continue_it(whole, tmp_
     assert said[-1].startswith("20 steps at ")
 
 
+def test_a_finished_run_lacks_a_new_metric_and_a_new_test_loader(tmp_path):
+    plain = [(X[50:81], Y[50:81])]  # has no fingerprint
+    options = dict(train=[(X[:50], Y[:50])], valid=plain, epochs=1)
+    first = trained(tmp_path, metrics={"accuracy": accuracy}, **options)
+    model, before = network(), network()
+    two = {"accuracy": accuracy, "other": accuracy}
+    with pytest.raises(UserError, match=r"a finished run without valid_other: choose another run_dir.*resume=False"):
+        trained(tmp_path, model, metrics=two, **options)
+    assert same(model, before)
+    with pytest.raises(UserError, match="run without test_loss, test_accuracy: choose"):
+        trained(tmp_path, metrics={"accuracy": accuracy}, test_loader=plain, **options)
+    assert trained(tmp_path, metrics={"accuracy": accuracy}, **options).result == first.result
+    longer = trained(tmp_path, metrics=two, **options | dict(epochs=2))
+    assert longer.result["valid_other"] == longer.result["valid_accuracy"]
+
+
 def test_schedulers_step_once_per_epoch_and_get_the_validation_loss(whole, tmp_path):
     assert rates(whole.run_dir) == pytest.approx([0.02, 0.02, 0.002])
     patient = dict(scheduler=lambda made: lr_scheduler.ReduceLROnPlateau(made, factor=0.5, patience=0, threshold=0.05))
