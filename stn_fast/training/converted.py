@@ -118,8 +118,6 @@ class ConvertedDeltaSelfTuning(ConvertedSelfTuning, DeltaSelfTuning):
     def training_pass(self, batch_size: int, step: int, antithetic: bool) -> Iterator[HyperBatch]:
         """The pass of a general step: the hyperparameters are not perturbed, and the response is held."""
         self._check_ready("training")
-        if antithetic:
-            raise ValueError("training: this pass of delta-stn is not perturbed: give antithetic=True to responding")
         hyper = self._general_hyper(dict(batch_size=batch_size, seed=self.seed, step=step))
         with hold_parameters(self._response), self._passing(hyper, statistics=True):
             yield hyper

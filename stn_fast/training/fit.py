@@ -50,6 +50,9 @@ from stn_fast.training.tuner import Loss, SelfTuner
 class Fit:
     """What `fit` has trained.
 
+    ``best`` and ``last`` are `Trained`: their ``model`` is the network, ``values()`` its hyperparameters, and
+    ``fold()`` a plain copy of it.
+
     Attributes:
         result: the contents of ``result.json``.
         run_dir: the run directory.
@@ -57,6 +60,9 @@ class Fit:
 
     def __init__(self, result: dict[str, Any], run_dir: Path, model: nn.Module) -> None:
         self.result, self.run_dir, self._model = result, run_dir, model
+
+    def __repr__(self) -> str:
+        return f"Fit({str(self.run_dir)!r}, valid_loss={self.result['valid_loss']:.4g})"
 
     @cached_property
     def best(self) -> Trained:
@@ -111,7 +117,7 @@ def fit(
     After each ``train_steps`` batches of ``train_loader``, a batch of ``valid_loader`` tunes the hyperparameters. After
     each epoch, the mean loss over all of ``valid_loader`` decides which checkpoint is the best, and rows are added to
     ``metrics.jsonl``. Steps and batches are those of `SelfTuner`, but batches are moved to the device of the model.
-    Afterwards, the model itself is the best one, in evaluation mode.
+    Afterwards, the model itself is the best one, in evaluation mode. ``python -m stn_fast.plot RUN_DIR`` draws the run.
 
     The same call continues a run that was stopped, bit for bit as if it had never been; if it has finished, its result
     is read, and with more epochs it goes on. Another model, space, loss, optimizer or batch size is an error that names
@@ -166,6 +172,8 @@ def fit(
     switch("fit", "resume", resume)
     if not callable(loss):
         raise TypeError(f"fit: loss must be a function of outputs and targets, got {name_of(type(loss))}")
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise TypeError(f"fit: callbacks must be a list of functions of a row, got {callbacks!r}")
     scored = checked_metrics(metrics or {})
     made = _made("optimizer", optimizer, torch.optim.Optimizer, list(model.parameters()))
     settings = settings_of(made)  # a scheduler changes them
@@ -238,6 +246,8 @@ def fit(
             capture=False,
             run_dir=os.fspath(run_dir),
         )
+        if not model.training:  # as an earlier call leaves it
+            model.train()
         task = task_of(tuner, [train, valid, test], scored)
         result = run(
             config,

@@ -29,6 +29,8 @@ TAKEN = ("loss", "steps", "examples")
 
 def checked_metrics(metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
     """Returns ``metrics``; raises TypeError or ValueError if one is not a function, or its name is taken."""
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"fit: metrics must be {{name: function of outputs and targets}}, got {metrics!r}")
     for name, metric in metrics.items():
         if not isinstance(name, str) or not name or name in TAKEN:
             raise ValueError(

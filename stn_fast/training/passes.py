@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ class Passes:
         self.draws = self.trained = self.validated = 0
         self._records: list[Record] = []
         self._inside = ""  # the pass that is open
+        self._unanswered: bool | None = False  # whether there were passes `training` only; None after one `responding`
         self._in_use: HyperBatch | None = None  # the hyperparameters of an open training pass
         self._to_repeat: tuple[int, int] | None = None  # number and batch size of the last draw, until it is repeated
         # Since the last step of the optimizer: whether there was a training pass, and h of the perturbed ones.
@@ -78,9 +80,13 @@ class Passes:
                 hyperparameter was not used.
             RuntimeError: another pass is open, gradients are switched off, or there is no draw to repeat.
         """
+        if antithetic and isinstance(self.method, ConvertedDeltaSelfTuning):
+            raise ValueError("training: this pass of delta-stn is not perturbed: give antithetic=True to responding")
         with self._training("training", self.method.training_pass, batch_size, antithetic):
             yield
         self._passed = True
+        if self._unanswered is not None:
+            self._unanswered = True
 
     @contextmanager
     def responding(self, batch_size: int, *, antithetic: bool = False) -> Iterator[Callable[..., Any]]:
@@ -107,6 +113,7 @@ class Passes:
             raise RuntimeError('responding: only SelfTuner(..., method="delta-stn") has passes of the response')
         with self._training("responding", method.response_pass, batch_size, antithetic):
             yield method.linearised
+        self._unanswered = None
 
     @contextmanager
     def _training(
@@ -161,6 +168,13 @@ class Passes:
         """
         if self._inside != "validating":
             self._check_closed("hyper_step")
+        if self._unanswered and isinstance(self.method, ConvertedDeltaSelfTuning):
+            warnings.warn(
+                "hyper_step: with delta-stn, the response is trained by passes of `tuner.responding`, and there has "
+                "been none, so the hyperparameters have no gradient to follow",
+                stacklevel=2,
+            )
+            self._unanswered = None
         loss = self.method.hyper_step(loss, self.draws - 1)
         self._record(loss)
         return loss

@@ -120,6 +120,9 @@ class SelfTuner(Passes):
         tuned = self._tuned = tuned_of("SelfTuner", model)
         self.warmup_steps = whole_number("SelfTuner", "warmup_steps", warmup_steps, 0)
         self.check_rows = switch("SelfTuner", "check_rows", check_rows)
+        for name, given in (("loss", loss), ("valid_loss", valid_loss)):
+            if given is not None and (not callable(given) or isinstance(given, type)):
+                raise TypeError(f"SelfTuner: {name} must be a function of outputs and targets, got {given!r}")
         self.model, self.loss, self.valid_loss = model, loss, valid_loss or loss
         self._smoothing = _smoothing(tuned, loss, valid_loss)
         options: dict[str, Any] = dict(

@@ -125,3 +125,13 @@ def test_what_cuts_tangents_is_an_error():
         tuner = delta(model)
         with pytest.raises(RuntimeError, match=message):
             step(tuner)
+
+
+def test_a_loop_without_passes_of_the_response_is_a_warning():
+    tuner, (x, y) = tuner_of(method="delta-stn"), batch(0)
+    with tuner.training(len(x)):
+        (F.cross_entropy(tuner.model(x), y) + tuner.penalty()).backward()
+    with tuner.validating(len(x)):
+        loss = F.cross_entropy(tuner.model(x), y)
+    with pytest.warns(UserWarning, match=r"the response is trained by passes of `tuner.responding`, and there has"):
+        tuner.hyper_step(loss)

@@ -233,6 +233,17 @@ def test_a_finished_run_gives_its_result_and_more_epochs_continue_it(whole, tmp_
     assert said[-1].startswith("20 steps at ")
 
 
+def test_the_model_of_a_fit_goes_on_although_it_is_in_evaluation_mode(whole, tmp_path):
+    model = network()
+    first = trained(tmp_path, model, epochs=1)
+    assert not model.training
+    assert trained(tmp_path, model, epochs=1).result == first.result
+    more = trained(tmp_path, model)
+    assert more.result["epochs"] == 3
+    assert same(more.last.model, trained(tmp_path / "whole", network()).last.model)
+    assert repr(more).startswith(f"Fit({str(tmp_path)!r}, valid_loss=")
+
+
 def test_a_finished_run_lacks_a_new_metric_and_a_new_test_loader(tmp_path):
     plain = [(X[50:81], Y[50:81])]  # has no fingerprint
     options = dict(train=[(X[:50], Y[:50])], valid=plain, epochs=1)
@@ -463,6 +474,9 @@ WRONG = {
     "resume must be True or False": dict(resume="no"),
     "clip must be above 0": dict(clip=0),
     "entropy_weight = -1.0: must be finite and at least 0": dict(entropy_weight=-1),
+    r"metrics must be \{name: function of outputs and targets\}": dict(metrics=["accuracy"]),
+    "callbacks must be a list of functions of a row": dict(callbacks=print),
+    "loss must be a function of outputs and targets, got <class": dict(loss=nn.CrossEntropyLoss),
     "a metric can't be called 'loss'": dict(metrics={"loss": accuracy}),
     r"metrics\['accuracy'\] must be a function of outputs and targets, got int": dict(metrics={"accuracy": 3}),
     r"metrics\['each'\] must be one number.*got a tensor \(8, 3\)": dict(metrics={"each": lambda out, y: out}),

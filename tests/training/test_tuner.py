@@ -326,3 +326,10 @@ def test_a_rate_that_is_too_high_falls_with_every_seed():
         for step_batch, held_out in stn.alternate(train, valid, epochs=30):
             tuner.step(step_batch, held_out)
         assert tuner.values()["dropout"] < 0.6
+
+
+@pytest.mark.parametrize("loss", ["ce", nn.CrossEntropyLoss], ids=["str", "class"])
+def test_a_loss_that_is_no_function_is_refused(loss):
+    model = stn.convert(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.1)), quiet=True)
+    with pytest.raises(TypeError, match="SelfTuner: loss must be a function of outputs and targets, got"):
+        stn.SelfTuner(model, torch.optim.SGD(model.parameters(), 0.1), loss)
