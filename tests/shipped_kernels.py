@@ -432,7 +432,8 @@ def tested(label, job):
 
     float16 compiles like bfloat16. Responses of low rank add a product or a pointer to kernels that are tested anyway,
     and kernels without matrix products need neither tensor cores nor much memory: of those, one GPU is enough, sizes
-    that are multiples of nothing, and of their dtypes bfloat16, which needs the most conversions.
+    that are multiples of nothing, and of their dtypes bfloat16, which needs the most conversions. So is bfloat16 for
+    sm_80, whose shared memory is the limit, and one alignment of the float32 products that use no tensor cores.
     """
     if label in FEWER_JOBS:
         return True
@@ -441,6 +442,8 @@ def tested(label, job):
     dtypes = {"*bf16", "*fp16"} & set(job.types.values())
     if job.constants.get("K_PAD") or job.constants.get("APART") or job.kernel not in WITH_PRODUCTS:
         return job.capability == 90 and ("*bf16" in dtypes or job.kernel not in WITH_BFLOAT16)
+    if not dtypes and (job.capability == 80 or (job.divisible and job.constants.get("PRECISION") == "ieee")):
+        return False
     return "*fp16" not in dtypes
 
 

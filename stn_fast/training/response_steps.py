@@ -37,14 +37,19 @@ class ResponseSteps:
             trained: the parameters that have a gradient.
             responses: h (B, n) of each pass of the step.
         """
-        moments = torch.stack([h.T @ h / len(h) for h in responses]).mean(0)
         having_gradients = set(map(id, trained))
-        for response, gate, columns in self._parts:
-            if id(response) not in having_gradients or response.grad is None:
-                continue
-            squares = ((gate @ moments.to(gate)) * gate).sum(1).clamp(min=1)
+        parts = [part for part in self._parts if id(part[0]) in having_gradients and part[0].grad is not None]
+        if not parts:
+            return
+        moments = torch.stack([h.T @ h / len(h) for h in responses]).mean(0)
+        gates = torch.cat([gate.to(moments) for _, gate, _ in parts])  # one product for all layers
+        squares = ((gates @ moments) * gates).sum(1).clamp(min=1)
+        for (response, _, columns), found in zip(
+            parts, squares.split([len(gate) for _, gate, _ in parts]), strict=True
+        ):
             if not columns:  # the scale of a norm may have several dimensions, with a row of the gate for each entry
-                several = squares.numel() == response.numel()
-                squares = squares.view(response.shape if several else (-1, *[1] * (response.ndim - 1)))
+                several = found.numel() == response.numel()
+                found = found.view(response.shape if several else (-1, *[1] * (response.ndim - 1)))
+            assert response.grad is not None
             gradient = response.grad._values() if response.grad.is_sparse else response.grad  # sparse: rows of a table
-            gradient.div_(squares)
+            gradient.div_(found)

@@ -198,7 +198,7 @@ def test_the_evidence_command_compares_perplexities(short, monkeypatch, tmp_path
     config = short("ptb-small")
     monkeypatch.setattr(texts, "ptb_small", replace(texts.ptb_small, config=lambda: config))
     file, runs = tmp_path / "evidence.json", tmp_path / "runs"
-    arguments = ["ptb-small", "--seeds", "2", "--epochs", "2", "--guesses", ".05", ".6"]
+    arguments = ["ptb-small", "--seeds", "2", "--epochs", "1", "--guesses", ".05", ".6"]
     assert self_tuning.main([*arguments, "--json", str(file), "--run-dir", str(runs)]) == 0
     said = capsys.readouterr().out
     assert "start: output_dropout, input_dropout, hidden_dropout, embedding_dropout, recurrent_dropout\n" in said
