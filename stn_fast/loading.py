@@ -15,6 +15,7 @@ from stn_fast.conversion import TunedHyperparameters, convert
 from stn_fast.data import DataSet
 from stn_fast.errors import UserError
 from stn_fast.files import exists, expanded
+from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.recipes import recipe
 from stn_fast.training import checkpoint
 from stn_fast.training.averaging import averaged_model
@@ -107,10 +108,7 @@ def _converted(model: nn.Module, config: Config, path: Path) -> nn.Module:
     tuned = getattr(model, "tuned_hyperparameters", None)
     if isinstance(tuned, TunedHyperparameters):
         if tuned.space != space:
-            raise UserError(
-                f"load: model is converted with {', '.join(tuned.space.names)}, but {path} has "
-                f"{', '.join(space.names)}, or other ranges or first guesses of them: give the plain model"
-            )
+            raise UserError(f"load: model is not converted as in {path}: with {_difference(tuned.space, space)}")
         return model
     names = config.fit.modules.keys()
     others = [name for name, _ in model.named_modules() if name not in names]
@@ -132,3 +130,11 @@ def _converted(model: nn.Module, config: Config, path: Path) -> nn.Module:
             f"load: model does not fit the run in {path}, of a {config.fit.model}: {error}. If the conversion added "
             "regularisers, give the model converted in the same way"
         ) from error
+
+
+def _difference(own: HyperparameterSpace, wanted: HyperparameterSpace) -> str:
+    """The first difference of two spaces."""
+    if own.names != wanted.names:
+        return f"{', '.join(own.names)}, where the run has {', '.join(wanted.names)}, in this order"
+    mine, theirs = next((one, other) for one, other in zip(own, wanted, strict=True) if one != other)
+    return f"{mine}, where the run has {theirs}"

@@ -1,5 +1,6 @@
 """load: trained networks from the run directories of fit, of recipes and of your own runs."""
 
+import copy
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -102,8 +103,13 @@ def test_a_model_of_another_kind_is_refused(fitted):
         stn.load(fitted.run_dir, Net(9))
     with pytest.raises(UserError, match=r"model does not fit the run .* of a Net: .*'up' fits the name of no module"):
         stn.load(fitted.run_dir, nn.Sequential(nn.Linear(6, 8)))
-    with pytest.raises(UserError, match=r"model is converted with drop, weight_decay, but .* has rate, weight_decay"):
+    with pytest.raises(UserError, match="with drop, weight_decay, where the run has rate, weight_decay, in this order"):
         stn.load(fitted.run_dir, stn.convert(Net(), exclude="other", quiet=True))
+    other = copy.deepcopy(fitted.best.model)
+    first, *others = other.tuned_hyperparameters.space
+    other.tuned_hyperparameters.space = stn.HyperparameterSpace([replace(first, init=0.3125), *others])
+    with pytest.raises(UserError, match=rf"with .*init=0\.3125.*, where the run has .*init={first.init}"):
+        stn.load(fitted.run_dir, other)
     with pytest.raises(UserError, match="which = 'lats': did you mean 'last'"):
         stn.load(fitted.run_dir, Net(), which="lats")
 
