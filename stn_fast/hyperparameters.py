@@ -68,6 +68,10 @@ class HyperBatch:
     open_calls: dict[_Place, int] = field(default_factory=dict, repr=False)
     used: dict[str, bool] = field(default_factory=dict, repr=False)
 
+    def draw(self, stream: int) -> dict[str, Any]:
+        """RNG coordinates of a layer's next draw for each example from its stream, as arguments of operations."""
+        return dict(seed=self.draw_seed(stream), step=self.step, stream=stream, first_example=self.first_example)
+
     def draw_seed(self, stream: int) -> int:
         """The seed of a layer's next draw from its stream: the run's seed at the first call, a new one at later calls.
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stn_fast import functional
-from stn_fast.conversion.converted import Converted, is_shared
+from stn_fast.conversion.converted import Converted
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import decay_penalty
 from stn_fast.ops.gates import GatedParameters, fold
@@ -69,35 +68,25 @@ class MultiheadAttention(Converted, nn.MultiheadAttention):
     def _check(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
         if any(x.is_nested for x in (query, key, value)):
             raise TypeError(
-                f"{self._shown}: nested tensors are not supported; a TransformerEncoder makes them unless its "
+                f"{self.shown}: nested tensors are not supported; a TransformerEncoder makes them unless its "
                 "use_nested_tensor is False"
             )
         rows = key.shape[self.example_dim] == query.shape[self.example_dim] if query.ndim == 3 else True
         if not (query.ndim == key.ndim == value.ndim in (2, 3) and key.shape[:-1] == value.shape[:-1] and rows):
             shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
             layout = "(N, T, E)" if self.batch_first else "(T, N, E)"
-            raise ValueError(f"{self._shown}: query, key and value must be {layout} or (T, E) and fit, got {shapes}")
+            raise ValueError(f"{self.shown}: query, key and value must be {layout} or (T, E) and fit, got {shapes}")
         if is_causal and attn_mask is None:
-            raise ValueError(f"{self._shown}: is_causal=True says what attn_mask is: give attn_mask, too")
-
-    @property
-    def _shown(self) -> str:
-        return f"{self.dotted_name or 'the model'} (MultiheadAttention)"
+            raise ValueError(f"{self.shown}: is_causal=True says what attn_mask is: give attn_mask, too")
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
         """q, k and v, each (N, T, E), or (T, N, E)."""
         stored = [parameters for _, parameters in self._stored()]
         given = self.gating(stored[0].weight)
         if len(stored) == 1 and query is key is value:
-            return self._linear(query, stored[0], given).chunk(3, -1)
+            return self.gated_linear(query, stored[0], given).chunk(3, -1)
         sides = stored if len(stored) == 3 else _thirds(stored[0])
-        return [self._linear(x, side, given) for x, side in zip((query, key, value), sides, strict=True)]
-
-    def _linear(self, x: Tensor, parameters: GatedParameters, given: HyperBatch | Tensor) -> Tensor:
-        rows = x if is_shared(given) else self.split(x, len(given))
-        projection = parameters.response_projection
-        y = functional.gated_linear(rows, *parameters[:6], given, self.example_dim, response_projection=projection)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return [self.gated_linear(x, side, given) for x, side in zip((query, key, value), sides, strict=True)]
 
     def _by_head(self, x: Tensor) -> Tensor:
         """(N, heads, T, E / heads)"""
@@ -124,13 +113,13 @@ class MultiheadAttention(Converted, nn.MultiheadAttention):
         if attn_mask is not None:
             if attn_mask.shape not in ((time, keys), (n * heads, time, keys)):
                 raise ValueError(
-                    f"{self._shown}: attn_mask must be {(time, keys)} or {(n * heads, time, keys)}, "
+                    f"{self.shown}: attn_mask must be {(time, keys)} or {(n * heads, time, keys)}, "
                     f"got {tuple(attn_mask.shape)}"
                 )
             masks.append(attn_mask.view(n if attn_mask.ndim == 3 else 1, -1, time, keys))
         if padding is not None:
             if padding.shape != (n, keys):
-                raise ValueError(f"{self._shown}: key_padding_mask must be {(n, keys)}, got {tuple(padding.shape)}")
+                raise ValueError(f"{self.shown}: key_padding_mask must be {(n, keys)}, got {tuple(padding.shape)}")
             masks.append(padding.view(n, 1, 1, keys))
         added = [self._added(mask, dtype) for mask in masks]
         return sum(added[1:], added[0]) if added else None
@@ -139,7 +128,7 @@ class MultiheadAttention(Converted, nn.MultiheadAttention):
         if mask.is_floating_point():
             return mask
         if mask.dtype != torch.bool:
-            raise ValueError(f"{self._shown}: masks must be bool or floating point, got {mask.dtype}")
+            raise ValueError(f"{self.shown}: masks must be bool or floating point, got {mask.dtype}")
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
     def _dropped(self, weights: Tensor) -> Tensor:
@@ -147,9 +136,8 @@ class MultiheadAttention(Converted, nn.MultiheadAttention):
         hyper = self.hyper
         assert hyper is not None
         assert self.name is not None
-        draw: dict[str, Any] = dict(seed=hyper.draw_seed(self.stream), step=hyper.step, stream=self.stream)
         rows = weights.unflatten(0, (len(hyper), -1))
-        return functional.dropout(rows, hyper[self.name], first_example=hyper.first_example, **draw).view_as(weights)
+        return functional.dropout(rows, hyper[self.name], **hyper.draw(self.stream)).view_as(weights)
 
     def _stored(self) -> list[tuple[str, GatedParameters]]:
         """(name, parameters) of the projection of all three, or of those of queries, keys and values."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stn_fast import functional
+from stn_fast.conversion.in_model import InModel
 from stn_fast.conversion.tuned import TunedHyperparameters
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.gated import start_gate, start_response
 from stn_fast.ops.gates import Factors, GatedParameters, response_input
 
 
-class Converted(nn.Module):
+class Converted(InModel, nn.Module):
     """Base class of converted modules, which use the hyperparameters of their model.
 
     `convert` changes the class of a module to a subclass of this one and of the module's own class. The subclass
@@ -22,18 +23,10 @@ class Converted(nn.Module):
     parameters.
 
     Attributes:
-        tuned: the model's `TunedHyperparameters`; not a child of this module.
-        dotted_name: name of this module in the model.
-        plain_class: its class before the conversion.
-        example_dim: the dimension of its input that counts examples.
         decay_name: the hyperparameter that decays its weights, if the model was converted with a `WeightDecay`; None if
-            they are not decayed.
+            they are not decayed. Others are those of `InModel`.
     """
 
-    tuned: TunedHyperparameters
-    dotted_name: str
-    plain_class: type[nn.Module]
-    example_dim: int
     decay_name: str | None
 
     @property
@@ -44,7 +37,7 @@ class Converted(nn.Module):
             RuntimeError: none is in use, in training mode.
         """
         if self.tuned.current is None and self.training:
-            raise no_batch_in_use(self)
+            raise self.no_batch_in_use()
         return self.tuned.current
 
     def response(self, like: Tensor) -> Tensor:
@@ -57,37 +50,12 @@ class Converted(nn.Module):
         hyper = self.hyper
         return hyper if hyper is not None and hyper.centred else self.response(like)
 
-    def rows_per_example(self, x: Tensor, dim: int, examples: int) -> int:
-        """k, if dimension `dim` of x counts k consecutive rows for each of the examples.
-
-        Raises:
-            ValueError: it is not a multiple of the examples.
-        """
-        rows = x.shape[dim] if dim < x.ndim else 0
-        if rows == examples:
-            return 1
-        if rows < examples or rows % examples:
-            raise self.wrong_rows(x, dim, examples)
-        return rows // examples
-
-    def wrong_rows(self, x: Tensor, dim: int, examples: int) -> ValueError:
-        """The error that dimension `dim` of x does not count the examples."""
-        name = self.dotted_name
-        return ValueError(
-            f"{name or 'the model'} ({self.plain_class.__name__}): dimension {dim} of its input {tuple(x.shape)} must "
-            f"count the {examples} examples of the HyperBatch, or several consecutive rows of each. If another "
-            f"dimension counts them, declare it: convert(model, example_dims={{{name!r}: 1}}). If none does, leave the "
-            f"module out: convert(model, exclude={name!r})"
-        )
-
-    def takes_any_examples(self, shape: Sequence[int]) -> bool:
-        """Whether an input of this shape is of no example in particular, so that each gets a result."""
-        return False
-
-    def split(self, x: Tensor, examples: int) -> Tensor:
-        """x with its example dimension split into (B, k), if each example has several rows."""
-        rows = self.rows_per_example(x, self.example_dim, examples)
-        return x if rows == 1 else x.unflatten(self.example_dim, (examples, rows))
+    def gated_linear(self, x: Tensor, parameters: GatedParameters, given: HyperBatch | Tensor) -> Tensor:
+        """The gated linear map of x; each example may have several rows."""
+        rows = x if is_shared(given) else self.split(x, len(given))
+        projection = parameters.response_projection
+        y = functional.gated_linear(rows, *parameters[:6], given, self.example_dim, response_projection=projection)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def response_of_rows(self, x: Tensor, like: Tensor) -> Tensor:
         """The response input (N, n) of each row of x (N, ...), or (n,)."""
@@ -114,15 +82,6 @@ class Converted(nn.Module):
         for name in ATTRIBUTES:
             self.__dict__.pop(name, None)
         self.__class__ = plain  # type: ignore[assignment]
-
-
-def no_batch_in_use(module: Any) -> RuntimeError:
-    """The error that a module with `dotted_name` and `plain_class` is called in training mode outside `using`."""
-    return RuntimeError(
-        f"{module.dotted_name or 'the model'} ({module.plain_class.__name__}) is in training mode, in which every "
-        "example has its own hyperparameters: train with stn.SelfTuner, call the model inside `with "
-        "model.tuned_hyperparameters.using(hyper):`, or call model.eval() to use the current hyperparameters"
-    )
 
 
 def is_shared(given: HyperBatch | Tensor) -> bool:

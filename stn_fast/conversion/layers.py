@@ -33,11 +33,7 @@ class Linear(_Folding, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == 1:
             return self.forward(input[None])[0]
-        given = self.gating(self.weight)
-        rows = input if is_shared(given) else self.split(input, len(given))
-        parameters, projection = self.gated_parameters[:6], self.response_projection
-        y = functional.gated_linear(rows, *parameters, given, self.example_dim, response_projection=projection)
-        return y.view(*input.shape[:-1], self.out_features)
+        return self.gated_linear(input, self.gated_parameters, self.gating(self.weight))
 
 
 class Conv2d(_Folding, nn.Conv2d):
@@ -148,7 +144,7 @@ def _tuned_rate(attribute: str) -> Any:
     def read(module: _Dropout) -> float:
         if module.training:
             raise RuntimeError(
-                f"{module.dotted_name} ({module.plain_class.__name__}): its rate {attribute} is read in training mode, "
+                f"{module.shown}: its rate {attribute} is read in training mode, "
                 f"in which every example has its own. Call the module, or leave it out: convert(model, "
                 f"exclude={module.dotted_name!r})"
             )
@@ -156,7 +152,7 @@ def _tuned_rate(attribute: str) -> Any:
 
     def write(module: _Dropout, rate: float) -> None:
         raise AttributeError(
-            f"{module.dotted_name} ({module.plain_class.__name__}): {attribute} can't be set, because its rate is the "
+            f"{module.shown}: {attribute} can't be set, because its rate is the "
             f"hyperparameter {module.name!r}: change model.tuned_hyperparameters.location"
         )
 
@@ -194,7 +190,7 @@ class _Dropout(Converted, PerExampleDropout):
             return ()
         if x.ndim != self.mask_dims + 2:
             raise ValueError(
-                f"{self.dotted_name} ({self.plain_class.__name__}): its input must have {self.mask_dims + 2} "
+                f"{self.shown}: its input must have {self.mask_dims + 2} "
                 f"dimensions, with the examples first, got {tuple(x.shape)}"
             )
         return tuple(range(-self.mask_dims, 0))
@@ -233,12 +229,7 @@ class Conv1D(Converted, GatedTable):
     nf: int
 
     def forward(self, x: Tensor) -> Tensor:
-        given = self.gating(self.weight)
-        rows = x if is_shared(given) else self.split(x, len(given))
-        parameters = self._as_linear
-        projection = parameters.response_projection
-        y = functional.gated_linear(rows, *parameters[:6], given, self.example_dim, response_projection=projection)
-        return y.view(*x.shape[:-1], self.nf)
+        return self.gated_linear(x, self._as_linear, self.gating(self.weight))
 
     @torch.no_grad()
     def folded(self, response: Tensor) -> dict[str, Tensor]:
@@ -270,7 +261,7 @@ class LSTM(Converted, GatedLSTM, nn.LSTM):
     ) -> tuple[Tensor, State]:
         if isinstance(input, PackedSequence):
             raise TypeError(
-                f"{self.dotted_name} (LSTM): a converted LSTM does not support PackedSequence: pad the sequences, or "
+                f"{self.shown}: a converted LSTM does not support PackedSequence: pad the sequences, or "
                 f"leave it out, convert(model, exclude={self.dotted_name!r})"
             )
         if input.ndim == 2:
@@ -282,9 +273,7 @@ class LSTM(Converted, GatedLSTM, nn.LSTM):
         if batch is None or not self.training or self.name is None or layer == self.num_layers - 1:
             return y
         rows = y.unflatten(1, (len(batch), -1))
-        draw: dict[str, Any] = dict(seed=batch.draw_seed(self.streams[layer]), step=batch.step)
-        draw |= dict(stream=self.streams[layer], first_example=batch.first_example, example_dim=1)
-        return functional.dropout(rows, batch[self.name], **draw).view_as(y)
+        return functional.dropout(rows, batch[self.name], **batch.draw(self.streams[layer]), example_dim=1).view_as(y)
 
     @torch.no_grad()
     def folded(self, response: Tensor) -> dict[str, Tensor]:

@@ -13,25 +13,26 @@ from torch import Tensor, nn
 
 from stn_fast import functional
 from stn_fast.conversion.additions import Added, Dropout
-from stn_fast.conversion.converted import no_batch_in_use
+from stn_fast.conversion.in_model import InModel
 from stn_fast.conversion.tuned import TunedHyperparameters
 
 
-class OutputDropout:
+class OutputDropout(InModel):
     """Drops the output of a module in its training mode: y = x · keep / (1 − rate[b]), each example at its own rate.
 
     Attributes:
-        tuned, dotted_name, plain_class, example_dim: as of `Converted`; `example_dim` is a dimension of the output.
         name: the hyperparameter that is the rate.
         stream: number of the random stream.
-        handle: removes the hook.
+        handle: removes the hook. Others are those of `InModel`.
     """
+
+    tensor = "output"
 
     def __init__(
         self, module: nn.Module, tuned: TunedHyperparameters, dotted_name: str, name: str, example_dim: int, stream: int
     ) -> None:
         self.tuned, self.dotted_name = tuned, dotted_name
-        self.plain_class: type[nn.Module] = getattr(module, "plain_class", type(module))
+        self.plain_class = getattr(module, "plain_class", type(module))
         self.name, self.example_dim, self.stream = name, example_dim, stream
         self.handle = module.register_forward_hook(self)
 
@@ -40,16 +41,9 @@ class OutputDropout:
             return None
         hyper, x = self.tuned.current, self.dropped(output)
         if hyper is None:
-            raise no_batch_in_use(self)
-        y = functional.dropout(
-            self._split(x, len(hyper)),
-            hyper[self.name],
-            seed=hyper.draw_seed(self.stream),
-            step=hyper.step,
-            stream=self.stream,
-            first_example=hyper.first_example,
-            example_dim=self.example_dim,
-        )
+            raise self.no_batch_in_use()
+        rows, draw = self.split(x, len(hyper)), hyper.draw(self.stream)
+        y = functional.dropout(rows, hyper[self.name], **draw, example_dim=self.example_dim)
         return y.view_as(x)
 
     def dropped(self, output: Any) -> Tensor:
@@ -61,28 +55,14 @@ class OutputDropout:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             got = output.dtype if isinstance(output, Tensor) else type(output).__name__
             raise TypeError(
-                f"{self.dotted_name} ({self.plain_class.__name__}): its output must be a floating point tensor for "
+                f"{self.shown}: its output must be a floating point tensor for "
                 f"stn.Dropout to drop it, got {got}: give stn.Dropout a pattern that does not fit it"
             )
         return output
 
-    def takes_any_examples(self, shape: Sequence[int]) -> bool:
-        return False
-
-    def _split(self, x: Tensor, examples: int) -> Tensor:
-        """x with its example dimension split into (B, k), if each example has several rows."""
-        dim, shape = self.example_dim, tuple(x.shape)
-        rows = shape[dim] if dim < len(shape) else 0
-        if rows == examples:
-            return x
-        if rows < examples or rows % examples:
-            raise ValueError(
-                f"{self.dotted_name} ({self.plain_class.__name__}): dimension {dim} of its output {shape}, which "
-                f"stn.Dropout drops, must count the {examples} examples of the HyperBatch, or several consecutive rows "
-                f"of each. If another dimension counts them, declare it: convert(model, example_dims="
-                f"{{{self.dotted_name!r}: 1}})"
-            )
-        return x.unflatten(dim, (examples, rows // examples))
+    @property
+    def leave_out(self) -> str:
+        return "give stn.Dropout another pattern"
 
 
 def add_output_dropouts(

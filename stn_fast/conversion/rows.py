@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.folding import tuned_of
+from stn_fast.conversion.in_model import InModel
 from stn_fast.conversion.output_dropout import OutputDropout, output_dropouts
 from stn_fast.conversion.reading import ReadParameters
 from stn_fast.conversion.rules import fixed_example_dim
@@ -30,8 +31,7 @@ class _Call(NamedTuple):
     marks: Tensor | None
 
 
-_Called = Converted | OutputDropout
-_Calls = dict[_Called, list[_Call]]
+_Calls = dict[InModel, list[_Call]]
 
 SAME = 0.1  # two orders of rows differ clearly if one fits this many times better
 NOISE = 1e-3  # relative; smaller differences can be rounding
@@ -153,8 +153,8 @@ def _recording(model: nn.Module, calls: _Calls, examples: int) -> Iterator[None]
         module, parameter, function = reading.found
         assert isinstance(module, Converted)
         raise ValueError(
-            f"{_shown(module)} is not called where the model passes its {parameter} to {function}, so it does not "
-            f"respond to hyperparameters there: leave the module out, convert(model, exclude={module.dotted_name!r})"
+            f"{module.shown} is not called where the model passes its {parameter} to {function}, so it does not "
+            f"respond to hyperparameters there: {module.leave_out}"
         )
 
 
@@ -169,7 +169,7 @@ def _marks(x: Tensor, dim: int) -> Tensor:
     return rows @ torch.arange(1.0, rows.shape[1] + 1, device=x.device).cos()
 
 
-def _check(module: _Called, whole: Sequence[_Call], part: Sequence[_Call], examples: int, half: int) -> None:
+def _check(module: InModel, whole: Sequence[_Call], part: Sequence[_Call], examples: int, half: int) -> None:
     if len(whole) != len(part):
         raise _error(
             module, f"is called {len(whole)} times for {examples} examples and {len(part)} times for {half} of them"
@@ -178,20 +178,19 @@ def _check(module: _Called, whole: Sequence[_Call], part: Sequence[_Call], examp
         if module.takes_any_examples(one.shape) and module.takes_any_examples(other.shape):
             continue
         dim = module.example_dim
-        tensor = "output" if isinstance(module, OutputDropout) else "input"
         rows, fewer = one.rows, other.rows
         if rows == 0 or rows % examples or rows * half != fewer * examples:
             counting = _counting(one.shape, other.shape, examples, half)
             raise _error(
                 module,
-                f"has {tensor}s {tuple(one.shape)} for {examples} examples and {tuple(other.shape)} for {half} of "
-                f"them, but dimension {dim} must count the examples, or consecutive rows of each",
-                counting if isinstance(module, OutputDropout) or fixed_example_dim(module) is None else (),
+                f"has {module.tensor}s {tuple(one.shape)} for {examples} examples and {tuple(other.shape)} for {half} "
+                f"of them, but dimension {dim} must count the examples, or consecutive rows of each",
+                () if isinstance(module, Converted) and fixed_example_dim(module) is not None else counting,
             )
         if one.marks is not None and other.marks is not None and _in_turn(one.marks, other.marks, examples, half):
             raise _error(
                 module,
-                f"has the examples in turn in dimension {dim} of its {tensor} {tuple(one.shape)}, but the "
+                f"has the examples in turn in dimension {dim} of its {module.tensor} {tuple(one.shape)}, but the "
                 f"{rows // examples} rows of each of the {examples} examples must be consecutive, as in (B, T, ...) "
                 "after flatten(0, 1)",
             )
@@ -210,16 +209,10 @@ def _in_turn(whole: Tensor, part: Tensor, examples: int, half: int) -> bool:
     return bool((in_turn < SAME * consecutive) & (consecutive > NOISE * part.norm()))
 
 
-def _error(module: _Called, problem: str, dims: Sequence[int] = ()) -> ValueError:
+def _error(module: InModel, problem: str, dims: Sequence[int] = ()) -> ValueError:
     name = module.dotted_name
     declare = f"declare its dimension, convert(model, example_dims={{{name!r}: {dims[0]}}}), or " if dims else ""
-    leave = f"leave the module out, convert(model, exclude={name!r})"
-    if isinstance(module, OutputDropout):
-        leave = "give stn.Dropout another pattern"
     return ValueError(
-        f"{_shown(module)} {problem}. So it is not known which example's hyperparameters a row needs: {declare}{leave}"
+        f"{module.shown} {problem}. So it is not known which example's hyperparameters a row needs: {declare}"
+        f"{module.leave_out}"
     )
-
-
-def _shown(module: _Called) -> str:
-    return f"{module.dotted_name or 'the model'} ({module.plain_class.__name__})"

@@ -67,7 +67,7 @@ class _PerExampleRegulariser(_Regulariser):
 
     def _draw(self, hyper: HyperBatch) -> dict[str, Any]:
         """RNG coordinates of the layer's next call with this batch."""
-        return dict(super()._draw(hyper), seed=hyper.draw_seed(self.stream), first_example=hyper.first_example)
+        return hyper.draw(self.stream)
 
 
 class _PerBatchRegulariser(_Regulariser):
