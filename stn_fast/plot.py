@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["Run", "draw", "draw_history", "new_figure", "png", "read_run", "read_runs", "save", "save_schedule"]
+__all__ = [
+    "Run", "draw", "draw_history", "new_figure", "panels", "png", "read_run", "read_runs", "save", "save_schedule",
+    "spelt",
+]  # fmt: skip
 
 # Okabe and Ito's palette: eight colours that colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A600")
@@ -135,7 +138,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     """One panel for the losses and one for each hyperparameter, all plotted over epochs."""
     names = list(dict.fromkeys(name for run in runs for name in run.config.enabled))
     top = 0.35 + 0.25 * -(-len(runs) // LEGEND_COLUMNS)
-    figure, axes = _panels(1 + len(names), top, "epoch")
+    figure, axes = _panels_over(1 + len(names), top, "epoch")
     draw_losses(axes[0], runs)
     for axis, name in zip(axes[1:], names, strict=True):
         draw_hyperparameter(axis, runs, name)
@@ -148,7 +151,7 @@ def draw_history(history: Sequence[Row], space: Sequence[Hyperparameter]) -> Fig
 
     The dotted line is the first guess.
     """
-    figure, axes = _panels(1 + len(space), 0.0, "training step")
+    figure, axes = _panels_over(1 + len(space), 0.0, "training step")
     steps = [row["step"] for row in history]
     axes[0].plot(steps, [row["loss"] for row in history], color=COLOURS[0], linewidth=1.0)
     axes[0].set_title("validation loss", fontsize=10, loc="left")
@@ -157,27 +160,35 @@ def draw_history(history: Sequence[Row], space: Sequence[Hyperparameter]) -> Fig
         axis.plot(steps, values, color=COLOURS[0], linewidth=1.7)
         axis.axhline(one.init, color=GREY, linestyle=":", linewidth=1)
         _scale(axis, [one])
-        _title(axis, one.name)
+        axis.set_title(spelt(one.name), fontsize=10, loc="left")
         axis.set_title(f"{one.init:.2g} → {values[-1]:.2g}", fontsize=9, loc="right", color=GREY)
     for axis in axes:
         _style(axis)
     return figure
 
 
-def _panels(count: int, top: float, label: str) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with ``count`` panels below the top ``top`` inches; ``label`` names their common horizontal axis."""
+def panels(
+    count: int, head: float, size: tuple[float, float] = PANEL, *, least_width: float = 0.0, sharex: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` panels of this ``size``, at most COLUMNS in a row, below a head; all in inches."""
     columns = min(COLUMNS, count)
     lines = -(-count // columns)
-    figure = new_figure(PANEL[0] * columns, PANEL[1] * lines + top)
-    below_head = (0, 0, 1, 1 - top / figure.get_figheight())
+    figure = new_figure(max(size[0] * columns, least_width), size[1] * lines + head)
+    below_head = (0, 0, 1, 1 - head / figure.get_figheight())
     figure.set_layout_engine("constrained", rect=below_head, w_pad=0.1, h_pad=0.08)
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=sharex).flatten()
     for axis in axes[count:]:
         axis.set_visible(False)
-    for axis in axes[max(0, count - columns) : count]:
+    return figure, list(axes[:count])
+
+
+def _panels_over(count: int, head: float, label: str) -> tuple[Figure, list[Axes]]:
+    """Panels with a common horizontal axis, which ``label`` names."""
+    figure, axes = panels(count, head, sharex=True)
+    for axis in axes[-COLUMNS:]:
         axis.set_xlabel(label)
         axis.tick_params(labelbottom=True)
-    return figure, list(axes[:count])
+    return figure, axes
 
 
 def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
@@ -230,15 +241,16 @@ def draw_hyperparameter(axis: Axes, runs: Sequence[Run], name: str) -> None:
     for init in {entry.init for entry in entries}:
         axis.axhline(init, color=GREY, linestyle=":", linewidth=1)
     _scale(axis, entries)
-    _title(axis, name)
+    axis.set_title(spelt(name), fontsize=10, loc="left")
     if len(runs) == 1:
         path = f"{entries[0].init:.2g} → {runs[0].best['hyperparameters'][name]:.2g}"
         axis.set_title(path, fontsize=9, loc="right", color=GREY)
     _finish(axis, runs)
 
 
-def _title(axis: Axes, name: str) -> None:
-    axis.set_title(textwrap.fill(printable(name).replace("_", " "), TITLE), fontsize=10, loc="left")
+def spelt(name: str) -> str:
+    """The name of a hyperparameter in words, in lines no longer than the title of a panel."""
+    return textwrap.fill(printable(name).replace("_", " "), TITLE)
 
 
 def _scale(axis: Axes, entries: Sequence[Any]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stn_fast.exploration.response import BAND, Curve, Exploration, Map
 from stn_fast.hyperparameter import Hyperparameter
 from stn_fast.hyperparameters import HyperparameterSpace
-from stn_fast.plot import COLOURS, GREY, TITLE, new_figure, plain_log_labels
+from stn_fast.plot import COLOURS, COLUMNS, GREY, panels, plain_log_labels, spelt
 from stn_fast.terminal import printable
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL = (3.7, 2.6)  # inches
-COLUMNS = 3
 HEAD = 0.75  # inches
 MARGIN = 0.15  # of the range of the losses in the bands, above and below
 LEVELS = 13  # boundaries between the colours of a map
@@ -35,25 +33,19 @@ def draw(found: Exploration, space: HyperparameterSpace, title: str, loss_unit: 
     bound, such as those of weight decay, are on a logarithmic axis. Other axes are evenly spaced in unconstrained
     units, and their labels are the values at the ends, at ±2σ and at the run's value.
     """
-    panels = len(found.curves) + (found.map is not None)
-    columns = min(COLUMNS, panels)
-    lines = -(-panels // columns)
-    figure = new_figure(max(PANEL[0] * columns, 2 * PANEL[0]), PANEL[1] * lines + HEAD)
-    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - HEAD / figure.get_figheight()), w_pad=0.1, h_pad=0.08)
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    count = len(found.curves) + (found.map is not None)
+    figure, axes = panels(count, HEAD, PANEL, least_width=2 * PANEL[0])
     limits = _limits([point.loss for curve in found.curves for point in curve.band])
     label = f"validation loss ({printable(loss_unit)})" if loss_unit else "validation loss"
     for number, (axis, curve) in enumerate(zip(axes, found.curves, strict=False)):
         _draw_curve(axis, curve, space[curve.name])
         axis.set_ylim(*limits)
-        if number % columns == 0:
+        if number % COLUMNS == 0:
             axis.set_ylabel(label, fontsize=8)
     if found.map is not None:
         curves = {curve.name: curve for curve in found.curves}
-        bar = _draw_map(axes[panels - 1], found.map, [curves[name] for name in found.map.names], space)
+        bar = _draw_map(axes[-1], found.map, [curves[name] for name in found.map.names], space)
         bar.set_label(label, fontsize=8)
-    for axis in axes[panels:]:
-        axis.set_visible(False)
     _head(figure, title)
     return figure
 
@@ -81,7 +73,7 @@ def _draw_curve(axis: Axes, curve: Curve, one: Hyperparameter) -> None:
     axis.set_xscale("log" if part == "value" else "linear")
     shifts, values = ([getattr(point, field) for point in curve.points] for field in ("shift", "value"))
     _label(axis.xaxis, one, shifts, values)
-    axis.set_title(_name(curve.name), fontsize=10, loc="left")
+    axis.set_title(spelt(curve.name), fontsize=10, loc="left")
     axis.set_title(f"{curve.here.value:.2g}, σ {curve.scale:.2g}", fontsize=8.5, loc="right", color=GREY)
     axis.grid(alpha=0.25, linewidth=0.6)
     _finish(axis)
@@ -110,7 +102,7 @@ def _draw_map(axis: Axes, drawn: Map, curves: Sequence[Curve], space: Hyperparam
     axis.set_yscale("log" if parts[1] == "value" else "linear")
     for k, labelled in enumerate((axis.xaxis, axis.yaxis)):
         _label(labelled, ones[k], drawn.shifts[k], drawn.values[k])
-        labelled.set_label_text(_name(drawn.names[k]), fontsize=8)
+        labelled.set_label_text(spelt(drawn.names[k]), fontsize=8)
     axis.set_title("the first two together; box: ± 2σ", fontsize=10, loc="left")
     _finish(axis)
     bar = axis.figure.colorbar(filled, ax=axis, pad=0.02, ticks=levels[:: (LEVELS - 1) // 4], format="%.3g")
@@ -137,10 +129,6 @@ def _label(axis: Axis, one: Hyperparameter, shifts: Sequence[float], values: Seq
     if not one.integer:
         written = [0, *(k for k, shift in enumerate(shifts) if abs(shift) in (0.0, BAND)), len(shifts) - 1]
     axis.set_ticks([shifts[k] for k in written], [f"{values[k]:.2g}" for k in written])
-
-
-def _name(name: str) -> str:
-    return textwrap.fill(printable(name).replace("_", " "), TITLE)
 
 
 def _finish(axis: Axes) -> None:
