@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from numerics import relative_error
 from random_response import respond
 from torch import nn
 
@@ -110,6 +111,17 @@ def converted(model, **options):
     return tuned
 
 
-def sampled(tuned, examples=4, step=0):
+def sampled(tuned, examples=4, step=0, location=None):
     own = tuned.tuned_hyperparameters
-    return own.space.sample(own.location, own.raw_scale, batch_size=examples, seed=0, step=step)
+    location = own.location if location is None else location
+    return own.space.sample(location, own.raw_scale, batch_size=examples, seed=0, step=step)
+
+
+def assert_descends(tuned, batch, location, wanted):
+    """That an unperturbed validation step at rate 1 moves from the location by the gradient that is wanted."""
+    tuner = stn.SelfTuner(
+        tuned, torch.optim.SGD(tuned.parameters(), 1.0), F.cross_entropy, tune_scales=False,
+        hyper_optimizer=lambda tensors: torch.optim.SGD(tensors, 1.0))  # fmt: skip
+    tuner.valid_step(batch)
+    assert wanted.all()
+    assert relative_error(location.detach() - tuned.tuned_hyperparameters.location, wanted) < 1e-5

@@ -256,7 +256,7 @@ def test_every_parameter_and_the_hyperparameters_get_a_gradient(kind):
     tuned = converted(plain(kind)).eval()
     own = tuned.tuned_hyperparameters
     location = own.location.clone().requires_grad_()
-    with own.using(own.space.sample(location, own.raw_scale, batch_size=EXAMPLES, seed=0, step=0)):
+    with own.using(sampled(tuned, EXAMPLES, location=location)):
         tuned(*inputs(kind))[0].square().sum().backward()
     assert location.grad.all()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in tuned.parameters())

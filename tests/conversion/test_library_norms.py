@@ -236,7 +236,7 @@ def test_the_hyperparameters_get_a_gradient_and_no_decay(kind):
     tuned = converted(made(kind)).eval()
     own = tuned.tuned_hyperparameters
     location = own.location.clone().requires_grad_()
-    with own.using(own.space.sample(location, own.raw_scale, batch_size=EXAMPLES, seed=0, step=0)):
+    with own.using(sampled(tuned, EXAMPLES, location=location)):
         tuned(rows(kind)).square().sum().backward()
     assert location.grad.all()
     assert tuned[0].weight_decay_penalty(sampled(tuned), torch.ones(EXAMPLES)) == 0

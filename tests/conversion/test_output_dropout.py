@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from converted_networks import converted, sampled
+from converted_networks import assert_descends, converted, sampled
 from numerics import relative_error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -289,12 +289,7 @@ def test_a_validation_step_has_the_hypergradient_of_the_network_that_drops_nothi
         hook.handle.remove()
     with plain.tuned_hyperparameters.using(own.space.at(location, batch_size=7)):
         (wanted,) = torch.autograd.grad(F.cross_entropy(plain(x), y), location)
-    tuner = stn.SelfTuner(
-        tuned, torch.optim.SGD(tuned.parameters(), 1.0), F.cross_entropy, tune_scales=False,
-        hyper_optimizer=lambda tensors: torch.optim.SGD(tensors, 1.0))  # fmt: skip
-    tuner.valid_step((x, y))
-    assert wanted.all()
-    assert relative_error(location.detach() - own.location, wanted) < 1e-5
+    assert_descends(tuned, (x, y), location, wanted)
 
 
 def test_a_rate_that_is_far_too_high_is_tuned_down():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from converted_networks import Text, converted, sampled
+from converted_networks import Text, assert_descends, converted, sampled
 from numerics import relative_error
 from torch import nn
 
@@ -125,12 +125,7 @@ def test_a_validation_step_moves_both_down_the_loss_without_penalties():
     own = tuned.tuned_hyperparameters
     location, start = own.location.double().requires_grad_(), own.space.initial_state()[0].double()
     (wanted,) = torch.autograd.grad(F.cross_entropy(outputs(tuned, x, (location - start).expand(7, 2)), y), location)
-    tuner = stn.SelfTuner(
-        tuned, torch.optim.SGD(tuned.parameters(), 1.0), F.cross_entropy, tune_scales=False,
-        hyper_optimizer=lambda tensors: torch.optim.SGD(tensors, 1.0))  # fmt: skip
-    tuner.valid_step((x, y))
-    assert wanted.all()
-    assert relative_error(location.detach() - own.location, wanted) < 1e-5
+    assert_descends(tuned, (x, y), location, wanted)
 
 
 def test_a_decay_that_is_far_too_strong_is_tuned_down_and_saved():
