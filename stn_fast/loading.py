@@ -22,6 +22,7 @@ from stn_fast.training.averaging import averaged_model
 from stn_fast.training.build import build_method
 from stn_fast.training.config import Config
 from stn_fast.training.layering import build, read_yaml
+from stn_fast.training.run_directory import RunDirectory
 from stn_fast.training.spaces import build_space
 from stn_fast.training.task import Task
 from stn_fast.training.trained import TrainedRecipe, Which, restore, saved_state
@@ -59,9 +60,10 @@ def load(
             missing or of another architecture; there is no such recipe.
     """
     path = expanded(run_dir, "run_dir")
-    if not exists(path / "config.yaml"):
-        raise UserError(f"load: {path} is not a run directory: it has no config.yaml")
-    config = build(Config, read_yaml(str(path / "config.yaml")))
+    settings = RunDirectory(path, write=False).config
+    if not exists(settings):
+        raise UserError(f"load: {path} is not a run directory: it has no {settings.name}")
+    config = build(Config, read_yaml(str(settings)))
     if config.fit is None:
         return _of_recipe(config, path, model, which, str(device))
     if not isinstance(model, nn.Module):

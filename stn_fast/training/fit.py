@@ -236,7 +236,7 @@ def fit(
                 optimizer=settings,
                 response_optimizer=settings_of_response,
                 hyper_optimizer=settings_of(tuner.method.hyper_optimizer),
-                scheduler={} if scheduled is None else settings_of_scheduler(scheduled),
+                scheduler=settings_of_scheduler(scheduled),
                 train_batches=train.batches,
                 valid_batches=valid.batches,
             ),

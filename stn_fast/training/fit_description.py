@@ -69,7 +69,7 @@ def settings_of(optimizer: torch.optim.Optimizer) -> dict[str, str]:
 
 
 def settings_of_scheduler(scheduler: LRScheduler | None) -> dict[str, str]:
-    """The class and the settings of a scheduler, before its first step."""
+    """The class and the settings of a scheduler, before its first step; empty without one."""
     if scheduler is None:
         return {}
     state = scheduler.state_dict().items()

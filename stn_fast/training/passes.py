@@ -38,7 +38,7 @@ class Passes:
         self.draws = self.trained = self.validated = 0
         self._records: list[Record] = []
         self._inside = ""  # the pass that is open
-        self._unanswered: bool | None = False  # whether there were passes `training` only; None after one `responding`
+        self._of_weights_only = self._responded = False  # whether passes `training` came before any `responding`
         self._in_use: HyperBatch | None = None  # the hyperparameters of an open training pass
         self._to_repeat: tuple[int, int] | None = None  # number and batch size of the last draw, until it is repeated
         # Since the last step of the optimizer: whether there was a training pass, and h of the perturbed ones.
@@ -85,8 +85,7 @@ class Passes:
         with self._training("training", self.method.training_pass, batch_size, antithetic):
             yield
         self._passed = True
-        if self._unanswered is not None:
-            self._unanswered = True
+        self._of_weights_only = not self._responded
 
     @contextmanager
     def responding(self, batch_size: int, *, antithetic: bool = False) -> Iterator[Callable[..., Any]]:
@@ -113,7 +112,7 @@ class Passes:
             raise RuntimeError('responding: only SelfTuner(..., method="delta-stn") has passes of the response')
         with self._training("responding", method.response_pass, batch_size, antithetic):
             yield method.linearised
-        self._unanswered = None
+        self._of_weights_only, self._responded = False, True
 
     @contextmanager
     def _training(
@@ -168,13 +167,13 @@ class Passes:
         """
         if self._inside != "validating":
             self._check_closed("hyper_step")
-        if self._unanswered and isinstance(self.method, ConvertedDeltaSelfTuning):
+        if self._of_weights_only and isinstance(self.method, ConvertedDeltaSelfTuning):
             warnings.warn(
                 "hyper_step: with delta-stn, the response is trained by passes of `tuner.responding`, and there has "
                 "been none, so the hyperparameters have no gradient to follow",
                 stacklevel=2,
             )
-            self._unanswered = None
+            self._of_weights_only, self._responded = False, True  # say it once
         loss = self.method.hyper_step(loss, self.draws - 1)
         self._record(loss)
         return loss

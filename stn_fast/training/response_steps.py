@@ -38,7 +38,7 @@ class ResponseSteps:
             responses: h (B, n) of each pass of the step.
         """
         having_gradients = set(map(id, trained))
-        parts = [part for part in self._parts if id(part[0]) in having_gradients and part[0].grad is not None]
+        parts = [part for part in self._parts if id(part[0]) in having_gradients]
         if not parts:
             return
         moments = torch.stack([h.T @ h / len(h) for h in responses]).mean(0)

@@ -16,6 +16,7 @@ from stn_fast.files import exists, read_bytes
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training import checkpoint
 from stn_fast.training.methods import Method
+from stn_fast.training.run_directory import RunDirectory
 from stn_fast.values import from_json
 
 Which = Literal["best", "last"]
@@ -66,7 +67,7 @@ def saved_state(
     """
     if which not in get_args(Which):
         raise UserError(f"which = {which!r}: {did_you_mean(str(which), get_args(Which))}")
-    root = directory / "checkpoints"
+    root = RunDirectory(directory, write=False).checkpoints
     newest = checkpoint.read_newest(root, device, warn or (lambda text: warnings.warn(text, stacklevel=4)))
     if newest is None:
         raise UserError(
@@ -87,7 +88,7 @@ def saved_state(
 
 def _best_step(directory: Path, newest: dict[str, Any]) -> int:
     """That of the result, if the run has finished: it may have replaced a damaged checkpoint by another one."""
-    result = directory / "result.json"
+    result = RunDirectory(directory, write=False).result
     try:
         return int(from_json(read_bytes(result))["best_step"]) if exists(result) else newest["best"]["step"]
     except (ValueError, LookupError, TypeError):
