@@ -244,15 +244,17 @@ class Parsed(Exception):
 
 def parse_only(module: str, arguments: Sequence[str]) -> None:
     """Runs a command up to where it has parsed its arguments, with a CUDA device claimed to be there."""
-    parse = argparse.ArgumentParser.parse_args
+    parse = argparse.ArgumentParser.parse_known_args
 
-    def parsed(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -> None:
-        parse(parser, given)
+    def parsed(parser: argparse.ArgumentParser, given: Sequence[str] | None = None, *_: object) -> None:
+        _, unknown = parse(parser, given)
+        if unknown:
+            parser.error(f"unknown arguments: {' '.join(unknown)}")
         raise Parsed
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", parsed), contextlib.suppress(Parsed):
-        importlib.import_module(module).main(list(arguments))
-        raise UserError(f"{module} parsed no arguments")
+    with mock.patch.object(argparse.ArgumentParser, "parse_known_args", parsed), contextlib.suppress(Parsed):
+        status = importlib.import_module(module).main(list(arguments))
+        raise UserError(f"{module} parsed no arguments, and ended with status {status}")
 
 
 def import_everything() -> int:

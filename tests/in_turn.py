@@ -1,4 +1,9 @@
-"""Calls made in this process, one after another, in place of `stn_fast.comparison.processes.Processes`."""
+"""Calls made in this process, one after another, in place of `stn_fast.comparison.processes.Processes`.
+
+As if they were sent to another process, functions, arguments and results are pickled.
+"""
+
+import pickle
 
 
 class StoppedInTurn(BaseException):
@@ -9,9 +14,10 @@ class InTurn:
     """``calls`` are the arguments of all calls so far; the one after ``stop_after`` of them raises `StoppedInTurn`."""
 
     def __init__(self):
-        self.calls, self.stop_after = [], None
+        self.calls, self.stop_after, self.jobs = [], None, None
 
     def __call__(self, jobs):
+        self.jobs = jobs
         return self
 
     def __enter__(self):
@@ -31,4 +37,13 @@ class InTurn:
                 if self.stop_after == len(self.calls):
                     raise StoppedInTurn
                 self.calls.append(arguments)
-                result = function(*arguments)
+                result = sent(sent(function)(*sent(arguments)))
+
+    def map(self, function, arguments):
+        for argument in arguments:
+            self.calls.append((argument,))
+            yield sent(sent(function)(sent(argument)))
+
+
+def sent(value):
+    return pickle.loads(pickle.dumps(value))

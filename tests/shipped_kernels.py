@@ -414,39 +414,32 @@ def all_jobs():
 
 
 def fewer_jobs():
-    """One configuration of each kernel for each GPU, and all that use wgmma in bfloat16 or TF32."""
+    """One configuration of each kernel for each GPU."""
     seen = set()
     for job in JOBS.values():
-        wgmma = job.tensor_cores and job.capability == 90 and job.types.get("p_x") != "*fp16"
-        if wgmma or (job.kernel, job.capability) not in seen:
+        if (job.kernel, job.capability) not in seen:
             seen.add((job.kernel, job.capability))
+            yield job
+
+
+def tested_jobs():
+    """What `make test` compiles: each tile of a kernel once, whatever its flags; the rest is for `make compile-ahead`.
+
+    float16 compiles like bfloat16. float32 for sm_80 needs no tensor cores, and less than the same tile for sm_90 has.
+    """
+    seen = set()
+    for job in JOBS.values():
+        dtypes = {"*bf16", "*fp16"} & set(job.types.values())
+        if "*fp16" in dtypes or (not dtypes and job.capability == 80 and job.kernel in WITH_BFLOAT16):
+            continue
+        sizes = frozenset(item for item in job.constants.items() if item[0].startswith(("BLOCK", "PRECISION")))
+        tile = (job.kernel, job.capability, sizes, job.num_warps, job.num_stages, job.tensor_cores and bool(dtypes))
+        if tile not in seen:
+            seen.add(tile)
             yield job
 
 
 JOBS = {job.label: job for job in all_jobs()}
 FEWER_JOBS = {job.label: job for job in fewer_jobs()}
-
-
-def tested(label, job):
-    """What `make test` compiles, which leaves the rest to `make compile-ahead`.
-
-    float16 compiles like bfloat16. Responses of low rank add a product or a pointer to kernels that are tested anyway,
-    and kernels without matrix products need neither tensor cores nor much memory: of those, one GPU is enough, sizes
-    that are multiples of nothing, and of their dtypes bfloat16, which needs the most conversions. So is bfloat16 for
-    sm_80, whose shared memory is the limit, and one alignment of the float32 products that use no tensor cores.
-    """
-    if label in FEWER_JOBS:
-        return True
-    if job.divisible and job.kernel not in WITH_PRODUCTS:
-        return False
-    dtypes = {"*bf16", "*fp16"} & set(job.types.values())
-    if job.constants.get("K_PAD") or job.constants.get("APART") or job.kernel not in WITH_PRODUCTS:
-        return job.capability == 90 and ("*bf16" in dtypes or job.kernel not in WITH_BFLOAT16)
-    if not dtypes and (job.capability == 80 or (job.divisible and job.constants.get("PRECISION") == "ieee")):
-        return False
-    return "*fp16" not in dtypes
-
-
-WITH_PRODUCTS = {job.kernel for job in JOBS.values() if job.tensor_cores}
 WITH_BFLOAT16 = {job.kernel for job in JOBS.values() if "*bf16" in job.types.values()}
-TESTED_JOBS = {label: job for label, job in JOBS.items() if tested(label, job)}
+TESTED_JOBS = {job.label: job for job in tested_jobs()}

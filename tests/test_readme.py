@@ -1,18 +1,25 @@
-"""Every command and line of Python in the README and in docs/results.md runs, and every file they point to exists."""
+"""Commands and Python of the README and docs/results.md run, or take their arguments; files they point to exist."""
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+from benchmarks.gpu_report import parse_only
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 
 
+# Modules whose tests have another name than theirs.
+TESTED_WITH = {"steps": "whole_steps", "language_steps": "whole_steps"}
+EVIDENCE = ("python -m benchmarks.", "python -m stn_fast.compare ")
 DATA = {"fashion-mnist": "fashion_mnist", "cifar10": "cifar10", "ptb": "ptb"}  # by the beginning of a recipe's name
 
 
@@ -33,80 +40,76 @@ def test_the_readme_has_commands_and_python() -> None:
     assert blocks("python")
 
 
-@pytest.mark.parametrize("command", commands())
+def starting(*beginnings: str) -> list[str]:
+    return [command for command in commands() if command.startswith(beginnings)]
+
+
+def test_every_command_is_of_a_kind_that_is_tested() -> None:
+    kinds = ("make ", "pip ", "python -m benchmarks.", "python -m stn_fast.")
+    assert set(starting(*kinds)) == set(commands())
+
+
+@pytest.mark.parametrize("command", starting("make "))
+def test_target_exists(command: str) -> None:
+    alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES", "ARGS")}
+    planned = subprocess.run([*command.split(), "-n"], cwd=ROOT, env=alone, capture_output=True, text=True, timeout=60)
+    assert planned.returncode == 0, planned.stderr
+
+
+@pytest.mark.parametrize("command", starting(*EVIDENCE))
+def test_evidence_command_takes_its_arguments(command: str) -> None:
+    """Up to where it has parsed them; tests of their own run every module."""
+    _, _, module, *arguments = command.split()
+    folder, name = {"stn_fast": ".", "benchmarks": "benchmarks"}[module.split(".")[0]], module.split(".")[1]
+    assert (ROOT / "tests" / folder / f"test_{TESTED_WITH.get(name, name)}.py").exists()
+    parse_only(module, arguments)
+
+
+@pytest.mark.parametrize("command", [line for line in starting("python -m ") if not line.startswith(EVIDENCE)])
 def test_command_runs(command: str, tmp_path: Path) -> None:
-    """make: the target exists (`make -n`). Training and evidence run an epoch on few examples, timings once."""
-    if command.startswith("make "):
-        alone = {
-            name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES", "ARGS")
-        }
-        planned = subprocess.run(
-            [*command.split(), "-n"], cwd=ROOT, env=alone, capture_output=True, text=True, timeout=60
-        )
-        assert planned.returncode == 0, planned.stderr
-        if command != "make train":
-            return
-        (line,) = [line for line in planned.stdout.splitlines() if "stn_fast.train" in line]
-        command = line.partition("python ")[1] + line.partition("python ")[2]
-        command += f" --epochs 1 --run-dir {tmp_path / 'run'}"
-    if any(name in command for name in ("self_tuning", "benchmarks.precision", "response_rank")):
-        command += " --epochs 1 --seeds 1"
-    if "benchmarks.precision" in command:
-        command = command.replace("digits fashion-mnist-small", "digits").replace("ptb-small", "digits")
-    if "response_rank" in command:
-        command += " --variants full rank-1"
-    if "stn_fast.compare" in command:
-        command += f" --epochs 1 --seeds 1 --budget 1 --methods fixed --guesses low --out {tmp_path / 'out'}"
-    elif "--guesses" in command:
-        command += " --methods stn --guesses .05"
-    if "response_step" in command:
-        command += " --networks mlp --modes response --rounds 1 --seconds 0.1"
-    if "benchmarks.steps" in command:
-        command += " --batch 8 --modes cycle --rounds 1 --seconds 0.1"
-    if command.startswith("pip "):
-        pytest.skip("tests/test_packaging.py builds and installs the package")
-    folder = next((data for name, data in DATA.items() if f" {name}" in command), None)
-    if command.startswith("python -m stn_fast.train ptb --device"):
-        folder = None
-        command = command.replace("--device cuda", "--print-config")  # its test text alone is minutes on a CPU
-    elif folder:
-        needed = Path(folder)
-        if not (Path(os.environ.get("STN_FAST_DATA", "missing")) / needed).exists():
-            pytest.skip(f"STN_FAST_DATA names no folder that holds {needed}")
-        if "stn_fast.train" in command:
-            command = command.replace("--device cuda", "") + f" --max-steps 2 --run-dir {tmp_path / 'run'}"
-        if "contact_sheet" in command:
-            command += f" -o {tmp_path / 'sheet.png'}"
-    if "benchmarks.language_steps" in command:
-        command += " --sizes ptb-small --modes cycle --rounds 1 --seconds 0.1"
+    """Training and pictures on the first examples of a data set; what is for CUDA prints its configuration."""
+    module, *arguments = command.split()[2:]
+    folder = next((data for name, data in DATA.items() if arguments[0].startswith(name)), None)
+    if folder and not (Path(os.environ.get("STN_FAST_DATA", "missing")) / folder).exists():
+        pytest.skip(f"STN_FAST_DATA names no folder that holds {folder}")
+    file = None
+    if "--device" in arguments:
+        command += " --print-config"
+    elif "--help" not in arguments:
+        file = tmp_path / {"stn_fast.train": "result.json", "stn_fast.contact_sheet": "sheet.png"}[module]
+        command += f" --max-steps 2 --run-dir {tmp_path}" if module == "stn_fast.train" else f" -o {file}"
     program, *arguments = command.split()
     assert program == "python"
-    if folder and "contact_sheet" not in command:
-        assert arguments[0] == "-m"
+    if folder:
         arguments[0] = str(ROOT / "tests" / "few_examples.py")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
-    if "stn_fast.train" in command and "--help" not in command and "--print-config" not in command:
-        assert (tmp_path / "run" / "result.json").exists()
-    if "stn_fast.compare" in command and "--help" not in command:
-        assert (tmp_path / "out" / "compare.png").exists()
+    assert result.stdout
+    assert file is None or file.exists()
 
 
-@pytest.mark.parametrize("module", sorted({line.split()[2] for line in commands() if line.startswith("python -m")}))
-def test_module_runs_by_its_name(module: str) -> None:
-    subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+@pytest.mark.parametrize("module", sorted({line.split()[2] for line in starting("python -m ")}))
+def test_module_runs_by_its_name(module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, module, raising=False)  # runpy warns of a module that has been imported
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert not end.value.code
+    assert f"python -m {module}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_runs_from_any_folder(code: str, tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    assert "dropout" in result.stdout
+def test_python_runs_from_any_folder(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    assert "dropout" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

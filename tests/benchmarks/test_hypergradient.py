@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from in_turn import InTurn
 from random_response import respond
 
 from benchmarks import hypergradient
+from stn_fast.comparison import processes
 from stn_fast.data import digits
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
 from stn_fast.recipes import recipe
@@ -49,9 +51,13 @@ def test_it_writes_a_row_for_each_hyperparameter_a_table_and_a_picture(made, mon
     assert hypergradient.main([*QUICK, "--out", str(made / "rows")]) == 0
 
 
-def test_rows_in_processes_of_their_own_are_those_made_in_turn(made, tmp_path):
+def test_rows_that_are_sent_to_processes_are_those_made_here(made, tmp_path, monkeypatch):
+    sent = InTurn()
+    monkeypatch.setattr(processes, "Processes", sent)
     assert hypergradient.main([*QUICK, "--jobs", "2", "--out", str(tmp_path / "rows")]) == 0
     assert rows_of(tmp_path / "rows") == rows_of(made / "rows")
+    assert sent.jobs == 2
+    assert len(sent.calls) >= 2
 
 
 def test_the_rest_of_a_run_is_its_training_steps_that_are_left(made):

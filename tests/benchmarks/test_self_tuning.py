@@ -4,8 +4,10 @@ import json
 import math
 
 import pytest
+from in_turn import InTurn
 
 from benchmarks import self_tuning
+from stn_fast.comparison import processes
 from stn_fast.recipes import recipe
 
 
@@ -56,8 +58,9 @@ def test_any_key_of_the_recipe_can_be_set_and_a_wrong_one_is_refused(monkeypatch
     assert "antithetic" in capsys.readouterr().err
 
 
-def test_runs_in_processes_of_their_own_give_what_runs_in_turn_give(tmp_path, capsys):
-    found = []
+def test_runs_that_are_sent_to_processes_give_what_runs_here_give(tmp_path, capsys, monkeypatch):
+    sent, found = InTurn(), []
+    monkeypatch.setattr(processes, "Processes", sent)
     for jobs in ("1", "2"):
         file = tmp_path / f"{jobs}.json"
         arguments = ["--seeds", "1", "--epochs", "4", "--methods", "stn", "fixed", "--guesses", ".2", ".6"]
@@ -70,6 +73,7 @@ def test_runs_in_processes_of_their_own_give_what_runs_in_turn_give(tmp_path, ca
     key = ("seed", "guess", "valid_loss", "test_loss", "hyperparameters")
     in_turn, at_once = ([[[row[k] for k in key] for row in rows] for rows in each.values()] for each in found)
     assert in_turn == at_once
+    assert (sent.jobs, len(sent.calls)) == (2, 4)
     assert [row["guess"] for row in found[0]["stn"]] == [0.2, 0.6]
     assert found[0]["stn"][0]["hyperparameters_start"]["input_dropout"] == pytest.approx(0.2)
 

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from in_turn import InTurn
 
 from benchmarks import short_runs
+from stn_fast.comparison import processes
 
 
 @pytest.mark.parametrize("name", short_runs.TASKS)
@@ -42,14 +44,16 @@ def test_a_run_that_becomes_non_finite_is_counted_kept_and_fails_the_command(tmp
     assert short_runs.main([*arguments, "--tasks", "wine"]) == 0
 
 
-def test_processes_give_what_one_gives(tmp_path):
-    made = []
+def test_runs_that_are_sent_to_processes_give_what_runs_here_give(tmp_path, monkeypatch):
+    sent, made = InTurn(), []
+    monkeypatch.setattr(processes, "Processes", sent)
     for jobs in ("1", "2"):
         out = tmp_path / jobs
         flags = ["--seeds", "2", "--cycles", "2", "--tasks", "without", "one-output", "--method", "delta-stn"]
         assert short_runs.main([*flags, "--jobs", jobs, "--out", str(out)]) == 0
         made.append(out.read_text())
     assert made[0] == made[1]
+    assert (sent.jobs, len(sent.calls)) == (2, 2)
 
 
 def test_the_control_has_the_published_settings(monkeypatch):

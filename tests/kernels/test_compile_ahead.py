@@ -1,8 +1,8 @@
 """Every kernel in every shipped configuration is compiled for real GPUs here, on a machine without one, and may ship.
 
 That is: no register spilled, no stack, shared memory that fits, tensor cores in the matrix kernels, and no message of
-ptxas that wgmma instructions run one after the other. With the installed Triton those of `TESTED_JOBS` are compiled;
-with the oldest supported one, those that use wgmma and one of every kernel; with both, all by `make compile-ahead`.
+ptxas that wgmma instructions run one after the other. With the installed Triton each tile of a kernel is compiled once;
+with the oldest supported one, one configuration of every kernel; with both, all by `make compile-ahead`.
 """
 
 import os
