@@ -184,7 +184,7 @@ print(matplotlib.rcParams._get("backend"))
 """
 
 
-@pytest.mark.parametrize("backend", ["aggg", "module://not_installed.backend", "gtk4agg", "", "pdf"])
+@pytest.mark.parametrize("backend", ["module://not_installed.backend", "", "pdf"])
 def test_the_backend_that_the_environment_names_does_not_matter(runs, tmp_path, backend):
     environment = os.environ | {"MPLBACKEND": backend}
     pictures = [tmp_path / "x.png", tmp_path / "x.svg"]

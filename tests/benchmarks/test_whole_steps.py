@@ -1,6 +1,7 @@
 """Plain training is that of the package's networks, and a cycle is compared with what it is said to be."""
 
 import json
+import sys
 from contextlib import nullcontext
 
 import numpy as np
@@ -181,6 +182,7 @@ def test_commands_measure_cycles_in_a_precision(command, own, precision, tmp_pat
         except RuntimeError as error:
             pytest.skip(f"torch has no LSTM in bfloat16 for this CPU: {error}")
     monkeypatch.setitem(language_steps.SHAPES, "ptb", (5, 2, 6, 13))
+    monkeypatch.setattr(sys.modules[alexnet.__module__], "HIDDEN", (64, 64))
     before = torch.backends.cudnn.rnn.fp32_precision
     file = tmp_path / "rows.json"
     flags = ["--modes", "cycle", "--precision", precision, "--providers", "stn_fast", "plain", "--json", str(file)]
