@@ -1,5 +1,6 @@
 """Weight decay of a layer whose weights differ from example to example, in closed form."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from stn_fast.ops.memory import reads_memory
 from stn_fast.ops.serving import ELEMENTWISE, UP_TO_FLOAT32, serving
 from stn_fast.ops.transforms import in_transform, traced
 from stn_fast.ops.uncast import product
+
+LAST = torch.channels_last
 
 
 def weight_decay_penalty(
@@ -84,25 +87,94 @@ def _plain(
     batch = len(decay)
     # 16-bit tensors are widened, because these are sums of many squares.
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    weight, response_weight = weight.flatten(1).to(dtype), response_weight.flatten(1).to(dtype)
+    weight, response_weight, *others = (tensor.to(dtype) for tensor in _rows(weight, response_weight, projection))
     weight_gate, h, decay = weight_gate.to(dtype), h.to(dtype), decay.to(dtype)
     weighted = decay[:, None] * h
     mean_gate = (weight_gate * weighted.sum(0)).sum(1) / batch
     mean_square_gate = (product(weight_gate, product(h.T, weighted)) * weight_gate).sum(1) / batch
+    moments = decay.mean(), mean_gate, mean_square_gate
+    if others and not (in_transform() or traced(weight)):
+        return _OfFactors.apply(weight, response_weight, *others, *moments)
+    inner, square = _inner_products(weight, response_weight, *others)
+    return _total(weight, inner, square, *moments)
+
+
+def _rows(weight: Tensor, response_weight: Tensor, projection: Tensor | None) -> Iterator[Tensor]:
+    """W, R and, if there is one, B as matrices; filters in channels_last as they are stored, without a copy of W."""
+    in_last = weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=LAST)
+    for tensor in (weight, response_weight) if projection is None else (weight, response_weight, projection):
+        yield (tensor.permute(0, 2, 3, 1) if in_last else tensor).flatten(1)
+
+
+def _total(weight: Tensor, inner: Tensor, square: Tensor, decay: Tensor, gate: Tensor, square_gate: Tensor) -> Tensor:
+    """½ (decay ‖W‖² + Σ_o 2 gate_o ⟨W_o, R_o⟩ + square_gate_o ‖R_o‖²)"""
+    return 0.5 * (decay * weight.square().sum() + (2 * gate * inner + square_gate * square).sum())
+
+
+def _inner_products(weight: Tensor, response_weight: Tensor, projection: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """⟨W_o, R_o⟩ and ‖R_o‖² of every output o; with a projection B, R = A B in each group."""
     if projection is None:
-        inner, square = (weight * response_weight).sum(1), response_weight.square().sum(1)
-    else:
-        inner, square = _of_factors(weight, response_weight, projection.flatten(1).to(dtype))
-    per_output = decay.mean() * weight.square().sum(1) + 2 * mean_gate * inner + mean_square_gate * square
-    return 0.5 * torch.sum(per_output)
-
-
-def _of_factors(weight: Tensor, factor: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
-    """⟨W_o, R_o⟩ and ‖R_o‖² of every output o, R = A B in each group; W (O, I), A (O, k), B (groups·k, I)."""
-    groups = len(projection) // factor.shape[1]
-    w, a, b = (tensor.unflatten(0, (groups, -1)) for tensor in (weight, factor, projection))
+        return (weight * response_weight).sum(1), response_weight.square().sum(1)
+    w, a, b = _grouped(weight, response_weight, projection)
     inner, square = a * product(w, b.mT), a * product(a, product(b, b.mT))
     return inner.sum(2).flatten(), square.sum(2).flatten()
+
+
+def _grouped(weight: Tensor, factor: Tensor, projection: Tensor) -> list[Tensor]:
+    """W (O, I), A (O, k) and B (groups·k, I), with the group as their first dimension."""
+    groups = len(projection) // factor.shape[1]
+    return [tensor.unflatten(0, (groups, -1)) for tensor in (weight, factor, projection)]
+
+
+class _OfFactors(torch.autograd.Function):
+    """`_total` of a response R = A B, with few passes over W; second derivatives are computed by `_total` itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, factor: Tensor, projection: Tensor, decay: Tensor, gate: Tensor, square_gate: Tensor
+    ) -> Tensor:
+        w, a, b = _grouped(weight, factor, projection)
+        of_weight, of_response = product(w, b.mT), product(a, product(b, b.mT))
+        squares = torch.linalg.vector_norm(weight).square()
+        ctx.save_for_backward(weight, factor, projection, decay, gate, square_gate, of_weight, of_response, squares)
+        inner, square = ((a * of).sum(2).flatten() for of in (of_weight, of_response))
+        return 0.5 * (decay * squares + (2 * gate * inner + square_gate * square).sum())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *given, of_weight, of_response, squares = ctx.saved_tensors
+        (g,) = gradients
+        if torch.is_grad_enabled():
+            return _derivatives(given, ctx.needs_input_grad, g)
+        weight, factor, projection, decay, gate, square_gate = given
+        w, a, b = _grouped(weight, factor, projection)
+        groups = len(w)
+        m, q = ((g * of.view(groups, -1, 1)) for of in (gate, square_gate))
+        wanted = ctx.needs_input_grad
+        found: list[Tensor | None] = [None] * len(given)
+        if wanted[0]:
+            # In the memory order of W, which its other gradients have, too.
+            d_weight = product(b.mT, (m * a).mT).mT if weight.stride(0) == 1 else product(m * a, b)
+            found[0] = d_weight.addcmul_(w, g * decay).flatten(0, 1)
+        if wanted[1]:
+            found[1] = torch.addcmul(m * of_weight, q, of_response).flatten(0, 1)
+        if wanted[2]:
+            found[2] = (product((m * a).mT, w) + product(product((q * a).mT, a), b)).flatten(0, 1)
+        found[3:] = (
+            0.5 * g * squares,
+            g * (a * of_weight).sum(2).flatten(),
+            0.5 * g * (a * of_response).sum(2).flatten(),
+        )
+        return tuple(found)
+
+
+def _derivatives(given: Sequence[Tensor], wanted: Sequence[bool], gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Those of `_total` with a response of low rank, which can be differentiated again."""
+    weight, factor, projection, *moments = given
+    asked = [tensor for tensor, wants in zip(given, wanted, strict=True) if wants]
+    total = _total(weight, *_inner_products(weight, factor, projection), *moments)
+    found = iter(torch.autograd.grad(total, asked, gradient, create_graph=True))
+    return tuple(next(found) if wants else None for wants in wanted)
 
 
 def _kernels_serve(*tensors: Tensor) -> bool:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from numerics import relative_error
@@ -28,6 +30,44 @@ def test_factors_have_the_penalty_and_the_gradients_of_their_product(inner, grou
     assert relative_error(got, want) < 1e-14
     for one, other in zip(torch.autograd.grad(got, tensors), torch.autograd.grad(want, tensors), strict=True):
         assert relative_error(one, other) < 1e-12
+
+
+def factors(groups, shape=(6, 2, 2, 2)):
+    """Arguments up to the projection, for a response of rank 2."""
+    weight, _, weight_gate, h, decay = operands(shape)
+    a, b = (torch.randn(sizes).double() for sizes in ((6, 2, 1, 1), (2 * groups, *shape[1:])))
+    return [weight, a.requires_grad_(), weight_gate, h, decay, b.requires_grad_()]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_penalty_of_factors_has_second_derivatives(groups):
+    assert torch.autograd.gradgradcheck(partial(weight_decay_penalty, groups=groups), factors(groups))
+
+
+@pytest.mark.parametrize("order", [(0, 2, 3, 1), (1, 2, 3, 0)])
+def test_gradients_of_factors_are_stored_like_the_weight(order):
+    """Else adding them to its other gradients would copy them: channels_last, and a transposed weight."""
+    tensors = factors(1, (6, 3, 2, 2) if order[0] == 0 else (6, 8, 1, 1))
+    want = torch.autograd.grad(weight_decay_penalty(*tensors), tensors)
+    back = [order.index(dim) for dim in range(4)]
+    weight = tensors[0].detach().permute(order).contiguous().permute(back)
+    if order[0] != 0:
+        weight, tensors[1], tensors[5] = (t.detach().flatten(1) for t in (weight, tensors[1], tensors[5]))
+    tensors = [weight.requires_grad_(), *(t.detach().requires_grad_() for t in tensors[1:])]
+    got = torch.autograd.grad(weight_decay_penalty(*tensors), tensors)
+    assert got[0].stride() == weight.stride()
+    for one, other in zip(got, want, strict=True):
+        assert relative_error(one, other.view(one.shape)) < 1e-14
+
+
+def test_autocast_changes_nothing_of_the_penalty_of_factors():
+    def gradients(on):
+        tensors = [tensor.detach().float().requires_grad_() for tensor in given]
+        with autocast(on):
+            return torch.autograd.grad(weight_decay_penalty(*tensors), tensors)
+
+    given = factors(1)
+    assert all(map(torch.equal, gradients(True), gradients(False)))
 
 
 def test_factors_that_do_not_fit_are_refused():
