@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stn_fast.conversion import TunedHyperparameters, convert
+from stn_fast.conversion.folding import tuned_in
 from stn_fast.data import DataSet
 from stn_fast.errors import UserError
 from stn_fast.files import exists, expanded
@@ -86,6 +87,8 @@ def _of_recipe(config: Config, path: Path, model: nn.Module | None, which: Which
             averaged = averaged_model(network, average)
             averaged.load_state_dict(state["averaged"])
             network = averaged.module
+            if (tuned := tuned_in(network)) is not None:  # which is not averaged
+                tuned.location.copy_(method.location.detach())
     return TrainedRecipe(network.eval(), method)
 
 

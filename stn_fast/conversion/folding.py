@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.output_dropout import remove_output_dropouts
@@ -22,6 +23,13 @@ def tuned_of(who: str, model: nn.Module) -> TunedHyperparameters:
     if not isinstance(tuned, TunedHyperparameters):
         raise TypeError(f"{who}: model must be one that stn.convert has converted, got {type(model).__name__}")
     return tuned
+
+
+def tuned_in(model: nn.Module) -> TunedHyperparameters | None:
+    """The hyperparameters of a converted model, or of one inside of torch's `AveragedModel`; None for other models."""
+    root = model.module if isinstance(model, AveragedModel) else model
+    tuned = getattr(root, "tuned_hyperparameters", None)
+    return tuned if isinstance(tuned, TunedHyperparameters) else None
 
 
 def fold(model: Model) -> Model:

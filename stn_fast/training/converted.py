@@ -16,7 +16,6 @@ from stn_fast.conversion.folding import tuned_of
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.modes import evaluating
 from stn_fast.training.delta import DeltaSelfTuning
-from stn_fast.training.linearised import Linearised
 from stn_fast.training.methods import SelfTuning
 from stn_fast.training.parameters import check_used, hold_parameters, is_response, listed
 
@@ -27,11 +26,6 @@ class ConvertedSelfTuning(SelfTuning):
     name = "stn"
     responds = "compute it from outputs of the model, in a loop of passes inside `with tuner.validating(...)`"
 
-    def _initial_state(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The memory of the model's buffers, so that the model always has the current λ."""
-        tuned = tuned_of("SelfTuner", self.model)
-        return tuned.location.detach(), tuned.raw_scale.detach()
-
     def _in_use(self, hyper: HyperBatch) -> AbstractContextManager[None]:
         tuned = tuned_of("SelfTuner", self.model)
         if not tuned.location.is_set_to(self.location):
@@ -39,7 +33,7 @@ class ConvertedSelfTuning(SelfTuning):
                 "SelfTuner: the model's hyperparameters have other memory than when the tuner was made, as after "
                 "load_state_dict(..., assign=True) or a move to another device; make a new SelfTuner"
             )
-        return tuned.using(hyper)
+        return super()._in_use(hyper)
 
     def _made_by(self) -> dict[str, Any]:
         return super()._made_by() | {"method": self.name}
@@ -111,9 +105,6 @@ class ConvertedDeltaSelfTuning(ConvertedSelfTuning, DeltaSelfTuning):
 
     name = "delta-stn"
 
-    def _linearise(self, model: nn.Module) -> Linearised:
-        return LinearisedConverted(model)
-
     @contextmanager
     def training_pass(self, batch_size: int, step: int, antithetic: bool) -> Iterator[HyperBatch]:
         """The pass of a general step: the hyperparameters are not perturbed, and the response is held."""
@@ -137,16 +128,6 @@ class ConvertedDeltaSelfTuning(ConvertedSelfTuning, DeltaSelfTuning):
     def linearised(self) -> Any:
         """What to call in place of the model in a response pass."""
         return self._linearised
-
-
-class LinearisedConverted(Linearised):
-    """`Linearised` for a converted model, which is called without hyperparameters: with those in use."""
-
-    def _outputs(self, *arguments: Any, **named: Any) -> Any:
-        tuned = tuned_of("Linearised", self._model)
-        assert tuned.current is not None
-        with tuned.using(tuned.current.linearised()):
-            return self._model(*arguments, **named)
 
 
 TuningMethod = Literal["stn", "delta-stn"]

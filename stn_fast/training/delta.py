@@ -80,12 +80,9 @@ class DeltaSelfTuning(SelfTuning):
         super().__init__(model, shifted, training_objective, validation_objective, optimizer=optimizer, **options)
         rates = learning_rate(self.response_optimizer), self.learning_rate
         self._rate_of_response = rates[0] / rates[1] if rates[1] else 1.0
-        self._linearised: Any = self._linearise(model) if linearize else model
+        self._linearised: Any = Linearised(model) if linearize else model
         self._checks_reach = True
         self._reached: set[str] = set()  # parameters that had a gradient in the last general step
-
-    def _linearise(self, model: nn.Module) -> Linearised:
-        return Linearised(model)
 
     def _add_training_kinds(self) -> None:
         self._add_kind("general_step", Kind(self._general_step, self.optimizer))

@@ -1,5 +1,7 @@
 """Objectives for language models that are called as ``model(inputs, hyper, state)`` on the windows of a text.
 
+A converted model is called as ``model(inputs, state)``.
+
 The model returns (logits (T, B, words), new state, ...); ``state`` is None at the beginning of a text.
 """
 
@@ -14,24 +16,25 @@ from torch import Tensor, nn
 
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training.streams import IGNORED, State, Window
+from stn_fast.training.task import outputs
 
 
 def next_word_loss(model: nn.Module, window: Window, hyper: HyperBatch) -> tuple[Tensor, State]:
     """Mean cross entropy of the window's words in nats, and the state after the window."""
-    logits, state, *_ = _outputs(model, window, hyper)
+    logits, state, *_ = _of_window(model, window, hyper)
     return _cross_entropy(logits, window, "mean"), state
 
 
 def regularised_next_word_loss(model: nn.Module, window: Window, hyper: HyperBatch) -> tuple[Tensor, State]:
     """``next_word_loss`` and ``activation_penalty`` of a ``LanguageModel``: for training only."""
-    outputs = _outputs(model, window, hyper)
-    loss = _cross_entropy(outputs.logits, window, "mean") + activation_penalty(outputs.raw, outputs.dropped, hyper)
-    return loss, outputs.state
+    found = _of_window(model, window, hyper)
+    loss = _cross_entropy(found.logits, window, "mean") + activation_penalty(found.raw, found.dropped, hyper)
+    return loss, found.state
 
 
 def next_word_scores(model: nn.Module, window: Window, hyper: HyperBatch) -> tuple[dict[str, Tensor], State]:
     """Summed cross entropy of the window's words in nats, as ``loss``, and the state after the window."""
-    logits, state, *_ = _outputs(model, window, hyper)
+    logits, state, *_ = _of_window(model, window, hyper)
     return {"loss": _cross_entropy(logits, window, "sum")}, state
 
 
@@ -69,10 +72,10 @@ def with_perplexity(means: dict[str, float]) -> dict[str, float]:
     return {**means, "perplexity": perplexity}
 
 
-def _outputs(model: nn.Module, window: Window, hyper: HyperBatch) -> Any:
+def _of_window(model: nn.Module, window: Window, hyper: HyperBatch) -> Any:
     if not isinstance(window, Window):
         raise TypeError(f"a language model needs a Window of Streams or WholeText, got a {type(window).__name__}")
-    return model(window.inputs, hyper, window.state)
+    return outputs(model, hyper, window.inputs, window.state)
 
 
 def _cross_entropy(logits: Tensor, window: Window, reduction: str) -> Tensor:

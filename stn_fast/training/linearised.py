@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from stn_fast.conversion.folding import tuned_in
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.ops.tangents import split
 
@@ -18,7 +20,8 @@ from stn_fast.ops.tangents import split
 class Linearised:
     """f(0) + J·h instead of f(h): the model's outputs at h = 0, and their first-order change along its response.
 
-    It is called with the arguments of the model, a HyperBatch with the response h among them. Other attributes and
+    It is called with the arguments of the model, a HyperBatch with the response h among them; a converted model, inside
+    ``using`` of one. Other attributes and
     methods are those of the model, which are not linearised. Every floating point tensor in the outputs is linearised,
     16-bit ones in float32; so the model must return logits, and the loss must be computed from them outside of it.
 
@@ -66,7 +69,9 @@ class Linearised:
         arguments, named = pytree.tree_map_only(
             HyperBatch, HyperBatch.linearised, (arguments, named), is_leaf=lambda one: isinstance(one, HyperBatch)
         )
-        return self._model(*arguments, **named)
+        tuned = tuned_in(self._model)
+        with nullcontext() if tuned is None or tuned.current is None else tuned.using(tuned.current.linearised()):
+            return self._model(*arguments, **named)
 
     def _without_tangent(self, trace: TracebackType | None, error: Exception) -> str:
         """The message of an error that was raised inside of a module: it names the innermost one."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from stn_fast.checks import real_number, switch, whole_number
+from stn_fast.conversion.folding import tuned_in
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace, inverse_softplus
 from stn_fast.modes import TrainingModes, evaluating
 from stn_fast.training.batches import Batch, as_batch
@@ -65,7 +66,8 @@ class Method(ABC):
     """Base class of all methods: the training step, checkpointing, checks for finite numbers, and settings.
 
     Args:
-        model: called as ``model(inputs, hyper)``.
+        model: a converted one, or one whose layers take the hyperparameters. The objectives call it, as
+            `stn_fast.training.task.outputs` does.
         space: the hyperparameters.
         training_objective: the loss that ``train_step`` minimises.
         optimizer: makes the optimizer from the parameters to train. On CUDA it is made capturable, and the learning
@@ -132,12 +134,16 @@ class Method(ABC):
         return list(self.model.parameters())
 
     def _initial_state(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Location and raw scale, leaf tensors that steps update in place."""
-        return self.space.initial_state(device)
+        """Location and raw scale, leaf tensors that steps update in place; of a converted model, its buffers."""
+        tuned = tuned_in(self.model)
+        if tuned is None:
+            return self.space.initial_state(device)
+        return tuned.location.detach(), tuned.raw_scale.detach()
 
     def _in_use(self, hyper: HyperBatch) -> AbstractContextManager[Any]:
         """What the forward and backward passes with a batch of hyperparameters run in."""
-        return nullcontext()
+        tuned = tuned_in(self.model)
+        return nullcontext() if tuned is None else tuned.using(hyper)
 
     def _add_training_kinds(self) -> None:
         self._add_kind("train_step", Kind(self._train, self.optimizer))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stn_fast.conversion.folding import tuned_in
 from stn_fast.data import DataSet, Split
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.training.batches import Batching, IndependentExamples
@@ -19,7 +20,7 @@ class Objective(Protocol):
     """A loss that steps minimise, called with these positional arguments.
 
     Args:
-        model: the network, to be called with the HyperBatch.
+        model: the network, to be called with the HyperBatch, as `outputs` does.
         batch: a batch with ``inputs`` and ``targets``: a ``Split``, or another kind made by the task's batching, such
             as a ``Window``.
         hyper: the hyperparameters, one row for each example of the batch.
@@ -75,9 +76,18 @@ class Task:
     around_step: Callable[[int], AbstractContextManager[Any]] = field(default=nullcontext)
 
 
+def outputs(model: nn.Module, hyper: HyperBatch, inputs: Tensor, *others: Any) -> Any:
+    """``model(inputs, hyper, *others)``; of a converted model ``model(inputs, *others)``, which then uses ``hyper``."""
+    tuned = tuned_in(model)
+    if tuned is None:
+        return model(inputs, hyper, *others)
+    with tuned.using(hyper):
+        return model(inputs, *others)
+
+
 def classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:
-    """Mean cross entropy in nats of ``model(inputs, hyper)``, logits (B, classes), against class indices (B,)."""
-    return F.cross_entropy(model(batch.inputs, hyper), batch.targets)
+    """Mean cross entropy in nats of the `outputs`, logits (B, classes), against class indices (B,)."""
+    return F.cross_entropy(outputs(model, hyper, batch.inputs), batch.targets)
 
 
 def decayed_classification_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:
@@ -112,6 +122,6 @@ def with_weight_decay(loss: Tensor, model: nn.Module, hyper: HyperBatch) -> Tens
 
 def classification_scores(model: nn.Module, batch: Split, hyper: HyperBatch) -> dict[str, Tensor]:
     """Sums over the batch: cross entropy in nats as ``loss``, and the number of correct answers as ``accuracy``."""
-    logits = model(batch.inputs, hyper)
+    logits = outputs(model, hyper, batch.inputs)
     right = (logits.argmax(1) == batch.targets).sum()
     return {"loss": F.cross_entropy(logits, batch.targets, reduction="sum"), "accuracy": right}

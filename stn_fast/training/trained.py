@@ -38,9 +38,10 @@ class Trained(NamedTuple):
 
 
 class TrainedRecipe(NamedTuple):
-    """A trained network of gated layers, in evaluation mode, and the method that has trained it.
+    """A trained network, in evaluation mode, and the method that has trained it.
 
-    It is called with the hyperparameters: ``trained.model(inputs, trained.hyper(len(inputs)))``.
+    One of gated layers is called with the hyperparameters: ``trained.model(inputs, trained.hyper(len(inputs)))``. A
+    converted one is called without them, and uses the tuned ones.
     """
 
     model: nn.Module

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stn_fast.dispatch import use_backend
-from stn_fast.training.converted import LinearisedConverted
+from stn_fast.training.linearised import Linearised
 from stn_fast.training.parameters import hold_parameters, is_response
 
 EXAMPLES = 5
@@ -105,7 +105,7 @@ def test_outputs_and_response_gradients_are_those_of_torch_func(kind, rank):
     hyper = perturbed(model)
     with hold_parameters([p for name, p in model.named_parameters() if not is_response(name)]):
         with model.tuned_hyperparameters.using(hyper):
-            found = LinearisedConverted(model)(x)
+            found = Linearised(model)(x)
         expected = by_torch_func(model, x, hyper)
         pairs = {"outputs": (found, expected)}
         theirs = response_gradients(model, expected)
@@ -122,4 +122,4 @@ def test_tangents_of_converted_layers_have_the_closed_form(kind, monkeypatch):
     for name in ("gated_linear", "gated_conv2d"):
         monkeypatch.setattr(f"stn_fast.ops.{name}.reference", None)
     with model.tuned_hyperparameters.using(perturbed(model)):
-        LinearisedConverted(model)(x)
+        Linearised(model)(x)
