@@ -246,6 +246,21 @@ def test_steps_of_low_rank_against_fixed_hyperparameters(network, op, file):
         assert_shown(shown[f"{network}, {name}"], expected)
 
 
+@pytest.mark.parametrize(("network", "dimensions"), [("ResNet-18", 4), ("GPT-2", 2)])
+def test_converted_networks_against_plain_ones(network, dimensions):
+    found = json.loads((RESULTS / "conversion-cpu.json").read_text())
+    ratios = {(row["mode"], row["provider"]): row["ratio_to_plain"] for row in found if len(row["shape"]) == dimensions}
+    keys = [("train", "converted"), ("train", "converted_antithetic"), ("valid", "converted")]
+    assert_shown(table("times the plain network")[network], [ratios[key] for key in keys])
+
+
+def test_converted_alexnet_against_gated_layers():
+    found = json.loads((RESULTS / "conversion-gated-cpu.json").read_text())
+    ratios = {row["mode"]: row["ratio_to_gated"] for row in found if row["provider"] == "converted"}
+    text = README[README.index("Against the network of gated layers") :].split("(`python")[0]
+    assert_shown(re.findall(r"\d+\.\d+", text), [ratios["train"], ratios["valid"]])
+
+
 def test_response_steps_of_delta_stn():
     shown, found = table("times | double backward"), json.loads((RESULTS / "response-step-cpu.json").read_text())
     for network, width in (("MLP", 784), ("LSTM", None)):

@@ -1,0 +1,44 @@
+"""The command of `benchmarks.conversion` writes rows, and its loss is that of the next character."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import conversion
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    shapes = {"resnet18": (4, 3, 32, 32), "gpt2": (2, 8), "alexnet": (2, 3, 32, 32)}
+    monkeypatch.setattr(conversion, "SHAPES", shapes)
+    monkeypatch.setattr(conversion, "RESNET18", dict(num_classes=10, channels=(8, 8, 16, 16)))
+    monkeypatch.setattr(conversion, "GPT2", dict(n_layer=1, n_head=2, n_embd=8, n_positions=8))
+
+
+def test_the_command_writes_a_row_for_everyone(tmp_path, capsys):
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    file = tmp_path / "rows.json"
+    assert conversion.main(["--seconds", "0.01", "--rounds", "2", "--json", str(file)]) == 0
+    rows = {(len(row["shape"]), row["mode"], row["provider"]): row for row in json.loads(file.read_text())}
+    for dimensions in (4, 2):
+        for mode, providers in (("train", conversion.PROVIDERS[:3]), ("valid", ("converted", "plain"))):
+            assert all(rows[dimensions, mode, name]["ratio_to_plain"] > 0 for name in providers)
+    assert "ratio to plain" in capsys.readouterr().out
+
+
+def test_gated_and_converted_layers_take_turns(tmp_path):
+    file = tmp_path / "rows.json"
+    arguments = ["--networks", "alexnet", "--seconds", "0", "--rounds", "1", "--modes", "valid"]
+    assert conversion.main([*arguments, "--json", str(file)]) == 0
+    found = {row["provider"]: row["ratio_to_gated"] for row in json.loads(file.read_text())}
+    assert found.keys() == {"gated", "converted"}
+    assert all(ratio > 0 for ratio in found.values())
+
+
+def test_the_loss_compares_each_position_with_the_next_character():
+    tokens, targets = conversion.gpt2_batch()
+    assert torch.equal(targets[:, :-1], tokens[:, 1:])
+    logits = torch.nn.functional.one_hot(targets, conversion.CHARACTERS) * 100.0
+    assert conversion.loss(logits, targets) < 1e-6
