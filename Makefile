@@ -53,6 +53,8 @@ check: lint  ## lint and a minute of tests, before each commit
 test: lint  ## lint, then every test that needs no GPU
 	@$(MAKE) --no-print-directory triton-oldest || echo "tests that compile with the oldest Triton are skipped" >&2
 	@$(MAKE) --no-print-directory $(VENV)/.exports || echo "tests of ONNX and safetensors are skipped" >&2
+	@$(MAKE) --no-print-directory $(VENV)/.examples || \
+	  echo "tests of timm, transformers, peft, Fabric and Accelerate are skipped" >&2
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -m "not gpu" $(WORKERS) $(ARGS)
 
 launched-kernels: triton-oldest  ## compile every variant of a kernel that a step of a recipe launches (ARGS="digits" names one)
@@ -75,6 +77,11 @@ $(OLDEST)/.installed: | venv
 
 $(VENV)/.exports: | venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt onnx onnxruntime onnxscript safetensors
+	@touch $@
+
+# The constraints keep the torch that is installed, and pip chooses the torchvision of its release, which timm needs.
+$(VENV)/.examples: | venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt timm transformers peft lightning-fabric accelerate
 	@touch $@
 
 compile-ahead: triton-oldest  ## compile every kernel for sm_80 and sm_90 with both ends of Triton's range; prints a table

@@ -1,6 +1,6 @@
 """Small networks of timm and transformers: unchanged by conversion, per example, folded, with known rows.
 
-``pytest -s -k table`` prints what is converted of each, and what is left out.
+``pytest -s -k table tests/conversion/test_architectures.py`` prints what is converted of each, what is left out and why.
 """
 
 import copy
@@ -12,6 +12,7 @@ from functools import cache, partial
 import pytest
 import torch
 from converted_networks import converted, sampled
+from libraries import library
 from numerics import relative_error
 from torch import nn
 
@@ -133,7 +134,7 @@ def made(name):
 
 
 def of_timm(name):
-    timm = pytest.importorskip("timm")
+    timm = library("timm")
     mixers, options = timm.models.mlp_mixer, TIMM[name] | dict(num_classes=CLASSES)
     blocks = {
         "MlpMixer": {},
@@ -150,7 +151,7 @@ def of_timm(name):
 
 
 def of_transformers(name):
-    transformers = pytest.importorskip("transformers")
+    transformers = library("transformers")
     kind = getattr(transformers, name)
     return kind(kind.config_class(**TRANSFORMERS[name]))
 
@@ -277,8 +278,8 @@ def table_of_architectures():
 
 
 def test_table():
-    pytest.importorskip("timm")
-    pytest.importorskip("transformers")
+    library("timm")
+    library("transformers")
     table = table_of_architectures()
     print("\n" + table)
     shown = [line.partition(": ")[0] for line in table.splitlines() if not line.startswith(" ")]
