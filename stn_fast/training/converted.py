@@ -16,6 +16,7 @@ from stn_fast.conversion.folding import tuned_of
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.modes import evaluating
 from stn_fast.training.delta import DeltaSelfTuning
+from stn_fast.training.distributed import Processes
 from stn_fast.training.methods import SelfTuning
 from stn_fast.training.parameters import check_used, hold_parameters, is_response, listed
 
@@ -24,6 +25,7 @@ class ConvertedSelfTuning(SelfTuning):
     """The steps of a converted model: they tune its own λ, and its layers use the hyperparameters of each pass."""
 
     name = "stn"
+    processes: Processes | None = None  # those that share the batches of passes
     responds = "compute it from outputs of the model, in a loop of passes inside `with tuner.validating(...)`"
 
     def _in_use(self, hyper: HyperBatch) -> AbstractContextManager[None]:
@@ -52,7 +54,12 @@ class ConvertedSelfTuning(SelfTuning):
 
     @torch.no_grad()
     def _perturbation(self, batch_size: int, step: int, antithetic: bool) -> HyperBatch:
-        return self._perturbed(dict(batch_size=batch_size, seed=self.seed, step=step), antithetic)
+        return self._perturbed(self._draw_of_pass(batch_size, step), antithetic)
+
+    def _draw_of_pass(self, batch_size: int, step: int) -> dict[str, Any]:
+        """As `_draw`, for the examples of this process."""
+        first_example = 0 if self.processes is None else self.processes.rank * batch_size
+        return dict(batch_size=batch_size, seed=self.seed, step=step, first_example=first_example)
 
     @contextmanager
     def _passing(self, hyper: HyperBatch, statistics: bool) -> Iterator[None]:
@@ -72,7 +79,7 @@ class ConvertedSelfTuning(SelfTuning):
     def validation_pass(self, batch_size: int, step: int) -> Iterator[HyperBatch]:
         """Inside, the model is in evaluation mode, its weights are held, and it uses hyperparameters with gradients."""
         self._check_ready("validating")
-        hyper = self._validation_hyper(dict(batch_size=batch_size, seed=self.seed, step=step))
+        hyper = self._validation_hyper(self._draw_of_pass(batch_size, step))
         with evaluating(self.model), hold_parameters(self.model.parameters()), self._in_use(hyper):
             yield hyper
 
@@ -83,12 +90,17 @@ class ConvertedSelfTuning(SelfTuning):
             got = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"hyper_step: the loss must be a tensor of one number, the mean over examples, got {got}")
         gradients = self._gradients(loss.to(torch.promote_types(loss.dtype, torch.float32)))
-        self._move(loss.detach(), gradients, step, lambda where: None)
-        return loss.detach()
+        loss = loss.detach()
+        if self.processes is not None:
+            averages = self.processes.averages([loss, *gradients])
+            loss, gradients = averages[0].to(loss.dtype), tuple(one.to(self.location.dtype) for one in averages[1:])
+        self._move(loss, gradients, step, lambda where: None)
+        return loss
 
     def shorten(self, optimizer: torch.optim.Optimizer, responses: Sequence[Tensor]) -> None:
         """Divides the gradients of the response as `ResponseSteps.shorten` does."""
-        self._response_steps.shorten([one for one in _parameters(optimizer) if one.grad is not None], responses)
+        trained = [one for one in _parameters(optimizer) if one.grad is not None]
+        self._response_steps.shorten(trained, responses, self.processes)
 
     @property
     def response_has_gradients(self) -> bool:
@@ -109,7 +121,7 @@ class ConvertedDeltaSelfTuning(ConvertedSelfTuning, DeltaSelfTuning):
     def training_pass(self, batch_size: int, step: int, antithetic: bool) -> Iterator[HyperBatch]:
         """The pass of a general step: the hyperparameters are not perturbed, and the response is held."""
         self._check_ready("training")
-        hyper = self._general_hyper(dict(batch_size=batch_size, seed=self.seed, step=step))
+        hyper = self._general_hyper(self._draw_of_pass(batch_size, step))
         with hold_parameters(self._response), self._passing(hyper, statistics=True):
             yield hyper
         self._note_reach()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stn_fast.layers.embedding import GatedTable
+from stn_fast.training.distributed import Processes
 
 
 class ResponseSteps:
@@ -30,18 +31,23 @@ class ResponseSteps:
                     self._parts.append((response, own[gate], columns))
 
     @torch.no_grad()
-    def shorten(self, trained: Sequence[Tensor], responses: Sequence[Tensor]) -> None:
+    def shorten(
+        self, trained: Sequence[Tensor], responses: Sequence[Tensor], processes: Processes | None = None
+    ) -> None:
         """Divides the gradients in place.
 
         Args:
             trained: the parameters that have a gradient.
             responses: h (B, n) of each pass of the step.
+            processes: those that share the batch, of whose examples `responses` has a part.
         """
         having_gradients = set(map(id, trained))
         parts = [part for part in self._parts if id(part[0]) in having_gradients]
         if not parts:
             return
         moments = torch.stack([h.T @ h / len(h) for h in responses]).mean(0)
+        if processes is not None:
+            (moments,) = processes.averages([moments])
         gates = torch.cat([gate.to(moments) for _, gate, _ in parts])  # one product for all layers
         squares = ((gates @ moments) * gates).sum(1).clamp(min=1)
         for (response, _, columns), found in zip(

@@ -18,6 +18,7 @@ from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training.batches import Examples, as_batch
 from stn_fast.training.config import Precision
 from stn_fast.training.converted import METHODS, TuningMethod, check_method, check_optimizers, response_parameters
+from stn_fast.training.distributed import Processes
 from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer
 from stn_fast.training.parameters import listed
 from stn_fast.training.passes import Passes
@@ -26,6 +27,7 @@ from stn_fast.training.task import with_weight_decay
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.distributed import ProcessGroup
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -64,6 +66,10 @@ class SelfTuner(Passes):
     A loop that calls backward, zero_grad and the optimizer's step itself uses passes instead of steps: `training`,
     `validating` and `hyper_step`. There, call `stn_fast.conversion.check_rows` yourself.
 
+    With several processes, give `process_group`, and call in each pass `training` the module that
+    DistributedDataParallel, Fabric or Accelerate made of the model, which averages the gradients of the weights. In
+    `validating`, call the converted model itself, because these would wait for gradients that the weights do not get.
+
     The training loss also gets ½·weight_decay·‖W_eff‖² of the converted layers, if the space has `weight_decay`; with
     additions of `stn_fast.WeightDecay`, each layer has its own hyperparameter. An optimizer that decays weights itself
     decays them and the response as well, which is a warning. An addition of `stn_fast.LabelSmoothing` smooths the
@@ -88,9 +94,13 @@ class SelfTuner(Passes):
         check_rows: whether to check, at the first step with each structure of batch, which examples the rows of a
             layer's input belong to, as `stn_fast.conversion.check_rows` does. False for a model that can't be called
             with another number of examples, keeps a state between calls, or pads to the longest example of a call.
+        process_group: the processes that share each batch of a loop of passes, all with as many examples, such as
+            ``torch.distributed.group.WORLD``, which is None where there is only one. Every process draws for its own
+            examples what one process would draw for them in the whole batch, and `hyper_step` averages gradients. See
+            the class for what the loop does.
 
     Raises:
-        TypeError: the model has not been converted, or `optimizer` is not an optimizer.
+        TypeError: the model has not been converted, `optimizer` is not an optimizer, or `process_group` no group.
         ValueError: the optimizer lacks parameters of the response, or is another model's; a setting is out of range;
             `loss` can't be smoothed, although the model was converted with label smoothing; the other method has tuned
             the model's hyperparameters before.
@@ -116,6 +126,7 @@ class SelfTuner(Passes):
         skip_nonfinite: int = 0,
         precision: Precision = "fp32",
         check_rows: bool = True,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         tuned = self._tuned = tuned_of("SelfTuner", model)
         self.warmup_steps = whole_number("SelfTuner", "warmup_steps", warmup_steps, 0)
@@ -145,6 +156,7 @@ class SelfTuner(Passes):
         made = METHODS[method](model, tuned.space, *objectives, **options)
         tuned.centre(method == "delta-stn")
         super().__init__(made)
+        made.processes = self._processes = _processes(process_group, method)
         self._checked: set[Any] = set()  # the structures of batches with which check_rows has called the model
 
     def _training_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:
@@ -177,6 +189,7 @@ class SelfTuner(Passes):
 
     def train_step(self, batch: Any) -> Tensor:
         """Updates the weights and the response on a training batch; returns the loss."""
+        self._check_alone("train_step")
         self._check_closed("train_step")
         self._forget_passes()  # their gradients are not used
         loss = self.method.train_step(self._batch(batch), self.draws)
@@ -185,11 +198,19 @@ class SelfTuner(Passes):
 
     def valid_step(self, held_out: Any) -> Tensor:
         """Updates the hyperparameters on a validation batch; returns the loss, without the entropy."""
+        self._check_alone("valid_step")
         self._check_closed("valid_step")
         loss = self.method.valid_step(self._batch(held_out), self.draws)
         self.draws += 1
         self._record(loss)
         return loss
+
+    def _check_alone(self, call: str) -> None:
+        if self._processes is not None:
+            raise RuntimeError(
+                f"{call}: steps do not average the gradients of weights over {self._processes.size} processes: call "
+                "the model that DistributedDataParallel returns in passes, `with tuner.training(...)`"
+            )
 
     def _batch(self, batch: Any) -> _Batch:
         if isinstance(batch, Mapping):
@@ -279,6 +300,21 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), inputs
     return inputs if isinstance(inputs, tuple) else (inputs,), {}
+
+
+def _processes(group: ProcessGroup | None, method: TuningMethod) -> Processes | None:
+    """The processes that share a batch; None if there is only one."""
+    if group is None:
+        return None
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"SelfTuner: process_group must be one of torch.distributed, got {type(group).__name__}")
+    processes = Processes(group)
+    if processes.size > 1 and method == "delta-stn":
+        raise ValueError(
+            "SelfTuner: delta-stn can't share a batch between processes, because its pass of the response does not "
+            "call the model that DistributedDataParallel returns: use method='stn'"
+        )
+    return processes if processes.size > 1 else None
 
 
 def _smoothing(tuned: TunedHyperparameters, loss: Loss | None, valid_loss: Loss | None) -> str | None:

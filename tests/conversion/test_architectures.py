@@ -1,6 +1,6 @@
 """Small networks of timm and transformers: unchanged by conversion, per example, folded, with known rows.
 
-``pytest -s -k table tests/conversion/test_architectures.py`` prints what is converted of each, what is left out and why.
+``pytest -s -k table tests/conversion/test_architectures.py`` prints what is converted and what is left out, and why.
 """
 
 import copy

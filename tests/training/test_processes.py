@@ -1,0 +1,92 @@
+"""Passes in two gloo processes tune as one process with the whole batch does: by DDP, by Fabric and by Accelerate."""
+
+import os
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import gloo_process
+import pytest
+import torch
+import torch.distributed as dist
+
+import stn_fast as stn
+
+# The network computes in float64. λ, σ and the draws are float32, and the gradients of λ and σ are sums over examples,
+# which two processes add up in another order: that may change the last of 24 bits, at each of 12 steps.
+ROUNDING = 1e-6
+LIBRARIES = {"DDP": "torch", "fabric": "lightning_fabric", "accelerate": "accelerate"}
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """One process with the whole batch."""
+    return gloo_process.train(lambda *both: both)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """Two processes, each with a half of the batch: {library: result} of each."""
+    installed = [library for library, module in LIBRARIES.items() if find_spec(module)]
+    files = [tmp_path_factory.mktemp("processes") / str(rank) for rank in range(2)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, gloo_process.__file__, file, *installed],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, file in enumerate(files)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+    return [torch.load(file) for file in files]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_two_processes_tune_as_one_does_with_the_whole_batch(library, whole, halves):
+    if library not in halves[0]:
+        pytest.skip(f"{LIBRARIES[library]} is not installed")
+    one, other = (results[library] for results in halves)
+    assert one["history"] == other["history"]
+    assert one["scales"] == other["scales"]
+    assert torch.equal(one["weights"], other["weights"])
+    assert len(one["history"]) == gloo_process.STEPS
+    for found, wanted in zip(one["history"], whole["history"], strict=True):
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=ROUNDING)
+        assert found["values"] == pytest.approx(wanted["values"], rel=ROUNDING)
+    assert one["scales"] == pytest.approx(whole["scales"], rel=ROUNDING)
+    assert (one["weights"] - whole["weights"]).norm() < ROUNDING * whole["weights"].norm()
+
+
+@pytest.fixture
+def two():
+    """The group of two processes, the other of which does not exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_steps_delta_stn_and_what_is_no_group_are_refused(two):
+    tuned = gloo_process.network()
+    optimizer = torch.optim.SGD(tuned.parameters(), 0.1)
+    with pytest.raises(TypeError, match=r"process_group must be one of torch\.distributed, got int"):
+        stn.SelfTuner(tuned, optimizer, process_group=2)
+    with pytest.raises(ValueError, match="delta-stn can't share a batch"):
+        stn.SelfTuner(tuned, optimizer, method="delta-stn", process_group=two)
+    tuner = stn.SelfTuner(tuned, optimizer, torch.nn.functional.cross_entropy, process_group=two)
+    for step in (tuner.step, tuner.train_step, tuner.valid_step):
+        with pytest.raises(RuntimeError, match="steps do not average the gradients of weights over 2 processes"):
+            step(gloo_process.batch(0)[0])
+    assert tuner.draws == 0
