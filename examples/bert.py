@@ -1,0 +1,60 @@
+"""A small BERT of transformers, as masked language model of a twentieth of Penn Treebank; its dropouts tune themselves.
+
+    python examples/bert.py --data-root DIR
+
+A tenth of the words is hidden, other ones in each batch. `pip install '.[examples]'` installs transformers.
+"""
+
+import argparse
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BertConfig, BertForMaskedLM
+
+import stn_fast as stn
+from stn_fast.data import ptb
+
+
+def hide(windows: list[tuple[Tensor]]) -> dict[str, Tensor]:
+    words = torch.stack([window for (window,) in windows]) + 1  # 0 is [MASK]
+    hidden = torch.rand(words.shape) < 0.1
+    return {"input_ids": words.masked_fill(hidden, 0), "labels": words.masked_fill(~hidden, -100)}
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
+    torch.manual_seed(0)  # hides the same words for each model
+    return torch.stack([model.eval()(**batch).loss for batch in batches]).mean().exp().item()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    it = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    it.add_argument("--epochs", type=int, default=8)
+    it.add_argument("--data-root", metavar="DIR", help="folder of data sets (default: $STN_FAST_DATA)")
+    flags = it.parse_args(arguments)
+    torch.manual_seed(0)
+    corpus = ptb.load(flags.data_root, train_fraction=0.05)
+    parts = (TensorDataset(text[: len(text) // 32 * 32].view(-1, 32)) for text in corpus[:3])
+    train, valid, test = (DataLoader(part, 32, shuffle=True, collate_fn=hide) for part in parts)
+    sizes = dict(vocab_size=len(corpus.words) + 1, max_position_embeddings=32, hidden_size=64, num_hidden_layers=2)
+    plain = BertForMaskedLM(BertConfig(num_attention_heads=2, attention_probs_dropout_prob=0.0, **sizes))
+    tuned = stn.convert(copy.deepcopy(plain))
+    optimizer = torch.optim.AdamW(plain.parameters(), 1e-3)
+    for batch, _ in stn.alternate(train, valid, epochs=flags.epochs):
+        plain(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    of_tuned = torch.optim.AdamW(tuned.parameters(), 1e-3, weight_decay=0)
+    tuner = stn.SelfTuner(tuned, of_tuned, loss=lambda output, batch: output.loss)
+    for batch, held_out in stn.alternate(train, valid, epochs=flags.epochs):
+        tuner.step(batch, held_out)
+    print(tuner.values())
+    print(f"test perplexity: plain {perplexity(plain, test):.1f}, self-tuned {perplexity(tuner.fold(), test):.1f}")
+
+
+if __name__ == "__main__":
+    main()
