@@ -39,15 +39,15 @@ def main(arguments: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(tuned.parameters(), 3e-3, weight_decay=0)
     tuner = stn.SelfTuner(tuned, optimizer, process_group=torch.distributed.group.WORLD)
     model, optimizer = accelerator.prepare(tuned, optimizer)
-    for batch, held_out in stn.alternate(train, valid, train_steps=1, epochs=flags.epochs):
-        (inputs, targets), (held_inputs, held_targets) = batch, held_out  # type: ignore[misc]
-        with tuner.training(len(inputs)):
-            accelerator.backward(F.cross_entropy(model(inputs), targets) + tuner.penalty())
-        optimizer.step()
-        optimizer.zero_grad()
-        with tuner.validating(len(held_inputs)):
-            loss = F.cross_entropy(tuned(held_inputs), held_targets)
-        tuner.hyper_step(loss)
+    for _ in range(flags.epochs):
+        for (inputs, targets), (held_inputs, held_targets) in zip(train, valid, strict=True):
+            with tuner.training(len(inputs)):
+                accelerator.backward(F.cross_entropy(model(inputs), targets) + tuner.penalty())
+            optimizer.step()
+            optimizer.zero_grad()
+            with tuner.validating(len(held_inputs)):
+                loss = F.cross_entropy(tuned(held_inputs), held_targets)
+            tuner.hyper_step(loss)
 
     accuracy = (tuner.fold().eval()(x[400:]).argmax(1) == y[400:]).float().mean()
     accelerator.print(f"{tuner.values()}\ntest accuracy {accuracy:.3f}")
