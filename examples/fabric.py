@@ -3,9 +3,8 @@
     python examples/fabric.py
     python examples/fabric.py --processes 2
 
-Fabric's model averages the gradients of the weights over the processes, and the tuner those of the hyperparameters: all
-processes have the same λ. Batches of validation images go through the converted network itself, because there weights
-get no gradients. `pip install '.[examples]'` installs Fabric.
+Fabric's model averages the gradients of the weights over the processes, and the tuner those of the hyperparameters, so
+that all processes have the same λ. `pip install '.[examples]'` installs Fabric.
 """
 
 import argparse
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
             optimizer.step()
             optimizer.zero_grad()
             with tuner.validating(len(held_inputs)):
-                loss = F.cross_entropy(tuned(held_inputs), held_targets)
+                loss = F.cross_entropy(model(held_inputs), held_targets)
             tuner.hyper_step(loss)
 
     accuracy = (tuner.fold().eval()(x[400:]).argmax(1) == y[400:]).float().mean()

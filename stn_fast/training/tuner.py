@@ -66,9 +66,8 @@ class SelfTuner(Passes):
     A loop that calls backward, zero_grad and the optimizer's step itself uses passes instead of steps: `training`,
     `validating` and `hyper_step`. There, call `stn_fast.conversion.check_rows` yourself.
 
-    With several processes, give `process_group`, and call in each pass `training` the module that
-    DistributedDataParallel, Fabric or Accelerate made of the model, which averages the gradients of the weights. In
-    `validating`, call the converted model itself, because these would wait for gradients that the weights do not get.
+    With several processes, give `process_group`, and call in passes the module that DistributedDataParallel, Fabric or
+    Accelerate made of the model, which averages the gradients of the weights.
 
     The training loss also gets ½·weight_decay·‖W_eff‖² of the converted layers, if the space has `weight_decay`; with
     additions of `stn_fast.WeightDecay`, each layer has its own hyperparameter. An optimizer that decays weights itself
@@ -96,8 +95,7 @@ class SelfTuner(Passes):
             with another number of examples, keeps a state between calls, or pads to the longest example of a call.
         process_group: the processes that share each batch of a loop of passes, all with as many examples, such as
             ``torch.distributed.group.WORLD``, which is None where there is only one. Every process draws for its own
-            examples what one process would draw for them in the whole batch, and `hyper_step` averages gradients. See
-            the class for what the loop does.
+            examples what one process would draw for them in the whole batch, and `hyper_step` averages gradients.
 
     Raises:
         TypeError: the model has not been converted, `optimizer` is not an optimizer, or `process_group` no group.

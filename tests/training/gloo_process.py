@@ -52,7 +52,7 @@ def train(prepare, backward=torch.Tensor.backward, group=None, rank=0, size=1):
         optimizer.step()
         optimizer.zero_grad()
         with tuner.validating(len(held_x)):
-            loss = F.cross_entropy(tuned(held_x), held_y)
+            loss = F.cross_entropy(model(held_x), held_y)
         tuner.hyper_step(loss)
     weights = torch.cat([parameter.detach().flatten() for parameter in tuned.parameters()])
     return {"history": tuner.history, "scales": tuner.scales(), "weights": weights}
