@@ -3,8 +3,8 @@
     python examples/accelerate_loop.py
     torchrun --nproc-per-node=2 examples/accelerate_loop.py
 
-Accelerate's model averages the gradients of the weights over the processes, and the tuner those of the hyperparameters, so
-that all processes have the same λ. `pip install '.[examples]'` installs Accelerate.
+Accelerate's model averages the gradients of the weights over the processes, and the tuner those of the hyperparameters:
+all processes have the same λ. `pip install '.[examples]'` installs Accelerate.
 """
 
 import argparse
