@@ -36,7 +36,7 @@ from stn_fast.data import Split, fashion_mnist, split_validation
 from stn_fast.errors import UserError
 
 Row = dict[str, Any]
-NETWORK, GUESS = "test_byobnet", 0.5  # the smallest residual network of timm: 202,000 weights
+NETWORK, GUESS = "test_byobnet", 0.5  # a small residual network of timm, of 202,000 weights
 SIZE, BATCH = 5_000, 128
 RUNS = ("self-tuned", "plain", "plain, same compute")
 

@@ -32,7 +32,7 @@ def perplexity(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     it = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    it.add_argument("--epochs", type=int, default=8)
+    it.add_argument("--epochs", type=int, default=4)
     it.add_argument("--data-root", metavar="DIR", help="folder of data sets (default: $STN_FAST_DATA)")
     flags = it.parse_args(arguments)
     torch.manual_seed(0)
