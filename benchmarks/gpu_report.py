@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -244,10 +244,10 @@ class Parsed(Exception):
 
 def parse_only(module: str, arguments: Sequence[str]) -> None:
     """Runs a command up to where it has parsed its arguments, with a CUDA device claimed to be there."""
-    parse = argparse.ArgumentParser.parse_known_args
+    parse: Callable[..., tuple[argparse.Namespace, list[str]]] = argparse.ArgumentParser.parse_known_args
 
     def parsed(parser: argparse.ArgumentParser, given: Sequence[str] | None = None, *_: object) -> None:
-        _, unknown = parse(parser, given)
+        unknown = parse(parser, given)[1]
         if unknown:
             parser.error(f"unknown arguments: {' '.join(unknown)}")
         raise Parsed

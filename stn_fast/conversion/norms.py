@@ -175,7 +175,9 @@ class _BatchNorm(GatedBatchNorm, _Folding):
         if self.training and self.track_running_stats and not in_transform():
             self.num_batches_tracked.add_(1)
         images = input.view(*input.shape, *[1] * (4 - input.ndim))
-        return self._affine(images, given, response_input(given, self.weight)).view_as(input)
+        normal = self._affine(images, given, response_input(given, self.weight))
+        # Not a view of itself, in which an activation in place would cost copies and the memory format of its gradient.
+        return normal if input.ndim == 4 else normal.view_as(input)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):  # type: ignore[misc]
