@@ -31,13 +31,6 @@ def test_core_is_right_however_the_rows_fall_into_blocks(monkeypatch, block, lay
     assert max(counted.blocks) > 1 or block >= 300
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@use_backend("cpp")
-def test_a_low_rank_is_right_with_a_matrix_for_each_example_of_many_rows(monkeypatch, bias):
-    monkeypatch.setattr(cpu, "row_blocks", None)  # which is for examples of few rows
-    assert_as_good_as_plain_torch(LINEAR.problem(batch=5, inputs=7, outputs=6, inner=9, rank=2, bias=bias))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_validation_step_computes_no_weight_gradient(dtype, monkeypatch):
     """Frozen parameters: only the products behind dx may run, and small ones with the gates."""

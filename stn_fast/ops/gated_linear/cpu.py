@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from stn_fast.ops.gates import GatedParameters, Gradients, Wanted, gate_gradients, gates, gradients
+from stn_fast.ops.gates import GatedParameters, Gradients, Wanted
 from stn_fast.ops.memory import address, own_address
-from stn_fast.ops.products import SumOverRows, both_times_transpose, sum_of_two, times_transpose
+from stn_fast.ops.products import SumOverRows, both_times_transpose, sum_of_two
 
 
 def forward(
@@ -34,8 +34,6 @@ def forward(
         y, q = both_times_transpose(x, weight, response_weight)
         epilogue(y, q, h, outer)
         return y, q
-    if _by_example(projection, response_weight, outer, inner):
-        return _forward_by_example(x, parameters, h)
     y, u = both_times_transpose(x, weight, projection)
     most = _BLOCK // len(weight)
     buffer = y.new_empty(min(len(y), max(most, inner)), len(weight))
@@ -66,8 +64,6 @@ def backward(
     from stn_fast import _C
 
     weight, _, response_weight, response_bias, weight_gate, bias_gate, projection = parameters
-    if _by_example(projection, response_weight, outer, inner):
-        return _backward_by_example(dy, x, parameters, h, saved, wanted)
     address(dy)  # raises where it can't be read
 
     def out(like: Tensor | None, wants: bool) -> Tensor | None:
@@ -126,65 +122,6 @@ def backward(
         bias_gate=d_bias_gate,
         response_projection=of_matrices["response_projection"].total(),
         h=d_h,
-    )
-
-
-def _by_example(projection: Tensor | None, response_weight: Tensor, outer: int, inner: int) -> bool:
-    """Whether a response of low rank is multiplied with a matrix A_b = [diag(s_b) A, shift_b] of each example.
-
-    That saves the passes over all outputs. Making the matrices, and adding up their gradients, must cost less than
-    those: examples must have more consecutive rows than A has columns.
-    """
-    return projection is not None and outer == 1 and inner > 2 * response_weight.shape[1]
-
-
-def _factors_by_example(parameters: GatedParameters, h: Tensor) -> Tensor:
-    """A_b of each example: (B, O, k + 1)"""
-    scale, shift = gates(parameters, h)
-    factors = scale.new_empty(*scale.shape, parameters.response_weight.shape[1] + 1)
-    torch.mul(scale[:, :, None], parameters.response_weight, out=factors[:, :, :-1])
-    factors[:, :, -1] = 0.0 if shift is None else shift
-    return factors
-
-
-def _forward_by_example(x: Tensor, parameters: GatedParameters, h: Tensor) -> tuple[Tensor, Tensor]:
-    """(y, [u, 1]) with y = x Wᵀ + [u, 1] A_bᵀ"""
-    projection = parameters.response_projection
-    assert projection is not None
-    u = x.new_ones(len(x), len(projection) + 1)
-    u[:, :-1] = torch.mm(x, projection.T)
-    y = times_transpose(x, parameters.weight)
-    factors = _factors_by_example(parameters, h)
-    y.view(len(h), -1, y.shape[1]).baddbmm_(u.view(len(h), -1, u.shape[1]), factors.mT)
-    return y, u
-
-
-def _backward_by_example(
-    dy: Tensor, x: Tensor, parameters: GatedParameters, h: Tensor, u: Tensor, wanted: Wanted
-) -> Gradients:
-    weight, response_weight, projection = parameters.weight, parameters.response_weight, parameters.response_projection
-    assert projection is not None
-    dy_of, u_of = (rows.view(len(h), -1, rows.shape[1]) for rows in (dy, u))
-    dx = d_response_weight = d_projection = d_scale = d_shift = None
-    if wanted.x or wanted.response_projection:
-        factors = _factors_by_example(parameters, h)[:, :, :-1]
-        du = torch.bmm(dy_of, factors).flatten(0, 1)
-        dx = sum_of_two(dy, weight, du, projection, out=torch.empty_like(x)) if wanted.x else None
-        d_projection = du.T @ x if wanted.response_projection else None
-    if wanted.response_weight or wanted.scale or wanted.shift:
-        d_factors = torch.bmm(dy_of.mT, u_of)
-        d_scale, d_shift = (d_factors[:, :, :-1] * response_weight).sum(2), d_factors[:, :, -1]
-        if wanted.response_weight:
-            d_response_weight = torch.einsum("bo,bok->ok", h @ parameters.weight_gate.T, d_factors[:, :, :-1])
-    sums = SumOverRows()
-    if wanted.weight:
-        sums.add(dy, x)
-    return gradients(
-        gate_gradients(d_scale, d_shift, parameters, h, wanted),
-        x=dx,
-        weight=sums.total(),
-        response_weight=d_response_weight,
-        response_projection=d_projection,
     )
 
 
