@@ -1,6 +1,6 @@
 """Weight decay of a layer whose weights differ from example to example, in closed form."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -116,65 +116,61 @@ def _inner_products(weight: Tensor, response_weight: Tensor, projection: Tensor 
     if projection is None:
         return (weight * response_weight).sum(1), response_weight.square().sum(1)
     w, a, b = _grouped(weight, response_weight, projection)
-    inner, square = a * product(w, b.mT), a * product(a, product(b, b.mT))
-    return inner.sum(2).flatten(), square.sum(2).flatten()
+    inner, square = ((a * of).sum(2).reshape(-1) for of in _products(w, a, b))
+    return inner, square
 
 
-def _grouped(weight: Tensor, factor: Tensor, projection: Tensor) -> list[Tensor]:
+def _grouped(weight: Tensor, factor: Tensor, projection: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """W (O, I), A (O, k) and B (groups·k, I), with the group as their first dimension."""
     groups = len(projection) // factor.shape[1]
-    return [tensor.unflatten(0, (groups, -1)) for tensor in (weight, factor, projection)]
+    w, a, b = (tensor.reshape(groups, -1, tensor.shape[1]) for tensor in (weight, factor, projection))
+    return w, a, b
+
+
+def _products(w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """W Bᵀ and A B Bᵀ, whose products with A, row by row, are ⟨W_o, R_o⟩ and ‖R_o‖²."""
+    return product(w, b.mT), product(a, product(b, b.mT))
 
 
 class _OfFactors(torch.autograd.Function):
-    """`_total` of a response R = A B, with few passes over W; second derivatives are computed by `_total` itself."""
+    """`_total` of a response R = A B, with few passes over W."""
 
     @staticmethod
     def forward(
         ctx: Any, weight: Tensor, factor: Tensor, projection: Tensor, decay: Tensor, gate: Tensor, square_gate: Tensor
     ) -> Tensor:
         w, a, b = _grouped(weight, factor, projection)
-        of_weight, of_response = product(w, b.mT), product(a, product(b, b.mT))
+        of_weight, of_response = _products(w, a, b)
         squares = torch.linalg.vector_norm(weight).square()
         ctx.save_for_backward(weight, factor, projection, decay, gate, square_gate, of_weight, of_response, squares)
-        inner, square = ((a * of).sum(2).flatten() for of in (of_weight, of_response))
+        inner, square = ((a * of).sum(2).reshape(-1) for of in (of_weight, of_response))
         return 0.5 * (decay * squares + (2 * gate * inner + square_gate * square).sum())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        *given, of_weight, of_response, squares = ctx.saved_tensors
+        weight, factor, projection, decay, gate, square_gate, of_weight, of_response, squares = ctx.saved_tensors
         (g,) = gradients
-        if torch.is_grad_enabled():
-            return _derivatives(given, ctx.needs_input_grad, g)
-        weight, factor, projection, decay, gate, square_gate = given
         w, a, b = _grouped(weight, factor, projection)
-        groups = len(w)
-        m, q = ((g * of.view(groups, -1, 1)) for of in (gate, square_gate))
+        if torch.is_grad_enabled():  # to be differentiated again, by its operands
+            (of_weight, of_response), squares = _products(w, a, b), weight.square().sum()
+        m, q = (g * of.reshape(len(w), -1, 1) for of in (gate, square_gate))
         wanted = ctx.needs_input_grad
-        found: list[Tensor | None] = [None] * len(given)
+        found: list[Tensor | None] = [None] * len(wanted)
         if wanted[0]:
             # In the memory order of W, which its other gradients have, too.
             d_weight = product(b.mT, (m * a).mT).mT if weight.stride(0) == 1 else product(m * a, b)
-            found[0] = d_weight.addcmul_(w, g * decay).flatten(0, 1)
+            found[0] = d_weight.addcmul_(w, g * decay).reshape(weight.shape)
         if wanted[1]:
-            found[1] = torch.addcmul(m * of_weight, q, of_response).flatten(0, 1)
+            found[1] = torch.addcmul(m * of_weight, q, of_response).reshape(factor.shape)
         if wanted[2]:
-            found[2] = (product((m * a).mT, w) + product(product((q * a).mT, a), b)).flatten(0, 1)
-        found[3:] = (
-            0.5 * g * squares,
-            g * (a * of_weight).sum(2).flatten(),
-            0.5 * g * (a * of_response).sum(2).flatten(),
-        )
+            found[2] = (product((m * a).mT, w) + product(product((q * a).mT, a), b)).reshape(projection.shape)
+        if wanted[3]:
+            found[3] = 0.5 * g * squares
+        if wanted[4]:
+            found[4] = g * (a * of_weight).sum(2).reshape(-1)
+        if wanted[5]:
+            found[5] = 0.5 * g * (a * of_response).sum(2).reshape(-1)
         return tuple(found)
-
-
-def _derivatives(given: Sequence[Tensor], wanted: Sequence[bool], gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Those of `_total` with a response of low rank, which can be differentiated again."""
-    weight, factor, projection, *moments = given
-    asked = [tensor for tensor, wants in zip(given, wanted, strict=True) if wants]
-    total = _total(weight, *_inner_products(weight, factor, projection), *moments)
-    found = iter(torch.autograd.grad(total, asked, gradient, create_graph=True))
-    return tuple(next(found) if wants else None for wants in wanted)
 
 
 def _kernels_serve(*tensors: Tensor) -> bool:

@@ -162,3 +162,21 @@ def test_autocast_changes_nothing_of_transforms_and_compiled_passes():
     with autocast():
         (got,) = torch.autograd.grad(compiled(leaf), leaf)
     assert relative_error(got, want) < 1e-6
+
+
+def test_a_factor_that_depends_on_the_weight_has_the_same_gradient_where_it_is_differentiated_again():
+    weight, _, weight_gate, h, decay = operands((6, 4))
+    projection = torch.randn(2, 4).double()
+    penalty = weight_decay_penalty(weight, 1.5 * weight[:, :2], weight_gate, h, decay, projection)
+    (plain,) = torch.autograd.grad(penalty, weight, retain_graph=True)
+    (again,) = torch.autograd.grad(penalty, weight, create_graph=True)
+    assert relative_error(again, plain) < 1e-14
+
+
+def test_gradients_of_factors_can_be_batched():
+    tensors = factors(2)
+    single = torch.autograd.grad(weight_decay_penalty(*tensors, groups=2), tensors)
+    scales = torch.tensor([1.0, -2.0], dtype=torch.double)
+    got = torch.autograd.grad(weight_decay_penalty(*tensors, groups=2), tensors, scales, is_grads_batched=True)
+    for one, both in zip(single, got, strict=True):
+        assert relative_error(both, torch.stack([one, -2 * one])) < 1e-14
