@@ -89,6 +89,7 @@ def _of_recipe(config: Config, path: Path, model: nn.Module | None, which: Which
             network = averaged.module
             if (tuned := tuned_in(network)) is not None:  # which is not averaged
                 tuned.location.copy_(method.location.detach())
+                tuned.raw_scale.copy_(method.raw_scale.detach())
     return TrainedRecipe(network.eval(), method)
 
 

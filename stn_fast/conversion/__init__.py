@@ -170,7 +170,7 @@ def convert(
     tuned.to(next(iter(model.parameters()), tuned.location).device)
     streams, decays = _free_streams(model), decay_names(added)
     try:
-        for name, module in chosen:
+        for name, module, _ in chosen:
             rule = rule_of(module)
             assert rule is not None
             rule(module, Context(name, tuned, response_rank, dims[name], rates.get(name), streams))
@@ -184,6 +184,7 @@ def convert(
             if isinstance(module, Converted):
                 Converted.revert(module, {})
         raise
+    tuned.converted = [name for name, module in model.named_modules() if isinstance(module, Converted)]
     model.add_module("tuned_hyperparameters", tuned)
     if not quiet:
         print(table(report, space, added))

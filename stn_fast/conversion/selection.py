@@ -30,6 +30,7 @@ class Named(NamedTuple):
 
     name: str
     module: nn.Module
+    of_dict: bool = False  # whether it is an entry of a dict of dropout modules, as peft has one for its adapters
 
     @property
     def kind(self) -> str:
@@ -140,4 +141,5 @@ def _concerned(model: nn.Module) -> Iterator[Named]:
         own = any(parameter is not None for parameter in module._parameters.values())
         ruled = type(module) is Augment or (rule_of(module) is not None and not is_known(module))
         if is_closed(module) or own or ruled or is_quantised(module) or drops(module) or is_only_rates(module):
-            yield Named(name, module)
+            parent, last = name.rpartition(".")[0], name.split(".")[-2:][0]
+            yield Named(name, module, "drop" in last and isinstance(model.get_submodule(parent), nn.ModuleDict))

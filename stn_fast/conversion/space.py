@@ -81,11 +81,8 @@ def grouped(dropouts: Sequence[Named], group: Group) -> dict[str, list[Named]]:
 
 
 def _role(one: Named) -> str:
-    """The last part of its name; of an entry of a container, whose name is a number, its class.
-
-    peft keeps the dropouts of its adapters in dicts, by the name of the adapter: the role is then that of the dict.
-    """
-    last = one.name.removesuffix(".default").rpartition(".")[2]
+    """The last part of its name, or that of the dict; of an entry of a container, whose name is a number, its class."""
+    last = (one.name.rpartition(".")[0] if one.of_dict else one.name).rpartition(".")[2]
     role = one.kind.lower() if last.isdigit() or not last else last
     return role + _SUFFIX.get(one.kind, "")
 

@@ -66,6 +66,7 @@ class TunedHyperparameters(nn.Module):
         report: what `convert` did with each module.
         added: what it did with each addition.
         response_rank: the rank of the responses that it was called with.
+        converted: the names of the modules whose class it has changed.
         current: the HyperBatch that layers use now, set by `using`; None outside. It is not saved.
     """
 
@@ -87,6 +88,7 @@ class TunedHyperparameters(nn.Module):
         self.register_buffer("centred", torch.tensor(False))
         self.space, self.report, self.added = space, list(report), list(added)
         self.response_rank = response_rank
+        self.converted: list[str] = []
         self.current: HyperBatch | None = None
         self._thread: int | None = None
         self._latest: _Latest | None = None

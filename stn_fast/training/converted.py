@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, Literal
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from stn_fast.conversion.additions import WeightDecay
+from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.folding import tuned_of
+from stn_fast.conversion.tuned import TunedHyperparameters
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.modes import evaluating
 from stn_fast.training.delta import DeltaSelfTuning
@@ -26,6 +28,7 @@ class ConvertedSelfTuning(SelfTuning):
 
     name = "stn"
     processes: Processes | None = None  # those that share the batches of passes
+    _examples = 0  # of this process, in the last pass
     responds = "compute it from outputs of the model, in a loop of passes inside `with tuner.validating(...)`"
 
     def _in_use(self, hyper: HyperBatch) -> AbstractContextManager[None]:
@@ -58,6 +61,7 @@ class ConvertedSelfTuning(SelfTuning):
 
     def _draw_of_pass(self, batch_size: int, step: int) -> dict[str, Any]:
         """As `_draw`, for the examples of this process."""
+        self._examples = batch_size
         first_example = 0 if self.processes is None else self.processes.rank * batch_size
         return dict(batch_size=batch_size, seed=self.seed, step=step, first_example=first_example)
 
@@ -83,16 +87,16 @@ class ConvertedSelfTuning(SelfTuning):
         with evaluating(self.model), hold_parameters(self.model.parameters()), self._in_use(hyper):
             yield hyper
 
-    def hyper_step(self, loss: Tensor, step: int) -> Tensor:
+    def hyper_step(self, loss: Tensor, step: int, backward: Callable[..., Any] | None = None) -> Tensor:
         """Updates location and raw scale on F, computed in a validation pass; returns it detached."""
         self._check_ready("hyper_step")
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"hyper_step: the loss must be a tensor of one number, the mean over examples, got {got}")
-        gradients = self._gradients(loss.to(torch.promote_types(loss.dtype, torch.float32)))
+        gradients = self._gradients(loss.to(torch.promote_types(loss.dtype, torch.float32)), backward)
         loss = loss.detach()
         if self.processes is not None:
-            averages = self.processes.averages([loss, *gradients])
+            averages = self.processes.averages([loss, *gradients], self._examples)
             loss, gradients = averages[0].to(loss.dtype), tuple(one.to(self.location.dtype) for one in averages[1:])
         self._move(loss, gradients, step, lambda where: None)
         return loss
@@ -163,6 +167,17 @@ def check_method(method: TuningMethod, space: HyperparameterSpace, with_options:
 def response_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Those of the response of the model's layers."""
     return [parameter for name, parameter in model.named_parameters() if is_response(name)]
+
+
+def check_converted(model: nn.Module, tuned: TunedHyperparameters) -> None:
+    """Raises ValueError naming the layers that have been converted, and have been replaced by plain ones since."""
+    now = dict(model.named_modules())
+    plain = [(name, now[name]) for name in tuned.converted if name in now and not isinstance(now[name], Converted)]
+    if replaced := [f"{name} ({type(one).__name__})" for name, one in plain if list(one.parameters(recurse=False))]:
+        raise ValueError(
+            f"SelfTuner: {listed(replaced)} had been converted, and the plain layer there now does not respond: "
+            "replace layers before the conversion"
+        )
 
 
 def check_optimizers(

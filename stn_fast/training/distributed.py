@@ -22,10 +22,26 @@ class Processes:
         self.size = torch.distributed.get_world_size(group)
         self.rank = torch.distributed.get_rank(group)
 
-    def averages(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The mean over the processes of each tensor, in the widest dtype of them; all processes must call this."""
+    def averages(self, tensors: Sequence[Tensor], examples: int) -> list[Tensor]:
+        """The mean over the processes of each tensor, in float64; all processes must call this.
+
+        Args:
+            tensors: means over the examples of this process.
+            examples: how many they are.
+
+        Raises:
+            ValueError: another process has more or fewer, so that draws would be shared and means be wrong.
+        """
         shapes = [tensor.shape for tensor in tensors]
-        joined = torch.cat([tensor.detach().flatten() for tensor in tensors])
+        counts = torch.tensor([examples, examples**2], dtype=torch.double, device=tensors[0].device)
+        joined = torch.cat([*(tensor.detach().double().flatten() for tensor in tensors), counts])
         torch.distributed.all_reduce(joined, group=self.group)
-        parts = (joined / self.size).split([shape.numel() for shape in shapes])
+        joined /= self.size
+        mean, square = joined[-2:].tolist()
+        if square != mean**2:
+            raise ValueError(
+                f"process_group: this process has {examples} examples, and the mean over the processes is {mean:g}: "
+                "give each an equal share of every batch, by drop_last or a sampler"
+            )
+        parts = joined[:-2].split([shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

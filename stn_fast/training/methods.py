@@ -619,13 +619,21 @@ class SelfTuning(Method):
             return self._perturbed(draw)
         return self.space.at(self.location, center=self.center, **draw)
 
-    def _gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of F − τ·entropy for each of ``tuned``."""
+    def _gradients(self, loss: Tensor, backward: Callable[..., Any] | None = None) -> tuple[Tensor, ...]:
+        """The gradients of F − τ·entropy for each of ``tuned``, by ``backward(objective, inputs=tuned)`` if given."""
         objective = loss - self.entropy_weight * self.space.entropy(self.raw_scale)
-        gradients = torch.autograd.grad(objective, self.tuned, allow_unused=True) if loss.requires_grad else (None,)
+        gradients: tuple[Tensor | None, ...] = (None,)
+        if loss.requires_grad and backward is None:
+            gradients = torch.autograd.grad(objective, self.tuned, allow_unused=True)
+        elif loss.requires_grad and backward is not None:
+            backward(objective, inputs=list(self.tuned))
+            gradients = tuple(one.grad for one in self.tuned)
+            for one in self.tuned:
+                one.grad = None
+        found = tuple(gradient for gradient in gradients if gradient is not None)
         if gradients[0] is None:
             raise RuntimeError(f"the validation loss does not depend on the hyperparameters: {self.responds}")
-        return gradients
+        return found
 
     def _optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
         return super()._optimizers_by_name() | {"hyper_optimizer": self.hyper_optimizer}

@@ -151,12 +151,14 @@ class Passes:
             self.draws += 1
             yield
 
-    def hyper_step(self, loss: Tensor) -> Tensor:
+    def hyper_step(self, loss: Tensor, backward: Callable[..., Any] | None = None) -> Tensor:
         """Updates the hyperparameters down the gradient of ``loss`` − τ·entropy, which only they get.
 
         Args:
             loss: a tensor of one number, the mean over the examples of one or several `validating` passes. It must not
                 be scaled by a GradScaler. If the model uses activation checkpointing, call this inside of the pass.
+            backward: computes the gradients, called as ``backward(tensor, inputs=[...])`` like ``Tensor.backward``, by
+                default `torch.autograd.grad`. Lightning Fabric in mixed precision needs ``fabric.backward``.
 
         Returns the loss, detached.
 
@@ -164,6 +166,7 @@ class Passes:
             NonFiniteError: the loss or a gradient is not finite; on CUDA, of an earlier step.
             RuntimeError: the loss does not depend on the hyperparameters, or a training pass is open.
             TypeError: it is not a tensor of one number.
+            ValueError: processes that share the batch have different numbers of examples.
         """
         if self._inside != "validating":
             self._check_closed("hyper_step")
@@ -174,7 +177,7 @@ class Passes:
                 stacklevel=2,
             )
             self._of_weights_only, self._responded = False, True  # say it once
-        loss = self.method.hyper_step(loss, self.draws - 1)
+        loss = self.method.hyper_step(loss, self.draws - 1, backward)
         self._record(loss)
         return loss
 

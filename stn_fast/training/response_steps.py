@@ -47,7 +47,8 @@ class ResponseSteps:
             return
         moments = torch.stack([h.T @ h / len(h) for h in responses]).mean(0)
         if processes is not None:
-            (moments,) = processes.averages([moments])
+            (moments,) = processes.averages([moments], sum(map(len, responses)))
+            moments = moments.to(responses[0].dtype)
         gates = torch.cat([gate.to(moments) for _, gate, _ in parts])  # one product for all layers
         squares = ((gates @ moments) * gates).sum(1).clamp(min=1)
         for (response, _, columns), found in zip(

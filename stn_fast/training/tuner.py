@@ -17,7 +17,14 @@ from stn_fast.conversion.tuned import TunedHyperparameters
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training.batches import Examples, as_batch
 from stn_fast.training.config import Precision
-from stn_fast.training.converted import METHODS, TuningMethod, check_method, check_optimizers, response_parameters
+from stn_fast.training.converted import (
+    METHODS,
+    TuningMethod,
+    check_converted,
+    check_method,
+    check_optimizers,
+    response_parameters,
+)
 from stn_fast.training.distributed import Processes
 from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer
 from stn_fast.training.parameters import listed
@@ -99,7 +106,8 @@ class SelfTuner(Passes):
 
     Raises:
         TypeError: the model has not been converted, `optimizer` is not an optimizer, or `process_group` no group.
-        ValueError: the optimizer lacks parameters of the response, or is another model's; a setting is out of range;
+        ValueError: the optimizer lacks parameters of the response, or is another model's; a setting is out of range; a
+            converted layer has been replaced by a plain one, as `nn.SyncBatchNorm.convert_sync_batchnorm` does;
             `loss` can't be smoothed, although the model was converted with label smoothing; the other method has tuned
             the model's hyperparameters before.
     """
@@ -147,6 +155,7 @@ class SelfTuner(Passes):
         )
         check_method(method, tuned.space, response_optimizer is not None or linearize is not True)
         of_response = optimizer if response_optimizer is None else response_optimizer(response_parameters(model))
+        check_converted(model, tuned)
         check_optimizers(model, optimizer, of_response)
         if method == "delta-stn":
             options |= dict(response_optimizer=lambda parameters: of_response, linearize=linearize)

@@ -76,9 +76,15 @@ def test_dropout_of_attention_weights_has_the_name_of_the_attention():
     assert names == ("self_attn_dropout", "dropout", "dropout1", "dropout2", "weight_decay")
 
 
-def test_the_dropouts_of_adapters_of_peft_have_the_name_of_their_dict():
-    model = nn.ModuleDict({"lora_dropout": nn.ModuleDict({"default": nn.Dropout(0.3)}), "head": nn.Linear(2, 2)})
+@pytest.mark.parametrize("adapter", ["default", "french"])
+def test_the_dropouts_of_adapters_of_peft_have_the_name_of_their_dict(adapter):
+    model = nn.ModuleDict({"lora_dropout": nn.ModuleDict({adapter: nn.Dropout(0.3)}), "head": nn.Linear(2, 2)})
     assert stn.suggest_space(model).names == ("lora_dropout", "weight_decay")
+
+
+def test_dropouts_in_other_dicts_have_their_own_names():
+    model = nn.ModuleDict({"default": nn.Dropout(0.3), "parts": nn.ModuleDict({"drop": nn.Dropout(0.2)})})
+    assert stn.suggest_space(nn.Sequential(model, nn.Linear(2, 2))).names == ("default", "drop", "weight_decay")
 
 
 def test_convert_uses_the_suggestion():

@@ -110,6 +110,7 @@ def test_a_run_of_a_converted_network_can_be_loaded_and_folded(tmp_path, method,
     found = run(config, build)
     trained = stn.load(tmp_path, build(config).model)
     assert trained.values() == pytest.approx(found["hyperparameters"])
+    assert torch.equal(trained.model.tuned_hyperparameters.raw_scale, trained.method.raw_scale)
     x, y = data().test
     logits = trained.model(x)
     assert nn.functional.cross_entropy(logits, y).item() == pytest.approx(found["test_loss"], rel=1e-5)

@@ -11,8 +11,11 @@ import gloo_process
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from libraries import library
 
 import stn_fast as stn
+from stn_fast.training.distributed import Processes
 
 # The network computes in float64. λ, σ and the draws are float32, and the gradients of λ and σ are sums over examples,
 # which two processes add up in another order: that may change the last of 24 bits, at each of 12 steps.
@@ -47,7 +50,11 @@ def halves(tmp_path_factory):
         )
         for rank, file in enumerate(files)
     ]
-    said = [process.communicate(timeout=120)[0] for process in running]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in running]
+    finally:  # if one has died, the other waits for it
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [0, 0], "\n".join(said)
     return [torch.load(file) for file in files]
 
@@ -66,6 +73,41 @@ def test_two_processes_tune_as_one_does_with_the_whole_batch(library, whole, hal
         assert found["values"] == pytest.approx(wanted["values"], rel=ROUNDING)
     assert one["scales"] == pytest.approx(whole["scales"], rel=ROUNDING)
     assert (one["weights"] - whole["weights"]).norm() < ROUNDING * whole["weights"].norm()
+
+
+@pytest.mark.parametrize(("others", "equal"), [(4, True), (3, False)])
+def test_shares_of_different_sizes_are_refused(two, monkeypatch, others, equal):
+    loss = torch.tensor(2.0)
+    from_the_other = torch.tensor([4.0, others, others**2], dtype=torch.double)
+    monkeypatch.setattr(dist, "all_reduce", lambda joined, group: joined.add_(from_the_other))
+    if equal:
+        (average,) = Processes(two).averages([loss], 4)
+        assert average == 3
+        return
+    with pytest.raises(ValueError, match=r"this process has 4 examples, and the mean over the processes is 3\.5"):
+        Processes(two).averages([loss], 4)
+
+
+def test_fabric_computes_the_gradients_in_mixed_precision():
+    fabric = library("lightning_fabric").Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    tuned = gloo_process.network().float()
+    optimizer = torch.optim.SGD(tuned.parameters(), 0.1)
+    tuner = stn.SelfTuner(tuned, optimizer)
+    model, optimizer = fabric.setup(tuned, optimizer)
+    (x, y), (held_x, held_y) = ((x.float(), y) for x, y in gloo_process.batch(0))
+    with tuner.training(len(x)):
+        fabric.backward(F.cross_entropy(model(x), y) + tuner.penalty())
+    optimizer.step()
+    before = tuner.values()
+
+    def loss():
+        with tuner.validating(len(held_x)):
+            return F.cross_entropy(model(held_x), held_y)
+
+    with pytest.raises(RuntimeError, match=r"fabric\.backward"):
+        tuner.hyper_step(loss())
+    tuner.hyper_step(loss(), fabric.backward)
+    assert all(tuner.values()[name] != value for name, value in before.items() if name != "weight_decay")
 
 
 @pytest.fixture

@@ -333,3 +333,10 @@ def test_a_loss_that_is_no_function_is_refused(loss):
     model = stn.convert(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.1)), quiet=True)
     with pytest.raises(TypeError, match="SelfTuner: loss must be a function of outputs and targets, got"):
         stn.SelfTuner(model, torch.optim.SGD(model.parameters(), 0.1), loss)
+
+
+def test_a_converted_layer_that_a_plain_one_has_replaced_is_named():
+    tuned = stn.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5)), quiet=True)
+    tuned = nn.SyncBatchNorm.convert_sync_batchnorm(tuned)
+    with pytest.raises(ValueError, match=r"1 \(SyncBatchNorm\) had been converted"):
+        stn.SelfTuner(tuned, torch.optim.SGD(tuned.parameters(), 0.1), F.mse_loss)
