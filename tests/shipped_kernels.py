@@ -413,33 +413,51 @@ def all_jobs():
                 yield replace(job, tensor_cores=jobs in (matrix_jobs, conv_jobs) and on_tensor_cores(job))
 
 
-def fewer_jobs():
-    """One configuration of each kernel for each GPU."""
-    seen = set()
-    for job in JOBS.values():
-        if (job.kernel, job.capability) not in seen:
-            seen.add((job.kernel, job.capability))
-            yield job
+def covering(parts):
+    """Labels of few jobs that have all ``parts`` {label: set} of all together."""
+    left, chosen = dict(parts), []
+    missing = set().union(*left.values())
+    while missing:
+        label = max(left, key=lambda label: len(left[label] & missing))
+        missing -= left.pop(label)
+        chosen.append(label)
+    return chosen
+
+
+def tile(job):
+    """What decides whether a kernel may ship on the tensor cores of a GPU."""
+    sizes = frozenset(item for item in job.constants.items() if item[0].startswith(("BLOCK", "PRECISION")))
+    return job.kernel, job.capability, sizes, job.num_warps, job.num_stages, "*bf16" in job.types.values()
 
 
 def tested_jobs():
-    """What `make test` compiles: each tile of a kernel once, whatever its flags; the rest is for `make compile-ahead`.
+    """What `make test` compiles: each tile, and each value of each constant of a kernel; `make compile-ahead` all.
 
     float16 compiles like bfloat16. float32 for sm_80 needs no tensor cores, and less than the same tile for sm_90 has.
     """
-    seen = set()
-    for job in JOBS.values():
+    parts = {}
+    for label, job in JOBS.items():
         dtypes = {"*bf16", "*fp16"} & set(job.types.values())
         if "*fp16" in dtypes or (not dtypes and job.capability == 80 and job.kernel in WITH_BFLOAT16):
             continue
-        sizes = frozenset(item for item in job.constants.items() if item[0].startswith(("BLOCK", "PRECISION")))
-        tile = (job.kernel, job.capability, sizes, job.num_warps, job.num_stages, job.tensor_cores and bool(dtypes))
-        if tile not in seen:
-            seen.add(tile)
-            yield job
+        values = {(job.kernel, name, value) for name, value in job.constants.items()}
+        parts[label] = values | {(job.kernel, job.capability), (job.kernel, job.num_warps)}
+        if job.tensor_cores:
+            parts[label].add(tile(job))
+    return covering(parts)
+
+
+def fewer_jobs():
+    """What `make test` compiles with the oldest Triton: each kernel for each GPU, and each tile that uses wgmma."""
+    parts = {}
+    for label, job in JOBS.items():
+        parts[label] = {(job.kernel, job.capability)}
+        if job.tensor_cores and job.capability == 90 and job.types.get("p_x") != "*fp16":
+            parts[label].add(tile(job))
+    return covering(parts)
 
 
 JOBS = {job.label: job for job in all_jobs()}
-FEWER_JOBS = {job.label: job for job in fewer_jobs()}
 WITH_BFLOAT16 = {job.kernel for job in JOBS.values() if "*bf16" in job.types.values()}
-TESTED_JOBS = {job.label: job for job in tested_jobs()}
+TESTED_JOBS = {label: JOBS[label] for label in tested_jobs()}
+FEWER_JOBS = {label: JOBS[label] for label in fewer_jobs()}

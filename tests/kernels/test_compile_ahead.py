@@ -1,8 +1,9 @@
 """Every kernel in every shipped configuration is compiled for real GPUs here, on a machine without one, and may ship.
 
 That is: no register spilled, no stack, shared memory that fits, tensor cores in the matrix kernels, and no message of
-ptxas that wgmma instructions run one after the other. With the installed Triton each tile of a kernel is compiled once;
-with the oldest supported one, one configuration of every kernel; with both, all by `make compile-ahead`.
+ptxas that wgmma instructions run one after the other. With the installed Triton each tile and each value of each
+constant of a kernel is compiled once; with the oldest supported one, each tile that uses wgmma, and each kernel; with
+both, all by `make compile-ahead`.
 """
 
 import os
@@ -44,6 +45,13 @@ def rejected(compiled):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_configuration_of_a_kernel_may_ship(kernel, rejected):
     assert not rejected[kernel]
+
+
+def test_every_value_of_a_constant_is_compiled():
+    def values(jobs):
+        return {(job.kernel, name, value) for job in jobs.values() for name, value in job.constants.items()}
+
+    assert values(TESTED_JOBS) == values(JOBS)
 
 
 def test_the_oldest_triton_compiles_every_kernel():
