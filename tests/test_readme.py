@@ -1,19 +1,19 @@
 """Commands and Python of the README and docs/results.md run, or take their arguments; files they point to exist."""
 
+import importlib
 import os
 import re
 import runpy
 import subprocess
 import sys
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
-import libraries
 import pytest
 
 from benchmarks.gpu_report import parse_only
 from stn_fast import train
+from stn_fast.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
@@ -22,6 +22,11 @@ TEXT = "\n".join(page.read_text() for page in PAGES)
 
 # Modules whose tests have another name than theirs.
 TESTED_WITH = {"steps": "whole_steps", "language_steps": "whole_steps"}
+# What commands call when they have checked their arguments.
+ASKS = {
+    "stn_fast.compare": "stn_fast.comparison.command.compare",
+    "benchmarks.self_tuning": "benchmarks.self_tuning.compare",
+}
 COMMANDS = tuple(
     f"python -m {name}"
     for name in ("benchmarks.", "stn_fast.compare ", "stn_fast.contact_sheet ", "stn_fast.explore ", "stn_fast.plot ")
@@ -61,14 +66,28 @@ def test_target_exists(command: str) -> None:
     assert planned.returncode == 0, planned.stderr
 
 
+class Asked(Exception):
+    """The command has checked its arguments, and asks for runs."""
+
+
 @pytest.mark.parametrize("command", starting(*COMMANDS))
-def test_command_takes_its_arguments(command: str) -> None:
-    """Up to where it has parsed them; every module has tests of its own that run it."""
+def test_command_takes_its_arguments(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to where it asks for runs, or has parsed them; every module has tests of its own that run it."""
     _, _, module, *arguments = command.split()
     folder, name = {"stn_fast": ".", "benchmarks": "benchmarks"}[module.split(".")[0]], module.split(".")[1]
     assert (ROOT / "tests" / folder / f"test_{TESTED_WITH.get(name, name)}.py").exists()
     if "--help" in arguments:
         return  # test_module_runs_by_its_name
+    if module in ASKS:
+
+        def asked(*_: object, **__: object) -> None:
+            raise Asked
+
+        monkeypatch.setattr(ASKS[module], asked)
+        with pytest.raises(Asked):
+            importlib.import_module(module).main(arguments)
+        return
+    assert module != "stn_fast.contact_sheet" or arguments[0] in RECIPES
     parse_only(module, arguments)
 
 
@@ -95,19 +114,27 @@ def shortened(code: str) -> str:
     return re.sub(r"(epochs=|\brange\((?:0, )?)(\d{2,})", lambda found: f"{found[1]}{int(found[2]) // 8}", code)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_runs_from_any_folder(
-    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    if with_timm := "import timm" in code:
-        if find_spec("timm") is None:
-            pytest.skip("timm is not installed")
-        libraries.make_torchvision_importable()
-    monkeypatch.chdir(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        exec(compile(shortened(code), "README.md", "exec"), {"__name__": "__main__"})
-    assert ("drop_path" if with_timm else "dropout") in capsys.readouterr().out
+def test_python_runs_from_any_folder(tmp_path: Path) -> None:
+    """Each block by itself, one after another in one process."""
+    codes = [code for code in blocks("python") if find_spec("timm") or "import timm" not in code]
+    lines = ["import sys"]
+    for code in codes:
+        if "import timm" in code:
+            lines += [f"sys.path.append({str(ROOT / 'tests')!r})", "import libraries"]
+            lines += ["libraries.make_torchvision_importable()"]
+        lines += [f"exec(compile({shortened(code)!r}, 'README.md', 'exec'), {{'__name__': '__main__'}})"]
+        lines += ["print('=== end of a block')"]
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "\n".join(lines)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    said = result.stdout.split("=== end of a block\n")[:-1]
+    assert len(said) == len(codes)
+    assert all("drop" in one for one in said), "a block didn't print its dropout rates"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
