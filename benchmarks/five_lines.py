@@ -102,6 +102,8 @@ def scores(model: nn.Module, name: str, split: Split) -> Row:
 
 def of_a_seed(about: dict[str, Any]) -> list[Row]:
     """The three runs of a seed, on one thread."""
+    import timm  # noqa: F401  # before the clock runs
+
     torch.set_num_threads(1)
     train, valid, test = data(about["data_root"], about["size"])
     rows: list[Row] = []
