@@ -25,16 +25,16 @@ def main(arguments: list[str] | None = None) -> None:
     it.add_argument("--epochs", type=int, default=100)
     flags = it.parse_args(arguments)
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # cpu=True joins processes on CPUs
     set_seed(0)
-    x, y = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+    x, y = (torch.from_numpy(array).to(accelerator.device) for array in load_digits(return_X_y=True))
     x = x.float() / 16
     parts = (TensorDataset(x[i : i + 200], y[i : i + 200]) for i in (0, 200))
     size = 100 // accelerator.num_processes
     train, valid = accelerator.prepare(*(DataLoader(part, size, shuffle=True) for part in parts))
     network = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10))
 
-    tuned = stn.convert(network, quiet=True)
+    tuned = stn.convert(network.to(accelerator.device), quiet=True)
     optimizer = torch.optim.AdamW(tuned.parameters(), 3e-3, weight_decay=0)
     tuner = stn.SelfTuner(tuned, optimizer, process_group=torch.distributed.group.WORLD)
     model, optimizer = accelerator.prepare(tuned, optimizer)

@@ -25,16 +25,16 @@ def main(arguments: list[str] | None = None) -> None:
     it.add_argument("--processes", type=int, default=1)
     flags = it.parse_args(arguments)
 
-    fabric = Fabric(accelerator="cpu", devices=flags.processes)
+    fabric = Fabric(accelerator="auto", devices=flags.processes)
     fabric.launch()
     fabric.seed_everything(0)
-    x, y = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+    x, y = (torch.from_numpy(array).to(fabric.device) for array in load_digits(return_X_y=True))
     x = x.float() / 16
     parts = (TensorDataset(x[i : i + 200], y[i : i + 200]) for i in (0, 200))
     train, valid = fabric.setup_dataloaders(*(DataLoader(part, 100 // flags.processes, shuffle=True) for part in parts))
     network = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10))
 
-    tuned = stn.convert(network, quiet=True)
+    tuned = stn.convert(network.to(fabric.device), quiet=True)
     optimizer = torch.optim.AdamW(tuned.parameters(), 3e-3, weight_decay=0)
     tuner = stn.SelfTuner(tuned, optimizer, process_group=torch.distributed.group.WORLD)
     model, optimizer = fabric.setup(tuned, optimizer)
