@@ -151,7 +151,7 @@ def ratios(rows: Sequence[Row], run: str, loss: str) -> list[float]:
 def parser() -> argparse.ArgumentParser:
     it = argparse.ArgumentParser(prog="python -m benchmarks.five_lines", description=(__doc__ or "").splitlines()[0])
     it.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 (default: %(default)s)")
-    it.add_argument("--epochs", type=int, default=15, help="of the self-tuned network (default: %(default)s)")
+    it.add_argument("--epochs", type=int, default=18, help="of the self-tuned network (default: %(default)s)")
     it.add_argument("--size", type=int, default=SIZE, help="training and validation images (default: %(default)s)")
     it.add_argument("--jobs", type=int, default=1, help="seeds at the same time, one thread each (default: 1)")
     it.add_argument("--data-root", metavar="DIR", default=os.environ.get("STN_FAST_DATA"), help="data sets' folder")

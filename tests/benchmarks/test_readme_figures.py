@@ -8,7 +8,7 @@ from statistics import geometric_mean
 
 import pytest
 
-from benchmarks import precision
+from benchmarks import five_lines, precision
 from benchmarks.hypergradient import mean_and_error
 
 ROOT = Path(__file__).parent.parent.parent
@@ -428,3 +428,17 @@ def test_wide_perturbations_on_digits_small(name, file):
     ]
     expected = [entry[loss]["median"] for entry in own for loss in LOSSES[:2]]
     assert_shown(table("`digits-small`, self-tuned", HYPERGRADIENTS)[name], expected)
+
+
+def test_the_vision_transformer_is_the_recorded_one():
+    rows = json.loads((RESULTS / "five_lines.json").read_text())
+    shown = table("vision transformer, 3 seeds")
+    keys = [*LOSSES, "epochs", "cpu_seconds"]
+    for name, numbers in shown.items():
+        of_run = [row for row in rows if row["run"] == name]
+        assert_shown(numbers, [statistics.median(row[key] for row in of_run) for key in keys])
+    assert set(shown) == set(five_lines.RUNS)
+    told = README[README.index("Of each seed, the self-tuned") :]
+    numbers = re.findall(r"\d?\.\d+", told)[: 2 * 3]
+    ratios = [ratio for run in five_lines.RUNS[1:] for ratio in five_lines.ratios(rows, run, "valid_loss")]
+    assert_shown(numbers, ratios)
