@@ -141,5 +141,6 @@ def _concerned(model: nn.Module) -> Iterator[Named]:
         own = any(parameter is not None for parameter in module._parameters.values())
         ruled = type(module) is Augment or (rule_of(module) is not None and not is_known(module))
         if is_closed(module) or own or ruled or is_quantised(module) or drops(module) or is_only_rates(module):
-            parent, last = name.rpartition(".")[0], name.split(".")[-2:][0]
-            yield Named(name, module, "drop" in last and isinstance(model.get_submodule(parent), nn.ModuleDict))
+            owner = name.rpartition(".")[0]
+            named_as_dropouts = "drop" in owner.rpartition(".")[2]
+            yield Named(name, module, named_as_dropouts and isinstance(model.get_submodule(owner), nn.ModuleDict))
