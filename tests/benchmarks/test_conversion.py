@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from libraries import library
 
 from benchmarks import conversion
 
@@ -17,8 +18,8 @@ def small(monkeypatch):
 
 
 def test_the_command_writes_a_row_for_everyone(tmp_path, capsys):
-    pytest.importorskip("timm")
-    pytest.importorskip("transformers")
+    library("timm")
+    library("transformers")
     file = tmp_path / "rows.json"
     assert conversion.main(["--seconds", "0.01", "--rounds", "2", "--json", str(file)]) == 0
     rows = {(len(row["shape"]), row["mode"], row["provider"]): row for row in json.loads(file.read_text())}
