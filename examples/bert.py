@@ -26,9 +26,8 @@ def hide(windows: list[tuple[Tensor]]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def perplexity(model: nn.Module, batches: DataLoader[tuple[Tensor, ...]]) -> float:
-    model.eval()
     torch.manual_seed(0)  # hides the same words for each model
-    return torch.cat([model(**batch).loss.expand(len(batch["labels"])) for batch in batches]).mean().exp().item()
+    return torch.cat([model(**some).loss.expand(len(some["labels"])) for some in batches]).mean().exp().item()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,8 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     tuner = stn.SelfTuner(tuned, torch.optim.Adam(tuned.parameters(), 1e-3), loss=lambda output, batch: output.loss)
     for batch, held_out in stn.alternate(train, valid, epochs=flags.epochs):
         tuner.step(batch, held_out)
-    print(tuner.values())
-    print(f"test perplexity: plain {perplexity(plain, test):.1f}, self-tuned {perplexity(tuner.fold(), test):.1f}")
+    before, after = (perplexity(model.eval(), test) for model in (plain, tuner.fold()))
+    print(f"{tuner.values()}\ntest perplexity: plain {before:.1f}, self-tuned {after:.1f}")
 
 
 if __name__ == "__main__":

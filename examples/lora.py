@@ -44,7 +44,6 @@ def main(arguments: list[str] | None = None) -> None:
     fit(network, DataLoader(TensorDataset(x[:1000].flatten(1), y[:1000]), 50, shuffle=True), epochs=10)
     plain = get_peft_model(network, LoraConfig(r=8, lora_alpha=32, target_modules=["0", "2", "4"], lora_dropout=0.3))
     tuned = stn.convert(copy.deepcopy(plain), [stn.WeightDecay("*"), stn.LabelSmoothing(init=0.1)])
-
     fit(plain, train, flags.epochs, smoothing=0.1)
     tuner = stn.SelfTuner(tuned, torch.optim.Adam(tuned.parameters(), 3e-3), loss=F.cross_entropy)
     for batch, held_out in stn.alternate(train, valid, epochs=flags.epochs):

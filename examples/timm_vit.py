@@ -51,9 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     tuner = stn.SelfTuner(tuned, torch.optim.Adam(tuned.parameters(), 1e-3), loss=F.cross_entropy)
     for batch, held_out in stn.alternate(train, valid, epochs=flags.epochs):
         tuner.step(batch, held_out)
-    print(tuner.values())
-    for name, model in (("plain", plain), ("self-tuned", tuner.fold())):
-        print(f"{name}: test accuracy {accuracy(model, *data.test):.3f}")
+    before, after = (accuracy(model, *data.test) for model in (plain, tuner.fold()))
+    print(f"{tuner.values()}\ntest accuracy: plain {before:.3f}, self-tuned {after:.3f}")
 
 
 if __name__ == "__main__":
