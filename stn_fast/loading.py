@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stn_fast.conversion import TunedHyperparameters, convert
+from stn_fast.conversion import convert
 from stn_fast.conversion.folding import tuned_in
 from stn_fast.data import DataSet
 from stn_fast.errors import UserError
@@ -111,8 +111,8 @@ def _converted(model: nn.Module, config: Config, path: Path) -> nn.Module:
     """The model, converted as that of the run was."""
     assert config.fit is not None
     space = build_space(config)
-    tuned = getattr(model, "tuned_hyperparameters", None)
-    if isinstance(tuned, TunedHyperparameters):
+    tuned = tuned_in(model)
+    if tuned is not None:
         if tuned.space != space:
             raise UserError(f"load: model is not converted as in {path}: with {_difference(tuned.space, space)}")
         return model

@@ -170,12 +170,12 @@ def convert(
     tuned.to(next(iter(model.parameters()), tuned.location).device)
     streams, decays = _free_streams(model), decay_names(added)
     try:
-        for name, module, _ in chosen:
-            rule = rule_of(module)
+        for one in chosen:
+            rule = rule_of(one.module)
             assert rule is not None
-            rule(module, Context(name, tuned, response_rank, dims[name], rates.get(name), streams))
+            rule(one.module, Context(one.name, tuned, response_rank, dims[one.name], rates.get(one.name), streams))
             if decays:
-                _decay(module, decays.get(name))
+                _decay(one.module, decays.get(one.name))
         _open(model, tuned)
         add_output_dropouts(model, added, tuned, dims, streams)
     except Exception:

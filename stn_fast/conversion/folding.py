@@ -19,16 +19,19 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def tuned_of(who: str, model: nn.Module) -> TunedHyperparameters:
     """The hyperparameters of a converted model. Raises TypeError if it has not been converted."""
-    tuned = getattr(model, "tuned_hyperparameters", None)
-    if not isinstance(tuned, TunedHyperparameters):
+    tuned = _own(model)
+    if tuned is None:
         raise TypeError(f"{who}: model must be one that stn.convert has converted, got {type(model).__name__}")
     return tuned
 
 
 def tuned_in(model: nn.Module) -> TunedHyperparameters | None:
     """The hyperparameters of a converted model, or of one inside of torch's `AveragedModel`; None for other models."""
-    root = model.module if isinstance(model, AveragedModel) else model
-    tuned = getattr(root, "tuned_hyperparameters", None)
+    return _own(model.module if isinstance(model, AveragedModel) else model)
+
+
+def _own(model: nn.Module) -> TunedHyperparameters | None:
+    tuned = getattr(model, "tuned_hyperparameters", None)
     return tuned if isinstance(tuned, TunedHyperparameters) else None
 
 

@@ -96,7 +96,7 @@ def _plain(
     if others and not (in_transform() or traced(weight)):
         return _OfFactors.apply(weight, response_weight, *others, *moments)
     inner, square = _inner_products(weight, response_weight, *others)
-    return _total(weight, inner, square, *moments)
+    return _total(weight.square().sum(), inner, square, *moments)
 
 
 def _rows(weight: Tensor, response_weight: Tensor, projection: Tensor | None) -> Iterator[Tensor]:
@@ -106,9 +106,9 @@ def _rows(weight: Tensor, response_weight: Tensor, projection: Tensor | None) ->
         yield (tensor.permute(0, 2, 3, 1) if in_last else tensor).flatten(1)
 
 
-def _total(weight: Tensor, inner: Tensor, square: Tensor, decay: Tensor, gate: Tensor, square_gate: Tensor) -> Tensor:
-    """½ (decay ‖W‖² + Σ_o 2 gate_o ⟨W_o, R_o⟩ + square_gate_o ‖R_o‖²)"""
-    return 0.5 * (decay * weight.square().sum() + (2 * gate * inner + square_gate * square).sum())
+def _total(squares: Tensor, inner: Tensor, square: Tensor, decay: Tensor, gate: Tensor, square_gate: Tensor) -> Tensor:
+    """½ (decay ‖W‖² + Σ_o 2 gate_o ⟨W_o, R_o⟩ + square_gate_o ‖R_o‖²), squares = ‖W‖²"""
+    return 0.5 * (decay * squares + (2 * gate * inner + square_gate * square).sum())
 
 
 def _inner_products(weight: Tensor, response_weight: Tensor, projection: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -116,8 +116,8 @@ def _inner_products(weight: Tensor, response_weight: Tensor, projection: Tensor 
     if projection is None:
         return (weight * response_weight).sum(1), response_weight.square().sum(1)
     w, a, b = _grouped(weight, response_weight, projection)
-    inner, square = ((a * of).sum(2).reshape(-1) for of in _products(w, a, b))
-    return inner, square
+    of_weight, of_response = _products(w, a, b)
+    return _by_output(a, of_weight), _by_output(a, of_response)
 
 
 def _grouped(weight: Tensor, factor: Tensor, projection: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,6 +132,11 @@ def _products(w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return product(w, b.mT), product(a, product(b, b.mT))
 
 
+def _by_output(a: Tensor, of: Tensor) -> Tensor:
+    """Sums of products of rows: (groups, O / groups, k) twice → (O,)"""
+    return (a * of).sum(2).reshape(-1)
+
+
 class _OfFactors(torch.autograd.Function):
     """`_total` of a response R = A B, with few passes over W."""
 
@@ -143,8 +148,7 @@ class _OfFactors(torch.autograd.Function):
         of_weight, of_response = _products(w, a, b)
         squares = torch.linalg.vector_norm(weight).square()
         ctx.save_for_backward(weight, factor, projection, decay, gate, square_gate, of_weight, of_response, squares)
-        inner, square = ((a * of).sum(2).reshape(-1) for of in (of_weight, of_response))
-        return 0.5 * (decay * squares + (2 * gate * inner + square_gate * square).sum())
+        return _total(squares, _by_output(a, of_weight), _by_output(a, of_response), decay, gate, square_gate)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -167,9 +171,9 @@ class _OfFactors(torch.autograd.Function):
         if wanted[3]:
             found[3] = 0.5 * g * squares
         if wanted[4]:
-            found[4] = g * (a * of_weight).sum(2).reshape(-1)
+            found[4] = g * _by_output(a, of_weight)
         if wanted[5]:
-            found[5] = 0.5 * g * (a * of_response).sum(2).reshape(-1)
+            found[5] = 0.5 * g * _by_output(a, of_response)
         return tuple(found)
 
 

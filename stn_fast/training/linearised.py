@@ -21,9 +21,9 @@ class Linearised:
     """f(0) + J·h instead of f(h): the model's outputs at h = 0, and their first-order change along its response.
 
     It is called with the arguments of the model, a HyperBatch with the response h among them; a converted model, inside
-    ``using`` of one. Other attributes and
-    methods are those of the model, which are not linearised. Every floating point tensor in the outputs is linearised,
-    16-bit ones in float32; so the model must return logits, and the loss must be computed from them outside of it.
+    ``using`` of one. Other attributes and methods are those of the model, which are not linearised. Every floating
+    point tensor in the outputs is linearised, 16-bit ones in float32; so the model must return logits, and the loss
+    must be computed from them outside of it.
 
     Gated layers, dropout and noise of this package have tangents of their own. Other modules need operations that
     torch can differentiate in forward mode; compiled ones are run eagerly, and attention by torch's plain

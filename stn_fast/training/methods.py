@@ -622,10 +622,12 @@ class SelfTuning(Method):
     def _gradients(self, loss: Tensor, backward: Callable[..., Any] | None = None) -> tuple[Tensor, ...]:
         """The gradients of F − τ·entropy for each of ``tuned``, by ``backward(objective, inputs=tuned)`` if given."""
         objective = loss - self.entropy_weight * self.space.entropy(self.raw_scale)
-        gradients: tuple[Tensor | None, ...] = (None,)
-        if loss.requires_grad and backward is None:
+        gradients: tuple[Tensor | None, ...]
+        if not loss.requires_grad:
+            gradients = (None,)
+        elif backward is None:
             gradients = torch.autograd.grad(objective, self.tuned, allow_unused=True)
-        elif loss.requires_grad and backward is not None:
+        else:
             backward(objective, inputs=list(self.tuned))
             gradients = tuple(one.grad for one in self.tuned)
             for one in self.tuned:
