@@ -26,6 +26,7 @@ from benchmarks import plain, whole_steps
 from benchmarks.timing import Clock, Provider
 from benchmarks.whole_steps import Makers, steps_of
 from stn_fast.command_line import run_command
+from stn_fast.extras import require
 from stn_fast.models import alexnet
 from stn_fast.models.alexnet import CHANNELS, HIDDEN
 from stn_fast.models.convnet import channels_last
@@ -78,6 +79,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Te
     "resnet18": (resnet18, resnet18_batch),
     "gpt2": (gpt2, gpt2_batch),
 }
+
+
+LIBRARIES = {"resnet18": "timm", "gpt2": "transformers"}
 
 
 def loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -147,6 +151,9 @@ def main(arguments: Sequence[str] | None = None, clock: Clock | None = None) -> 
                 made = makers(name, mode, device) if name in NETWORKS else alexnet_makers(mode, device)
                 yield name, mode, SHAPES[name], made
 
+    for name in options.networks:
+        if name in LIBRARIES:
+            require(LIBRARIES[name])
     options.providers = options.providers or list(PROVIDERS)
     return whole_steps.measure("conversion", cases(), options, clock, ("gated",))
 

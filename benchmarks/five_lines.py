@@ -34,6 +34,7 @@ from stn_fast.command_line import run_command
 from stn_fast.comparison.processes import mapped
 from stn_fast.data import Split, fashion_mnist, split_validation
 from stn_fast.errors import UserError
+from stn_fast.extras import require
 
 Row = dict[str, Any]
 GUESS = 0.5
@@ -165,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if min(flags.seeds, flags.epochs, flags.size, flags.jobs) < 1:
         it.error("--seeds, --epochs, --size and --jobs must be at least 1")
     try:
+        require("timm")
         out = writable(flags.json, "--json") if flags.json else None
         about = dict(epochs=flags.epochs, size=flags.size, data_root=flags.data_root)
         with mapped(of_a_seed, [{**about, "seed": seed} for seed in range(flags.seeds)], flags.jobs) as coming:

@@ -1,4 +1,4 @@
-"""Optional packages for the command lines and recipes, installed by the extras ``train`` and ``compare``."""
+"""Optional packages, installed by the extras ``train``, ``compare`` and ``examples``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from importlib.util import find_spec
 
 from stn_fast.errors import UserError
 
-FOR_COMPARE = ("optuna",)  # all others are for train, and compare includes them
+# All others are for train, which these include.
+EXTRAS = {"optuna": "compare", "timm": "examples", "transformers": "examples"}
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def extra(package: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("stn_fast"):
             raise
-        name = "compare" if package in FOR_COMPARE else "train"
+        name = EXTRAS.get(package, "train")
         raise UserError(f"{package} is missing: pip install 'stn-fast[{name}]' installs it ({error})") from None
 
 

@@ -52,7 +52,7 @@ def test_an_import_error_of_our_own_module_is_not_reported_as_a_missing_extra():
         require("no_such_package")
 
 
-@pytest.mark.parametrize(("package", "name"), [("optuna", "compare"), ("matplotlib", "train")])
+@pytest.mark.parametrize(("package", "name"), [("optuna", "compare"), ("matplotlib", "train"), ("timm", "examples")])
 def test_the_extra_that_installs_a_package_is_named(monkeypatch, package, name):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"{package} is missing: pip install 'stn-fast\[{name}\]'"):

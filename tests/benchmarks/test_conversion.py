@@ -1,12 +1,14 @@
 """The command of `benchmarks.conversion` writes rows, and its loss is that of the next character."""
 
 import json
+import sys
 
 import pytest
 import torch
 from libraries import library
 
 from benchmarks import conversion
+from stn_fast.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +29,13 @@ def test_the_command_writes_a_row_for_everyone(tmp_path, capsys):
         for mode, providers in (("train", conversion.PROVIDERS[:3]), ("valid", ("converted", "plain"))):
             assert all(rows[dimensions, mode, name]["ratio_to_plain"] > 0 for name in providers)
     assert "ratio to plain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("network", "missing"), [("resnet18", "timm"), ("gpt2", "transformers")])
+def test_a_missing_library_is_named_with_the_extra_that_installs_it(network, missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=rf"{missing} is missing: pip install 'stn-fast\[examples\]'"):
+        conversion.main(["--networks", network])
 
 
 def test_gated_and_converted_layers_take_turns(tmp_path):

@@ -1,6 +1,7 @@
 """The command that compares a converted network of timm with the plain one."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -33,6 +34,13 @@ def test_it_prints_and_writes_three_runs_of_each_seed(few_images, tmp_path, caps
     assert plain["cpu_seconds"] < tuned["cpu_seconds"] <= longer["cpu_seconds"]
     assert longer["valid_loss"] < plain["valid_loss"]
     assert f"self-tuned / plain, of each seed: {tuned['test_loss'] / plain['test_loss']:.3f}" in capsys.readouterr().out
+
+
+def test_a_missing_library_is_named_with_the_extra_that_installs_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(SystemExit):
+        five_lines.main([])
+    assert "timm is missing: pip install 'stn-fast[examples]'" in capsys.readouterr().err
 
 
 def test_splits_are_disjoint_and_the_same_for_each_seed(few_images):
