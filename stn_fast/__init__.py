@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stn_fast import functional as functional
     from stn_fast.conversion import Augment as Augment
+    from stn_fast.conversion import ConvReLU2d as ConvReLU2d
+    from stn_fast.conversion import DropConnectLSTM as DropConnectLSTM
     from stn_fast.conversion import Dropout as Dropout
+    from stn_fast.conversion import EmbeddingWithDropout as EmbeddingWithDropout
+    from stn_fast.conversion import GaussianNoise as GaussianNoise
     from stn_fast.conversion import LabelSmoothing as LabelSmoothing
+    from stn_fast.conversion import LockedDropout as LockedDropout
     from stn_fast.conversion import WeightDecay as WeightDecay
     from stn_fast.conversion import convert as convert
     from stn_fast.conversion import converts as converts
@@ -45,8 +50,13 @@ _HOME = {
     "backends": "stn_fast.dispatch",
     "use_backend": "stn_fast.dispatch",
     "Augment": "stn_fast.conversion",
+    "ConvReLU2d": "stn_fast.conversion",
+    "DropConnectLSTM": "stn_fast.conversion",
     "Dropout": "stn_fast.conversion",
+    "EmbeddingWithDropout": "stn_fast.conversion",
+    "GaussianNoise": "stn_fast.conversion",
     "LabelSmoothing": "stn_fast.conversion",
+    "LockedDropout": "stn_fast.conversion",
     "WeightDecay": "stn_fast.conversion",
     "convert": "stn_fast.conversion",
     "converts": "stn_fast.conversion",

@@ -11,7 +11,7 @@ from stn_fast.training.parameters import is_gate, is_response
 def respond(model):
     """Draws R and r (A, with a low rank) of the size of W, and leaves the rest as it is; returns ``model``."""
     for name, parameter in model.named_parameters():
-        if is_response(name) and not is_gate(name) and "projection" not in name:
+        if is_response(name) and not is_gate(name) and "response_projection" not in name:
             nn.init.uniform_(parameter, -1 / parameter[0].numel() ** 0.5, 1 / parameter[0].numel() ** 0.5)
     return model
 

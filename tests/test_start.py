@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import stn_fast as stn
-from stn_fast.training.parameters import is_gate
+from stn_fast.conversion import Converted
+from stn_fast.conversion.rules import RULES
+from stn_fast.training.parameters import is_gate, is_response
 from stn_fast.training.start import start_as_published
 
 N = 4
@@ -123,3 +126,111 @@ def test_entries_of_a_published_low_rank_response_have_the_variance_of_a_full_on
         if kind == "embedding":
             assert not layer.response_projection[3].any()
     assert torch.stack(squares).mean().item() == pytest.approx(BOUNDS[kind] ** 2 / 3, rel=0.2)
+
+
+def test_the_published_start_is_drawn_from_the_seed_in_the_same_order_in_every_release():
+    layer, generator = made("linear"), torch.Generator().manual_seed(7 ^ 0x5EED)
+    start_as_published(layer, 7)
+
+    def uniform(*shape):
+        return torch.empty(shape).uniform_(-BOUNDS["linear"], BOUNDS["linear"], generator=generator)
+
+    assert torch.equal(layer.response_weight, uniform(120, 80))
+    assert torch.equal(layer.weight_gate, torch.empty(120, N).normal_(std=0.01, generator=generator))
+    assert torch.equal(layer.response_bias, uniform(120))
+    assert torch.equal(layer.bias_gate, torch.empty(120, N).normal_(std=0.01, generator=generator))
+
+
+CONVERTED = {
+    "linear": lambda: nn.Linear(80, 120),
+    "conv": lambda: nn.Conv2d(40, 60, 3, groups=2),
+    "conv and relu": lambda: stn.ConvReLU2d(40, 60, 3, groups=2),
+    "lstm": lambda: nn.LSTM(30, 40, 2),
+    "lstm with drop connect": lambda: stn.DropConnectLSTM(30, 40, 2, p=0.0),
+    "embedding": lambda: nn.Embedding(150, 100, padding_idx=3),
+    "embedding with dropout": lambda: stn.EmbeddingWithDropout(150, 100, p=0.0, padding_idx=3),
+    "batch norm": lambda: nn.BatchNorm2d(200),
+}
+SPACE = stn.HyperparameterSpace([stn.Hyperparameter(f"rate {k}", init=0.0) for k in range(N)])
+
+
+def converted(kind, rank=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(CONVERTED[kind]())
+    return stn.convert(model, SPACE, of_loss=SPACE.names, response_rank=rank, quiet=True)
+
+
+@pytest.mark.parametrize("gates", [0.01, 0.0])
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_the_published_start_of_a_converted_layer_is_that_of_the_gated_one(kind, rank, gates):
+    gated_kind = next(name for name in MAKERS if kind.startswith(name))
+    layer = MAKERS[gated_kind](**({} if gated_kind == "batch norm" else {"response_rank": rank}))
+    model = converted(kind, rank)
+    before = {name: parameter.clone() for name, parameter in model[0].named_parameters()}
+    for one in (model, nn.Sequential(layer)):
+        start_as_published(one, 5, gates)
+    wanted = dict(layer.named_parameters())
+    assert before.keys() == wanted.keys()
+    for name, parameter in model[0].named_parameters():
+        assert torch.equal(parameter, wanted[name] if is_response(name) else before[name]), name
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_converted_network_starts_as_published_as_the_gated_one_with_layers_in_the_same_order(rank):
+    kinds = ("embedding", "lstm", "linear", "conv")
+    model = nn.ModuleList(CONVERTED[kind]() for kind in kinds)
+    stn.convert(model, SPACE, of_loss=SPACE.names, response_rank=rank, quiet=True)
+    gated = nn.ModuleList(MAKERS[kind](response_rank=rank) for kind in kinds)
+    for one in (model, gated):
+        start_as_published(one, 5)
+    wanted = dict(gated.named_parameters())
+    assert all(torch.equal(p, wanted[name]) for name, p in model.named_parameters() if is_response(name))
+
+
+OTHERS = {
+    "layer norm": (lambda: nn.LayerNorm(300), {"": 1.0}),
+    "conv1d": (lambda: nn.Conv1d(40, 60, 3), {"": 120**-0.5}),
+    "attention": (
+        lambda: nn.MultiheadAttention(36, 2, kdim=16, vdim=64),
+        {"_q_proj": 36**-0.5, "_k_proj": 16**-0.5, "_v_proj": 64**-0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_converted_layers_start_with_responses_as_large_as_their_weights(kind):
+    make, bounds = OTHERS[kind]
+    torch.manual_seed(0)
+    model = stn.convert(nn.Sequential(make()), SPACE, of_loss=SPACE.names, response_rank=None, quiet=True)
+    start_as_published(model, 5, 0.01)
+    for ending, bound in bounds.items():
+        for name in (f"response_weight{ending}", f"response_bias{ending}"):
+            response = getattr(model[0], name)
+            assert 0.9 * bound < response.abs().max() <= bound
+            assert response.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.2)
+        for name in (f"weight_gate{ending}", f"bias_gate{ending}"):
+            assert getattr(model[0], name).std().item() == pytest.approx(0.01, rel=0.2)
+
+
+def test_layers_of_your_own_start_as_published_too():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(500))
+
+    class TunedScale(Converted, Scale):
+        pass
+
+    def rule(module, context):
+        context.add_response(module)
+        context.become(module, TunedScale)
+
+    RULES[Scale] = rule
+    try:
+        model = stn.convert(nn.Sequential(Scale()), SPACE, quiet=True)
+    finally:
+        del RULES[Scale]
+    start_as_published(model, 5, 0.01)
+    assert model[0].response_weight.std().item() == pytest.approx(1 / math.sqrt(3), rel=0.1)
+    assert model[0].weight_gate.std().item() == pytest.approx(0.01, rel=0.1)

@@ -15,17 +15,27 @@ from stn_fast.conversion.converted import Converted, change_class
 from stn_fast.conversion.folding import fold
 from stn_fast.conversion.output_dropout import add_output_dropouts, remove_output_dropouts
 from stn_fast.conversion.placing import additions_in, decay_names, placed, with_additions
+from stn_fast.conversion.plain import (
+    ConvReLU2d,
+    DropConnectLSTM,
+    EmbeddingWithDropout,
+    GaussianNoise,
+    LockedDropout,
+)
 from stn_fast.conversion.report import Entry, table
 from stn_fast.conversion.rows import check_rows
 from stn_fast.conversion.rules import (
     OPENED,
     TRANSFORMERS,
     Context,
+    check_strength,
     converts,
     fixed_example_dim,
+    has_weights,
     is_known,
     rate_of,
     rule_of,
+    streams_of,
 )
 from stn_fast.conversion.selection import (
     Named,
@@ -41,16 +51,21 @@ from stn_fast.conversion.tuned import TunedHyperparameters
 from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.layers.gated import factors_to_use
-from stn_fast.layers.regularisers import _Regulariser, check_rate
+from stn_fast.layers.regularisers import _Regulariser
 
 __all__ = [
     "Added",
     "Augment",
     "Context",
+    "ConvReLU2d",
     "Converted",
+    "DropConnectLSTM",
     "Dropout",
+    "EmbeddingWithDropout",
     "Entry",
+    "GaussianNoise",
     "LabelSmoothing",
+    "LockedDropout",
     "TunedHyperparameters",
     "WeightDecay",
     "check_rows",
@@ -68,6 +83,7 @@ def convert(
     space: HyperparameterSpace | Sequence[Addition] | None = None,
     *,
     dropouts: Mapping[str, str] | None = None,
+    of_loss: Sequence[str] = (),
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
     example_dims: Mapping[str, int] | None = None,
@@ -92,10 +108,11 @@ def convert(
     BatchNorm1d, BatchNorm2d, Dropout, Dropout1d, Dropout2d and Dropout3d of torch.nn; of timm, DropPath and the norms
     LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d, GroupNorm, GroupNorm1, GroupNormAct, GroupNorm1Act and BatchNormAct2d;
     of transformers, Conv1D and the norms with only a weight, such as LlamaRMSNorm, GemmaRMSNorm and T5LayerNorm;
-    `stn_fast.Augment`; and classes with a rule added by `stn_fast.converts`. Subclasses are not, but for those of
-    timm's norms that inherit forward. The dropout between the layers of an LSTM and that of attention weights become
-    tuned, too, if there is any. Other modules stay as they are, such as GRU, parametrized modules and frozen layers.
-    The report lists them.
+    `stn_fast.Augment`, `stn_fast.ConvReLU2d`, `stn_fast.DropConnectLSTM`, `stn_fast.EmbeddingWithDropout`,
+    `stn_fast.GaussianNoise` and `stn_fast.LockedDropout`; and classes with a rule added by `stn_fast.converts`.
+    Subclasses are not, but for those of timm's norms that inherit forward. The dropout between the layers of an LSTM
+    and that of attention weights become tuned, too, if there is any. Other modules stay as they are, such as GRU,
+    parametrized modules and frozen layers. The report lists them.
 
     Attention with a tuned rate computes its weights in full in training mode, without a fused kernel.
     TransformerEncoder and TransformerEncoderLayer call the modules in them also in evaluation mode, without torch's
@@ -121,12 +138,14 @@ def convert(
         dropouts: {pattern: name of a hyperparameter of `space`} for dropout modules, the first that fits; others stay
             plain. By default, a dropout module has the hyperparameter with the name that `suggest_space` gives it.
             Not with a list of additions.
+        of_loss: hyperparameters of `space` that your loss looks up, such as the weight of a penalty, as
+            ``model.tuned_hyperparameters.current["name"]``, (B,). Only weight_decay needs no mention.
         include, exclude: patterns of modules to convert, and of those to leave out.
         example_dims: {pattern: dimension that counts examples}, the first that fits, for inputs such as (T, B, D). It
-            applies to Linear, Embedding, LayerNorm, RMSNorm, Dropout and DropPath, and to outputs that a
-            `stn_fast.Dropout` drops; by default it is the first, or what `batch_first` says in transformers of
-            torch.nn. LSTM and MultiheadAttention have their `batch_first`, and in the inputs of others it is always the
-            first.
+            applies to Linear, Embedding, EmbeddingWithDropout, LayerNorm, RMSNorm, Dropout, LockedDropout,
+            GaussianNoise and DropPath, and to outputs that a `stn_fast.Dropout` drops; by default it is the first, or
+            what `batch_first` says in transformers of torch.nn. LSTM, DropConnectLSTM and MultiheadAttention have their
+            `batch_first`, and in the inputs of others it is always the first.
         response_rank: as for `HyperLinear`. Norms always have a full response.
         group: how dropout modules share rates, as for `suggest_space`; not used with `dropouts`.
         strict: whether it is an error if a module with parameters or dropout is left out for another reason than
@@ -153,13 +172,13 @@ def convert(
         whole_number("convert", f"example_dims[{pattern!r}]", dim, 0)
     chosen, left_out = selected(model, include, exclude)
     space, rates = _rates(model, chosen, space, dropouts, group)
-    for one in dropouts_of(chosen):
-        if one.name not in rates:
-            left_out.append(one.left_out("no hyperparameter of the space is its rate"))
-    chosen = [one for one in chosen if one.name in rates or rate_of(one.module) is None]
+    without_rate = [one for one in dropouts_of(chosen) if one.name not in rates]
+    plain = {one.name for one in without_rate if rate_of(one.module) or not has_weights(one.module)}
+    left_out += [one.left_out("no hyperparameter of the space is its rate") for one in chosen if one.name in plain]
+    places, chosen = chosen, [one for one in chosen if one.name not in plain]
     _check_chosen(chosen, left_out, strict)
     added = placed(model, chosen, additions or ())
-    _check_rates(space, rates, chosen, added)
+    _check_rates(space, rates, chosen, added, of_loss)
 
     dropped = {name for one in added if isinstance(one.addition, Dropout) for name in one.modules}
     concerned = [*chosen, *(Named(name, model.get_submodule(name)) for name in dropped)]
@@ -170,7 +189,11 @@ def convert(
     tuned.to(next(iter(model.parameters()), tuned.location).device)
     streams, decays = _free_streams(model), decay_names(added)
     try:
-        for one in chosen:
+        for one in places:
+            if one.name in plain:
+                for _ in range(streams_of(one.module)):  # so that draws do not depend on which others are tuned
+                    next(streams)
+                continue
             rule = rule_of(one.module)
             assert rule is not None
             rule(one.module, Context(one.name, tuned, response_rank, dims[one.name], rates.get(one.name), streams))
@@ -244,7 +267,11 @@ def _check_chosen(chosen: Sequence[Named], left_out: Sequence[Entry], strict: bo
 
 
 def _check_rates(
-    space: HyperparameterSpace, rates: Mapping[str, str], chosen: Sequence[Named], added: Sequence[Added]
+    space: HyperparameterSpace,
+    rates: Mapping[str, str],
+    chosen: Sequence[Named],
+    added: Sequence[Added],
+    of_loss: Sequence[str],
 ) -> None:
     """Modules with a rule of the user's own may use any hyperparameter, and as something else than a rate."""
     own = {one.name for one in chosen if not is_known(one.module)}
@@ -252,15 +279,19 @@ def _check_rates(
     missing = [name for name in strengths if name not in space]
     if missing:
         raise ValueError(f"convert: the space lacks {', '.join(missing)}, which stn.Augment needs")
-    used = {"weight_decay", *rates.values(), *strengths, *(one.hyperparameter for one in added)}
+    unknown = [name for name in of_loss if name not in space]
+    if unknown:
+        raise ValueError(f"convert: of_loss names {', '.join(unknown)}, but the space has {', '.join(space.names)}")
+    used = {"weight_decay", *rates.values(), *strengths, *(one.hyperparameter for one in added), *of_loss}
     unused = [name for name in space.names if name not in used]
     if unused and not own:
         raise ValueError(
-            f"convert: nothing uses {', '.join(unused)}: give the dropout modules with this rate in dropouts, or leave "
-            "it out of the space"
+            f"convert: nothing uses {', '.join(unused)}: give the dropout modules with this rate in dropouts, name it "
+            "in of_loss if your loss uses it, or leave it out of the space"
         )
-    for name in dict.fromkeys(rate for module, rate in rates.items() if module not in own):
-        check_rate(space[name])
+    for one in chosen:
+        if one.name in rates and one.name not in own:
+            check_strength(one.module, space[rates[one.name]])
 
 
 def _example_dims(model: nn.Module, chosen: Sequence[Named], example_dims: Mapping[str, int]) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,10 +26,13 @@ class Converted(InModel, nn.Module):
 
     Attributes:
         decay_name: the hyperparameter that decays its weights, if the model was converted with a `WeightDecay`; None if
-            they are not decayed. Others are those of `InModel`.
+            they are not decayed.
+        response_bounds: by the endings of parameter names, the bounds of a random R: as published, it is uniform in
+            ± bound, as W is in the gated layer of this kind. Others are those of `InModel`.
     """
 
     decay_name: str | None
+    response_bounds: Mapping[str, float] = MappingProxyType({})
 
     @property
     def hyper(self) -> HyperBatch | None:
@@ -60,7 +65,8 @@ class Converted(InModel, nn.Module):
     def response_of_rows(self, x: Tensor, like: Tensor) -> Tensor:
         """The response input (N, n) of each row of x (N, ...), or (n,)."""
         h = self.response(like)
-        return h if is_shared(h) else h.repeat_interleave(self.rows_per_example(x, 0, len(h)), 0)
+        rows = 1 if is_shared(h) else self.rows_per_example(x, 0, len(h))
+        return h if rows == 1 else h.repeat_interleave(rows, 0)
 
     def gating_of_rows(self, x: Tensor, like: Tensor, dim: int = 0) -> HyperBatch | Tensor:
         """`gating` of each row of x, which dimension `dim` counts."""
@@ -68,6 +74,8 @@ class Converted(InModel, nn.Module):
         if is_shared(given):
             return given
         rows = self.rows_per_example(x, dim, len(given))
+        if rows == 1:
+            return given
         return given.repeat_interleave(rows, 0) if isinstance(given, Tensor) else given.repeated(rows)
 
     def folded(self, response: Tensor) -> dict[str, Tensor]:
@@ -93,7 +101,7 @@ RESPONSE = tuple(GatedParameters._fields[2:])
 # What a conversion stores on a module besides parameters.
 ATTRIBUTES = (
     "tuned", "dotted_name", "plain_class", "example_dim", "num_hyperparameters", "response_rank", "name", "stream",
-    "streams", "decay_name",
+    "streams", "decay_name", "response_bounds",
 )  # fmt: skip
 
 
@@ -112,7 +120,7 @@ def register_response(
     *,
     outputs: int,
     factors: Factors | None = None,
-    bound: float = 0.0,
+    bound: float = 1.0,
     ending: str = "",
     plain: tuple[Tensor, Tensor | None] | None = None,
 ) -> None:
@@ -136,4 +144,5 @@ def register_response(
         module.register_parameter(f"response_projection{ending}", None)
     start_response(getattr(module, f"response_weight{ending}"), getattr(module, f"response_projection{ending}"), bound)
     module.__dict__["num_hyperparameters"] = n
+    module.__dict__.setdefault("response_bounds", {})[ending] = bound
     module.__dict__["response_rank"] = None if factors is None else factors[0][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from stn_fast import functional
+from stn_fast.conversion import plain
 from stn_fast.conversion.converted import Converted, is_shared
 from stn_fast.hyperparameters import HyperBatch
+from stn_fast.layers.conv import Halves
 from stn_fast.layers.embedding import GatedTable
 from stn_fast.layers.gated import Gated
 from stn_fast.layers.lstm import GatedLSTM, State
-from stn_fast.layers.regularisers import PerExampleDropout
-from stn_fast.ops.gates import fold, gates, response_input
+from stn_fast.layers.regularisers import PerExampleDropout, PerExampleNoise, dropped_channels
+from stn_fast.ops.gates import GatedParameters, fold, gates, response_input
+from stn_fast.ops.halves import make_halves
 from stn_fast.ops.tangents import direction_of, dual, paused, split
 
 
@@ -36,8 +40,22 @@ class Linear(_Folding, nn.Linear):
         return self.gated_linear(input, self.gated_parameters, self.gating(self.weight))
 
 
-class Conv2d(_Folding, nn.Conv2d):
-    """`functional.gated_conv2d`, with k images per example if the input has k·B."""
+class Conv2d(Halves, _Folding, nn.Conv2d):
+    """`functional.gated_conv2d`, with k images per example if the input has k·B.
+
+    As in `HyperConv2d`, W and R are the halves of one tensor, if R is full and there is one group.
+    """
+
+    relu = False
+
+    def join(self) -> None:
+        """Makes W and R halves of one tensor."""
+        if self.response_projection is None and self.groups == 1:
+            make_halves(*self._filters())
+
+    def revert(self, values: dict[str, float]) -> None:
+        self.weight.data = self.weight.data.clone()  # no longer half of a tensor
+        super().revert(values)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == 3:
@@ -48,8 +66,14 @@ class Conv2d(_Folding, nn.Conv2d):
             input, geometry["padding"] = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         parameters, projection = self.gated_parameters[:6], self.response_projection
         return functional.gated_conv2d(
-            input, *parameters, given, groups=self.groups, response_projection=projection, **geometry
+            input, *parameters, given, groups=self.groups, relu=self.relu, response_projection=projection, **geometry
         )
+
+
+class ConvReLU2d(Conv2d, plain.ConvReLU2d):
+    """The same with ReLU, in one pass."""
+
+    relu = True
 
 
 class _PlainConv(_Folding):
@@ -123,8 +147,13 @@ class Embedding(_Folding, GatedTable, nn.Embedding):
             padding_idx=self.padding_idx,
             sparse=self.sparse,
             response_projection=self.response_projection,
+            **self._dropped(),
         )
         return e.view(*input.shape, self.embedding_dim)
+
+    def _dropped(self) -> dict[str, Any]:
+        """Rate and RNG coordinates of dropped words, for `functional.gated_embedding`."""
+        return {}
 
     def takes_any_examples(self, shape: Sequence[int]) -> bool:
         return len(shape) > 1 and self.example_dim < len(shape) and shape[self.example_dim] == 1
@@ -138,10 +167,10 @@ class Embedding(_Folding, GatedTable, nn.Embedding):
         return tokens
 
 
-def _tuned_rate(attribute: str) -> Any:
-    """The rate of a plain dropout module, a float, which a converted one has only in evaluation mode."""
+def _tuned_number(attribute: str) -> Any:
+    """The strength of a plain module, a float, which a converted one has only in evaluation mode."""
 
-    def read(module: _Dropout) -> float:
+    def read(module: _Regularised) -> float:
         if module.training:
             raise RuntimeError(
                 f"{module.shown}: its rate {attribute} is read in training mode, "
@@ -150,7 +179,7 @@ def _tuned_rate(attribute: str) -> Any:
             )
         return module.tuned.values()[module.name]
 
-    def write(module: _Dropout, rate: float) -> None:
+    def write(module: _Regularised, rate: float) -> None:
         raise AttributeError(
             f"{module.shown}: {attribute} can't be set, because its rate is the "
             f"hyperparameter {module.name!r}: change model.tuned_hyperparameters.location"
@@ -159,35 +188,68 @@ def _tuned_rate(attribute: str) -> Any:
     return property(read, write)
 
 
-class _Dropout(Converted, PerExampleDropout):
+class _Regularised(Converted):
+    """A module without parameters whose strength is a hyperparameter, applied to each row of an example by itself."""
+
+    name: str
+    attribute = "p"  # of the plain module
+
+    def revert(self, values: dict[str, float]) -> None:
+        attribute, strength = self.attribute, values[self.name]
+        super().revert(values)
+        setattr(self, attribute, strength)
+
+
+class GaussianNoise(_Regularised, PerExampleNoise, plain.GaussianNoise):
+    """Noise, each example with its own standard deviation."""
+
+    attribute = "std"
+    std = _tuned_number("std")
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        hyper, dim = self.hyper, self.example_dim
+        if hyper is None or not self.training:
+            return input
+        rows = self.split(input, len(hyper))
+        y = functional.noise(rows, self._strength(rows, hyper, dim), **self._draw(hyper), example_dim=dim)
+        return y.view_as(input)
+
+
+class _Dropout(_Regularised, PerExampleDropout):
     """Inverted dropout, each example at its own rate; each of its rows has its own mask, if it has several.
 
     It never changes its input, also if ``inplace`` is set: a training step calls the model twice with the same batch.
     """
 
-    mask_dims: int | None = None  # how many of the last dimensions share a mask, in an input (N, C, ...)
-    rate_attribute = "p"
-    p = _tuned_rate("p")
+    p = _tuned_number("p")
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         hyper = self.hyper
         if hyper is None or not self.training:
             return input
         rows = self.split(input, len(hyper))
+        return self._drop(rows, hyper, self._shared(input, rows.ndim - input.ndim)).view_as(input)
+
+    def _drop(self, rows: Tensor, hyper: HyperBatch, shared_dims: tuple[int, ...]) -> Tensor:
         dim = self.example_dim
-        y = functional.dropout(
-            rows,
-            self._strength(rows, hyper, dim),
-            **self._draw(hyper),
-            example_dim=dim,
-            shared_dims=self._shared(input, rows.ndim - input.ndim),
-        )
-        return y.view_as(input)
+        strength = self._strength(rows, hyper, dim)
+        return functional.dropout(rows, strength, **self._draw(hyper), example_dim=dim, shared_dims=shared_dims)
 
     def _shared(self, x: Tensor, more: int) -> tuple[int, ...]:
         """The dimensions that share a mask, after the example dimension of x was split into 1 + `more` dimensions."""
-        if self.mask_dims is None:
-            return ()
+        return ()
+
+
+class Dropout(_Dropout, nn.Dropout):
+    """torch's, each example at its own rate."""
+
+
+class _ChannelDropout(_Dropout):
+    """Dropout of whole channels of an input (N, C, ...)."""
+
+    mask_dims: int  # how many dimensions follow the channels
+
+    def _shared(self, x: Tensor, more: int) -> tuple[int, ...]:
         if x.ndim != self.mask_dims + 2:
             raise ValueError(
                 f"{self.shown}: its input must have {self.mask_dims + 2} "
@@ -195,32 +257,72 @@ class _Dropout(Converted, PerExampleDropout):
             )
         return tuple(range(-self.mask_dims, 0))
 
-    def revert(self, values: dict[str, float]) -> None:
-        attribute, rate = self.rate_attribute, values[self.name]
-        super().revert(values)
-        setattr(self, attribute, rate)
 
-
-class Dropout(_Dropout, nn.Dropout):
-    """torch's, each example at its own rate."""
-
-
-class Dropout1d(_Dropout, nn.Dropout1d):
+class Dropout1d(_ChannelDropout, nn.Dropout1d):
     """torch's, for (N, C, L)."""
 
     mask_dims = 1
 
 
-class Dropout2d(_Dropout, nn.Dropout2d):
+class Dropout2d(_ChannelDropout, nn.Dropout2d):
     """torch's, for (N, C, H, W)."""
 
     mask_dims = 2
 
+    def _drop(self, rows: Tensor, hyper: HyperBatch, shared_dims: tuple[int, ...]) -> Tensor:
+        if rows.ndim > 4:
+            return super()._drop(rows, hyper, shared_dims)
+        return dropped_channels(rows, self._strength(rows, hyper, 0), **self._draw(hyper))
 
-class Dropout3d(_Dropout, nn.Dropout3d):
+
+class Dropout3d(_ChannelDropout, nn.Dropout3d):
     """torch's, for (N, C, D, H, W)."""
 
     mask_dims = 3
+
+
+class LockedDropout(_Dropout, plain.LockedDropout):
+    """One mask for all positions of an example, at its own rate."""
+
+    def _shared(self, x: Tensor, more: int) -> tuple[int, ...]:
+        if self.dim >= x.ndim or self.dim == self.example_dim:
+            raise ValueError(
+                f"{self.shown}: dim={self.dim} must be a dimension of its input {tuple(x.shape)} other than "
+                f"{self.example_dim}, which counts the examples; if another one does, declare it: convert(model, "
+                f"example_dims={{{self.dotted_name!r}: 1}})"
+            )
+        return (self.dim + more if self.dim > self.example_dim else self.dim,)
+
+    def _drop(self, rows: Tensor, hyper: HyperBatch, shared_dims: tuple[int, ...]) -> Tensor:
+        (dim,), examples = shared_dims, self.example_dim
+        if dim in (examples + 1, rows.ndim - 1) or (dim, examples) == (0, 1):
+            return super()._drop(rows, hyper, shared_dims)
+        # Between two other dimensions, such as (B, k, T, D): by the same mask, of its own shape.
+        shape = [*rows.shape[:dim], 1, *rows.shape[dim + 1 :]]
+        return rows * super()._drop(rows.new_ones(shape), hyper, ())
+
+
+def _shared_draw(hyper: HyperBatch, stream: int) -> dict[str, Any]:
+    """RNG coordinates of what all examples share, the same at every call and in every process."""
+    return dict(seed=hyper.seed, step=hyper.step, stream=stream)
+
+
+class EmbeddingWithDropout(Embedding, plain.EmbeddingWithDropout):
+    """`functional.gated_embedding`, with one rate and one draw of dropped words for the batch."""
+
+    name: str | None
+    stream: int
+
+    def _dropped(self) -> dict[str, Any]:
+        hyper = self.hyper
+        if hyper is None or not self.training or self.name is None or not len(hyper):
+            return {}
+        return dict(rate=hyper[self.name][:1], **_shared_draw(hyper, self.stream))
+
+    def revert(self, values: dict[str, float]) -> None:
+        if self.name is not None:
+            self.p = values[self.name]
+        super().revert(values)
 
 
 class Conv1D(Converted, GatedTable):
@@ -242,8 +344,8 @@ class DropPath(_Dropout):
     """timm's, which drops all of a row."""
 
     inplace = False
-    rate_attribute = "drop_prob"
-    drop_prob = _tuned_rate("drop_prob")
+    attribute = "drop_prob"
+    drop_prob = _tuned_number("drop_prob")
 
     def _shared(self, x: Tensor, more: int) -> tuple[int, ...]:
         of_example = range(self.example_dim, self.example_dim + more + 1)
@@ -289,3 +391,26 @@ class LSTM(Converted, GatedLSTM, nn.LSTM):
         if self.name is not None:
             self.dropout = values[self.name]
         super().revert(values)
+
+
+class DropConnectLSTM(LSTM, plain.DropConnectLSTM):
+    """As `HyperLSTM` with recurrent dropout: one mask for W and R, and one rate for the batch."""
+
+    def _between(self, layer: int, y: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
+        return y
+
+    def _connected(self, suffix: str, hyper: HyperBatch | Tensor) -> GatedParameters:
+        weights, batch = super()._connected(suffix, hyper), self.hyper
+        if batch is None or not self.training or self.name is None or not len(batch):
+            return weights
+        number = list(chain.from_iterable(map(self._suffixes, range(self.num_layers)))).index(suffix)
+        rate, draw = batch[self.name][:1], _shared_draw(batch, self.streams[number])
+        weights = weights._replace(weight=functional.dropout(weights.weight[None], rate, **draw)[0])
+        if weights.response_projection is not None:
+            return weights
+        return weights._replace(response_weight=functional.dropout(weights.response_weight[None], rate, **draw)[0])
+
+    def revert(self, values: dict[str, float]) -> None:
+        if self.name is not None:
+            self.p = values[self.name]
+        Converted.revert(self, values)

@@ -12,14 +12,15 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
-from stn_fast.conversion import attention, layers, norms
+from stn_fast.conversion import attention, layers, norms, plain
 from stn_fast.conversion.augment import Augment, TunedAugment
 from stn_fast.conversion.converted import Converted, change_class, register_response
 from stn_fast.conversion.libraries import is_conv1d, is_drop_path, norm_of_library
 from stn_fast.conversion.reading import rates_in
 from stn_fast.conversion.tuned import TunedHyperparameters
-from stn_fast.hyperparameter import ResponseRank
+from stn_fast.hyperparameter import Hyperparameter, ResponseRank
 from stn_fast.layers.gated import factors_to_use
+from stn_fast.layers.regularisers import check_rate, check_scale, check_shared
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,9 @@ def rule_of(module: nn.Module) -> Rule | None:
 
 
 def drops(module: nn.Module) -> bool:
-    """Whether its class is one of dropout, or is named like one of stochastic depth."""
-    return isinstance(module, _DropoutNd) or type(module).__name__.endswith(("DropPath", "StochasticDepth"))
+    """Whether its class is one of dropout or noise, or is named like one of stochastic depth."""
+    known = isinstance(module, _DropoutNd | plain.LockedDropout | plain.GaussianNoise)
+    return known or type(module).__name__.endswith(("DropPath", "StochasticDepth"))
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -154,20 +156,46 @@ def is_known(module: nn.Module) -> bool:
 
 
 def rate_of(module: nn.Module) -> float | None:
-    """The rate of a dropout module that has a rule, of an LSTM between its layers, or of attention; None for others."""
+    """The rate of a dropout module that has a rule, of an LSTM between its layers, or of attention; None for others.
+
+    For noise, it is the standard deviation.
+    """
     if type(module) is nn.LSTM:
         return module.dropout if module.num_layers > 1 and module.dropout > 0 else None
     if type(module) is nn.MultiheadAttention:
         return module.dropout or None
-    if type(module) in DROPOUTS:
+    if is_noise(module):
+        return module.std  # type: ignore[return-value]
+    if type(module) in DROPOUTS or type(module) in SHARING:
         return float(module.p)  # type: ignore[arg-type]
     return float(module.drop_prob or 0) if is_drop_path(module) else None  # type: ignore[arg-type]
 
 
+def streams_of(module: nn.Module) -> int:
+    """How many random streams a module of dropout has, whether or not its rate is tuned."""
+    if type(module) is plain.DropConnectLSTM:
+        return module.num_layers * (2 if module.bidirectional else 1)
+    return module.num_layers - 1 if isinstance(module, nn.LSTM) else 1
+
+
 def has_weights(module: nn.Module) -> bool:
     """Whether a module with a rule is one that weight decay is for; norms, dropout and augmentation are not."""
-    without = (*NORMS, *DROPOUTS, Augment)
+    without = (*NORMS, *DROPOUTS, plain.GaussianNoise, Augment)
     return type(module) not in without and not is_drop_path(module) and norm_of_library(module) is None
+
+
+def is_noise(module: nn.Module) -> bool:
+    """Whether its strength is a standard deviation."""
+    return type(module) is plain.GaussianNoise
+
+
+def check_strength(module: nn.Module, hyperparameter: Hyperparameter) -> None:
+    """Raises ValueError if a hyperparameter can't be the rate of this module, or its standard deviation."""
+    if is_noise(module):
+        return check_scale(hyperparameter)
+    check_rate(hyperparameter)
+    if type(module) in SHARING:
+        check_shared(hyperparameter, type(module).__name__)
 
 
 def fixed_example_dim(module: nn.Module) -> int | None:
@@ -208,7 +236,7 @@ def _reason_against_known(module: nn.Module) -> str | None:
         return "scale_by_keep=False is not supported"
     if isinstance(module, nn.LSTM) and module.proj_size:
         return "proj_size is not supported"
-    if type(module) in DROPOUTS or type(module) is Augment or is_drop_path(module):
+    if type(module) in (*DROPOUTS, plain.GaussianNoise, Augment) or is_drop_path(module):
         return None
     if isinstance(module, nn.MultiheadAttention):
         return _reason_against_attention(module)
@@ -249,6 +277,8 @@ def _linear(module: nn.Module, context: Context) -> None:
     bound = module.weight[0].numel() ** -0.5
     register_response(module, len(context.tuned.space), outputs=shape[0], factors=factors, bound=bound)
     context.become(module, LINEAR.get(type(module), layers.Linear))
+    if isinstance(module, layers.Conv2d):
+        module.join()
 
 
 def _table(module: nn.Module, context: Context) -> None:
@@ -260,9 +290,12 @@ def _table(module: nn.Module, context: Context) -> None:
     if factors is not None:
         factors = factors[0], factors[1][::-1]  # a table has a row for each input
     is_embedding = isinstance(module, nn.Embedding)
-    bound = 0.1 if is_embedding else rows**-0.5
+    bound = plain.EmbeddingWithDropout.BOUND if is_embedding else rows**-0.5
     register_response(module, len(context.tuned.space), outputs=outputs, factors=factors, bound=bound)
-    context.become(module, layers.Embedding if is_embedding else layers.Conv1D)
+    if type(module) is plain.EmbeddingWithDropout:
+        _bind(module, context, layers.EmbeddingWithDropout)
+    else:
+        context.become(module, layers.Embedding if is_embedding else layers.Conv1D)
     if isinstance(module, layers.Embedding) and module.padding_idx is not None:
         with torch.no_grad():
             module._response_table[module.padding_idx].zero_()
@@ -278,9 +311,9 @@ def _lstm(module: nn.Module, context: Context) -> None:
             register_response(
                 module, len(context.tuned.space), outputs=outputs, factors=factors, bound=bound, ending=ending
             )
-    streams = tuple(next(context.streams) for _ in range(module.num_layers - 1))
+    streams = tuple(next(context.streams) for _ in range(streams_of(module)))
     module.__dict__.update(name=context.hyperparameter, streams=streams)
-    context.become(module, layers.LSTM)
+    context.become(module, layers.DropConnectLSTM if type(module) is plain.DropConnectLSTM else layers.LSTM)
 
 
 def _attention(module: nn.Module, context: Context) -> None:
@@ -316,6 +349,10 @@ def _dropout(module: nn.Module, context: Context) -> None:
     _bind(module, context, DROPOUTS[type(module)])
 
 
+def _noise(module: nn.Module, context: Context) -> None:
+    _bind(module, context, layers.GaussianNoise)
+
+
 def _drop_path(module: nn.Module, context: Context) -> None:
     _bind(module, context, layers.DropPath)
 
@@ -334,6 +371,7 @@ LINEAR: dict[type[nn.Module], type[Converted]] = {
     nn.Conv1d: layers.Conv1d,
     nn.Conv2d: layers.Conv2d,
     nn.Conv3d: layers.Conv3d,
+    plain.ConvReLU2d: layers.ConvReLU2d,
 }
 NORMS: dict[type[nn.Module], type[Converted]] = {
     nn.LayerNorm: norms.LayerNorm,
@@ -347,7 +385,9 @@ DROPOUTS: dict[type[nn.Module], type[Converted]] = {
     nn.Dropout1d: layers.Dropout1d,
     nn.Dropout2d: layers.Dropout2d,
     nn.Dropout3d: layers.Dropout3d,
+    plain.LockedDropout: layers.LockedDropout,
 }
+SHARING = (plain.EmbeddingWithDropout, plain.DropConnectLSTM)  # all examples share their draw, and so their rate
 EXAMPLES_FIRST = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout1d, nn.Dropout2d,
     nn.Dropout3d, norms.LayerNorm2d, norms.RMSNorm2d, Augment,
@@ -357,6 +397,7 @@ TRANSFORMERS = (
     nn.TransformerDecoderLayer,
 )  # fmt: skip
 RULES |= {nn.Embedding: _table, nn.LSTM: _lstm, nn.MultiheadAttention: _attention, Augment: _augment}
+RULES |= {plain.EmbeddingWithDropout: _table, plain.DropConnectLSTM: _lstm, plain.GaussianNoise: _noise}
 RULES |= dict.fromkeys(LINEAR, _linear)
 RULES |= dict.fromkeys(NORMS, _norm) | dict.fromkeys(DROPOUTS, _dropout)
 KNOWN = frozenset(RULES)

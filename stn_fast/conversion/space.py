@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from stn_fast.conversion.rules import rate_of
+from stn_fast.conversion.rules import SHARING, is_noise, rate_of
 from stn_fast.conversion.selection import Named, check_model, dropouts_of, selected, strengths_of
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
 
@@ -18,15 +18,16 @@ HIGHEST_START = 0.9
 SCALE = 1.0  # with 0.5, a rate of .7 that should fall rose in 4 of 12 runs of the example in the README
 START_OF_ZERO = 0.05  # at a rate of 0, the location would be infinite
 # Of the names of rates of modules that are more than dropout.
-_SUFFIX = {"LSTM": "_dropout", "MultiheadAttention": "_dropout"}
+_SUFFIX = dict.fromkeys(("LSTM", "MultiheadAttention", "DropConnectLSTM", "EmbeddingWithDropout"), "_dropout")
 
 
 def suggest_space(model: nn.Module, group: Group = "type") -> HyperparameterSpace:
     """What `convert` tunes by default: the rates of the model's dropout modules, and weight decay.
 
     Every group of dropout modules shares one rate in [0, 0.95), which starts at their mean rate: at 0.05 if that is 0,
-    and at 0.9 if it is 0.95 or more. `weight_decay` starts at 1e-4, and the strengths of an `stn_fast.Augment` at its
-    arguments. All are perturbed per example, with σ = 1 at first.
+    and at 0.9 if it is 0.95 or more. So do standard deviations of noise, in [0, ∞). `weight_decay` starts at 1e-4, and
+    the strengths of an `stn_fast.Augment` at its arguments. All are perturbed with σ = 1 at first, per example; rates
+    of an `stn_fast.EmbeddingWithDropout` or an `stn_fast.DropConnectLSTM` once for the batch.
 
     Hyperparameters that do not regularise, such as learning rates, momentum and widths, can't be tuned this way: the
     training loss must depend on them.
@@ -47,17 +48,19 @@ def suggest_space(model: nn.Module, group: Group = "type") -> HyperparameterSpac
 
 def space_of(groups: dict[str, list[Named]], strengths: Sequence[Hyperparameter]) -> HyperparameterSpace:
     """The space with a rate for each group, and these strengths."""
-    rates = [
-        Hyperparameter(name, low=0.0, high=HIGHEST_RATE, init=_start(group), scale=SCALE)
-        for name, group in groups.items()
-    ]
+    rates = [_rate(name, group) for name, group in groups.items()]
     return HyperparameterSpace([*rates, *strengths, Hyperparameter("weight_decay", low=0.0, init=1e-4, scale=SCALE)])
 
 
-def _start(group: Sequence[Named]) -> float:
-    rates = [rate_of(one.module) or 0.0 for one in group]
-    mean = rates[0] if len(set(rates)) == 1 else sum(rates) / len(rates)
-    return HIGHEST_START if mean >= HIGHEST_RATE else mean or START_OF_ZERO
+def _rate(name: str, group: Sequence[Named]) -> Hyperparameter:
+    """A rate, or the standard deviation of noise."""
+    strengths = [rate_of(one.module) or 0.0 for one in group]
+    mean = strengths[0] if len(set(strengths)) == 1 else sum(strengths) / len(strengths)
+    if any(is_noise(one.module) for one in group):
+        return Hyperparameter(name, low=0.0, init=mean or START_OF_ZERO, scale=SCALE)
+    start = HIGHEST_START if mean >= HIGHEST_RATE else mean or START_OF_ZERO
+    differs = not any(type(one.module) in SHARING for one in group)
+    return Hyperparameter(name, low=0.0, high=HIGHEST_RATE, init=start, scale=SCALE, per_example=differs)
 
 
 def grouped(dropouts: Sequence[Named], group: Group) -> dict[str, list[Named]]:
@@ -92,4 +95,5 @@ def _block(one: Named) -> str:
     first, *rest = one.name.split(".")
     if not rest:
         return _role(one)
-    return f"{first}_{rest[0]}_dropout" if rest[0].isdigit() and len(rest) > 1 else f"{first}_dropout"
+    kind = "noise" if is_noise(one.module) else "dropout"
+    return f"{first}_{rest[0]}_{kind}" if rest[0].isdigit() and len(rest) > 1 else f"{first}_{kind}"

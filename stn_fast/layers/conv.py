@@ -20,7 +20,35 @@ from stn_fast.ops.halves import are_halves, make_halves
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
-class HyperConv2d(GatedLayer):
+class Halves(nn.Module):
+    """W and R are stored as the halves of one tensor, so that calls need not concatenate them.
+
+    They stay so when the module is moved or copied, until either is replaced by another parameter.
+    """
+
+    def _filters(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """W and R; None for one that is computed from other parameters, as by a parametrization."""
+        return self._parameters.get("weight"), self._parameters.get("response_weight")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Halves:
+        """`to`, `half` and others move each parameter separately; join halves of one tensor again afterwards."""
+        were_halves = are_halves(*self._filters())
+        super()._apply(fn, recurse)
+        if were_halves:
+            make_halves(*self._filters())
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_were_halves": are_halves(*self._filters())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """copy.deepcopy and pickle copy each parameter separately; join halves of one tensor again afterwards."""
+        super().__setstate__({name: value for name, value in state.items() if name != "_were_halves"})
+        if state.get("_were_halves", False):
+            make_halves(*self._filters())
+
+
+class HyperConv2d(Halves, GatedLayer):
     """y = conv(x, W) + b + (h Gwᵀ) ⊙ conv(x, R) + (h Gbᵀ) ⊙ r, optionally followed by ReLU.
 
     h is each example's response input. `weight` and `bias` are named and shaped as in torch.nn.Conv2d, so a plain
@@ -95,27 +123,6 @@ class HyperConv2d(GatedLayer):
         if self.padding == "same" and self.stride != (1, 1):
             raise ValueError(f"HyperConv2d: padding='same' requires stride 1, as in torch, got stride={stride}")
         if groups == 1 and factors is None:
-            make_halves(*self._filters())
-
-    def _filters(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        """W and R; None for one that is computed from other parameters, as by a parametrization."""
-        return self._parameters.get("weight"), self._parameters.get("response_weight")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HyperConv2d:
-        """`to`, `half` and others move each parameter separately; join halves of one tensor again afterwards."""
-        were_halves = are_halves(*self._filters())
-        super()._apply(fn, recurse)
-        if were_halves:
-            make_halves(*self._filters())
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_were_halves": are_halves(*self._filters())}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """copy.deepcopy and pickle copy each parameter separately; join halves of one tensor again afterwards."""
-        super().__setstate__({name: value for name, value in state.items() if name != "_were_halves"})
-        if state.get("_were_halves", False):
             make_halves(*self._filters())
 
     def forward(self, x: Tensor, hyper: HyperBatch | Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class GatedLSTM(nn.Module):
                 after.append(last)
             y = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
             y = self._between(layer, y, hyper)
-        h_n, c_n = (torch.stack(states) for states in zip(*after, strict=True))
+        h_n, c_n = (torch.stack(one) if len(one) > 1 else one[0].unsqueeze(0) for one in zip(*after, strict=True))
         return y, (h_n, c_n)
 
     def _state_shape(self, *batch: int) -> tuple[int, ...]:

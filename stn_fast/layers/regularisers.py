@@ -77,11 +77,7 @@ class _PerBatchRegulariser(_Regulariser):
         """The strength, (1,); (0,) for an empty batch."""
         self._check_hyper(hyper)
         hyperparameter = hyper.space[self.name]
-        if hyperparameter.per_example:
-            raise ValueError(
-                f"hyperparameter {self.name!r} must have per_example=False, because {type(self).__name__} uses one "
-                "strength for the whole batch"
-            )
+        check_shared(hyperparameter, type(self).__name__)
         self._check_range(hyperparameter)
         return hyper[self.name][:1]
 
@@ -146,11 +142,33 @@ class PerExampleDropout2d(PerExampleDropout):
             )
         if not self.training:
             return x
-        draw = dict(rate=self._strength(x, hyper, example_dim), **self._draw(hyper))
-        if not in_function_transform() and x.is_contiguous(memory_format=torch.channels_last):
-            # Elements of the mask are numbered by channel, so the mask is the same in the memory order of the images.
-            return functional.dropout(x.permute(0, 2, 3, 1), **draw, shared_dims=(1, 2)).permute(0, 3, 1, 2)
-        return functional.dropout(x, **draw, shared_dims=self.shared_dims)
+        return dropped_channels(x, self._strength(x, hyper, example_dim), **self._draw(hyper))
+
+
+def dropped_channels(x: Tensor, rate: Tensor, **draw: Any) -> Tensor:
+    """Images (B, C, H, W) with dropped channels, in the memory format of x."""
+    if not in_function_transform() and x.is_contiguous(memory_format=torch.channels_last):
+        # Elements of the mask are numbered by channel, so the mask is the same in the memory order of the images.
+        return functional.dropout(x.permute(0, 2, 3, 1), rate, **draw, shared_dims=(1, 2)).permute(0, 3, 1, 2)
+    return functional.dropout(x, rate, **draw, shared_dims=(-2, -1))
+
+
+def check_scale(hyperparameter: Hyperparameter) -> None:
+    """Raises ValueError if a standard deviation of noise could be negative."""
+    if hyperparameter.low is None or hyperparameter.low < 0:
+        raise ValueError(
+            f"hyperparameter {hyperparameter.name!r} is a noise scale, so its bound low must be >= 0, "
+            f"got low={hyperparameter.low}"
+        )
+
+
+def check_shared(hyperparameter: Hyperparameter, layer: str) -> None:
+    """Raises ValueError if a hyperparameter that a layer uses for the whole batch differs between examples."""
+    if hyperparameter.per_example:
+        raise ValueError(
+            f"hyperparameter {hyperparameter.name!r} must have per_example=False, because {layer} uses one "
+            "strength for the whole batch"
+        )
 
 
 class PerExampleNoise(_PerExampleRegulariser):
@@ -162,11 +180,7 @@ class PerExampleNoise(_PerExampleRegulariser):
     """
 
     def _check_range(self, hyperparameter: Hyperparameter) -> None:
-        if hyperparameter.low is None or hyperparameter.low < 0:
-            raise ValueError(
-                f"hyperparameter {self.name!r} is a noise scale, so its bound low must be >= 0, "
-                f"got low={hyperparameter.low}"
-            )
+        check_scale(hyperparameter)
 
     def forward(self, x: Tensor, hyper: HyperBatch, example_dim: int = 0) -> Tensor:
         if not self.training:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from stn_fast.conversion.folding import tuned_in
-from stn_fast.errors import UserError
 from stn_fast.training.config import Config
 from stn_fast.training.delta import DeltaSelfTuning
 from stn_fast.training.methods import FixedHyperparameters, Method, SelfTuning
@@ -17,11 +16,7 @@ from stn_fast.training.task import Task
 
 
 def build_method(config: Config, task: Task) -> Method:
-    """Builds the method that ``config.method`` names, for ``task``.
-
-    Raises:
-        UserError: a converted model is to have the published start of the response.
-    """
+    """Builds the method that ``config.method`` names, for ``task``."""
     tuned = tuned_in(task.model)
     given: dict[str, Any] = dict(
         optimizer=weight_optimizer(config.optimizer),
@@ -31,10 +26,6 @@ def build_method(config: Config, task: Task) -> Method:
         allow_unused=task.allow_unused,
     )
     if config.method.has_response and config.method.response_start == "published":
-        if tuned is not None:
-            raise UserError(
-                "method.response_start = published: must be zero for a converted model, whose response starts at 0"
-            )
         start_as_published(task.model, config.seed, gates=0.01 if config.method.name == "stn" else 0.0)
     if tuned is not None:
         tuned.centre(config.method.name == "delta-stn")

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stn_fast.conversion.tuned import TunedHyperparameters
+
 MAX_COPIED_NUMBERS = 1 << 16  # most numbers that are copied at every step
 
 
@@ -230,7 +232,8 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._owners = [module for module in model.modules() if module._buffers]
+        # A step changes λ and ρ of a converted model only as it updates them.
+        self._owners = [one for one in model.modules() if one._buffers and not isinstance(one, TunedHyperparameters)]
         self._large: dict[tuple[int, str], int] = {}  # how often a large buffer had been written to, at the last step
         self._changing: set[tuple[int, str]] = set()
 

@@ -278,12 +278,30 @@ def test_streams_follow_those_that_layers_of_the_model_use():
     assert (tuned[0].stream, tuned[2].streams, tuned[3].stream) == (8, (9, 10), 11)
 
 
+def test_a_loss_may_use_a_hyperparameter_that_no_module_does():
+    model = stn.convert(nn.Sequential(nn.Linear(3, 2)), stn.HyperparameterSpace([RATE, DECAY]), of_loss=["rate"])
+    own, x = model.tuned_hyperparameters, torch.randn(4, 3)
+
+    def loss(y, targets):
+        return (y - targets).square().mean() + own.current["rate"].mean()
+
+    tuner = stn.SelfTuner(model, torch.optim.SGD(model.parameters(), 0.1), loss, valid_loss=nn.functional.mse_loss)
+    with torch.no_grad():
+        without = nn.functional.mse_loss(model.eval()(x), torch.zeros(4, 2)).item()
+    assert tuner.train_step((x, torch.zeros(4, 2))).item() > without + 0.01
+    model[0].response_weight.data.normal_()
+    before = own.values()
+    tuner.valid_step((x, torch.zeros(4, 2)))
+    assert own.values()["rate"] != before["rate"]
+
+
 def test_wrong_arguments_are_named_and_change_nothing():
     model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.2))
     rate, decay = (stn.HyperparameterSpace([one]) for one in (RATE, DECAY))
     negative = stn.HyperparameterSpace([stn.Hyperparameter("rate", low=-1.0, high=0.9, init=0.2)])
     cases = [
-        (dict(space=rate), ValueError, "nothing uses rate"),
+        (dict(space=rate), ValueError, "nothing uses rate: .*name it in of_loss if your loss uses it"),
+        (dict(of_loss=["other"]), ValueError, "of_loss names other, but the space has dropout, weight_decay"),
         (dict(space=rate, dropouts={"1": "other"}), ValueError, r"dropouts\['1'\] is 'other', but the space has rate"),
         (dict(dropouts={"1": "rate"}), ValueError, "give space, too"),
         (dict(space=negative, dropouts={"1": "rate"}), ValueError, "'rate' is a dropout rate, so its bounds"),
@@ -311,8 +329,11 @@ def test_wrong_arguments_are_named_and_change_nothing():
         (nn.BatchNorm1d(2), 1, 0),
         (nn.BatchNorm2d(2), 2, 0),
         (nn.Dropout2d(0.1), 1, 0),
+        (stn.ConvReLU2d(2, 2, 1), 1, 0),
         (nn.LSTM(2, 2), 0, 1),
         (nn.LSTM(2, 2, batch_first=True), 1, 0),
+        (stn.DropConnectLSTM(2, 2, p=0.0), 0, 1),
+        (stn.DropConnectLSTM(2, 2, p=0.0, batch_first=True), 1, 0),
         (nn.MultiheadAttention(2, 1), 0, 1),
         (nn.MultiheadAttention(2, 1, batch_first=True), 1, 0),
     ],

@@ -24,7 +24,13 @@ LAYERS = {
     "dropout1d": (lambda: nn.Dropout1d(0.4), (8, 3)),
     "dropout2d": (lambda: nn.Dropout2d(0.4), (8, 3, 2)),
     "dropout3d": (lambda: nn.Dropout3d(0.4), (8, 3, 2, 2)),
+    "noise": (lambda: stn.GaussianNoise(0.4), (3, 6)),
+    "locked dropout": (lambda: stn.LockedDropout(0.4, dim=1), (3, 9)),
+    "embedding of some words": (lambda: stn.EmbeddingWithDropout(9, 6, p=0.4), (3,)),
+    "drop connect lstm": (lambda: stn.DropConnectLSTM(6, 5, 2, p=0.4, batch_first=True), (3, 6)),
+    "conv relu": (lambda: stn.ConvReLU2d(2, 4, 3), (2, 5, 5)),
 }
+NEED_THEIR_OUTPUT = ("lstm", "drop connect lstm", "conv relu")  # for the backward pass
 each_layer = pytest.mark.parametrize("kind", LAYERS)
 
 
@@ -48,7 +54,7 @@ def model(kind, **options):
 def rows(kind, *sizes):
     shape = (*sizes, *LAYERS[kind][1])
     generator = torch.Generator().manual_seed(1)
-    if kind == "embedding":
+    if "embedding" in kind:
         return torch.randint(9, shape, generator=generator)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -80,7 +86,17 @@ def test_whole_channels_are_dropped(kind):
     assert not kept.all()
 
 
-@pytest.mark.parametrize("kind", ["linear", "embedding", "layer norm", "dropout"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_channels_of_images_are_dropped_as_by_the_layer_for_them_in_their_memory_format(layout):
+    tuned, x = model("dropout2d"), rows("dropout2d", 4).contiguous(memory_format=layout)
+    with tuned.tuned_hyperparameters.using(sampled(tuned)):
+        y = tuned(x)
+    assert torch.equal(y, stn.PerExampleDropout2d("layer", stream=1)(x, sampled(tuned)))
+    assert y.is_contiguous(memory_format=layout)
+    assert not y.all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding", "embedding of some words", "layer norm", "dropout", "noise"])
 def test_a_declared_dimension_counts_the_examples(kind):
     tuned, plain_dims = model(kind, example_dims={"inner": 1}), model(kind)
     x = rows(kind, 4)
@@ -88,7 +104,7 @@ def test_a_declared_dimension_counts_the_examples(kind):
         y = tuned(x.transpose(0, 1))
     with plain_dims.tuned_hyperparameters.using(sampled(tuned)):
         want = plain_dims(x)
-    if kind != "dropout":
+    if kind not in ("dropout", "noise"):
         assert relative_error(y.transpose(0, 1), want) < 1e-12
     for i in range(4):
         with tuned.tuned_hyperparameters.using(sampled(tuned)[i : i + 1]):
@@ -159,7 +175,7 @@ def test_an_example_dimension_that_a_norm_normalises_is_refused():
         tuned(rows("layer norm", 4))
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv", "conv1d", "conv3d"])
+@pytest.mark.parametrize("kind", ["linear", "conv", "conv relu", "conv1d", "conv3d"])
 def test_an_input_without_a_batch_is_one_example(kind):
     tuned, x = model(kind), rows(kind, 1)
     x = x[0, 0] if kind == "linear" else x[0]
@@ -193,9 +209,7 @@ def test_dropout_leaves_its_input_also_if_it_is_in_place():
     assert x.all()
 
 
-@pytest.mark.parametrize(
-    "kind", [kind for kind in LAYERS if kind != "lstm"]
-)  # which needs its output for the backward pass
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind not in NEED_THEIR_OUTPUT])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("training", [True, False])
 def test_an_activation_may_change_the_output_of_a_layer_in_place(kind, dtype, training):

@@ -9,7 +9,6 @@ from torch import nn
 
 import stn_fast as stn
 from stn_fast.data import DataSet, Split
-from stn_fast.errors import UserError
 from stn_fast.training import task
 from stn_fast.training.build import build_method
 from stn_fast.training.config import Config, HyperparameterConfig, MethodConfig, OptimizerConfig, ScheduleConfig
@@ -35,11 +34,10 @@ def config_of(method, **options):
 
 
 class Gated(nn.Module):
-    def __init__(self, n):
+    def __init__(self, n, rank=None):
         super().__init__()
         self.first, self.last = (
-            stn.HyperLinear(6, 9, num_hyperparameters=n),
-            stn.HyperLinear(9, 3, num_hyperparameters=n),
+            stn.HyperLinear(*sizes, num_hyperparameters=n, response_rank=rank) for sizes in ((6, 9), (9, 3))
         )
         self.dropout = stn.PerExampleDropout("dropout", stream=1)
 
@@ -47,15 +45,15 @@ class Gated(nn.Module):
         return self.last(self.dropout(self.first(x, hyper).relu(), hyper), hyper)
 
 
-def networks(space):
+def networks(space, rank=None):
     """The network of gated layers, and the same one plain and converted, with random responses."""
     torch.manual_seed(0)
-    gated = Gated(len(space))
+    gated = Gated(len(space), rank)
     for name, parameter in gated.named_parameters():
         if "response" in name:
             nn.init.normal_(parameter, std=0.1)
     layers = OrderedDict(first=nn.Linear(6, 9), relu=nn.ReLU(), dropout=nn.Dropout(), last=nn.Linear(9, 3))
-    converted = stn.convert(nn.Sequential(layers), space, response_rank=None, quiet=True)
+    converted = stn.convert(nn.Sequential(layers), space, response_rank=rank, quiet=True)
     converted.load_state_dict(gated.state_dict(), strict=False)
     return gated, converted
 
@@ -117,8 +115,17 @@ def test_a_run_of_a_converted_network_can_be_loaded_and_folded(tmp_path, method,
     torch.testing.assert_close(stn.fold(trained.model)(x), logits, rtol=1e-5, atol=1e-6)
 
 
-def test_the_published_start_of_the_response_is_refused():
-    config = config_of("stn", response_start="published")
+@pytest.mark.parametrize(("method", "deviation"), [("stn", 0.01), ("delta-stn", 0.0)])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_published_start_of_the_response_is_that_of_gated_layers(method, deviation, rank):
+    config = config_of(method, response_start="published")
     space = build_space(config)
-    with pytest.raises(UserError, match="response_start = published"):
-        build_method(config, task_of(space, networks(space)[1]))
+    gated, converted = networks(space, rank)
+    for model in (gated, converted):
+        build_method(config, task_of(space, model))
+    ours, theirs = (dict(model.named_parameters()) for model in (converted, gated))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    gates = torch.cat([parameter.flatten() for name, parameter in ours.items() if "gate" in name])
+    assert gates.std().item() == pytest.approx(deviation, rel=0.3)
+    assert ours["first.response_weight"].any()
