@@ -6,8 +6,8 @@
 A step is perturbation, forward, backward, clipping and optimizer, with response_rank="auto". `converted` makes one pass
 over the batch; `converted_antithetic` makes the two of `SelfTuner`'s default. `plain` trains the network as it was. The
 networks are timm's ResNet-18 on images of 32 x 32, and GPT-2 of 6 layers of 384 units for 65 characters. Both libraries
-must be installed. `gated` is `stn_fast.models.alexnet`, against the same plain network, converted; both have full
-responses, and tune only dropout rates.
+must be installed. `gated` is AlexNet written with gated layers (`benchmarks.gated`), against the same plain network,
+converted; both have full responses, and tune only dropout rates.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stn_fast as stn
-from benchmarks import plain, whole_steps
+from benchmarks import gated, plain, whole_steps
 from benchmarks.timing import Clock, Provider
 from benchmarks.whole_steps import Makers, steps_of
 from stn_fast.command_line import run_command
 from stn_fast.extras import require
-from stn_fast.models import alexnet
-from stn_fast.models.alexnet import CHANNELS, HIDDEN
-from stn_fast.models.convnet import channels_last
+from stn_fast.models.classifier import channels_last
 from stn_fast.training.methods import SelfTuning, default_optimizer
 from stn_fast.training.task import classification_loss
 
@@ -113,12 +111,24 @@ def makers(name: str, mode: str, device: torch.device) -> Makers:
     return {**found, "converted_antithetic": lambda: converted(True)} if mode == "train" else found
 
 
+def dropout_rates() -> stn.HyperparameterSpace:
+    """A rate for each place with dropout of AlexNet."""
+    rate: dict[str, Any] = dict(low=0.0, high=0.9, init=plain.RATE)
+    names = (*gated.CONV_DROPOUTS, *gated.FC_DROPOUTS)
+    return stn.HyperparameterSpace([stn.Hyperparameter(name, **rate) for name in names])
+
+
+def converted_alexnet(space: stn.HyperparameterSpace) -> nn.Module:
+    """The plain AlexNet, converted with `dropout_rates`."""
+    model = plain.alexnet()
+    places = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout | nn.Dropout2d)]
+    rates = dict(zip(places, space.names, strict=True))
+    return stn.convert(model, space, dropouts=rates, response_rank=None, quiet=True)
+
+
 def alexnet_makers(mode: str, device: torch.device) -> Makers:
     """The network of gated layers, and the plain one, converted; both through `SelfTuning`, with one pass."""
-    names = [f"conv_dropout_{i + 1}" for i in range(len(CHANNELS))] + [
-        f"fc_dropout_{i + 1}" for i in range(len(HIDDEN))
-    ]
-    space = stn.HyperparameterSpace([stn.Hyperparameter(name, low=0.0, high=0.9, init=plain.RATE) for name in names])
+    space = dropout_rates()
     images = channels_last(torch.randn(SHAPES["alexnet"])).to(device)
     batch = images, torch.randint(10, (len(images),)).to(device)
 
@@ -128,13 +138,10 @@ def alexnet_makers(mode: str, device: torch.device) -> Makers:
         train, valid = (lambda: method.train_step(batch, next(count))), (lambda: method.valid_step(batch, next(count)))
         return steps_of(mode, train, valid)
 
-    def converted() -> Provider:
-        model = plain.alexnet()
-        places = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout | nn.Dropout2d)]
-        rates = dict(zip(places, names, strict=True))
-        return steps(stn.convert(model, space, dropouts=rates, response_rank=None, quiet=True))
-
-    return {"gated": lambda: steps(alexnet(space)), "converted": converted}
+    return {
+        "gated": lambda: steps(gated.AlexNet(len(space))),
+        "converted": lambda: steps(converted_alexnet(space)),
+    }
 
 
 def main(arguments: Sequence[str] | None = None, clock: Clock | None = None) -> int:

@@ -169,11 +169,12 @@ class _Operators(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name.split("::")[1]
-        if name == "_local_scalar_dense":
+        if name in ("_local_scalar_dense", "equal"):
             if args[0].device.type != "meta":
                 return func(*args, **kwargs)
             self.recording.reads[name] += 1
-            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+            is_bool = name == "equal" or args[0].dtype == torch.bool
+            return True if is_bool else 1.0 if args[0].is_floating_point() else 1
         if name in ("_assert_async", "_fused_sgd_", "_fused_adam_", "_fused_adamw_"):
             self.recording.operators[name] += 1
             return None

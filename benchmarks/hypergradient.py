@@ -138,7 +138,8 @@ def trainer_at(config: Config, state: Path) -> tuple[Trainer, SelfTuning, Callab
     space, seed = method.space, method.seed
 
     def back() -> None:
-        method.space, method.seed = space, seed
+        method.seed = seed
+        use(method, space)
         trainer.load_state_dict(copy.deepcopy(saved))  # steps update the optimizer's tensors that are loaded in place
 
     back()
@@ -255,7 +256,7 @@ def along(
     back()
     method.seed += 1000 * draw
     column = method.space.index(name)
-    method.space = shifted(method.space, name, shift)
+    use(method, shifted(method.space, name, shift))
     with torch.no_grad():
         method.location[column] += shift
     losses: dict[int, float] = {}
@@ -269,6 +270,13 @@ def along(
         done = horizon
         losses[horizon] = trainer.evaluate(trainer.task.data.valid)["loss"]
     return losses
+
+
+def use(method: SelfTuning, space: HyperparameterSpace) -> None:
+    """Makes a method and its converted model use another space of the same hyperparameters."""
+    from stn_fast.conversion.folding import tuned_of
+
+    method.space = tuned_of("hypergradient", method.model).space = space
 
 
 def shifted(space: HyperparameterSpace, name: str, shift: float) -> HyperparameterSpace:

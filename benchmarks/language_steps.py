@@ -50,7 +50,7 @@ def makers(
     """
     from stn_fast.data import Split
     from stn_fast.data.text import predictions
-    from stn_fast.models import LanguageModel
+    from stn_fast.models import LanguageModel, tuned
     from stn_fast.recipes import recipe
     from stn_fast.training import language
     from stn_fast.training.spaces import build_space
@@ -69,9 +69,9 @@ def makers(
 
     def method(rank: ResponseRank = None, make: Callable[..., Any] = self_tuning) -> Any:
         torch.manual_seed(0)
-        model = LanguageModel(space, words, width, width, LAYERS, response_rank=rank).to(device)
+        model = tuned(LanguageModel(words, width, width, LAYERS), space, rank)
         losses = language.regularised_next_word_loss, language.next_word_loss
-        return make(model, space, losses, precision, optimizer=sgd, clip=CLIP)
+        return make(model.to(device), space, losses, precision, optimizer=sgd, clip=CLIP)
 
     def stn_fast(of: Method | CapturedSteps, tunes: bool = True) -> Provider:
         count, (to_train, to_valid) = iter(range(10**9)), ((streams(k), iter(range(10**9))) for k in range(2))

@@ -29,16 +29,16 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import smoke
 from benchmarks.dry_device import Recording, Variant, dry_device, recorded_launches
 from benchmarks.ratios import write
-from stn_fast import layers
 from stn_fast.command_line import run_command
+from stn_fast.conversion import Converted
+from stn_fast.conversion.folding import tuned_of
 from stn_fast.data import Split, cifar10
-from stn_fast.hyperparameter import ResponseRank
-from stn_fast.hyperparameters import HyperparameterSpace
+from stn_fast.models import LanguageModel
 from stn_fast.recipes import recipe
 from stn_fast.recipes.images import build_task
 from stn_fast.training import finite
@@ -49,7 +49,7 @@ from stn_fast.training.task import Task
 
 RESNET = "cifar10-resnet18"  # no recipe, but the data of one, and those of its hyperparameters that a ResNet has
 RECIPES = ("digits", "fashion-mnist-small", "fashion-mnist", "cifar10", RESNET, "ptb-small", "ptb")
-_ONLY_ALEXNET = {*(f"conv_dropout_{i}" for i in range(1, 6)), "fc_dropout_2"}
+_ONLY_ALEXNET = {*(f"conv_dropout_{i}" for i in range(1, 6)), "fc_dropout_1", "fc_dropout_2"}
 # Channels and hidden units in the place of the networks' own, where they are constants of a module.
 NARROW: dict[str, dict[str, tuple[int, ...]]] = {
     "alexnet": {"CHANNELS": (8,) * 5, "HIDDEN": (16, 16)},
@@ -74,15 +74,16 @@ def build(name: str, device: Literal["cpu", "cuda"], narrow: bool = False) -> tu
         if name != RESNET:
             return config, recipe(name).build(config)
         used = {name: entry for name, entry in config.hyperparameters.items() if name not in _ONLY_ALEXNET}
+        used["last_dropout"] = config.hyperparameters["fc_dropout_1"]
         config = replace(config, hyperparameters=used)
         return config, build_task(config, cifar10.load(), partial(_resnet18, narrow), valid_size=500)
 
 
-def _resnet18(narrow: bool, space: HyperparameterSpace, response_rank: ResponseRank) -> nn.Module:
+def _resnet18(narrow: bool) -> nn.Module:
     from stn_fast.models import resnet
 
     stages = (8,) * 4 if narrow else (64, 128, 256, 512)
-    return resnet._resnet(space, resnet.BasicBlock, stages[0], stages, 2, 3, 10, response_rank)
+    return resnet.ResNet(resnet.BasicBlock, stages[0], stages, 2, 3, 10)
 
 
 def steps(config: Config, task: Task) -> dict[str, Callable[[], object]]:
@@ -147,57 +148,25 @@ def as_json(variant: Variant) -> dict[str, Any]:
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A copy whose gated layers compute as torch's own of their weights, and whose dropouts are torch's.
+    """A copy of a converted model, as the plain network with its W and b and with dropout of rate 0.1.
 
-    Its parameters include those of the response, which have no gradient. An LSTM is run on one time step only: cuDNN
-    takes a single call for all of them.
+    It drops no words and no weights, so that embedding and LSTM are torch's own.
     """
     model = copy.deepcopy(model)
+    rates = dict.fromkeys(tuned_of("plain", model).space.names, 0.1)
+    rates |= dict.fromkeys(LanguageModel.RATES.values(), 0.0)
     for module in model.modules():
-        for kind, computation in _PLAIN.items():
-            if isinstance(module, kind):
-                module.forward = computation(module)
-                break
+        if isinstance(module, Converted):
+            module.revert(rates)
+    del model.tuned_hyperparameters
     return model
 
 
-def _plain_lstm(layer: Any) -> Callable[..., Any]:
-    inner = nn.LSTM(layer.input_size, layer.hidden_size, layer.num_layers)
-    layer.inner = inner  # for its parameters to be found
-    return lambda x, hyper, state=None: inner(x[:1], state)
-
-
-def _plain_convolution(layer: Any) -> Callable[..., Any]:
-    geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
-
-    def run(x: Tensor, *_: Any) -> Tensor:
-        y = F.conv2d(x, layer.weight, layer.bias, *geometry)
-        return y.relu() if layer.relu else y
-
-    return run
-
-
-def _plain_norm(layer: Any) -> Callable[..., Any]:
-    statistics_of = (layer.running_mean, layer.running_var)
-    return lambda x, *_: F.batch_norm(x, *statistics_of, layer.weight, layer.bias, True, layer.momentum, layer.eps)
-
-
-_PLAIN: dict[type[nn.Module], Callable[[Any], Callable[..., Any]]] = {
-    layers.HyperLinear: lambda layer: lambda x, *_: F.linear(x, layer.weight, layer.bias),
-    layers.HyperConv2d: _plain_convolution,
-    layers.HyperBatchNorm2d: _plain_norm,
-    layers.HyperEmbedding: lambda layer: lambda tokens, *_, **__: F.embedding(tokens, layer.weight),
-    layers.HyperLSTM: _plain_lstm,
-    layers.EmbeddingDropout: lambda _: lambda embedding, tokens, *_, **__: embedding(tokens[:1]),
-    layers.PerExampleDropout2d: lambda _: lambda x, *_, **__: F.dropout2d(x, 0.1),
-    layers.PerExampleDropout: lambda _: lambda x, *_, **__: F.dropout(x, 0.1),
-    layers.PerExampleNoise: lambda _: lambda x, *_, **__: x + 0.1 * torch.randn_like(x),
-    layers.PerExampleAugmentation: lambda layer: lambda x, _: (x - layer._byte_mean) / layer._byte_std,
-}
-
-
 def plain_step(config: Config, task: Task) -> Callable[[], object]:
-    """A training step of the plain network: forward, backward, clipping and a fused SGD."""
+    """A training step of the plain network: forward, backward, clipping and a fused SGD.
+
+    A text has one time step only: cuDNN takes a single call for all of them.
+    """
     model = plain(task.model)
     size = config.schedule.batch_size
     batch: Any = Split(*(part[:size] for part in task.data.train))
@@ -207,7 +176,7 @@ def plain_step(config: Config, task: Task) -> Callable[[], object]:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        outputs = model(batch.inputs, None)
+        outputs = model(batch.inputs)
         logits = outputs.logits.flatten(0, 1) if config.text is not None else outputs
         F.cross_entropy(logits, batch.targets.flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

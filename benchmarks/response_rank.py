@@ -23,6 +23,7 @@ import argparse
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ from benchmarks.self_tuning import writable
 from stn_fast.command_line import run_command
 from stn_fast.comparison.kept_runs import KeptRuns, Row
 from stn_fast.comparison.runs import measure, score
+from stn_fast.conversion.layers import DropConnectLSTM
 from stn_fast.errors import UserError
 from stn_fast.hyperparameters import HyperBatch
-from stn_fast.layers import DropConnect, HyperLSTM
+from stn_fast.layers import DropConnect
 from stn_fast.ops.gates import GatedParameters
 from stn_fast.recipes import RECIPES, recipe
 from stn_fast.training.config import Config, as_published
@@ -59,19 +61,20 @@ KEPT = (
 )  # fmt: skip
 
 
-class FactorsDropped(HyperLSTM):
+class FactorsDropped(DropConnectLSTM):
     """DropConnect on W, A and B of the hidden-to-hidden matrices, by masks of their own."""
 
     of_factors: nn.ModuleDict  # the DropConnect of A and of B of each matrix
 
     def _connected(self, suffix: str, hyper: HyperBatch | Tensor) -> GatedParameters:
-        weights = super()._connected(suffix, hyper)
+        weights, batch = super()._connected(suffix, hyper), self.hyper
         drop_a, drop_b = (self.of_factors[f"{factor}_{suffix}"] for factor in "ab")
         projection = weights.response_projection
         assert projection is not None
-        assert isinstance(hyper, HyperBatch)
+        if batch is None:
+            return weights
         return weights._replace(
-            response_weight=drop_a(weights.response_weight, hyper), response_projection=drop_b(projection, hyper)
+            response_weight=drop_a(weights.response_weight, batch), response_projection=drop_b(projection, batch)
         )
 
 
@@ -83,16 +86,16 @@ def build(config: Config) -> Task:
 
 
 def _drop_factors(model: nn.Module) -> None:
-    layers = [module for module in model.modules() if isinstance(module, HyperLSTM) and module.drop_connects]
+    layers = [(one, one.name) for one in model.modules() if isinstance(one, DropConnectLSTM) and one.name is not None]
     if not layers:
         raise UserError("factors-dropped is for a recipe whose network has an LSTM with recurrent_dropout")
-    for layer in layers:
+    for layer, rate in layers:
         layer.__class__ = FactorsDropped
         layer.of_factors = nn.ModuleDict()
-        for suffix, drop in layer.drop_connects.items():
-            assert isinstance(drop, DropConnect)
+        suffixes = chain.from_iterable(map(layer._suffixes, range(layer.num_layers)))
+        for suffix, stream in zip(suffixes, layer.streams, strict=True):
             for factor, more in (("a", 10_000), ("b", 20_000)):
-                layer.of_factors[f"{factor}_{suffix}"] = DropConnect(drop.name, stream=drop.stream + more)
+                layer.of_factors[f"{factor}_{suffix}"] = DropConnect(rate, stream=stream + more)
 
 
 def configure(name: str, variant: str, seed: int, run_dir: Path, flags: argparse.Namespace) -> Config:

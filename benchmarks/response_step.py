@@ -34,14 +34,14 @@ from stn_fast.command_line import run_command
 from stn_fast.data import Split
 from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter, HyperparameterSpace
-from stn_fast.models import LanguageModel, mlp
+from stn_fast.models import LanguageModel, mlp, tuned
 from stn_fast.training.delta import DeltaSelfTuning
 from stn_fast.training.language import next_word_loss
 from stn_fast.training.linearised import Linearised
 from stn_fast.training.methods import default_optimizer
 from stn_fast.training.parameters import is_response
 from stn_fast.training.streams import Streams
-from stn_fast.training.task import classification_loss
+from stn_fast.training.task import classification_loss, outputs
 
 MODES = ("response", "iteration")
 PROVIDERS = ("stn_fast", "stn_fast_rank16", "double_backward", "func_jvp", "plain")
@@ -51,6 +51,7 @@ WINDOW, COLUMNS, WIDTH, WORDS = 35, 20, 200, 10_000  # of ptb-small
 CLIP = 1.0
 
 Logits = Callable[[Tensor], Tensor]
+MakeModel = Callable[[ResponseRank], nn.Module]  # a tuned network with a response of this rank
 
 
 def space_of(*names: str) -> HyperparameterSpace:
@@ -127,39 +128,39 @@ def sampled(space: HyperparameterSpace, batch: int, device: torch.device) -> Hyp
 
 def response_makers(
     space: HyperparameterSpace,
-    model: Callable[..., nn.Module],
+    model: MakeModel,
     inputs: Tensor,
     targets: Tensor,
     batch: int,
     published: Callable[[HyperBatch], object] | None,
 ) -> Makers:
-    """Ways to the gradients of the response, of a network ``model(response_rank=…)``."""
+    """Ways to the gradients of the response, of the network that ``model`` makes."""
     device = inputs.device
     hyper = sampled(space, batch, device)
 
     def held(rank: ResponseRank = None) -> nn.Module:
         torch.manual_seed(0)
-        return hold_weights(model(response_rank=rank).to(device))
+        return hold_weights(model(rank).to(device))
 
-    def flat(outputs: Any) -> Tensor:
-        return (outputs[0] if isinstance(outputs, tuple) else outputs).flatten(0, -2)
+    def logits(network: Any, given: HyperBatch) -> Tensor:
+        found = outputs(network, given, inputs)
+        return (found[0] if isinstance(found, tuple) else found).flatten(0, -2)
 
-    def loss(outputs: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, targets.flatten())
+    def loss(found: Tensor) -> Tensor:
+        return F.cross_entropy(found, targets.flatten())
 
     def ours(rank: ResponseRank) -> Provider:
         network = held(rank)
         linearised = Linearised(network)
-        return Provider(lambda _: gradients(network, loss(flat(linearised(inputs, hyper)))))
+        return Provider(lambda _: gradients(network, loss(logits(linearised, hyper))))
 
     def through(tangent: Callable[[Logits, Tensor], Tensor]) -> Provider:
         network = held()
 
-        def logits(response: Tensor) -> Tensor:
-            given = replace(hyper, response=response, calls={}, open_calls={})
-            return flat(network(inputs, given))
+        def at(response: Tensor) -> Tensor:
+            return logits(network, replace(hyper, response=response, calls={}, open_calls={}))
 
-        return Provider(lambda _: gradients(network, loss(tangent(logits, hyper.response))))
+        return Provider(lambda _: gradients(network, loss(tangent(at, hyper.response))))
 
     def double_backward() -> Provider:
         return through(by_two_vjps) if published is None else Provider(lambda _: published(hyper))
@@ -174,7 +175,7 @@ def response_makers(
 
 def iteration_makers(
     space: HyperparameterSpace,
-    model: Callable[..., nn.Module],
+    model: MakeModel,
     losses: tuple[Any, Any],
     batches: Callable[[], Callable[[int], Any]],
     network: Callable[[], nn.Module],
@@ -186,7 +187,7 @@ def iteration_makers(
 
     def ours(rank: ResponseRank) -> Provider:
         torch.manual_seed(0)
-        network = model(response_rank=rank).to(device)
+        network = model(rank).to(device)
         method = DeltaSelfTuning(network, space, *losses, clip=CLIP, antithetic=False)  # steps as published
         batch, count = batches(), iter(range(10**9))
 
@@ -206,9 +207,9 @@ def iteration_makers(
 
 def plain_mlp() -> nn.Module:
     layers: list[nn.Module] = []
-    for i, (inputs, outputs) in enumerate(pairwise(SIZES)):
+    for i, (before, after) in enumerate(pairwise(SIZES)):
         layers += [nn.ReLU()] if i else []
-        layers += [nn.Dropout(plain.RATE), nn.Linear(inputs, outputs)]
+        layers += [nn.Dropout(plain.RATE), nn.Linear(before, after)]
     return nn.Sequential(*layers)
 
 
@@ -216,7 +217,10 @@ def of_mlp(mode: str, device: torch.device) -> Makers:
     space = space_of("input_dropout", "hidden_dropout_1", "hidden_dropout_2")
     torch.manual_seed(0)
     x, targets = torch.randn(BATCH, SIZES[0]).to(device), torch.randint(SIZES[-1], (BATCH,)).to(device)
-    model = partial(mlp, space, SIZES)
+
+    def model(rank: ResponseRank) -> nn.Module:
+        return tuned(mlp(SIZES), space, rank)
+
     if mode == "response":
         eager = EagerMLP(len(space)).to(device)
         published = partial(_published, eager, x, targets)
@@ -235,7 +239,10 @@ def of_language(mode: str, device: torch.device) -> Makers:
     text = torch.randint(WORDS, (50 * WINDOW * COLUMNS + 1,)).to(device)
     inputs = text[:-1][: WINDOW * COLUMNS].view(WINDOW, COLUMNS)
     targets = text[1:][: WINDOW * COLUMNS].view(WINDOW, COLUMNS)
-    model = partial(LanguageModel, space, WORDS, WIDTH, WIDTH, 2)
+
+    def model(rank: ResponseRank) -> nn.Module:
+        return tuned(LanguageModel(WORDS, WIDTH, WIDTH, 2), space, rank)
+
     if mode == "response":
         return response_makers(space, model, inputs, targets, COLUMNS, None)
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,10 +46,7 @@ from stn_fast.comparison.processes import mapped
 from stn_fast.data import Split, digits
 from stn_fast.errors import UserError
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter, HyperparameterSpace
-from stn_fast.layers import HyperBatchNorm2d, HyperConv2d, HyperLinear, PerExampleDropout
-from stn_fast.models import ImageClassifier, fashion_cnn, mlp
-from stn_fast.models.convnet import ConvBlock, ConvNet, Dropouts, head
-from stn_fast.models.language_model import LanguageModel
+from stn_fast.models import ImageClassifier, LanguageModel, fashion_cnn, mlp, tuned
 from stn_fast.training import task
 from stn_fast.training.batches import Batches
 from stn_fast.training.delta import DeltaSelfTuning
@@ -93,7 +91,7 @@ def classification(name: str, seed: int, train: int, hidden: Sequence[int], **gu
     x, y = getattr(sklearn.datasets, f"load_{name}")(return_X_y=True)
     inputs = torch.from_numpy((x - x.mean(0)) / (x.std(0) + 1e-6)).float()
     space = space_of(**guesses)
-    model = mlp(space, (x.shape[1], *hidden, int(y.max()) + 1))
+    model = tuned(mlp((x.shape[1], *hidden, int(y.max()) + 1)), space)
     splits = parts(inputs, torch.from_numpy(y).long(), train, seed)
     return Problem(space, model, task.decayed_classification_loss, task.classification_loss, *splits)
 
@@ -109,7 +107,7 @@ def parts(inputs: Tensor, targets: Tensor, train: int, seed: int) -> tuple[Batch
 
 
 def square_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:
-    return F.mse_loss(model(batch.inputs, hyper), batch.targets)
+    return F.mse_loss(task.outputs(model, hyper, batch.inputs), batch.targets)
 
 
 def decayed_square_loss(model: nn.Module, batch: Split, hyper: HyperBatch) -> Tensor:
@@ -136,20 +134,8 @@ def regression(seed: int) -> Problem:
 
     x, y = (torch.from_numpy((a - a.mean(0)) / a.std(0)).float() for a in load_diabetes(return_X_y=True))
     space = space_of(input_noise=1e-3, hidden_dropout_1=1e-3, weight_decay=1e-6)
-    model = mlp(space, (x.shape[1], 64, 1))
+    model = tuned(mlp((x.shape[1], 64, 1)), space)
     return Problem(space, model, decayed_square_loss, square_loss, *parts(x, y[:, None], 200, seed))
-
-
-class Linear(nn.Module):
-    """A gated linear map of inputs, with dropout if the space has an ``input_dropout``."""
-
-    def __init__(self, space: HyperparameterSpace, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.dropout = PerExampleDropout("input_dropout", stream=1) if "input_dropout" in space else None
-        self.layer = HyperLinear(inputs, outputs, num_hyperparameters=len(space))
-
-    def forward(self, x: Tensor, hyper: HyperBatch) -> Tensor:
-        return self.layer(x if self.dropout is None else self.dropout(x, hyper), hyper)
 
 
 def linear(seed: int, outputs: int, **guesses: float) -> Problem:
@@ -160,9 +146,9 @@ def linear(seed: int, outputs: int, **guesses: float) -> Problem:
     y = x @ weights + 2.5 * rng.normal(size=(560, outputs))
     inputs, targets = (torch.from_numpy(a).float() for a in (x, y))
     space = space_of(**guesses)
-    return Problem(
-        space, Linear(space, 20, outputs), decayed_square_loss, square_loss, *parts(inputs, targets, 60, seed)
-    )
+    network = OrderedDict(input_dropout=nn.Dropout(0.0), linear=nn.Linear(20, outputs))
+    model = tuned(nn.Sequential(network), space)
+    return Problem(space, model, decayed_square_loss, square_loss, *parts(inputs, targets, 60, seed))
 
 
 def one_output(seed: int) -> Problem:
@@ -176,7 +162,7 @@ def many_outputs(seed: int) -> Problem:
 def stuck(seed: int) -> Problem:
     data = digits.load()
     space = space_of(input_dropout=0.6, hidden_dropout_1=0.8, hidden_dropout_2=0.8, input_noise=2.0, weight_decay=0.01)
-    model, splits = mlp(space, (64, 128, 128, 10)), parts(*data.train, 500, seed)
+    model, splits = tuned(mlp((64, 128, 128, 10)), space), parts(*data.train, 500, seed)
     return Problem(space, model, task.decayed_classification_loss, task.classification_loss, *splits)
 
 
@@ -197,27 +183,24 @@ def images(seed: int) -> Problem:
             Hyperparameter("weight_decay", init=1e-4, low=0.0),
         ]
     )
-    network = fashion_cnn(space, image_size=8, hidden=32)
-    model = ImageClassifier(space, network, mean=(0.3,), std=(0.38,), image_size=8)
+    return classifier(space, fashion_cnn(image_size=8, hidden=32), seed)
+
+
+def classifier(space: HyperparameterSpace, network: nn.Module, seed: int) -> Problem:
+    """A network of the digits as images."""
+    model = tuned(ImageClassifier(space, network, mean=(0.3,), std=(0.38,), image_size=8), space)
     return Problem(space, model, task.decayed_classification_loss, task.classification_loss, *pixels(seed))
 
 
 def batch_norm(seed: int) -> Problem:
     space = space_of(conv_dropout=0.01, fc_dropout_1=0.7, weight_decay=1e-4)
-    gated: dict[str, Any] = dict(num_hyperparameters=len(space))
-    dropouts = Dropouts(space)
-    blocks = [
-        ConvBlock(
-            HyperConv2d(inputs, outputs, 3, padding=1, bias=False, **gated),
-            norm=HyperBatchNorm2d(outputs, **gated),
-            pool=True,
-            dropout=dropouts.of_channels("conv_dropout"),
-        )
-        for inputs, outputs in ((1, 8), (8, 16))
-    ]
-    network = ConvNet(blocks, head(space, (64, 10), dropouts))
-    model = ImageClassifier(space, network, mean=(0.3,), std=(0.38,), image_size=8)
-    return Problem(space, model, task.decayed_classification_loss, task.classification_loss, *pixels(seed))
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, (inputs, outputs) in enumerate(((1, 8), (8, 16)), start=1):
+        convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        layers[f"conv_{number}"] = nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2))
+        layers[f"conv_dropout_{number}"] = nn.Dropout2d(0.0)
+    layers |= {"flatten": nn.Flatten(), "fc_dropout_1": nn.Dropout(0.0), "linear_1": nn.Linear(64, 10)}
+    return classifier(space, nn.Sequential(layers), seed)
 
 
 def language(seed: int) -> Problem:
@@ -239,7 +222,7 @@ def language(seed: int) -> Problem:
     )
     splits = Split(tokens[:4000], tokens[1:4001]), Split(tokens[4001:6000], tokens[4002:6001])
     train, valid = (Streams(split, 20, 10, seed=seed, stream=i) for i, split in enumerate(splits))
-    model = LanguageModel(space, words, 32, 32, 2)
+    model = tuned(LanguageModel(words, 32, 32, 2), space)
     return Problem(space, model, regularised_next_word_loss, next_word_loss, train, valid)
 
 

@@ -39,8 +39,8 @@ def makers(mode: str, batch: int, device: torch.device, precision: Precision, gr
 
     With ``graphs``, the first two also captured.
     """
-    from stn_fast.models import ImageClassifier, alexnet
-    from stn_fast.models.convnet import channels_last
+    from stn_fast.models import ImageClassifier, alexnet, tuned
+    from stn_fast.models.classifier import channels_last
     from stn_fast.recipes import recipe
     from stn_fast.training import task
     from stn_fast.training.methods import default_optimizer
@@ -57,12 +57,12 @@ def makers(mode: str, batch: int, device: torch.device, precision: Precision, gr
 
     def method(rank: ResponseRank = None, make: Callable[..., Any] = whole_steps.self_tuning) -> Any:
         torch.manual_seed(0)
-        network = alexnet(space, response_rank=rank)
+        network = alexnet()
         model = ImageClassifier(space, network, mean=MEAN, std=STD, image_size=32) if with_data else network
         losses = task.classification_loss, task.classification_loss
         # Without the data the augmentation is left out, and its strengths regulate nothing.
         options = dict(seed=0, clip=CLIP, allow_unused=not with_data)
-        return make(model.to(device), space, losses, precision, **options)
+        return make(tuned(model, space, rank).to(device), space, losses, precision, **options)
 
     def stn_fast(of: Method | CapturedSteps, tunes: bool = True) -> Provider:
         count = iter(range(10**9))

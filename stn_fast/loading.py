@@ -39,16 +39,15 @@ def load(
 
         model = stn.load("runs/mine", model=build())  # of stn.fit
         trained = stn.load("runs/digits-stn-seed0")  # of python -m stn_fast.train digits
-        trained.model(inputs, trained.hyper(len(inputs)))
+        plain = trained.fold()
 
     A run of `stn_fast.fit` gives a converted network: it is called as the plain one, and `stn_fast.fold` makes it plain
     again. It needs ``model``, a network of the same architecture, plain or converted; a converted one, if regularisers
     were added at its conversion.
 
-    Any other run gives a `TrainedRecipe`: the network, whose layers are called with hyperparameters, and ``hyper``,
-    which makes them. A recipe builds the network, for which it reads its data from where the run did; with your own
-    recipe, or without the data, give ``model``, a network like the one that the recipe builds. With moving averages of
-    weights, the network has those.
+    Any other run gives a `TrainedRecipe`: the network as ``trained.model``. A recipe builds the network, for which it
+    reads its data from where the run did; with your own recipe, or without the data, give ``model``, a network like the
+    one that the recipe builds. With moving averages of weights, the network has those.
 
     Args:
         run_dir: a run directory; it is only read.
@@ -128,6 +127,7 @@ def _converted(model: nn.Module, config: Config, path: Path) -> nn.Module:
                 include=list(modules),
                 exclude=[glob.escape(one) for one in others if not any(name.startswith(f"{one}.") for name in names)],
                 example_dims={name: one.example_dim for name, one in modules.items()},
+                of_loss=space.names,  # whichever the loss looked up
                 response_rank=config.method.response_rank,
                 quiet=True,
             )

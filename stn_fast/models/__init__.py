@@ -1,16 +1,15 @@
-"""The papers' networks, and small ones for tests and first experiments."""
+"""The papers' networks, and small ones for tests and first experiments: plain torch, made self-tuning by `tuned`."""
 
 from stn_fast.models.alexnet import alexnet
-from stn_fast.models.convnet import ConvNet, ImageClassifier
+from stn_fast.models.classifier import ImageClassifier
 from stn_fast.models.fashion_cnn import fashion_cnn
 from stn_fast.models.language_model import LanguageModel
-from stn_fast.models.mlp import MLP, mlp
+from stn_fast.models.mlp import mlp
 from stn_fast.models.resnet import ResNet, resnet18, wide_resnet
+from stn_fast.models.tuned import tuned
 from stn_fast.models.vgg import vgg16
 
 __all__ = [
-    "MLP",
-    "ConvNet",
     "ImageClassifier",
     "LanguageModel",
     "ResNet",
@@ -18,6 +17,7 @@ __all__ = [
     "fashion_cnn",
     "mlp",
     "resnet18",
+    "tuned",
     "vgg16",
     "wide_resnet",
 ]

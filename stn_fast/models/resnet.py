@@ -2,144 +2,130 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stn_fast.hyperparameter import ResponseRank
-from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
-from stn_fast.layers import HyperBatchNorm2d, HyperConv2d, PerExampleDropout
-from stn_fast.models.convnet import Dropouts, head
-from stn_fast.models.mlp import MLP
+
+def _convolution(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
 
 
-class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut: the identity, or a projection if the shape changes.
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions, each followed by batch norm, and ReLU after the sum (He et al., CVPR 2016).
+
+    The shortcut is the identity, or a projection if the shape changes.
 
     Args:
         in_channels, channels, stride: of the first convolution; the second keeps the shape.
-        n: number of hyperparameters.
-        dropout: dropout between the two convolutions.
-        response_rank: passed to the convolutions.
+        dropout: name of the dropout between the two convolutions.
     """
 
-    norm_comes_first = False  # whether norms come before the convolutions; if not, the projection has one too
-
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        stride: int,
-        n: int,
-        dropout: PerExampleDropout | None,
-        response_rank: ResponseRank,
-    ):
+    def __init__(self, in_channels: int, channels: int, stride: int, dropout: str):
         super().__init__()
-        self.norm1 = HyperBatchNorm2d(in_channels if self.norm_comes_first else channels, num_hyperparameters=n)
-        gated: dict[str, Any] = dict(bias=False, num_hyperparameters=n, response_rank=response_rank)
-        self.conv1 = HyperConv2d(in_channels, channels, 3, stride, 1, **gated)
-        self.norm2 = HyperBatchNorm2d(channels, num_hyperparameters=n)
-        self.conv2 = HyperConv2d(channels, channels, 3, 1, 1, **gated)
-        self.dropout = dropout
-        self.projection: HyperConv2d | None = None
+        modules: dict[str, nn.Module] = {
+            "conv_1": _convolution(in_channels, channels, stride),
+            "norm_1": nn.BatchNorm2d(channels),
+            "relu": nn.ReLU(),
+            dropout: nn.Dropout(0.0),
+            "conv_2": _convolution(channels, channels),
+            "norm_2": nn.BatchNorm2d(channels),
+        }
+        self.residual = nn.Sequential(OrderedDict(modules))
+        self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
-            self.projection = HyperConv2d(in_channels, channels, 1, stride, **gated)
-        self.projection_norm: HyperBatchNorm2d | None = None
-        if self.projection is not None and not self.norm_comes_first:
-            self.projection_norm = HyperBatchNorm2d(channels, num_hyperparameters=n)
+            projection = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(channels))
 
-    def _dropped(self, x: Tensor, hyper: HyperBatch) -> Tensor:
-        return x if self.dropout is None else self.dropout(x, hyper)
-
-
-class BasicBlock(ResidualBlock):
-    """Norm after each convolution, ReLU after the sum (He et al., CVPR 2016)."""
-
-    def forward(self, x: Tensor, hyper: HyperBatch) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) → (B, channels, H/stride, W/stride)."""
-        y = self._dropped(torch.relu(self.norm1(self.conv1(x, hyper), hyper)), hyper)
-        y = self.norm2(self.conv2(y, hyper), hyper)
-        if self.projection is not None and self.projection_norm is not None:
-            x = self.projection_norm(self.projection(x, hyper), hyper)
-        return torch.relu(y + x)
+        return torch.relu(self.residual(x) + self.shortcut(x))
 
 
-class PreActivationBlock(ResidualBlock):
-    """Norm and ReLU before each convolution (He et al., ECCV 2016), as in WideResNets."""
+class PreActivationBlock(nn.Module):
+    """Batch norm and ReLU before each of two 3 x 3 convolutions (He et al., ECCV 2016), as in WideResNets.
 
-    norm_comes_first = True
+    Arguments and shortcut are those of `BasicBlock`.
+    """
 
-    def forward(self, x: Tensor, hyper: HyperBatch) -> Tensor:
+    def __init__(self, in_channels: int, channels: int, stride: int, dropout: str):
+        super().__init__()
+        self.active = nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU())
+        modules: dict[str, nn.Module] = {
+            "conv_1": _convolution(in_channels, channels, stride),
+            "norm_2": nn.BatchNorm2d(channels),
+            "relu": nn.ReLU(),
+            dropout: nn.Dropout(0.0),
+            "conv_2": _convolution(channels, channels),
+        }
+        self.residual = nn.Sequential(OrderedDict(modules))
+        self.projection: nn.Conv2d | None = None
+        if stride != 1 or in_channels != channels:
+            self.projection = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) → (B, channels, H/stride, W/stride)."""
-        active = torch.relu(self.norm1(x, hyper))
-        y = torch.relu(self.norm2(self.conv1(active, hyper), hyper))
-        y = self.conv2(self._dropped(y, hyper), hyper)
-        return y + (x if self.projection is None else self.projection(active, hyper))
+        active = self.active(x)
+        return self.residual(active) + (x if self.projection is None else self.projection(active))
 
 
 class ResNet(nn.Module):
-    """A convolution, residual blocks, the mean over pixels, one fully connected layer.
+    """A convolution, residual blocks, the mean over pixels, dropout and one fully connected layer.
 
-    Norm and ReLU follow the convolution if blocks end in an activation (`first_norm`), and the last block if they
-    don't (`last_norm`).
+    Batch norm and ReLU follow the convolution if blocks end in an activation, and the last block if they don't.
+
+    Args:
+        stem: channels of the first convolution.
+        stages: channels of each stage; every stage but the first halves the image in its first block.
+        blocks: number of blocks in a stage.
     """
 
     def __init__(
         self,
-        conv: HyperConv2d,
-        blocks: Sequence[ResidualBlock],
-        head: MLP,
-        *,
-        first_norm: HyperBatchNorm2d | None = None,
-        last_norm: HyperBatchNorm2d | None = None,
+        make_block: type[BasicBlock] | type[PreActivationBlock],
+        stem: int,
+        stages: Sequence[int],
+        blocks: int,
+        in_channels: int,
+        classes: int,
     ):
         super().__init__()
-        self.conv, self.first_norm = conv, first_norm
-        self.blocks = nn.ModuleList(blocks)
-        self.last_norm, self.head = last_norm, head
+        ends_active = make_block is BasicBlock
+        first, last = nn.Sequential(_convolution(in_channels, stem)), nn.Sequential()
+        (first if ends_active else last).extend([nn.BatchNorm2d(stem if ends_active else stages[-1]), nn.ReLU()])
+        self.first, self.blocks = first, nn.Sequential()
+        before = stem
+        for number in range(len(stages) * blocks):
+            stage, place = divmod(number, blocks)
+            stride = 2 if stage and not place else 1
+            self.blocks.append(make_block(before, stages[stage], stride, f"block_dropout_{number + 1}"))
+            before = stages[stage]
+        self.last, self.last_dropout, self.linear = last, nn.Dropout(0.0), nn.Linear(before, classes)
 
-    def forward(self, x: Tensor, hyper: HyperBatch) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Normalised images (B, C, H, W) → logits (B, classes)."""
-        x = self.conv(x, hyper)
-        if self.first_norm is not None:
-            x = torch.relu(self.first_norm(x, hyper))
-        for block in self.blocks:
-            x = block(x, hyper)
-        if self.last_norm is not None:
-            x = torch.relu(self.last_norm(x, hyper))
-        return self.head(x.mean((2, 3)), hyper)
+        features = self.last(self.blocks(self.first(x))).mean((2, 3))
+        return self.linear(self.last_dropout(features))
 
 
-def resnet18(
-    space: HyperparameterSpace, *, in_channels: int = 3, classes: int = 10, response_rank: ResponseRank = None
-) -> ResNet:
-    """ResNet-18 for small images; all layers are gated, including norms.
+def resnet18(*, in_channels: int = 3, classes: int = 10) -> ResNet:
+    """ResNet-18 for small images.
 
     A 3 x 3 convolution of stride 1 without max-pooling, then four stages of two basic blocks with 64, 128, 256 and 512
-    channels. `block_dropout_1` … `block_dropout_8` are the dropout rates between the convolutions of each block,
-    `block_dropout` for blocks whose own name is not in the space, `last_dropout` before the last layer. `response_rank`
-    is passed to `HyperConv2d` and `HyperLinear`. With n hyperparameters and full responses, the network has
-    22,347,924 + 14,420·n parameters.
+    channels. `block_dropout_1` … `block_dropout_8` are dropout between the convolutions of each block, `last_dropout`
+    before the last layer, at rate 0 until `tuned` gives them hyperparameters. With n of these and full responses, the
+    network then has 22,347,924 + 14,420·n parameters.
     """
-    return _resnet(space, BasicBlock, 64, (64, 128, 256, 512), 2, in_channels, classes, response_rank)
+    return ResNet(BasicBlock, 64, (64, 128, 256, 512), 2, in_channels, classes)
 
 
-def wide_resnet(
-    space: HyperparameterSpace,
-    depth: int = 28,
-    width: int = 10,
-    *,
-    in_channels: int = 3,
-    classes: int = 10,
-    response_rank: ResponseRank = None,
-) -> ResNet:
-    """WRN-depth-width (Zagoruyko and Komodakis, 2016); all layers are gated, including norms.
+def wide_resnet(depth: int = 28, width: int = 10, *, in_channels: int = 3, classes: int = 10) -> ResNet:
+    """WRN-depth-width (Zagoruyko and Komodakis, 2016).
 
-    Three stages of (depth − 4)/6 pre-activation blocks with 16, 32 and 64 times `width` channels; dropouts as in
-    `resnet18`. `response_rank` is passed to `HyperConv2d` and `HyperLinear`. With n hyperparameters and full responses,
-    WRN-28-10 has 72,958,388 + 28,068·n parameters.
+    Three stages of (depth − 4)/6 pre-activation blocks with 16, 32 and 64 times `width` channels; dropout as in
+    `resnet18`. With n hyperparameters and full responses, WRN-28-10 then has 72,958,388 + 28,068·n parameters.
 
     Raises:
         ValueError: depth is not 6·k + 4 with k at least 1, or width is below 1.
@@ -148,33 +134,5 @@ def wide_resnet(
         raise ValueError(f"wide_resnet: depth must be 6·k + 4, such as 10, 16, 22, 28, got {depth}")
     if width < 1:
         raise ValueError(f"wide_resnet: width must be >= 1, got {width}")
-    channels = [16 * width, 32 * width, 64 * width]
-    return _resnet(space, PreActivationBlock, 16, channels, (depth - 4) // 6, in_channels, classes, response_rank)
-
-
-def _resnet(
-    space: HyperparameterSpace,
-    make_block: type[BasicBlock] | type[PreActivationBlock],
-    stem: int,
-    stages: Sequence[int],
-    blocks_in_a_stage: int,
-    in_channels: int,
-    classes: int,
-    response_rank: ResponseRank,
-) -> ResNet:
-    """A ResNet in which every stage but the first halves the image in its first block."""
-    dropouts, n = Dropouts(space), len(space)
-    gated: dict[str, Any] = dict(num_hyperparameters=n, response_rank=response_rank)
-    conv = HyperConv2d(in_channels, stem, 3, padding=1, bias=False, **gated)
-    blocks: list[ResidualBlock] = []
-    before = stem
-    for number, channels in enumerate(stages):
-        for position in range(blocks_in_a_stage):
-            stride = 2 if number and not position else 1
-            dropout = dropouts.of_elements(f"block_dropout_{len(blocks) + 1}", "block_dropout")
-            blocks.append(make_block(before, channels, stride, n, dropout, response_rank))
-            before = channels
-    classifier = head(space, (before, classes), dropouts, response_rank)
-    if make_block.norm_comes_first:
-        return ResNet(conv, blocks, classifier, last_norm=HyperBatchNorm2d(before, num_hyperparameters=n))
-    return ResNet(conv, blocks, classifier, first_norm=HyperBatchNorm2d(stem, num_hyperparameters=n))
+    stages = [16 * width, 32 * width, 64 * width]
+    return ResNet(PreActivationBlock, 16, stages, (depth - 4) // 6, in_channels, classes)

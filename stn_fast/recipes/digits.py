@@ -1,4 +1,4 @@
-"""Recipes on scikit-learn's digits: a gated MLP 64-256-256-10, from a deliberately bad first guess.
+"""Recipes on scikit-learn's digits: an MLP 64-256-256-10, from a deliberately bad first guess.
 
 digits        900 training images, on which little regularisation is best
 digits_small  90 training images, on which the best values are inside of their ranges; 400 validation images
@@ -77,7 +77,7 @@ def build(config: Config) -> Task:
     import torch
 
     from stn_fast.data import digits, fraction, placed
-    from stn_fast.models.mlp import mlp
+    from stn_fast.models import mlp, tuned
     from stn_fast.training import task
     from stn_fast.training.spaces import build_space
 
@@ -85,7 +85,7 @@ def build(config: Config) -> Task:
     data = data._replace(train=fraction(data.train, config.train_fraction, seed=0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = mlp(space, SIZES, response_rank=config.method.response_rank).to(config.device)
+        model = tuned(mlp(SIZES), space, config.method.response_rank).to(config.device)
     return task.Task(
         space=space,
         model=model,

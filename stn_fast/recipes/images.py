@@ -131,7 +131,8 @@ def build_task(
     """Classification of ``images`` by a network with augmentation; its weights are drawn from ``config.seed``.
 
     Args:
-        make_network: called with the hyperparameter space and the keyword ``response_rank``, like `alexnet`.
+        make_network: makes a plain network of normalised images, like `alexnet`; `tuned` says how its dropout modules
+            are named.
         valid_size: number of the training images to use for validation.
         train_size: number of the others to train on, None for all; ``config.train_fraction`` is a fraction of these.
 
@@ -141,7 +142,7 @@ def build_task(
     import torch
 
     from stn_fast.data import DataSet, Split, fraction, placed, split_validation
-    from stn_fast.models import ImageClassifier
+    from stn_fast.models import ImageClassifier, tuned
     from stn_fast.training import task
     from stn_fast.training.spaces import build_space
 
@@ -150,9 +151,10 @@ def build_task(
     train = fraction(Split(*(part[:train_size] for part in train)), config.train_fraction, SPLIT_SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = make_network(space, response_rank=config.method.response_rank)
-    side = min(train.inputs.shape[-2:])
-    model = ImageClassifier(space, network, mean=images.mean, std=images.std, image_size=side)
+        network = make_network()
+        side = min(train.inputs.shape[-2:])
+        classifier = ImageClassifier(space, network, mean=images.mean, std=images.std, image_size=side)
+        model = tuned(classifier, space, config.method.response_rank)
     return task.Task(
         space=space,
         model=model.to(config.device),

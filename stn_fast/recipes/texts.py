@@ -120,7 +120,7 @@ def build_task(config: Config, load: Callable[..., Corpus]) -> Task:
     import torch
 
     from stn_fast.data import placed
-    from stn_fast.models.language_model import LanguageModel
+    from stn_fast.models import LanguageModel, tuned
     from stn_fast.training import language, task
     from stn_fast.training.spaces import build_space
     from stn_fast.training.streams import ContinuousText
@@ -130,8 +130,8 @@ def build_task(config: Config, load: Callable[..., Corpus]) -> Task:
     corpus = load(config.data_root, min_count=text.min_count, train_fraction=config.train_fraction)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        rank = config.method.response_rank
-        model = LanguageModel(space, len(corpus.words), text.width, text.width, text.layers, response_rank=rank)
+        network = LanguageModel(len(corpus.words), text.width, text.width, text.layers)
+        model = tuned(network, space, config.method.response_rank)
     return task.Task(
         space=space,
         model=model.to(config.device),

@@ -40,12 +40,17 @@ class Trained(NamedTuple):
 class TrainedRecipe(NamedTuple):
     """A trained network, in evaluation mode, and the method that has trained it.
 
-    One of gated layers is called with the hyperparameters: ``trained.model(inputs, trained.hyper(len(inputs)))``. A
-    converted one is called without them, and uses the tuned ones.
+    A converted one, as those of this package's recipes, is called as the plain network, ``trained.model(inputs)``, and
+    uses the tuned hyperparameters. One of gated layers is called with them, ``trained.model(inputs, hyper)`` with
+    ``hyper = trained.hyper(len(inputs))``.
     """
 
     model: nn.Module
     method: Method
+
+    def fold(self) -> nn.Module:
+        """A plain copy of a converted network at its hyperparameters, see `stn_fast.fold`."""
+        return fold(self.model)
 
     def hyper(self, batch_size: int) -> HyperBatch:
         """The tuned hyperparameters for ``batch_size`` examples."""

@@ -6,9 +6,11 @@ import sys
 import pytest
 import torch
 from libraries import library
+from random_response import respond
 
-from benchmarks import conversion
+from benchmarks import conversion, gated
 from stn_fast.errors import UserError
+from stn_fast.training.task import outputs
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +47,22 @@ def test_gated_and_converted_layers_take_turns(tmp_path):
     found = {row["provider"]: row["ratio_to_gated"] for row in json.loads(file.read_text())}
     assert found.keys() == {"gated", "converted"}
     assert all(ratio > 0 for ratio in found.values())
+
+
+def test_the_gated_network_is_the_converted_one():
+    """Same weights and draws in both: the same logits, in training mode too."""
+    space = conversion.dropout_rates()
+    ours, theirs = respond(gated.AlexNet(len(space))), conversion.converted_alexnet(space)
+    with torch.no_grad():
+        layers = [module for module in theirs.modules() if hasattr(module, "response_weight")]
+        for mine, other in zip([*ours.convolutions, *ours.layers], layers, strict=True):
+            for name, parameter in mine.named_parameters():
+                other.get_parameter(name).copy_(parameter)
+        images, start = torch.randn(2, 3, 32, 32), space.initial_state()
+        found, expected = (
+            outputs(model, space.sample(*start, batch_size=2, seed=0, step=0), images) for model in (ours, theirs)
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_loss_compares_each_position_with_the_next_character():

@@ -133,7 +133,7 @@ def test_a_plain_language_step_has_the_arithmetic_of_the_model() -> None:
 
 def test_self_tuning_language_steps_add_the_products_with_gates_alone(counted) -> None:
     from stn_fast.data.text import predictions
-    from stn_fast.models import LanguageModel
+    from stn_fast.models import LanguageModel, tuned
     from stn_fast.recipes import recipe
     from stn_fast.training import language
     from stn_fast.training.spaces import build_space
@@ -144,7 +144,7 @@ def test_self_tuning_language_steps_add_the_products_with_gates_alone(counted) -
     text = Streams(predictions(torch.randint(words, (8 * window * batch,)), 0), batch, window, seed=0, stream=0)
 
     def method(dtype: torch.dtype) -> SelfTuning:
-        network = LanguageModel(space, words, width, width, language_steps.LAYERS).to(dtype)
+        network = tuned(LanguageModel(words, width, width, language_steps.LAYERS), space).to(dtype)
         losses = language.regularised_next_word_loss, language.next_word_loss
         return whole_steps.self_tuning(network, space, losses, "fp32", optimizer=language_steps.sgd, tune_scales=False)
 

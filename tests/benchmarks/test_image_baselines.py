@@ -9,6 +9,7 @@ from benchmarks.cases import Case
 from stn_fast.ops.augment import STRENGTHS
 from stn_fast.recipes import recipe
 from stn_fast.training.spaces import build_space
+from stn_fast.training.task import outputs
 
 
 def test_eager_gated_convolution_is_one_convolution_with_each_examples_own_filters() -> None:
@@ -59,10 +60,10 @@ def test_convolutions_agree_in_the_layout_of_either_device(mode, device, monkeyp
 
 def test_the_published_network_is_the_packages_alexnet() -> None:
     """Same weights in both: the same logits, so their steps do the same arithmetic."""
-    from stn_fast.models import alexnet
+    from stn_fast.models import alexnet, tuned
 
     space = build_space(recipe("cifar10").config())
-    ours, theirs = alexnet(space).eval(), published.AlexNet(len(space))
+    ours, theirs = tuned(alexnet(), space).eval(), published.AlexNet(len(space))
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     gated = [module for module in ours.modules() if hasattr(module, "response_weight")]
     for mine, other in zip(gated, [*theirs.convolutions, *theirs.layers], strict=True):
@@ -71,7 +72,7 @@ def test_the_published_network_is_the_packages_alexnet() -> None:
     hyper = space.sample(*space.initial_state(), batch_size=2, seed=0, step=0)
     hyper.response = h
     with torch.no_grad():
-        torch.testing.assert_close(ours(x, hyper), theirs(x, h, None), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(outputs(ours, hyper, x), theirs(x, h, None), rtol=1e-3, atol=1e-4)
 
 
 def test_the_published_steps_train_and_tune() -> None:

@@ -7,9 +7,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from benchmarks import baselines, language_steps, published_language
-from stn_fast.models import LanguageModel
+from stn_fast.models import LanguageModel, tuned
 from stn_fast.recipes import recipe
 from stn_fast.training.spaces import build_space
+from stn_fast.training.task import outputs
 
 SPACE = build_space(recipe("ptb").config())
 WORDS, WIDTH, BATCH = 13, 6, 3
@@ -29,23 +30,23 @@ def window(time=5):
 
 def test_the_published_network_is_the_packages() -> None:
     """Same weights in both: the same logits and states, so their steps do the same arithmetic."""
-    ours, theirs = LanguageModel(SPACE, WORDS, WIDTH, WIDTH).eval(), trainer().model
+    ours, theirs = tuned(LanguageModel(WORDS, WIDTH, WIDTH), SPACE).eval(), trainer().model
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     with torch.no_grad():
         for name in ("weight", "response_weight", "weight_gate"):
             getattr(theirs, name).copy_(getattr(ours.embedding, name))
-        for number, layer in enumerate(theirs.layers):
+        for mine, layer in zip(ours.lstm, theirs.layers, strict=True):
             for side, gated in (("ih", layer.from_input), ("hh", layer.from_hidden)):
                 for name, parameter in gated.named_parameters():
-                    parameter.copy_(getattr(ours.lstm, f"{name}_{side}_l{number}"))
+                    parameter.copy_(getattr(mine, f"{name}_{side}_l0"))
         hyper = SPACE.sample(*SPACE.initial_state(), batch_size=BATCH, seed=0, step=0)
         tokens, state = window()[0], torch.randn(2, BATCH, WIDTH)
-        outputs = ours(tokens, hyper, (state, 2 * state))
+        found = outputs(ours, hyper, tokens, (state, 2 * state))
         states = [(h, 2 * h) for h in state]
         logits, after, raw, dropped = theirs(tokens, hyper.response, None, states)
-    torch.testing.assert_close(logits, outputs.logits, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(raw, outputs.raw, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(torch.stack([cell for _, cell in after]), outputs.state[1], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(logits, found.logits, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(raw, found.raw, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(torch.stack([cell for _, cell in after]), found.state[1], rtol=1e-3, atol=1e-5)
     assert dropped is raw
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from random_response import respond
 
+import stn_fast as stn
 from benchmarks import response_rank
-from stn_fast.layers import HyperLSTM
 
 FLAGS = argparse.Namespace(data_root=None, epochs=1)
 
@@ -51,20 +51,21 @@ def test_variants_change_what_their_names_say():
 
 
 def test_factors_are_dropped_too_where_asked():
-    from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
-
-    space = HyperparameterSpace([Hyperparameter("drop", low=0.0, high=0.9, init=0.5, per_example=False)])
-    options = dict(num_hyperparameters=1, response_rank=4, recurrent_dropout="drop", stream=1)
-    model = respond(torch.nn.Sequential(HyperLSTM(20, 24, **options)))
+    space = stn.HyperparameterSpace([stn.Hyperparameter("drop", low=0.0, high=0.9, init=0.5, per_example=False)])
+    model = torch.nn.Sequential(stn.DropConnectLSTM(20, 24))
+    respond(stn.convert(model, space, dropouts={"0": "drop"}, response_rank=4, quiet=True))
     response_rank._drop_factors(model)
-    weights = model[0]._connected("l0", space.at(space.initial_state()[0], batch_size=2))
+    hyper = space.at(space.initial_state()[0], batch_size=2)
+    with model.tuned_hyperparameters.using(hyper):
+        weights = model[0]._connected("l0", hyper)
     for dropped in (weights.weight, weights.response_weight, weights.response_projection):
         assert 0.2 < (dropped == 0).float().mean() < 0.8
     of_w, of_a, of_b = ((dropped == 0).flatten()[:96] for dropped in weights[::2][:2] + weights[6:])
     assert not torch.equal(of_w, of_a)
     assert not torch.equal(of_w, of_b)
     model.eval()
-    kept = model[0]._connected("l0", space.at(space.initial_state()[0], batch_size=2))
+    with model.tuned_hyperparameters.using(hyper):
+        kept = model[0]._connected("l0", hyper)
     assert all((one != 0).all() for one in (kept.weight, kept.response_weight, kept.response_projection))
 
 

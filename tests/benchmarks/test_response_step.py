@@ -1,6 +1,7 @@
 """Everyone who takes part in `benchmarks.response_step` computes the same gradients, and the command writes rows."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 
 from benchmarks import plain, response_step
 from benchmarks.response_step import EagerMLP, by_double_backward, by_jvp, by_two_vjps, hold_weights, sampled
-from stn_fast.models import mlp
+from stn_fast.models import mlp, tuned
 from stn_fast.training.linearised import Linearised
+from stn_fast.training.task import outputs
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +24,9 @@ def test_all_ways_give_the_same_response_gradients(monkeypatch):
     space = response_step.space_of("one", "two")
     monkeypatch.setattr(plain, "RATE", 0.0)
     torch.manual_seed(0)
-    ours, eager = mlp(space, response_step.SIZES).double(), EagerMLP(2).double()
-    for mine, theirs in zip(ours.layers, eager.layers, strict=True):
+    ours, eager = tuned(mlp(response_step.SIZES), space).double(), EagerMLP(2).double()
+    layers = [f"linear_{number}" for number in (1, 2, 3)]
+    for mine, theirs in zip(map(ours.get_submodule, layers), eager.layers, strict=True):
         pairs = {
             theirs.general.weight: mine.weight, theirs.general.bias: mine.bias,
             theirs.response.weight: mine.response_weight, theirs.response_bias: mine.response_bias,
@@ -36,12 +39,12 @@ def test_all_ways_give_the_same_response_gradients(monkeypatch):
     x, targets, hyper = torch.randn(5, 6).double(), torch.randint(4, (5,)), sampled(space, 5, torch.device("cpu"))
     theirs = by_double_backward(eager, x, targets, hyper.response.double())
     # EagerGated has R before r, and W and b ask for no gradient.
-    order = [f"layers.{i}.{name}" for i in range(3) for name in ORDER]
+    order = [f"{layer}.{name}" for layer in layers for name in ORDER]
     for tangent in (None, by_jvp, by_two_vjps):
         if tangent is None:
-            logits = Linearised(ours)(x, hyper)
+            logits = outputs(Linearised(ours), hyper, x)
         else:
-            logits = tangent(lambda h: ours(x, h), hyper.response.double())
+            logits = tangent(lambda h: outputs(ours, replace(hyper, response=h), x), hyper.response.double())
         found = torch.autograd.grad(F.cross_entropy(logits, targets), [ours.get_parameter(name) for name in order])
         for name, one, other in zip(order, found, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14, msg=name)

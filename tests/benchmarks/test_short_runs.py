@@ -73,8 +73,8 @@ def test_the_control_has_the_published_settings(monkeypatch):
         (1.0, True, 0.9),
         (None, False, 0.999),
     ]
-    assert theirs.model.layers[0].weight_gate.std().item() == pytest.approx(0.01, rel=0.2)
-    assert ours.model.layers[0].weight_gate.max() == 1
+    assert theirs.model.linear_1.weight_gate.std().item() == pytest.approx(0.01, rel=0.2)
+    assert ours.model.linear_1.weight_gate.max() == 1
 
 
 def test_counts_below_one_are_refused(capsys):

@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import language_steps, plain, steps, whole_steps
 from benchmarks.timing import Timings, Turns
-from stn_fast.models import LanguageModel, alexnet
+from stn_fast.models import LanguageModel, alexnet, tuned
 from stn_fast.recipes import recipe
 from stn_fast.training import capture
 from stn_fast.training.methods import default_optimizer
 from stn_fast.training.spaces import build_space
+from stn_fast.training.task import outputs
 
 WORDS, WIDTH, BATCH, LAYERS = 13, 6, 3, 2
 
@@ -30,14 +31,14 @@ def at_zero(space, batch):
 
 def test_the_plain_alexnet_is_the_self_tuning_one_without_its_response() -> None:
     space = build_space(recipe("cifar10").config())
-    ours, theirs = alexnet(space).eval(), plain.alexnet().eval()
+    ours, theirs = tuned(alexnet(), space).eval(), plain.alexnet().eval()
     gated = [module for module in ours.modules() if hasattr(module, "response_weight")]
     layers = [module for module in theirs.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
     for mine, other in zip(gated, layers, strict=True):
         other.load_state_dict({"weight": mine.weight, "bias": mine.bias})
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(theirs(x), ours(x, at_zero(space, 2)), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(theirs(x), outputs(ours, at_zero(space, 2), x), rtol=1e-3, atol=1e-4)
     rates = [module.p for module in theirs.modules() if isinstance(module, torch.nn.Dropout | torch.nn.Dropout2d)]
     config = recipe("cifar10").config().hyperparameters
     assert rates == [rate.init for name, rate in config.items() if name.startswith(("conv_dropout", "fc_dropout"))]
@@ -50,15 +51,15 @@ def language_model() -> plain.LanguageModel:
 
 def test_the_plain_language_model_is_the_self_tuning_one_without_its_response() -> None:
     space = build_space(recipe("ptb").config())
-    ours, theirs = LanguageModel(space, WORDS, WIDTH, WIDTH, LAYERS).eval(), language_model().eval()
+    ours, theirs = tuned(LanguageModel(WORDS, WIDTH, WIDTH, LAYERS), space).eval(), language_model().eval()
     with torch.no_grad():
         theirs.embedding.weight.copy_(ours.embedding.weight)
-        theirs.decoder_bias.copy_(ours.decoder_bias)
+        theirs.decoder_bias.copy_(ours.decoder.bias)
         for name, parameter in theirs.lstm.named_parameters():
-            parameter.copy_(getattr(ours.lstm, name))
+            parameter.copy_(ours.lstm[int(name[-1])].get_parameter(f"{name[:-1]}0"))
         tokens, state = torch.randint(WORDS, (5, BATCH)), None
         for _ in range(2):  # the state is carried on
-            want = ours(tokens, at_zero(space, BATCH), state)
+            want = outputs(ours, at_zero(space, BATCH), tokens, state)
             state = want.state
             torch.testing.assert_close(theirs(tokens), want.logits, rtol=1e-3, atol=1e-5)
 

@@ -12,7 +12,7 @@ import stn_fast as stn
 from stn_fast.data import DataSet, Split
 from stn_fast.errors import UserError
 from stn_fast.exploration.response import Curve, Point, Response, explored, sampled
-from stn_fast.models import mlp
+from stn_fast.models import mlp, tuned
 from stn_fast.training import task
 from stn_fast.training.build import build_method
 from stn_fast.training.config import Config, HyperparameterConfig, MethodConfig, ScheduleConfig
@@ -50,7 +50,8 @@ def by_hand(trainer, name, shift):
     there[method.space.index(name)] += shift * method.scales()[method.space.index(name)].double()
     center = method.location if method.center is not None else method.space.initial_state()[0]
     h, x = there - center.detach().double(), data.inputs.double()
-    for number, layer in enumerate(method.model.layers):
+    layers = [module for module in method.model if isinstance(module, torch.nn.Linear)]
+    for number, layer in enumerate(layers):
         x = x.relu() if number else x
         of = {key: parameter.detach().double() for key, parameter in layer.named_parameters()}
         weight = of["weight"] + (of["weight_gate"] @ h)[:, None] * of["response_weight"]
@@ -160,7 +161,7 @@ def trainer_of(config, tmp_path, **changes):
     ]
     built = task.Task(
         space=space,
-        model=mlp(space, (5, 7, 3)),
+        model=tuned(mlp((5, 7, 3)), space),
         data=DataSet(*splits),
         training_objective=task.classification_loss,
         validation_objective=task.classification_loss,

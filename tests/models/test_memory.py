@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from stn_fast.data import Split
 from stn_fast.data.text import predictions
-from stn_fast.models import ImageClassifier, LanguageModel, alexnet
+from stn_fast.models import ImageClassifier, LanguageModel, alexnet, tuned
 from stn_fast.recipes import recipe
 from stn_fast.training.language import next_word_loss, regularised_next_word_loss
 from stn_fast.training.methods import SelfTuning
@@ -29,7 +29,7 @@ def kept_bytes(work) -> int:
 
 def test_alexnet_keeps_nothing_from_step_to_step():
     space = build_space(recipe("cifar10").config())
-    model = ImageClassifier(space, alexnet(space), mean=(0.5,) * 3, std=(0.25,) * 3, image_size=32)
+    model = tuned(ImageClassifier(space, alexnet(), mean=(0.5,) * 3, std=(0.25,) * 3, image_size=32), space)
     method = SelfTuning(model, space, decayed_classification_loss, classification_loss)
     batch = Split(torch.randint(256, (BATCH, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (BATCH,)))
     steps = iter(range(100))
@@ -47,9 +47,8 @@ def test_alexnet_keeps_nothing_from_step_to_step():
 
 def test_a_language_model_keeps_nothing_from_step_to_step():
     space = build_space(recipe("ptb").config())
-    method = SelfTuning(
-        LanguageModel(space, 50, 8, 8), space, regularised_next_word_loss, next_word_loss, tune_scales=False, clip=0.25
-    )
+    model = tuned(LanguageModel(50, 8, 8), space)
+    method = SelfTuning(model, space, regularised_next_word_loss, next_word_loss, tune_scales=False, clip=0.25)
     text = predictions(torch.arange(2000) % 50, 0)
     train, valid = (Streams(text, BATCH, 9, seed=0, stream=stream) for stream in range(2))
     counts = [iter(range(100)) for _ in range(3)]

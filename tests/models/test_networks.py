@@ -6,11 +6,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import relative_error
+from random_response import respond
 
 import stn_fast as stn
-from stn_fast.models import ImageClassifier, alexnet, fashion_cnn, resnet18, vgg16, wide_resnet
-from stn_fast.models.convnet import channels_last
-from stn_fast.training.methods import check_streams
+from stn_fast.conversion import Converted
+from stn_fast.models import ImageClassifier, alexnet, fashion_cnn, resnet18, tuned, vgg16, wide_resnet
+from stn_fast.models.classifier import channels_last
+from stn_fast.training.methods import SelfTuning, check_streams
+from stn_fast.training.task import classification_loss, outputs
 
 wrn10 = partial(wide_resnet, depth=10, width=2)
 
@@ -35,12 +39,22 @@ def name(request):
     return request.param
 
 
-def build(name, space=None, **options):
-    """The network, its space and four images."""
+def images_for(name):
+    return torch.randn(4, 1 if name == "fashion_cnn" else 3, SIDES[name], SIDES[name])
+
+
+def build(name, rank=None):
+    """The network with a response, its space and four images."""
     torch.manual_seed(0)
-    space = space or SPACES[name]
-    images = torch.randn(4, 1 if name == "fashion_cnn" else 3, SIDES[name], SIDES[name])
-    return NETWORKS[name](space, **options), space, images
+    space = SPACES[name]
+    return respond(tuned(NETWORKS[name](), space, rank)), space, images_for(name)
+
+
+def undrawn(make, space):
+    """A tuned network whose weights are not drawn, which takes long."""
+    with torch.device("meta"):
+        network = make()
+    return tuned(network.to_empty(device="cpu"), space)
 
 
 def sampled(space, **kwargs):
@@ -49,11 +63,12 @@ def sampled(space, **kwargs):
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_every_parameter_learns_from_a_training_step(name, rank):
-    model, space, images = build(name, response_rank=rank)
-    layers = [module for module in model.modules() if getattr(module, "response_rank", None)]
-    assert bool(layers) == bool(rank)
-    assert all(layer.response_rank == rank for layer in layers)
-    logits = model(images, sampled(space))
+    model, space, images = build(name, rank)
+    layers = [module for module in model.modules() if isinstance(module, Converted) and hasattr(module, "weight")]
+    norms = [layer for layer in layers if isinstance(layer, torch.nn.BatchNorm2d)]
+    assert all(layer.response_rank == (None if layer in norms else rank) for layer in layers)
+    assert len(layers) > len(norms)
+    logits = outputs(model, sampled(space), images)
     assert logits.shape == (4, 10)
     F.cross_entropy(logits, torch.arange(4)).backward()
     for parameter, tensor in model.named_parameters():
@@ -67,7 +82,7 @@ def test_every_hyperparameter_gets_a_validation_gradient(name):
     model.eval().requires_grad_(False)
     location, raw_scale = (t.requires_grad_() for t in space.initial_state())
     hyper = space.sample(location, raw_scale, batch_size=4, seed=0, step=0)
-    F.cross_entropy(model(images, hyper), torch.arange(4)).backward()
+    F.cross_entropy(outputs(model, hyper, images), torch.arange(4)).backward()
     for gradient in (location.grad, raw_scale.grad):
         assert torch.isfinite(gradient).all()
         assert gradient.all()
@@ -79,11 +94,24 @@ def test_folded_weights_give_what_one_row_for_each_example_gives(name):
     hyper = space.at(location + 1, batch_size=4)
     with torch.no_grad():
         model.eval()
-        folded, rows = model(images, hyper), model(images, replace(hyper, shared=False))
-        unresponsive = model(images, space.at(location, batch_size=4))
-    error = (folded - rows).norm() / rows.norm()
-    assert error < 1e-5
-    assert (unresponsive - rows).norm() / rows.norm() > 1e-2
+        folded, rows = outputs(model, hyper, images), outputs(model, replace(hyper, shared=False), images)
+        unresponsive = outputs(model, space.at(location, batch_size=4), images)
+    assert relative_error(folded, rows) < 1e-5
+    assert relative_error(unresponsive, rows) > 1e-2
+
+
+def test_every_example_has_the_plain_network_of_its_own_hyperparameters(name):
+    model, space, images = build(name)
+    hyper, own = sampled(space), model.eval().tuned_hyperparameters
+    with torch.no_grad():
+        rows, found = outputs(model, hyper, images), []
+        for b in (1, 2):
+            own.location.copy_(space.initial_state()[0] + hyper.response[b])
+            folded = stn.fold(model)
+            assert not any(isinstance(module, Converted) for module in folded.modules())
+            assert relative_error(folded(images[b : b + 1])[0], rows[b]) < 1e-5
+            found.append(folded(images))
+    assert relative_error(*found) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -98,12 +126,11 @@ def test_folded_weights_give_what_one_row_for_each_example_gives(name):
     ],
 )
 def test_the_number_of_parameters_is_the_documented_one(make, fixed, each):
-    with torch.device("meta"):
-        for n in (1, 15):
-            model = make(rates(*(f"rate_{k}" for k in range(n))))
-            assert sum(parameter.numel() for parameter in model.parameters()) == fixed + each * n
+    for n in (1, 15):
+        model = undrawn(make, rates(*(f"rate_{k}" for k in range(n))))
+        assert sum(parameter.numel() for parameter in model.parameters()) == fixed + each * n
     documented = (make.func if isinstance(make, partial) else make).__doc__
-    assert f"{fixed:,} + {each:,}·n" in documented
+    assert f"{fixed:,} + {each:,}·n" in " ".join(documented.split())
     responding = sum(
         tensor.numel()
         for parameter, tensor in model.named_parameters()
@@ -112,56 +139,56 @@ def test_the_number_of_parameters_is_the_documented_one(make, fixed, each):
     assert responding == fixed // 2
 
 
-# The plain networks, written from their papers' tables on the weights of the gated ones, in the order of their layers.
+# The plain networks, written from their papers' tables on the weights of the modules, in the order of their layers.
 
 
 def plain_alexnet(w, x):
-    for i, (stride, pool) in enumerate(((2, True), (1, True), (1, False), (1, False), (1, True))):
-        x = F.relu(F.conv2d(x, *w(f"blocks.{i}.conv"), stride, 1))
+    for i, (stride, pool) in enumerate(((2, True), (1, True), (1, False), (1, False), (1, True)), start=1):
+        x = F.relu(F.conv2d(x, *w(f"conv_{i}"), stride, 1))
         x = F.max_pool2d(x, 2) if pool else x
     return plain_head(w, x.flatten(1), 3)
 
 
 def plain_fashion_cnn(w, x):
-    for i in range(2):
-        x = F.relu(F.max_pool2d(F.conv2d(x, *w(f"blocks.{i}.conv"), 1, 2), 2))
+    for i in (1, 2):
+        x = F.relu(F.max_pool2d(F.conv2d(x, *w(f"conv_{i}"), 1, 2), 2))
     return plain_head(w, x.flatten(1), 2)
 
 
 def plain_vgg16(w, x):
-    for i in range(13):
-        x = F.conv2d(x, w(f"blocks.{i}.conv")[0], padding=1)
-        x = F.relu(normed(w, f"blocks.{i}.norm", x))
-        x = F.max_pool2d(x, 2) if i in (1, 3, 6, 9, 12) else x
+    for i in range(1, 14):
+        x = F.conv2d(x, w(f"conv_{i}.0")[0], padding=1)
+        x = F.relu(normed(w, f"conv_{i}.1", x))
+        x = F.max_pool2d(x, 2) if i in (2, 4, 7, 10, 13) else x
     return plain_head(w, x.flatten(1), 3)
 
 
 def plain_resnet18(w, x):
-    x = F.relu(normed(w, "first_norm", F.conv2d(x, w("conv")[0], padding=1)))
+    x = F.relu(normed(w, "first.1", F.conv2d(x, w("first.0")[0], padding=1)))
     for i in range(8):
-        stride = 2 if i in (2, 4, 6) else 1
-        y = F.relu(normed(w, f"blocks.{i}.norm1", F.conv2d(x, w(f"blocks.{i}.conv1")[0], None, stride, 1)))
-        y = normed(w, f"blocks.{i}.norm2", F.conv2d(y, w(f"blocks.{i}.conv2")[0], padding=1))
+        stride, block = 2 if i in (2, 4, 6) else 1, f"blocks.{i}.residual"
+        y = F.relu(normed(w, f"{block}.norm_1", F.conv2d(x, w(f"{block}.conv_1")[0], None, stride, 1)))
+        y = normed(w, f"{block}.norm_2", F.conv2d(y, w(f"{block}.conv_2")[0], padding=1))
         if stride == 2:
-            x = normed(w, f"blocks.{i}.projection_norm", F.conv2d(x, w(f"blocks.{i}.projection")[0], None, 2))
+            x = normed(w, f"blocks.{i}.shortcut.1", F.conv2d(x, w(f"blocks.{i}.shortcut.0")[0], None, 2))
         x = F.relu(x + y)
-    return plain_head(w, x.mean((2, 3)), 1)
+    return F.linear(x.mean((2, 3)), *w("linear"))
 
 
 def plain_wide_resnet(w, x):
-    x = F.conv2d(x, w("conv")[0], padding=1)
+    x = F.conv2d(x, w("first.0")[0], padding=1)
     for i in range(3):
-        stride = 2 if i else 1
-        active = F.relu(normed(w, f"blocks.{i}.norm1", x))
-        y = F.relu(normed(w, f"blocks.{i}.norm2", F.conv2d(active, w(f"blocks.{i}.conv1")[0], None, stride, 1)))
+        stride, block = 2 if i else 1, f"blocks.{i}.residual"
+        active = F.relu(normed(w, f"blocks.{i}.active.0", x))
+        y = F.relu(normed(w, f"{block}.norm_2", F.conv2d(active, w(f"{block}.conv_1")[0], None, stride, 1)))
         x = F.conv2d(active, w(f"blocks.{i}.projection")[0], None, stride)
-        x = x + F.conv2d(y, w(f"blocks.{i}.conv2")[0], padding=1)
-    return plain_head(w, F.relu(normed(w, "last_norm", x)).mean((2, 3)), 1)
+        x = x + F.conv2d(y, w(f"{block}.conv_2")[0], padding=1)
+    return F.linear(F.relu(normed(w, "last.0", x)).mean((2, 3)), *w("linear"))
 
 
 def plain_head(w, x, layers):
-    for i in range(layers):
-        x = F.linear(F.relu(x) if i else x, *w(f"head.layers.{i}"))
+    for i in range(1, layers + 1):
+        x = F.linear(F.relu(x) if i > 1 else x, *w(f"linear_{i}"))
     return x
 
 
@@ -172,43 +199,61 @@ def normed(w, layer, x):
 
 def test_at_its_initial_hyperparameters_it_is_the_plain_network(name):
     # No layer is regularised by it, so that training mode, in which batch norm is compared, drops nothing.
-    model, space, images = build(name, rates("weight_decay"))
+    space = rates("weight_decay")
+    torch.manual_seed(0)
+    model, images = NETWORKS[name](), images_for(name)
 
     def weights(layer):
         return tuple(dict(model.get_submodule(layer).named_parameters()).get(part) for part in ("weight", "bias"))
 
     location, _ = space.initial_state()
     with torch.no_grad():
-        found = model(images, space.at(location, batch_size=4))
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms, which would all be the same
+                parameter.add_(torch.rand_like(parameter))
         expected = globals()[f"plain_{name}"](weights, images)
-    assert (found - expected).norm() / expected.norm() < 1e-4
+        assert relative_error(model(images), expected) < 1e-4
+        found = outputs(respond(tuned(model, space)), space.at(location, batch_size=4), images)
+    assert relative_error(found, expected) < 1e-4
 
 
 def test_dropouts_are_those_that_the_space_names_each_with_a_stream_of_its_own(name):
-    model, space, _ = build(name)
+    model = undrawn(NETWORKS[name], SPACES[name])
     found = {m.name for m in model.modules() if isinstance(m, stn.PerExampleDropout)}
-    assert found == set(space.names)
+    assert found == set(SPACES[name].names)
     check_streams(model)
-    with torch.device("meta"):
-        bare = NETWORKS[name](rates("weight_decay"))
+    bare = undrawn(NETWORKS[name], rates("weight_decay"))
     assert not any(isinstance(m, stn.PerExampleDropout) for m in bare.modules())
+    assert {m.p for m in bare.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd)} == {0.0}
 
 
 def test_a_specific_dropout_name_takes_precedence_over_the_shared_one():
-    with torch.device("meta"):
-        model = vgg16(SPACES["vgg16"])
-        alone = alexnet(SPACES["alexnet"])
-    names = [block.dropout.name for block in model.blocks]
-    assert names == ["conv_dropout_1"] + ["conv_dropout"] * 12
-    assert [block.dropout and block.dropout.name for block in alone.blocks] == [
-        "conv_dropout_1", None, None, None, "conv_dropout_5",
-    ]  # fmt: skip
+    def names(model, count):
+        return [getattr(model.get_submodule(f"conv_dropout_{i}"), "name", None) for i in range(1, count + 1)]
+
+    assert names(undrawn(vgg16, SPACES["vgg16"]), 13) == ["conv_dropout_1"] + ["conv_dropout"] * 12
+    assert names(undrawn(alexnet, SPACES["alexnet"]), 5) == ["conv_dropout_1", None, None, None, "conv_dropout_5"]
 
 
 def test_a_place_draws_the_same_numbers_whatever_other_rates_there_are():
-    with torch.device("meta"):
-        some, all_ = alexnet(rates("fc_dropout_2")), alexnet(rates("conv_dropout", "fc_dropout_1", "fc_dropout_2"))
-    assert some.head.dropouts[1].stream == all_.head.dropouts[1].stream
+    some, every = rates("fc_dropout_2"), rates("conv_dropout", "fc_dropout_1", "fc_dropout_2")
+    streams = [undrawn(alexnet, space).fc_dropout_2.stream for space in (some, every)]
+    assert streams[0] == streams[1]
+
+
+def test_a_rate_without_a_hyperparameter_is_kept():
+    network = fashion_cnn(hidden=8)
+    network.conv_dropout_2.p = 0.4
+    model = tuned(network, rates("conv_dropout_1"))
+    assert (type(model.conv_dropout_2), model.conv_dropout_2.p) == (torch.nn.Dropout2d, 0.4)
+
+
+@pytest.mark.parametrize("wrong", ["hidden_dropout_1", "conv_dropout_3", "fc_dropout_3"])
+def test_a_hyperparameter_that_nothing_uses_is_refused_at_the_first_step(wrong):
+    space, batch = rates("conv_dropout_1", wrong), (images_for("fashion_cnn"), torch.arange(4))
+    method = SelfTuning(tuned(fashion_cnn(hidden=8), space), space, classification_loss, classification_loss)
+    with pytest.raises(ValueError, match=rf"nothing in the training objective looks up '{wrong}',"):
+        method.train_step(batch, 0)
 
 
 @pytest.mark.parametrize(
@@ -224,15 +269,13 @@ def test_a_place_draws_the_same_numbers_whatever_other_rates_there_are():
 )
 def test_sizes_that_do_not_fit_are_refused(make, says):
     with pytest.raises(ValueError, match=says):
-        make(rates("last_dropout"))
+        make()
 
 
 def test_the_smallest_images_fit():
-    space = rates("last_dropout")
-    location, _ = space.initial_state()
     for make, side in ((alexnet, 15), (fashion_cnn, 4)):
-        model = make(space, in_channels=2, image_size=side, classes=3).eval()
-        assert model(torch.randn(2, 2, side, side), space.at(location, batch_size=2)).shape == (2, 3)
+        model = make(in_channels=2, image_size=side, classes=3)
+        assert model(torch.randn(2, 2, side, side)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -249,22 +292,29 @@ def test_channels_last_is_a_layout_that_torch_recognises(channels):
 
 def test_an_image_classifier_takes_uint8_images_and_augments_by_the_strengths_in_its_space():
     space = rates("input_dropout", "last_dropout")
-    model = ImageClassifier(space, fashion_cnn(space), mean=(0.5,), std=(0.25,), image_size=28)
-    assert model.augmentation.names == ("input_dropout",)
+    model = ImageClassifier(space, fashion_cnn(), mean=(0.5,), std=(0.25,), image_size=28)
+    assert model.augmentation.layer.names == ("input_dropout",)
     images = torch.randint(256, (4, 1, 28, 28), dtype=torch.uint8)
-    hyper = sampled(space)
+    normalised = (images / 255 - 0.5) / 0.25
+    assert torch.allclose(model(images), model.network(normalised), atol=1e-5)
+    model, hyper = respond(tuned(model, space)), sampled(space)
+    assert (model.tuned_hyperparameters.space, model.network.last_dropout.name) == (space, "last_dropout")
     check_streams(model)
-    assert not torch.equal(model(images, hyper), model.eval()(images, hyper))
-    expected = model.network((images / 255 - 0.5) / 0.25, hyper)
-    assert torch.allclose(model(images, hyper), expected, atol=1e-5)
+    seen, settings = [], dict(mean=(0.5,), std=(0.25,), stream=1)
+    model.network.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    outputs(model, hyper, images)
+    assert torch.equal(seen[0], stn.PerExampleAugmentation(["input_dropout"], **settings)(images, sampled(space)))
+    assert not torch.allclose(seen[0], normalised, atol=1e-5)
+    with model.eval().tuned_hyperparameters.using(hyper):
+        assert torch.allclose(model(images), model.network(normalised), atol=1e-5)
     with pytest.raises(ValueError, match="uint8"):
-        model(images.float(), hyper)
+        outputs(model, hyper, images.float())
 
 
 class Layout(torch.nn.Module):
     """Keeps the strides of what it is given."""
 
-    def forward(self, x, hyper):
+    def forward(self, x):
         self.seen = x.stride()
         return x
 
@@ -273,9 +323,10 @@ class Layout(torch.nn.Module):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_networks_get_channels_last_images_on_every_device(device, channels, training):
     """CUDA included, where nothing but the fused convolution shows it: the meta device stands for one without it."""
-    space = rates("conv_dropout")
+    space = rates("weight_decay")
     for where in (device, "meta"):
-        model = ImageClassifier(space, Layout(), mean=[0.5] * channels, std=[0.5] * channels).to(where).train(training)
+        model = ImageClassifier(space, Layout(), mean=[0.5] * channels, std=[0.5] * channels)
+        model = tuned(model, space).to(where).train(training)
         images = torch.zeros(2, channels, 5, 6, dtype=torch.uint8, device=where)
-        model(images, space.at(space.initial_state(where)[0], batch_size=2))
+        outputs(model, space.at(space.initial_state(where)[0], batch_size=2), images)
         assert model.network.seen == (30 * channels, 1, 6 * channels, channels)

@@ -179,6 +179,11 @@ def test_all_fifteen_hyperparameters_of_cifar10_receive_gradients(short):
         assert gradient.all()
 
 
+def test_a_strength_may_start_anywhere_in_its_range(short):
+    task = checked_task(short("cifar10", "hyperparameters.input_dropout.init=0.97"), recipe("cifar10").build)
+    assert task.model.tuned_hyperparameters.values()["input_dropout"] == pytest.approx(0.97)
+
+
 def penalty(short, name, *pairs):
     """The training objective less the bare loss, in eval mode, and the task."""
     config = short(name, *pairs)
@@ -210,8 +215,10 @@ def test_one_key_drops_a_hyperparameter_and_what_it_regulates(short):
     assert decay == 0
     assert len(task.space) == 5
     dropped = "hyperparameters.conv_dropout.enabled=false"
-    model = recipe("fashion-mnist-small").build(short("fashion-mnist-small", dropped)).model
-    assert all(block.dropout is None for block in model.network.blocks)
+    network = recipe("fashion-mnist-small").build(short("fashion-mnist-small", dropped)).model.network
+    for dropout in (network.conv_dropout_1, network.conv_dropout_2):
+        assert (type(dropout), dropout.p) == (torch.nn.Dropout2d, 0.0)
+    assert network.last_dropout.name == "last_dropout"
 
 
 def test_a_disabled_hyperparameter_stays_disabled_in_the_saved_configuration(short, tmp_path):

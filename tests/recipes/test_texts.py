@@ -149,19 +149,19 @@ def test_a_result_says_how_many_words_are_known(short):
 
 def test_weights_are_drawn_from_the_seed(short):
     models = [recipe("ptb").build(short("ptb", f"seed={seed}")).model for seed in (0, 0, 1)]
-    weights = [model.lstm.weight_hh_l0 for model in models]
+    weights = [model.lstm[0].weight_hh_l0 for model in models]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
 
 def test_the_size_of_the_network_is_a_setting(short):
     model = recipe("text").build(short("text", "text.width=6", "text.layers=3")).model
-    assert model.embedding.embedding_dim == model.lstm.hidden_size == 6
-    assert model.lstm.num_layers == 3
-    with pytest.raises(UserError, match="hidden_dropout is applied between layers"):
+    assert model.embedding.embedding_dim == 6
+    assert [layer.hidden_size for layer in model.lstm] == [6, 6, 6]
+    with pytest.raises(UserError, match="nothing in the training objective looks up 'hidden_dropout',"):
         checked_task(short("text", "text.layers=1"), recipe("text").build)
     dropped = "hyperparameters.hidden_dropout.enabled=false"
-    assert checked_task(short("text", "text.layers=1", dropped), recipe("text").build).model.lstm.num_layers == 1
+    assert len(checked_task(short("text", "text.layers=1", dropped), recipe("text").build).model.lstm) == 1
 
 
 def test_the_files_of_a_users_own_text_are_named_where_one_is_missing(short, tmp_path):
@@ -176,7 +176,8 @@ def test_the_files_of_a_users_own_text_are_named_where_one_is_missing(short, tmp
 
 def test_one_key_drops_a_regulariser(short):
     task = recipe("ptb").build(short("ptb", "hyperparameters.output_dropout.enabled=false"))
-    assert task.model.output_dropout is None
+    assert task.model.output_dropout.p == 0.0
+    assert "output_dropout" not in {getattr(module, "name", None) for module in task.model.modules()}
     assert len(task.space) == 6
 
 

@@ -6,12 +6,12 @@ from functools import partial
 from unittest import mock
 
 import torch
+from gated_networks import GatedMLP
 from random_response import respond
 
 import stn_fast as stn
 from stn_fast.data import Split, digits
-from stn_fast.models import ImageClassifier, LanguageModel, alexnet
-from stn_fast.models.mlp import mlp
+from stn_fast.models import ImageClassifier, LanguageModel, alexnet, tuned
 from stn_fast.training.batches import Batches
 from stn_fast.training.language import next_word_loss, regularised_next_word_loss
 from stn_fast.training.methods import SelfTuning
@@ -45,7 +45,7 @@ def _finished(model, space, objectives, train, valid, device, dtype, options):
 
 
 def digits_steps(device="cpu", dtype=torch.float32, **options):
-    """The network of the recipe, half as wide, with all of its hyperparameters."""
+    """The network of the recipe, half as wide, of gated layers, with all of its hyperparameters."""
     space = stn.HyperparameterSpace(
         [
             *(_rate(name) for name in ("input_dropout", "hidden_dropout_1", "hidden_dropout_2")),
@@ -54,7 +54,7 @@ def digits_steps(device="cpu", dtype=torch.float32, **options):
         ]
     )
     torch.manual_seed(0)
-    model = mlp(space, (64, 128, 128, 10))
+    model = GatedMLP(space, (64, 128, 128, 10))
     data = digits.load()
     train, valid = (Split(part.inputs.to(device, dtype), part.targets.to(device)) for part in data[:2])
     batches = (Batches(part, 50, seed=0, stream=stream) for stream, part in enumerate((train, valid)))
@@ -70,8 +70,8 @@ def alexnet_steps(device="cpu", dtype=torch.float32, **options):
     )
     torch.manual_seed(0)
     with mock.patch.multiple(sys.modules[alexnet.__module__], CHANNELS=(16, 32, 32, 32, 16), HIDDEN=(64, 64)):
-        network = alexnet(space)
-    model = ImageClassifier(space, network, mean=(0.5,) * 3, std=(0.25,) * 3, flip=0.5)
+        network = alexnet()
+    model = tuned(ImageClassifier(space, network, mean=(0.5,) * 3, std=(0.25,) * 3, flip=0.5), space)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8, generator=generator)
     split = Split(images.to(device), torch.randint(10, (40,), generator=generator).to(device))
@@ -92,7 +92,7 @@ def language_steps(device="cpu", dtype=torch.float32, **options):
         ]
     )
     torch.manual_seed(0)
-    model = LanguageModel(space, words=60, embedding=32, hidden=32)
+    model = tuned(LanguageModel(words=60, embedding=32, hidden=32), space)
     text = torch.randint(60, (700,), generator=torch.Generator().manual_seed(0)).to(device)
     streams = (Streams(Split(text[:-1], text[1:]), 8, 7, seed=0, stream=stream) for stream in range(2))
     objectives = regularised_next_word_loss, next_word_loss

@@ -47,7 +47,9 @@ def test_beta2_is_the_decay_of_squared_gradients(name, key):
 def test_a_published_response_is_drawn_apart_from_the_weights(rank):
     """The recipe draws W from the same seed."""
     method = built("method.response_start=published", f"method.response_rank={rank}")
-    for layer in method.model.layers:
+    layers = [layer for layer in method.model if isinstance(layer, torch.nn.Linear)]
+    assert len(layers) == 3
+    for layer in layers:
         pairs = [(layer.weight, layer.response_projection if rank == "4" else layer.response_weight)]
         pairs += [(layer.bias, layer.response_bias)]
         for own, response in pairs:

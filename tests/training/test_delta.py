@@ -7,10 +7,13 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
+from gated_networks import GatedMLP
+from random_response import respond
 from torch import nn
 from torch.autograd import forward_ad
 
 from stn_fast import models
+from stn_fast.conversion.folding import tuned_in
 from stn_fast.data import Split
 from stn_fast.dispatch import use_backend
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
@@ -80,27 +83,31 @@ def small_alexnet(monkeypatch):
     monkeypatch.setattr(import_module("stn_fast.models.alexnet"), "HIDDEN", (40, 44))
 
 
+def converted(network, space, rank):
+    return respond(models.tuned(network, space, rank))
+
+
 def networks(name, rank, dtype):
     """(space, model, its inputs)"""
     torch.manual_seed(0)
     if name == "mlp":
         whole = Hyperparameter("input_noise", init=1.5, low=0.0, high=4.0, integer=True)
         space = rates("input_dropout", "hidden_dropout_1", "hidden_dropout_2", input_noise=whole)
-        return space, models.mlp(space, (12, 20, 17, 7), response_rank=rank), (torch.randn(BATCH, 12, dtype=dtype),)
+        return space, converted(models.mlp((12, 20, 17, 7)), space, rank), (torch.randn(BATCH, 12, dtype=dtype),)
     if name == "alexnet":
         space = rates("conv_dropout", "fc_dropout_1", "last_dropout")
-        return space, models.alexnet(space, image_size=16, response_rank=rank), (images(16, 3, dtype),)
+        return space, converted(models.alexnet(image_size=16), space, rank), (images(16, 3, dtype),)
     if "resnet" in name:
         space = rates("block_dropout", "last_dropout")
         module = import_module("stn_fast.models.resnet")
-        small = (4, (4, 6), 1, 3, 10, rank)  # stem, stages, blocks of each, channels, classes
+        small = (4, (4, 6), 1, 3, 10)  # stem, stages, blocks of each, channels, classes
         block = module.BasicBlock if name == "resnet" else module.PreActivationBlock
-        return space, module._resnet(space, block, *small), (images(9, 3, dtype),)
+        return space, converted(module.ResNet(block, *small), space, rank), (images(9, 3, dtype),)
     if name == "language model":
         per_batch = ("embedding_dropout", "recurrent_dropout")
         space = rates("input_dropout", "hidden_dropout", "output_dropout", *per_batch, per_batch=per_batch)
-        model = models.LanguageModel(space, 30, 16, 16, 2, response_rank=rank)
-        return space, model, (torch.randint(30, (6, BATCH)),)
+        model = models.LanguageModel(30, 16, 16, 2)
+        return space, converted(model, space, rank), (torch.randint(30, (6, BATCH)),)
     space = rates("dropout")
     if name == "transformer":
         return space, Attention(1, rank), (torch.randn(BATCH, 7, 12, dtype=dtype),)
@@ -124,12 +131,22 @@ def response_gradients(model, outputs):
     return dict(zip(named, torch.autograd.grad((outputs * weights).square().sum(), named.values()), strict=True))
 
 
+def called(model, call, inputs, hyper):
+    """``call`` of a model, with the hyperparameters that a converted one uses without being given them."""
+    tuned = tuned_in(model)
+    if tuned is None:
+        return call(*inputs, hyper)
+    with tuned.using(hyper):
+        return call(*inputs)
+
+
 def by_torch_func(model, inputs, hyper):
     """f(0) + J h by torch.func.jvp through the definitions of all operations."""
 
     def outputs(response):
         given = replace(hyper, response=response, calls={}, open_calls={})
-        return first(torch.func.functional_call(model, dict(model.named_parameters()), (*inputs, given)))
+        parameters = dict(model.named_parameters())
+        return first(called(model, lambda *xs: torch.func.functional_call(model, parameters, xs), inputs, given))
 
     with use_backend("reference"):
         z, dz = torch.func.jvp(outputs, (torch.zeros_like(hyper.response),), (hyper.response,))
@@ -141,7 +158,7 @@ def relative(found, expected):
 
 
 def linearised(model, inputs, hyper):
-    return first(Linearised(model)(*inputs, hyper))
+    return first(called(model, Linearised(model), inputs, hyper))
 
 
 def compute(name, rank, *ways):
@@ -302,7 +319,7 @@ def test_a_second_call_with_one_batch_draws_other_masks():
 
 
 def test_16_bit_outputs_are_added_in_float32(batch):
-    model = models.mlp(SPACE, (6, 16, 4)).eval().bfloat16()
+    model = GatedMLP(SPACE, (6, 16, 4)).eval().bfloat16()
     hyper = SPACE.sample(*SPACE.initial_state(), batch_size=32, seed=0, step=0)
     assert Linearised(model)(batch.inputs.bfloat16(), hyper).dtype == torch.float32
 
@@ -319,7 +336,7 @@ def batch():
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return models.mlp(SPACE, (6, 16, 4))
+    return GatedMLP(SPACE, (6, 16, 4))
 
 
 def delta(model, **options):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from stn_fast.data import Split
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
-from stn_fast.models import LanguageModel
+from stn_fast.models import LanguageModel, tuned
 from stn_fast.training.language import (
     activation_penalty,
     next_word_loss,
@@ -77,10 +77,11 @@ def test_training_is_penalised_and_validation_is_not():
     space = HyperparameterSpace([ALPHA, BETA])
     hyper = space.at(space.initial_state()[0], batch_size=4)
     torch.manual_seed(0)
-    model = LanguageModel(space, 11, 6, 6)
+    model = tuned(LanguageModel(11, 6, 6), space)
     tokens = torch.randint(11, (200,))
     window = Streams(Split(tokens[:-1], tokens[1:]), 4, 9, seed=0, stream=0)[0]
-    outputs = model(window.inputs, hyper)
+    with model.tuned_hyperparameters.using(hyper):
+        outputs = model(window.inputs)
     bare = F.cross_entropy(outputs.logits.transpose(1, 2), window.targets)
     penalty = activation_penalty(outputs.raw, outputs.dropped, hyper)
     assert penalty > 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gated_networks import GatedMLP
 from gates_alone import FixedHyperparameters, SelfTuning
 from run_files import result, rows
 from torch import nn
@@ -15,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import stn_fast as stn
 from stn_fast.data import Split
 from stn_fast.errors import UserError
-from stn_fast.models import LanguageModel
-from stn_fast.models.mlp import mlp
+from stn_fast.models import LanguageModel, tuned
 from stn_fast.ops.casts import cast, casts_once
 from stn_fast.recipes import digits
 from stn_fast.training.build import build_method
@@ -76,7 +76,7 @@ def settings():
 
 def method_of(objective, **options):
     torch.manual_seed(0)
-    return SelfTuning(mlp(SPACE, (6, 8, 4)), SPACE, objective, objective, antithetic=False, **options)
+    return SelfTuning(GatedMLP(SPACE, (6, 8, 4)), SPACE, objective, objective, antithetic=False, **options)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
@@ -196,7 +196,7 @@ def test_a_layer_that_is_called_twice_is_cast_once(tune_scales):
 
 def language_method(**options):
     space = stn.HyperparameterSpace([stn.Hyperparameter("output_dropout", low=0.0, high=0.9, init=0.2)])
-    model = LanguageModel(space, words=23, embedding=7, hidden=7)
+    model = tuned(LanguageModel(words=23, embedding=7, hidden=7), space)
     method = SelfTuning(model, space, regularised_next_word_loss, next_word_loss, **options)
     text = torch.randint(23, (400,), generator=torch.Generator().manual_seed(0))
     windows = Streams(Split(text[:-1], text[1:]), 4, 5, seed=0, stream=0)

@@ -17,6 +17,7 @@ from stn_fast.recipes import digits
 from stn_fast.training.config import HyperparameterConfig
 from stn_fast.training.progress import Progress, summary
 from stn_fast.training.run import checked_task, run
+from stn_fast.training.task import outputs
 from stn_fast.training.trainer import Trainer
 
 
@@ -28,7 +29,7 @@ class Normalised(nn.Module):
         self.norm, self.network = nn.BatchNorm1d(64), network
 
     def forward(self, x, hyper):
-        return self.network(self.norm(x), hyper)
+        return outputs(self.network, hyper, self.norm(x))
 
 
 def build_normalised(config):

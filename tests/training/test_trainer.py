@@ -140,7 +140,7 @@ def test_evaluations_use_the_average_of_the_weights_over_training_steps(make_con
         assert torch.equal(one, same)
     evaluated = trainer.evaluate(task.data.valid)
     assert evaluated != other.evaluate(task.data.valid)
-    other.method.model.load_state_dict(weights)
+    other.method.model.load_state_dict(weights, strict=False)
     assert other.evaluate(task.data.valid) == pytest.approx(evaluated, rel=1e-5)
 
 
@@ -354,10 +354,10 @@ def test_an_evaluation_leaves_a_frozen_module_frozen(make_config, tmp_path):
     config = make_config()
     task = digits.build(config)
     trainer = Trainer(config, task, build_method(config, task), tmp_path / "checkpoints")
-    task.model.layers[0].eval()
+    task.model.linear_1.eval()
     trainer.evaluate(task.data.valid)
     assert task.model.training
-    assert not task.model.layers[0].training
+    assert not task.model.linear_1.training
 
 
 def test_an_evaluation_in_batches_of_ones_own_keeps_what_its_scores_return(make_config, tmp_path):
