@@ -127,7 +127,7 @@ def _converted(model: nn.Module, config: Config, path: Path) -> nn.Module:
                 include=list(modules),
                 exclude=[glob.escape(one) for one in others if not any(name.startswith(f"{one}.") for name in names)],
                 example_dims={name: one.example_dim for name, one in modules.items()},
-                of_loss=space.names,  # whichever the loss looked up
+                of_loss=[name for name in space.names if name not in config.fit.additions],
                 response_rank=config.method.response_rank,
                 quiet=True,
             )

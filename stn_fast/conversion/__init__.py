@@ -83,7 +83,7 @@ def convert(
     space: HyperparameterSpace | Sequence[Addition] | None = None,
     *,
     dropouts: Mapping[str, str] | None = None,
-    of_loss: Sequence[str] = (),
+    of_loss: str | Sequence[str] = (),
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
     example_dims: Mapping[str, int] | None = None,
@@ -96,8 +96,9 @@ def convert(
 
     The classes of its layers change to ones that respond to hyperparameters, and its dropout modules drop each example
     at its own rate. Parameters, tied ones too, buffers, names, hooks and devices are kept, so a plain checkpoint loads
-    with ``strict=False``. Each layer gets the response parameters of the gated layer of its kind, such as
-    `stn_fast.HyperLinear`; the response is 0 at the start. Make the optimizer afterwards, with all parameters.
+    with ``strict=False``. Weights of convolutions with a full response move to other memory, beside it. Each layer gets
+    the response parameters of the gated layer of its kind, such as `stn_fast.HyperLinear`; the response is 0 at the
+    start. Make the optimizer afterwards, with all parameters.
 
     The root gets a child `tuned_hyperparameters`, a `TunedHyperparameters` with the space, the location λ and the
     report. Train with `stn_fast.fit` or `stn_fast.SelfTuner`, or call the model inside
@@ -137,7 +138,7 @@ def convert(
             suggested one and their hyperparameters.
         dropouts: {pattern: name of a hyperparameter of `space`} for dropout modules, the first that fits; others stay
             plain. By default, a dropout module has the hyperparameter with the name that `suggest_space` gives it.
-            Not with a list of additions.
+            Not with a list of additions. A layer whose own rate is above 0 and has no hyperparameter stays plain, too.
         of_loss: hyperparameters of `space` that your loss looks up, such as the weight of a penalty, as
             ``model.tuned_hyperparameters.current["name"]``, (B,). Only weight_decay needs no mention.
         include, exclude: patterns of modules to convert, and of those to leave out.
@@ -164,6 +165,7 @@ def convert(
     switch("convert", "strict", strict)
     switch("convert", "quiet", quiet)
     factors_to_use("convert", response_rank, (2, 2))
+    of_loss = [of_loss] if isinstance(of_loss, str) else list(of_loss)
     include, exclude = ([given] if isinstance(given, str) else list(given) for given in (include, exclude))
     example_dims = dict(example_dims or {})
     for argument, patterns in (("include", include), ("exclude", exclude), ("example_dims", example_dims)):
@@ -174,7 +176,10 @@ def convert(
     space, rates = _rates(model, chosen, space, dropouts, group)
     without_rate = [one for one in dropouts_of(chosen) if one.name not in rates]
     plain = {one.name for one in without_rate if rate_of(one.module) or not has_weights(one.module)}
-    left_out += [one.left_out("no hyperparameter of the space is its rate") for one in chosen if one.name in plain]
+    for one in chosen:
+        if one.name in plain:
+            also = ", so its weights do not respond either" if has_weights(one.module) else ""
+            left_out.append(one.left_out(f"no hyperparameter of the space is its rate{also}"))
     places, chosen = chosen, [one for one in chosen if one.name not in plain]
     _check_chosen(chosen, left_out, strict)
     added = placed(model, chosen, additions or ())
@@ -191,7 +196,7 @@ def convert(
     try:
         for one in places:
             if one.name in plain:
-                for _ in range(streams_of(one.module)):  # so that draws do not depend on which others are tuned
+                for _ in range(streams_of(one.module)):  # so that draws do not depend on which rates are tuned
                     next(streams)
                 continue
             rule = rule_of(one.module)
@@ -306,6 +311,8 @@ def _example_dims(model: nn.Module, chosen: Sequence[Named], example_dims: Mappi
         fixed = fixed_example_dim(one.module)
         pattern = next((pattern for pattern in example_dims if matches(one.name, [pattern])), None)
         default = next((dim for prefix, dim in transformers.items() if one.name.startswith(prefix)), 0)
+        if isinstance(one.module, LockedDropout) and one.module.dim == default:
+            default = 1 - min(default, 1)  # (T, B, D) if the mask is the same for all of T
         dims[one.name] = (default if fixed is None else fixed) if pattern is None else example_dims[pattern]
         if fixed is not None and dims[one.name] != fixed:
             raise ValueError(

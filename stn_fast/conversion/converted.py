@@ -82,8 +82,12 @@ class Converted(InModel, nn.Module):
         """The parameters, by name, with which the plain module equals this one at one response input (n,)."""
         return {}
 
+    def separate(self) -> None:
+        """Gives the weights memory of their own, if they share it with the response."""
+
     def revert(self, values: dict[str, float]) -> None:
         """Changes this module back to a plain one; `values` are the hyperparameters that it is folded at."""
+        self.separate()
         for name in [name for name in self._parameters if name.startswith(RESPONSE)]:
             del self._parameters[name]
         plain = self.plain_class

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -49,13 +50,14 @@ class Conv2d(Halves, _Folding, nn.Conv2d):
     relu = False
 
     def join(self) -> None:
-        """Makes W and R halves of one tensor."""
+        """Makes W and R halves of one tensor, in the memory format of W."""
         if self.response_projection is None and self.groups == 1:
+            if self.weight.is_contiguous(memory_format=torch.channels_last):
+                self.response_weight.data = self.response_weight.data.to(memory_format=torch.channels_last)
             make_halves(*self._filters())
 
-    def revert(self, values: dict[str, float]) -> None:
+    def separate(self) -> None:
         self.weight.data = self.weight.data.clone()  # no longer half of a tensor
-        super().revert(values)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == 3:
@@ -168,21 +170,29 @@ class Embedding(_Folding, GatedTable, nn.Embedding):
 
 
 def _tuned_number(attribute: str) -> Any:
-    """The strength of a plain module, a float, which a converted one has only in evaluation mode."""
+    """The strength of a plain module, a float, which a converted one has only in evaluation mode.
 
-    def read(module: _Regularised) -> float:
+    One that no hyperparameter is stays what it was.
+    """
+
+    def read(module: Any) -> float:
+        if module.name is None:
+            return module.__dict__[attribute]
         if module.training:
             raise RuntimeError(
-                f"{module.shown}: its rate {attribute} is read in training mode, "
-                f"in which every example has its own. Call the module, or leave it out: convert(model, "
-                f"exclude={module.dotted_name!r})"
+                f"{module.shown}: its {attribute} is read in training mode, in which it is perturbed. Call the module, "
+                f"or leave it out: convert(model, exclude={module.dotted_name!r})"
             )
         return module.tuned.values()[module.name]
 
-    def write(module: _Regularised, rate: float) -> None:
+    def write(module: Any, strength: float) -> None:
         raise AttributeError(
-            f"{module.shown}: {attribute} can't be set, because its rate is the "
-            f"hyperparameter {module.name!r}: change model.tuned_hyperparameters.location"
+            f"{module.shown}: {attribute} can't be set"
+            + (
+                ", because the module has been converted without a hyperparameter for it"
+                if module.name is None
+                else f", because it is the hyperparameter {module.name!r}: change model.tuned_hyperparameters.location"
+            )
         )
 
     return property(read, write)
@@ -286,10 +296,11 @@ class LockedDropout(_Dropout, plain.LockedDropout):
 
     def _shared(self, x: Tensor, more: int) -> tuple[int, ...]:
         if self.dim >= x.ndim or self.dim == self.example_dim:
+            other = 0 if self.example_dim else 1
             raise ValueError(
                 f"{self.shown}: dim={self.dim} must be a dimension of its input {tuple(x.shape)} other than "
                 f"{self.example_dim}, which counts the examples; if another one does, declare it: convert(model, "
-                f"example_dims={{{self.dotted_name!r}: 1}})"
+                f"example_dims={{{self.dotted_name!r}: {other}}})"
             )
         return (self.dim + more if self.dim > self.example_dim else self.dim,)
 
@@ -302,6 +313,13 @@ class LockedDropout(_Dropout, plain.LockedDropout):
         return rows * super()._drop(rows.new_ones(shape), hyper, ())
 
 
+def _revert(module: Any, values: dict[str, float], revert: Callable[[dict[str, float]], None]) -> None:
+    """``revert``, which leaves a module with weights its rate, or gives it the tuned one."""
+    rate = module.p if module.name is None else values[module.name]
+    revert(values)
+    module.p = rate
+
+
 def _shared_draw(hyper: HyperBatch, stream: int) -> dict[str, Any]:
     """RNG coordinates of what all examples share, the same at every call and in every process."""
     return dict(seed=hyper.seed, step=hyper.step, stream=stream)
@@ -312,6 +330,7 @@ class EmbeddingWithDropout(Embedding, plain.EmbeddingWithDropout):
 
     name: str | None
     stream: int
+    p = _tuned_number("p")
 
     def _dropped(self) -> dict[str, Any]:
         hyper = self.hyper
@@ -320,9 +339,10 @@ class EmbeddingWithDropout(Embedding, plain.EmbeddingWithDropout):
         return dict(rate=hyper[self.name][:1], **_shared_draw(hyper, self.stream))
 
     def revert(self, values: dict[str, float]) -> None:
-        if self.name is not None:
-            self.p = values[self.name]
-        super().revert(values)
+        _revert(self, values, super().revert)
+
+    def extra_repr(self) -> str:
+        return f"{nn.Embedding.extra_repr(self)}, p={self.name!r}"
 
 
 class Conv1D(Converted, GatedTable):
@@ -396,6 +416,8 @@ class LSTM(Converted, GatedLSTM, nn.LSTM):
 class DropConnectLSTM(LSTM, plain.DropConnectLSTM):
     """As `HyperLSTM` with recurrent dropout: one mask for W and R, and one rate for the batch."""
 
+    p = _tuned_number("p")
+
     def _between(self, layer: int, y: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
         return y
 
@@ -411,6 +433,7 @@ class DropConnectLSTM(LSTM, plain.DropConnectLSTM):
         return weights._replace(response_weight=functional.dropout(weights.response_weight[None], rate, **draw)[0])
 
     def revert(self, values: dict[str, float]) -> None:
-        if self.name is not None:
-            self.p = values[self.name]
-        Converted.revert(self, values)
+        _revert(self, values, partial(Converted.revert, self))
+
+    def extra_repr(self) -> str:
+        return f"{nn.LSTM.extra_repr(self)}, p={self.name!r}"

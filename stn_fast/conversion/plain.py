@@ -69,8 +69,8 @@ class LockedDropout(nn.Module):
 class EmbeddingWithDropout(nn.Embedding):
     """`torch.nn.Embedding` that drops words in training mode: a dropped word is 0 wherever it is in the batch.
 
-    The rows of all others are scaled by 1 / (1 − p) (Gal and Ghahramani, 2016). The table is initialised uniformly in
-    ±0.1, as in language models.
+    The rows of all others are scaled by 1 / (1 − p) (Gal and Ghahramani, 2016). Every call draws anew; converted, all
+    calls of a training step drop the same words. The table is initialised uniformly in ±0.1, as in language models.
 
     Args:
         num_embeddings, embedding_dim: V, D; and others of torch.nn.Embedding, by name.
@@ -104,8 +104,8 @@ class EmbeddingWithDropout(nn.Embedding):
 class DropConnectLSTM(nn.LSTM):
     """`torch.nn.LSTM` that drops hidden-to-hidden weights in training mode (DropConnect; Merity et al., 2018).
 
-    All examples and time steps of a call have the same masks. It has no dropout between its layers; several of it, with
-    `LockedDropout` between them, have.
+    All examples and time steps of a call have the same masks; converted, all calls of a training step have. It has no
+    dropout between its layers; several of it, with `LockedDropout` between them, have.
 
     Args:
         input_size, hidden_size, num_layers: and others of torch.nn.LSTM, by name, but for dropout and proj_size.
@@ -126,23 +126,40 @@ class DropConnectLSTM(nn.LSTM):
     def reset_parameters(self) -> None:
         """As torch's, but weight and bias of a product are drawn after another, as in `stn_fast.HyperLSTM`."""
 
-        def product(name: str) -> tuple[str, bool]:
-            _, side, layer = name.split("_", 2)
-            return layer, side == "hh"
+        def product(name: str) -> tuple[int, bool, bool]:
+            _, side, layer, *reverse = name.split("_")
+            return int(layer[1:]), bool(reverse), side == "hh"
 
         for name in sorted(self._flat_weights_names, key=product):
             nn.init.uniform_(getattr(self, name), -(self.hidden_size**-0.5), self.hidden_size**-0.5)
 
-    def forward(self, input: Tensor, hx: Any = None) -> Any:  # type: ignore[override]
+    def forward(self, input: Any, hx: Any = None) -> Any:
         if not self.training or self.p == 0:
             return super().forward(input, hx)
-        weights = self._flat_weights
-        named = zip(self._flat_weights_names, weights, strict=True)
-        self._flat_weights = [F.dropout(one, self.p) if "weight_hh" in name else one for name, one in named]  # type: ignore[arg-type]
-        try:
-            return super().forward(input, hx)
-        finally:
-            self._flat_weights = weights
+        if not isinstance(input, Tensor):
+            raise TypeError(
+                f"DropConnectLSTM: a {type(input).__name__} is not supported in training mode: pad the sequences"
+            )
+        if input.ndim == 2:
+            y, after = self.forward(input.unsqueeze(self._examples), hx and tuple(one.unsqueeze(1) for one in hx))
+            return y.squeeze(self._examples), tuple(one.squeeze(1) for one in after)
+        if hx is None:
+            directions = 2 if self.bidirectional else 1
+            zeros = input.new_zeros(self.num_layers * directions, input.shape[self._examples], self.hidden_size)
+            hx = zeros, zeros
+        self.check_forward_args(input, hx, None)
+        weights = [
+            F.dropout(getattr(self, name), self.p) if "weight_hh" in name else getattr(self, name)
+            for name in self._flat_weights_names
+        ]
+        settings = self.bias, self.num_layers, 0.0, True, self.bidirectional, self.batch_first
+        y, *after = torch.lstm(input, hx, weights, *settings)
+        return y, tuple(after)
+
+    @property
+    def _examples(self) -> int:
+        """The dimension of the input that counts examples."""
+        return 0 if self.batch_first else 1
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, p={self.p}"

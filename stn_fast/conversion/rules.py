@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -52,7 +52,9 @@ class Context:
 
         Dimension 0 of the weight counts the outputs. The response is 0 at the start.
         """
-        register_response(module, len(self.tuned.space), outputs=len(module.weight))  # type: ignore[arg-type]
+        weight: Any = module.weight
+        bound = weight[0].numel() ** -0.5 if weight.ndim > 1 else 1.0
+        register_response(module, len(self.tuned.space), outputs=len(weight), bound=bound)
 
 
 Rule = Callable[[nn.Module, Context], None]

@@ -90,7 +90,7 @@ def _reading(model: nn.Module, one: Named) -> str | None:
         return None
     parent = model.get_submodule(owner)
     fused = getattr(parent, "fused_attn", None)  # timm's: whether attention is one operation, and else calls its child
-    read = next((rate for rate in ("p", "drop_prob") if reads(type(parent), child, rate)), None)
+    read = next((rate for rate in ("p", "drop_prob", "std") if reads(type(parent), child, rate)), None)
     if read is None or fused is False:
         return None
     told = "" if fused is None else "; it calls it if you set fused_attn = False before the conversion"

@@ -59,7 +59,7 @@ def _rate(name: str, group: Sequence[Named]) -> Hyperparameter:
     if any(is_noise(one.module) for one in group):
         return Hyperparameter(name, low=0.0, init=mean or START_OF_ZERO, scale=SCALE)
     start = HIGHEST_START if mean >= HIGHEST_RATE else mean or START_OF_ZERO
-    differs = not any(type(one.module) in SHARING for one in group)
+    differs = not any(type(one.module) in SHARING for one in group)  # they may share a name with others
     return Hyperparameter(name, low=0.0, high=HIGHEST_RATE, init=start, scale=SCALE, per_example=differs)
 
 
@@ -95,5 +95,5 @@ def _block(one: Named) -> str:
     first, *rest = one.name.split(".")
     if not rest:
         return _role(one)
-    kind = "noise" if is_noise(one.module) else "dropout"
+    kind = "noise" if is_noise(one.module) else "shared_dropout" if type(one.module) in SHARING else "dropout"
     return f"{first}_{rest[0]}_{kind}" if rest[0].isdigit() and len(rest) > 1 else f"{first}_{kind}"

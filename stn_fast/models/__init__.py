@@ -1,4 +1,4 @@
-"""The papers' networks, and small ones for tests and first experiments: plain torch, made self-tuning by `tuned`."""
+"""The papers' networks, and small ones for first experiments: plain modules, made self-tuning by `tuned`."""
 
 from stn_fast.models.alexnet import alexnet
 from stn_fast.models.classifier import ImageClassifier

@@ -14,7 +14,7 @@ from stn_fast.ops.augment import STRENGTHS
 
 
 class ImageClassifier(nn.Module):
-    """Augmentation of uint8 images (B, C, H, W), followed by a network that takes normalised float images.
+    """Normalised uint8 images (B, C, H, W), augmented in training once converted, then a network that takes them.
 
     Args:
         space: the hyperparameters; those named in `stn_fast.ops.augment.STRENGTHS` augment training images.

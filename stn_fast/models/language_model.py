@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ class LanguageModel(nn.Module):
     - `recurrent_dropout`: drops hidden-to-hidden weights, with one mask for W and R and one rate per batch (Merity et
       al., 2018).
 
-    The decoder does not respond to hyperparameters.
+    The decoder does not respond to hyperparameters. So `stn_fast.fold` warns that its decoder has a weight of its own;
+    to load that state, give ``decoder.weight`` a parameter of its own before.
 
     Args:
         words: size of the vocabulary.
@@ -74,6 +75,20 @@ class LanguageModel(nn.Module):
         self.decoder = Decoder(hidden, words)
         self.decoder.weight = self.embedding.weight
         nn.init.zeros_(self.decoder.bias)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        """As torch's; an error if the one weight of embedding and decoder would be loaded from two."""
+        stored = [state_dict.get(f"{prefix}{name}.weight") for name in ("embedding", "decoder")]
+        given = [one for one in stored if isinstance(one, Tensor)]
+        if self.decoder.weight is self.embedding.weight and len(given) == 2 and not torch.equal(*given):
+            errors.append(
+                f"{prefix}decoder.weight differs from {prefix}embedding.weight, as in a folded LanguageModel: give "
+                "decoder.weight a parameter of its own before"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def forward(self, tokens: Tensor, state: tuple[Tensor, Tensor] | None = None) -> Outputs:
         """Tokens (T, B), each column an example, and the state before them (None for zeros) → `Outputs`."""

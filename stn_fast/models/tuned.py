@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import glob
 import re
-from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -23,8 +23,9 @@ def tuned(network: Model, space: HyperparameterSpace, response_rank: ResponseRan
     Other hyperparameters are left to the loss; the first training step finds those that nothing uses.
 
     Args:
-        network: any module. Its class attribute RATES, if it has one, gives {pattern: hyperparameter} for modules with
-            other names, and EXAMPLE_DIMS is the `example_dims` of `stn_fast.convert`.
+        network: any module. RATES and EXAMPLE_DIMS of a `LanguageModel` in it, or of a class of your own, give
+            {pattern: hyperparameter} for modules with other names, and the `example_dims` of `stn_fast.convert`;
+            patterns are for names within that module.
         space: the hyperparameters.
         response_rank: as for `stn_fast.HyperLinear`.
 
@@ -36,13 +37,19 @@ def tuned(network: Model, space: HyperparameterSpace, response_rank: ResponseRan
         own = name.rpartition(".")[2]
         known = [one for one in (own, re.sub(r"_\d+$", "", own)) if one in space]
         rates |= {name: known[0]} if known else {}
-    others: Mapping[str, str] = getattr(type(network), "RATES", {})
+    dims: dict[str, int] = {}
+    for name, module in network.named_modules():
+        prefix = f"{glob.escape(name)}." if name else ""
+        for found, attribute in ((rates, "RATES"), (dims, "EXAMPLE_DIMS")):
+            own = getattr(type(module), attribute, None)
+            if isinstance(own, dict):
+                found |= {f"{prefix}{pattern}": value for pattern, value in own.items()}
     return convert(
         network,
         space,
-        dropouts=rates | {pattern: name for pattern, name in others.items() if name in space},
+        dropouts={pattern: name for pattern, name in rates.items() if name in space},
         of_loss=space.names,
-        example_dims=getattr(type(network), "EXAMPLE_DIMS", None),
+        example_dims=dims,
         response_rank=response_rank,
         quiet=True,
     )

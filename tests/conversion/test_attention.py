@@ -229,7 +229,7 @@ def test_attention_without_dropout_has_no_rate():
 def test_attention_whose_rate_is_not_in_the_space_is_left_out():
     tuned = stn.convert(nn.ModuleList([nn.Linear(2, 2), plain("zero", dropout=0.1)]), WEIGHT_DECAY, quiet=True)
     (entry,) = [one for one in tuned.tuned_hyperparameters.report if one.kind == "MultiheadAttention"]
-    assert entry.reason == "no hyperparameter of the space is its rate"
+    assert entry.reason == "no hyperparameter of the space is its rate, so its weights do not respond either"
 
 
 @each_kind

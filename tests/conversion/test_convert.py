@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import stn_fast as stn
-from stn_fast.conversion import Entry, TunedHyperparameters
+from stn_fast.conversion import Entry, TunedHyperparameters, rules
 from stn_fast.training.parameters import is_response
 
 RATE = stn.Hyperparameter("rate", low=0.0, high=0.9, init=0.2)
@@ -279,7 +279,7 @@ def test_streams_follow_those_that_layers_of_the_model_use():
 
 
 def test_a_loss_may_use_a_hyperparameter_that_no_module_does():
-    model = stn.convert(nn.Sequential(nn.Linear(3, 2)), stn.HyperparameterSpace([RATE, DECAY]), of_loss=["rate"])
+    model = stn.convert(nn.Sequential(nn.Linear(3, 2)), stn.HyperparameterSpace([RATE, DECAY]), of_loss="rate")
     own, x = model.tuned_hyperparameters, torch.randn(4, 3)
 
     def loss(y, targets):
@@ -384,3 +384,38 @@ def test_norms_without_parameters_are_no_concern_of_strict():
 def test_a_compiled_model_is_refused():
     with pytest.raises(ValueError, match="the model is compiled: convert the plain model"):
         stn.convert(torch.compile(nn.Linear(2, 2)))
+
+
+def stored_bytes(tensor):
+    return tensor.untyped_storage().nbytes()
+
+
+def test_filters_keep_their_memory_format_and_have_memory_of_their_own_again_when_plain():
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(16, 2)).to(memory_format=torch.channels_last)
+    stn.convert(model, response_rank=None, quiet=True)
+    weight, response = model[0].weight, model[0].response_weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert weight.untyped_storage().data_ptr() == response.untyped_storage().data_ptr()  # one tensor, for one product
+    plain = stn.fold(model)[0].weight
+    assert plain.is_contiguous(memory_format=torch.channels_last)
+    assert stored_bytes(plain) == plain.nbytes == weight.nbytes
+
+
+def test_a_conversion_that_fails_leaves_filters_memory_of_their_own(own_rule_that_fails):
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), own_rule_that_fails())
+    with pytest.raises(RuntimeError, match="no rule"):
+        stn.convert(model, response_rank=None, quiet=True)
+    assert stored_bytes(model[0].weight) == model[0].weight.nbytes
+
+
+@pytest.fixture
+def own_rule_that_fails(monkeypatch):
+    class Own(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+
+    def rule(module, context):
+        raise RuntimeError("no rule")
+
+    monkeypatch.setitem(rules.RULES, Own, rule)
+    return Own

@@ -90,6 +90,11 @@ def sampled(layer, examples=EXAMPLES, **options):
     return own.space.sample(own.location, own.raw_scale, batch_size=examples, **options)
 
 
+def leaves(outputs):
+    """(y, (h, c)) as three tensors."""
+    return outputs[0], *outputs[1]
+
+
 def called(layer, hyper, x):
     """The output of a converted layer, without the state."""
     with layer.tuned.using(hyper):
@@ -305,17 +310,19 @@ def test_each_module_may_have_a_strength_of_its_own():
     assert list(suggested(network(), "each")) == names
 
 
-def test_a_block_has_one_rate_which_examples_share_if_a_module_of_it_needs_that_and_one_noise():
+def test_a_block_has_one_rate_for_examples_one_that_they_share_and_one_noise():
     model = nn.ModuleDict({"body": Body(p=0.2), "head": nn.Sequential(nn.Dropout(0.3), stn.GaussianNoise(0.0))})
     assert suggested(model, "block") == {
-        "body_dropout": (0.95, pytest.approx(0.2), False),
+        "body_shared_dropout": (0.95, 0.2, False),
+        "body_dropout": (0.95, 0.2, True),
         "body_noise": (None, 0.4, True),
         "head_dropout": (0.95, 0.3, True),
         "head_noise": (None, 0.05, True),
         "weight_decay": (None, 1e-4, True),
     }
     tuned = stn.convert(nn.ModuleDict({**model, "linear": nn.Linear(2, 2)}), group="block", quiet=True)
-    assert [tuned["body"].get_submodule(name).name for name in ("words", "locked", "lstm")] == ["body_dropout"] * 3
+    names = [tuned["body"].get_submodule(name).name for name in ("words", "locked", "lstm")]
+    assert names == ["body_shared_dropout", "body_dropout", "body_shared_dropout"]
     assert (tuned["body"].noise.name, tuned["head"][1].name) == ("body_noise", "head_noise")
 
 
@@ -605,7 +612,8 @@ def test_a_module_at_a_rate_that_no_hyperparameter_is_stays_plain(kind):
     decay = stn.HyperparameterSpace([stn.Hyperparameter("weight_decay", low=0.0, init=1e-3)])
     model = nn.ModuleDict({"layer": plain_of(kind, 0.3), "linear": nn.Linear(2, 2).double()})
     entry = stn.convert(model, decay, quiet=True).tuned_hyperparameters.report[-1]
-    assert (entry.name, entry.reason) == ("layer", "no hyperparameter of the space is its rate")
+    also = ", so its weights do not respond either" if kind in SHARED else ""
+    assert (entry.name, entry.reason) == ("layer", f"no hyperparameter of the space is its rate{also}")
     assert not isinstance(model["layer"], Converted)
     assert repr(model["layer"]) == repr(plain_of(kind, 0.3))
 
@@ -630,21 +638,29 @@ def test_draws_do_not_depend_on_which_other_rates_are_tuned():
 
 
 def test_locked_dropout_along_the_examples_is_refused_with_what_to_declare():
-    model = stn.convert(nn.Sequential(nn.Identity(), stn.LockedDropout(0.3)), quiet=True)
-    message = (
-        r"1 \(LockedDropout\): dim=0 must be a dimension of its input \(4, 5, 6\) other than 0.*example_dims=\{'1': 1\}"
-    )
-    with pytest.raises(ValueError, match=message):
-        called(model[1], sampled(model[1]), torch.randn(4, 5, 6))
+    for dim, other in ((0, 1), (1, 0)):
+        model = nn.Sequential(nn.Identity(), stn.LockedDropout(0.3, dim=dim))
+        stn.convert(model, example_dims={"1": dim}, quiet=True)
+        shape = r"its input \(4, 4, 6\)"
+        message = rf"dim={dim} must be a dimension of {shape} other than {dim}.*example_dims=\{{'1': {other}\}}"
+        with pytest.raises(ValueError, match=message):
+            called(model[1], sampled(model[1]), torch.randn(4, 4, 6))
     model = stn.convert(nn.Sequential(stn.LockedDropout(0.3, dim=2)), quiet=True)
     with pytest.raises(ValueError, match=r"dim=2 must be a dimension of its input \(4, 6\)"):
         called(model[0], sampled(model[0]), torch.randn(4, 6))
 
 
-@pytest.mark.parametrize(("kind", "attribute"), [("noise", "std"), ("locked", "p")])
+def test_locked_dropout_over_the_first_dimension_has_the_examples_in_the_second():
+    model = stn.convert(nn.Sequential(stn.LockedDropout(0.3), stn.LockedDropout(0.3, dim=1)), quiet=True)
+    assert [one.example_dim for one in model[:2]] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "attribute"), [("noise", "std"), ("locked", "p"), ("words", "p"), ("lstm", "p"), ("lstm, time first", "p")]
+)
 def test_the_strength_is_read_in_evaluation_mode_only_and_is_not_set(kind, attribute):
     layer = converted(kind)
-    with pytest.raises(RuntimeError, match=rf"layer \(\w+\): its rate {attribute} is read in training mode"):
+    with pytest.raises(RuntimeError, match=rf"layer \(\w+\): its {attribute} is read in training mode"):
         getattr(layer, attribute)
     assert getattr(layer.eval(), attribute) == layer.tuned.values()["rate"]
     with pytest.raises(AttributeError, match=rf"layer \(\w+\): {attribute} can't be set.*hyperparameter 'rate'"):
@@ -666,3 +682,54 @@ def test_subclasses_are_left_out():
     model = stn.convert(nn.Sequential(nn.Linear(2, 2), Louder(0.3)), quiet=True)
     assert "it is a subclass of GaussianNoise, whose forward may differ" in model.tuned_hyperparameters.report[1].reason
     assert "noise" not in " ".join(model.tuned_hyperparameters.space.names)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_the_hyperparameter_that_is_its_rate_is_shown(kind):
+    assert "p='rate'" in repr(converted(kind))
+
+
+def test_an_lstm_called_with_other_parameters_drops_those():
+    """As `torch.func.functional_call` does, and optimizers that swap weights."""
+    lstm, x = stn.DropConnectLSTM(6, 5, p=0.5), torch.randn(3, 4, 6)
+    halves = {name: (one / 2).detach().requires_grad_() for name, one in lstm.named_parameters()}
+    other = stn.DropConnectLSTM(6, 5, p=0.5)
+    other.load_state_dict(halves)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = lstm
+
+        def forward(self, x):
+            return [repeated(self.lstm, x) for _ in range(2)]
+
+    named = {f"lstm.{name}": one for name, one in halves.items()}
+    for y in torch.func.functional_call(Twice(), named, (x,)):
+        torch.testing.assert_close(y, repeated(other, x))
+        assert not torch.equal(y, other.eval()(x)[0])
+        other.train()
+        assert all(one.any() for one in torch.autograd.grad(y.square().sum(), list(halves.values())))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_an_lstm_that_drops_weights_takes_the_inputs_of_torchs(batched):
+    lstm = stn.DropConnectLSTM(6, 5, 2, p=1e-9, batch_first=True, bidirectional=True)
+    torchs = nn.LSTM(6, 5, 2, batch_first=True, bidirectional=True)
+    torchs.load_state_dict(lstm.state_dict())
+    x, state = torch.randn(4, 3, 6), (torch.randn(4, 4, 5), torch.randn(4, 4, 5))
+    if not batched:
+        x, state = x[0], tuple(one[:, 0] for one in state)
+    for given in ((x,), (x, state)):
+        for ours, theirs in zip(leaves(lstm(*given)), leaves(torchs(*given)), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    with pytest.raises(RuntimeError, match=r"input\.size\(-1\) must be equal to input_size\. Expected 6, got 7"):
+        lstm(torch.randn(4, 3, 7))
+
+
+def test_a_packed_sequence_can_not_be_trained_on():
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 6), torch.randn(2, 6)])
+    lstm = stn.DropConnectLSTM(6, 5, p=0.5)
+    with pytest.raises(TypeError, match="PackedSequence is not supported in training mode"):
+        lstm(packed)
+    lstm.eval()(packed)

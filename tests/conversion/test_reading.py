@@ -112,9 +112,7 @@ def test_the_rate_of_a_converted_dropout_module_cannot_be_read_in_training_or_se
     tuned = stn.convert(nn.Sequential(Indirect()), quiet=True)
     with (
         tuned.tuned_hyperparameters.using(sampled(tuned)),
-        pytest.raises(
-            RuntimeError, match=r"0\.attn_drop \(Dropout\): its rate p is read in training.*exclude='0\.attn"
-        ),
+        pytest.raises(RuntimeError, match=r"0\.attn_drop \(Dropout\): its p is read in training.*exclude='0\.attn"),
     ):
         tuned(torch.randn(4, 6))
     with pytest.raises(AttributeError, match=r"0\.attn_drop \(Dropout\): p can't be set.*hyperparameter 'attn_drop'"):

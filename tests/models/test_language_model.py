@@ -287,3 +287,34 @@ def test_a_rate_that_examples_would_have_of_their_own_is_refused_where_they_shar
         space = HyperparameterSpace([Hyperparameter(name, low=0.0, high=0.9, init=0.05)])
         with pytest.raises(ValueError, match=rf"'{name}' must have per_example=False, because {kind}"):
             model_of(space)
+
+
+def test_the_state_of_a_folded_one_is_not_loaded_into_tied_weights():
+    model = model_of()
+    model.tuned_hyperparameters.location += 0.7
+    with pytest.warns(UserWarning, match=r"embedding\.weight, decoder\.weight were one parameter"):
+        folded = stn.fold(model)
+    tied = LanguageModel(WORDS, WIDTH, WIDTH)
+    with pytest.raises(RuntimeError, match=r"decoder\.weight differs from embedding\.weight"):
+        tied.load_state_dict(folded.state_dict())
+    tied.load_state_dict(LanguageModel(WORDS, WIDTH, WIDTH).state_dict())
+    tied.decoder.weight = nn.Parameter(tied.decoder.weight.clone())
+    tied.load_state_dict(folded.state_dict())
+    tokens = tokens_of(5, 3)
+    assert torch.equal(tied.eval()(tokens).logits, folded.eval()(tokens).logits)
+
+
+def test_it_is_tuned_within_another_network():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.reader = LanguageModel(WORDS, WIDTH, WIDTH)
+
+        def forward(self, tokens):
+            return self.reader(tokens)
+
+    def logits(network):
+        torch.manual_seed(0)
+        return outputs(tuned(network(), SPACE), sampled(4), tokens_of(5, 4)).logits
+
+    assert torch.equal(logits(Wrapper), logits(lambda: LanguageModel(WORDS, WIDTH, WIDTH)))

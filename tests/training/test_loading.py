@@ -244,3 +244,25 @@ def test_what_was_excluded_within_a_converted_module_stays_plain(tmp_path, monke
     loaded = stn.load(tmp_path, make())
     assert loaded.state_dict().keys() == tuned.state_dict().keys()
     assert torch.equal(loaded(X), fit.best.model(X))
+
+
+def test_a_run_with_added_regularisers_needs_a_model_converted_with_them(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    added = [stn.Dropout("0", init=0.3), stn.WeightDecay("2", init=0.1)]
+    batches = [(X[:20, 0], Y[:20]), (X[20:, 0], Y[20:])]
+    tuned = stn.convert(model(), added, quiet=True)
+    stn.fit(
+        tuned,
+        batches,
+        batches,
+        loss=F.cross_entropy,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        epochs=1,
+        run_dir=tmp_path / "run",
+    )
+    with pytest.raises(UserError, match="added regularisers, give the model converted in the same way"):
+        stn.load(tmp_path / "run", model())
+    assert stn.load(tmp_path / "run", stn.convert(model(), added, quiet=True)).tuned_hyperparameters.added
