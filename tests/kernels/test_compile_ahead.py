@@ -2,8 +2,8 @@
 
 That is: no register spilled, no stack, shared memory that fits, tensor cores in the matrix kernels, and no message of
 ptxas that wgmma instructions run one after the other. With the installed Triton each tile and each value of each
-constant of a kernel is compiled once; with the oldest supported one, each tile that uses wgmma, and each kernel; with
-both, all by `make compile-ahead`.
+constant of a kernel is compiled once; with the oldest supported one, each tile that uses wgmma, and each kernel, for
+sm_90; with both, all by `make compile-ahead`.
 """
 
 import os
@@ -55,9 +55,7 @@ def test_every_value_of_a_constant_is_compiled():
 
 
 def test_the_oldest_triton_compiles_every_kernel():
-    assert {(job.kernel, job.capability) for job in FEWER_JOBS.values()} == {
-        (job.kernel, job.capability) for job in JOBS.values()
-    }
+    assert {job.kernel for job in FEWER_JOBS.values()} == {job.kernel for job in JOBS.values()}
 
 
 def test_kernels_with_float32_products_are_compiled_in_each_precision():

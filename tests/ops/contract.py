@@ -388,12 +388,12 @@ OPERATIONS = (
         gated_lstm,
         _lstm,
         variants={
-            "forward": dict(steps=5, batch=17, inputs=19, hidden=23),
-            "forward without bias": dict(steps=5, batch=17, inputs=19, hidden=23, bias=False),
-            "reverse": dict(steps=5, batch=17, inputs=19, hidden=23, reverse=True),
-            "reverse without bias": dict(steps=5, batch=17, inputs=19, hidden=23, reverse=True, bias=False),
+            "forward": dict(steps=3, batch=17, inputs=19, hidden=23),
+            "forward without bias": dict(steps=3, batch=17, inputs=19, hidden=23, bias=False),
+            "reverse": dict(steps=3, batch=17, inputs=19, hidden=23, reverse=True),
+            "reverse without bias": dict(steps=3, batch=17, inputs=19, hidden=23, reverse=True, bias=False),
             "many hyperparameters": dict(n=33),
-            "low rank": dict(steps=5, batch=17, inputs=19, hidden=23, rank=4),
+            "low rank": dict(steps=3, batch=17, inputs=19, hidden=23, rank=4),
             "low rank, reverse without bias": dict(inputs=19, hidden=24, rank=8, reverse=True, bias=False),
         },
         modes={
@@ -401,7 +401,7 @@ OPERATIONS = (
             "forward without bias": dict(bias=False),
             "low rank": dict(rank=4),
         },
-        tiny=dict(steps=3, batch=2, inputs=3, hidden=2, n=2),
+        tiny=dict(steps=2, batch=2, inputs=3, hidden=2, n=2),
         any_size=dict(
             steps=_up_to(6),
             batch=_up_to(9),
