@@ -34,7 +34,7 @@ from stn_fast.command_line import run_command
 from stn_fast.data import Split
 from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter, HyperparameterSpace
-from stn_fast.models import LanguageModel, mlp, tuned
+from stn_fast.models import LanguageModel, plain_mlp, tuned
 from stn_fast.training.delta import DeltaSelfTuning
 from stn_fast.training.language import next_word_loss
 from stn_fast.training.linearised import Linearised
@@ -205,7 +205,7 @@ def iteration_makers(
     return {"stn_fast": lambda: ours(None), "stn_fast_rank16": lambda: ours(16), "plain": of_plain}
 
 
-def plain_mlp() -> nn.Module:
+def with_dropout() -> nn.Module:
     layers: list[nn.Module] = []
     for i, (before, after) in enumerate(pairwise(SIZES)):
         layers += [nn.ReLU()] if i else []
@@ -219,14 +219,14 @@ def of_mlp(mode: str, device: torch.device) -> Makers:
     x, targets = torch.randn(BATCH, SIZES[0]).to(device), torch.randint(SIZES[-1], (BATCH,)).to(device)
 
     def model(rank: ResponseRank) -> nn.Module:
-        return tuned(mlp(SIZES), space, rank)
+        return tuned(plain_mlp(SIZES), space, rank)
 
     if mode == "response":
         eager = EagerMLP(len(space)).to(device)
         published = partial(_published, eager, x, targets)
         return response_makers(space, model, x, targets, BATCH, published)
     losses = classification_loss, classification_loss
-    return iteration_makers(space, model, losses, lambda: lambda _: Split(x, targets), plain_mlp, x, targets)
+    return iteration_makers(space, model, losses, lambda: lambda _: Split(x, targets), with_dropout, x, targets)
 
 
 def _published(model: EagerMLP, x: Tensor, targets: Tensor, hyper: HyperBatch) -> object:

@@ -46,7 +46,7 @@ from stn_fast.comparison.processes import mapped
 from stn_fast.data import Split, digits
 from stn_fast.errors import UserError
 from stn_fast.hyperparameters import HyperBatch, Hyperparameter, HyperparameterSpace
-from stn_fast.models import ImageClassifier, LanguageModel, fashion_cnn, mlp, tuned
+from stn_fast.models import ImageClassifier, LanguageModel, fashion_cnn, plain_mlp, tuned
 from stn_fast.training import task
 from stn_fast.training.batches import Batches
 from stn_fast.training.delta import DeltaSelfTuning
@@ -91,7 +91,7 @@ def classification(name: str, seed: int, train: int, hidden: Sequence[int], **gu
     x, y = getattr(sklearn.datasets, f"load_{name}")(return_X_y=True)
     inputs = torch.from_numpy((x - x.mean(0)) / (x.std(0) + 1e-6)).float()
     space = space_of(**guesses)
-    model = tuned(mlp((x.shape[1], *hidden, int(y.max()) + 1)), space)
+    model = tuned(plain_mlp((x.shape[1], *hidden, int(y.max()) + 1)), space)
     splits = parts(inputs, torch.from_numpy(y).long(), train, seed)
     return Problem(space, model, task.decayed_classification_loss, task.classification_loss, *splits)
 
@@ -134,7 +134,7 @@ def regression(seed: int) -> Problem:
 
     x, y = (torch.from_numpy((a - a.mean(0)) / a.std(0)).float() for a in load_diabetes(return_X_y=True))
     space = space_of(input_noise=1e-3, hidden_dropout_1=1e-3, weight_decay=1e-6)
-    model = tuned(mlp((x.shape[1], 64, 1)), space)
+    model = tuned(plain_mlp((x.shape[1], 64, 1)), space)
     return Problem(space, model, decayed_square_loss, square_loss, *parts(x, y[:, None], 200, seed))
 
 
@@ -162,7 +162,7 @@ def many_outputs(seed: int) -> Problem:
 def stuck(seed: int) -> Problem:
     data = digits.load()
     space = space_of(input_dropout=0.6, hidden_dropout_1=0.8, hidden_dropout_2=0.8, input_noise=2.0, weight_decay=0.01)
-    model, splits = tuned(mlp((64, 128, 128, 10)), space), parts(*data.train, 500, seed)
+    model, splits = tuned(plain_mlp((64, 128, 128, 10)), space), parts(*data.train, 500, seed)
     return Problem(space, model, task.decayed_classification_loss, task.classification_loss, *splits)
 
 

@@ -20,12 +20,12 @@ def test_layers_models_and_methods_need_no_extra():
     done = python(
         ALL,
         "import torch, stn_fast as stn\n"
-        "from stn_fast.models import mlp, tuned\n"
+        "from stn_fast.models import plain_mlp, tuned\n"
         "from stn_fast.training import task\n"
         "from stn_fast.training.methods import SelfTuning\n"
         "space = stn.HyperparameterSpace([stn.Hyperparameter('hidden_dropout_1', low=0.0, high=0.9, init=0.3)])\n"
         "loss = task.classification_loss\n"
-        "method = SelfTuning(tuned(mlp((4, 8, 2)), space), space, loss, loss, seed=0)\n"
+        "method = SelfTuning(tuned(plain_mlp((4, 8, 2)), space), space, loss, loss, seed=0)\n"
         "batch = torch.randn(6, 4), torch.randint(2, (6,))\n"
         "method.train_step(batch, 0), method.valid_step(batch, 1)\n",
     )

@@ -294,13 +294,16 @@ class Dropout3d(_ChannelDropout, nn.Dropout3d):
 class LockedDropout(_Dropout, plain.LockedDropout):
     """One mask for all positions of an example, at its own rate."""
 
+    @property
+    def leave_out(self) -> str:
+        return f"use LockedDropout(dim=1) if its input is (B, T, D), or {super().leave_out}"
+
     def _shared(self, x: Tensor, more: int) -> tuple[int, ...]:
         if self.dim >= x.ndim or self.dim == self.example_dim:
-            other = 0 if self.example_dim else 1
             raise ValueError(
                 f"{self.shown}: dim={self.dim} must be a dimension of its input {tuple(x.shape)} other than "
-                f"{self.example_dim}, which counts the examples; if another one does, declare it: convert(model, "
-                f"example_dims={{{self.dotted_name!r}: {other}}})"
+                f"{self.example_dim}, which counts the examples: use LockedDropout(dim={0 if self.example_dim else 1}) "
+                "or declare another one in example_dims of convert"
             )
         return (self.dim + more if self.dim > self.example_dim else self.dim,)
 

@@ -43,6 +43,9 @@ class LanguageModel(nn.Module):
     - `recurrent_dropout`: drops hidden-to-hidden weights, with one mask for W and R and one rate per batch (Merity et
       al., 2018).
 
+    A batch has its examples in dimension 1. `stn_fast.SelfTuner` looks for them in dimension 0: for it, put the network
+    into a module that transposes.
+
     The decoder does not respond to hyperparameters. So `stn_fast.fold` warns that its decoder has a weight of its own;
     to load that state, give ``decoder.weight`` a parameter of its own before.
 

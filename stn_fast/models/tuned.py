@@ -30,8 +30,11 @@ def tuned(network: Model, space: HyperparameterSpace, response_rank: ResponseRan
         response_rank: as for `stn_fast.HyperLinear`.
 
     Raises:
+        TypeError: space is something else.
         ValueError: a hyperparameter can't be a rate, and as `stn_fast.convert`.
     """
+    if not isinstance(space, HyperparameterSpace):
+        raise TypeError(f"tuned: space must be a HyperparameterSpace, got {type(space).__name__}")
     rates: dict[str, str] = {}
     for name, _ in network.named_modules():
         own = name.rpartition(".")[2]

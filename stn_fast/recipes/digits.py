@@ -77,7 +77,7 @@ def build(config: Config) -> Task:
     import torch
 
     from stn_fast.data import digits, fraction, placed
-    from stn_fast.models import mlp, tuned
+    from stn_fast.models import plain_mlp, tuned
     from stn_fast.training import task
     from stn_fast.training.spaces import build_space
 
@@ -85,7 +85,7 @@ def build(config: Config) -> Task:
     data = data._replace(train=fraction(data.train, config.train_fraction, seed=0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = tuned(mlp(SIZES), space, config.method.response_rank).to(config.device)
+        model = tuned(plain_mlp(SIZES), space, config.method.response_rank).to(config.device)
     return task.Task(
         space=space,
         model=model,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from benchmarks import plain, response_step
 from benchmarks.response_step import EagerMLP, by_double_backward, by_jvp, by_two_vjps, hold_weights, sampled
-from stn_fast.models import mlp, tuned
+from stn_fast.models import plain_mlp, tuned
 from stn_fast.training.linearised import Linearised
 from stn_fast.training.task import outputs
 
@@ -24,7 +24,7 @@ def test_all_ways_give_the_same_response_gradients(monkeypatch):
     space = response_step.space_of("one", "two")
     monkeypatch.setattr(plain, "RATE", 0.0)
     torch.manual_seed(0)
-    ours, eager = tuned(mlp(response_step.SIZES), space).double(), EagerMLP(2).double()
+    ours, eager = tuned(plain_mlp(response_step.SIZES), space).double(), EagerMLP(2).double()
     layers = [f"linear_{number}" for number in (1, 2, 3)]
     for mine, theirs in zip(map(ours.get_submodule, layers), eager.layers, strict=True):
         pairs = {

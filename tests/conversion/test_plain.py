@@ -642,7 +642,7 @@ def test_locked_dropout_along_the_examples_is_refused_with_what_to_declare():
         model = nn.Sequential(nn.Identity(), stn.LockedDropout(0.3, dim=dim))
         stn.convert(model, example_dims={"1": dim}, quiet=True)
         shape = r"its input \(4, 4, 6\)"
-        message = rf"dim={dim} must be a dimension of {shape} other than {dim}.*example_dims=\{{'1': {other}\}}"
+        message = rf"dim={dim} must be a dimension of {shape} other than {dim}.*LockedDropout\(dim={other}\)"
         with pytest.raises(ValueError, match=message):
             called(model[1], sampled(model[1]), torch.randn(4, 4, 6))
     model = stn.convert(nn.Sequential(stn.LockedDropout(0.3, dim=2)), quiet=True)
@@ -653,6 +653,8 @@ def test_locked_dropout_along_the_examples_is_refused_with_what_to_declare():
 def test_locked_dropout_over_the_first_dimension_has_the_examples_in_the_second():
     model = stn.convert(nn.Sequential(stn.LockedDropout(0.3), stn.LockedDropout(0.3, dim=1)), quiet=True)
     assert [one.example_dim for one in model[:2]] == [1, 0]
+    with pytest.raises(ValueError, match=r"use LockedDropout\(dim=1\) if its input is \(B, T, D\), or leave"):
+        called(model[0], sampled(model[0]), torch.randn(4, 5, 6))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import stn_fast as stn
 from stn_fast.data import DataSet, Split
 from stn_fast.errors import UserError
 from stn_fast.exploration.response import Curve, Point, Response, explored, sampled
-from stn_fast.models import mlp, tuned
+from stn_fast.models import plain_mlp, tuned
 from stn_fast.training import task
 from stn_fast.training.build import build_method
 from stn_fast.training.config import Config, HyperparameterConfig, MethodConfig, ScheduleConfig
@@ -161,7 +161,7 @@ def trainer_of(config, tmp_path, **changes):
     ]
     built = task.Task(
         space=space,
-        model=tuned(mlp((5, 7, 3)), space),
+        model=tuned(plain_mlp((5, 7, 3)), space),
         data=DataSet(*splits),
         training_objective=task.classification_loss,
         validation_objective=task.classification_loss,

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from gated_networks import GatedMLP
 from numerics import relative_error
 from random_response import respond
 from torch import nn
 
 import stn_fast as stn
-from stn_fast.models import mlp, tuned
+from stn_fast.models import mlp, plain_mlp, tuned
 from stn_fast.training.methods import SelfTuning, check_streams
 from stn_fast.training.task import classification_loss, decayed_classification_loss, outputs
 
@@ -26,7 +25,7 @@ DECAY = stn.HyperparameterSpace([one for one in SPACE if one.name == "weight_dec
 
 def model_of(space=SPACE, sizes=(64, 256, 256, 10), rank=None):
     torch.manual_seed(0)
-    return respond(tuned(mlp(sizes), space, rank))
+    return respond(tuned(plain_mlp(sizes), space, rank))
 
 
 def regularisers(model):
@@ -64,7 +63,7 @@ def test_shared_names_are_the_rates_of_all_places_without_a_name_of_their_own():
 @pytest.mark.parametrize("training", [True, False])
 def test_it_is_a_plain_mlp_before_and_after_it_is_tuned_at_its_initial_hyperparameters(training):
     torch.manual_seed(0)
-    model, x = mlp((8, 16, 4)).train(training), torch.randn(5, 8)
+    model, x = plain_mlp((8, 16, 4)).train(training), torch.randn(5, 8)
     plain = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     for linear, own in zip((plain[0], plain[2]), (model.linear_1, model.linear_2), strict=True):
         linear.weight, linear.bias = own.weight, own.bias
@@ -91,7 +90,7 @@ def test_every_example_has_the_plain_network_of_its_own_hyperparameters(rank):
 @pytest.mark.parametrize("names", [SPACE.names, ("hidden_dropout_2", "weight_decay")], ids=len)
 def test_it_trains_as_a_network_of_gated_layers(names, rank):
     space = stn.HyperparameterSpace([SPACE[name] for name in names])
-    model, gated = model_of(space, (8, 16, 16, 4), rank), GatedMLP(space, (8, 16, 16, 4), rank)
+    model, gated = model_of(space, (8, 16, 16, 4), rank), mlp(space, (8, 16, 16, 4), response_rank=rank)
     for number, layer in enumerate(gated.layers, start=1):
         layer.load_state_dict(model.get_submodule(f"linear_{number}").state_dict())
     x, found = torch.randn(6, 8), []
@@ -122,4 +121,9 @@ def test_a_hyperparameter_that_nothing_uses_is_refused_at_the_first_step():
 
 def test_too_few_sizes_are_refused():
     with pytest.raises(ValueError, match=r"sizes must have at least two.*got \(5,\)"):
-        mlp((5,))
+        plain_mlp((5,))
+
+
+def test_something_else_than_a_space_is_refused():
+    with pytest.raises(TypeError, match="space must be a HyperparameterSpace, got list"):
+        tuned(plain_mlp((3, 2)), list(SPACE))

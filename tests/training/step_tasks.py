@@ -6,12 +6,11 @@ from functools import partial
 from unittest import mock
 
 import torch
-from gated_networks import GatedMLP
 from random_response import respond
 
 import stn_fast as stn
 from stn_fast.data import Split, digits
-from stn_fast.models import ImageClassifier, LanguageModel, alexnet, tuned
+from stn_fast.models import ImageClassifier, LanguageModel, alexnet, mlp, tuned
 from stn_fast.training.batches import Batches
 from stn_fast.training.language import next_word_loss, regularised_next_word_loss
 from stn_fast.training.methods import SelfTuning
@@ -54,7 +53,7 @@ def digits_steps(device="cpu", dtype=torch.float32, **options):
         ]
     )
     torch.manual_seed(0)
-    model = GatedMLP(space, (64, 128, 128, 10))
+    model = mlp(space, (64, 128, 128, 10))
     data = digits.load()
     train, valid = (Split(part.inputs.to(device, dtype), part.targets.to(device)) for part in data[:2])
     batches = (Batches(part, 50, seed=0, stream=stream) for stream, part in enumerate((train, valid)))

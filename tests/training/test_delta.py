@@ -7,7 +7,6 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from gated_networks import GatedMLP
 from random_response import respond
 from torch import nn
 from torch.autograd import forward_ad
@@ -18,6 +17,7 @@ from stn_fast.data import Split
 from stn_fast.dispatch import use_backend
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
 from stn_fast.layers import HyperConv2d, HyperLinear, HyperLSTM, PerExampleDropout, PerExampleNoise
+from stn_fast.models import mlp
 from stn_fast.training.delta import DeltaSelfTuning
 from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.linearised import Linearised
@@ -93,7 +93,7 @@ def networks(name, rank, dtype):
     if name == "mlp":
         whole = Hyperparameter("input_noise", init=1.5, low=0.0, high=4.0, integer=True)
         space = rates("input_dropout", "hidden_dropout_1", "hidden_dropout_2", input_noise=whole)
-        return space, converted(models.mlp((12, 20, 17, 7)), space, rank), (torch.randn(BATCH, 12, dtype=dtype),)
+        return space, converted(models.plain_mlp((12, 20, 17, 7)), space, rank), (torch.randn(BATCH, 12, dtype=dtype),)
     if name == "alexnet":
         space = rates("conv_dropout", "fc_dropout_1", "last_dropout")
         return space, converted(models.alexnet(image_size=16), space, rank), (images(16, 3, dtype),)
@@ -319,7 +319,7 @@ def test_a_second_call_with_one_batch_draws_other_masks():
 
 
 def test_16_bit_outputs_are_added_in_float32(batch):
-    model = GatedMLP(SPACE, (6, 16, 4)).eval().bfloat16()
+    model = mlp(SPACE, (6, 16, 4)).eval().bfloat16()
     hyper = SPACE.sample(*SPACE.initial_state(), batch_size=32, seed=0, step=0)
     assert Linearised(model)(batch.inputs.bfloat16(), hyper).dtype == torch.float32
 
@@ -336,7 +336,7 @@ def batch():
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return GatedMLP(SPACE, (6, 16, 4))
+    return mlp(SPACE, (6, 16, 4))
 
 
 def delta(model, **options):

@@ -8,11 +8,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from gated_networks import GatedMLP
 from gates_alone import FixedHyperparameters, SelfTuning
 
 import stn_fast as stn
 from stn_fast.data import Split
+from stn_fast.models import mlp
 from stn_fast.training import finite
 from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.streams import Streams
@@ -514,7 +514,7 @@ def test_text_is_not_accepted_as_a_bool_argument_of_a_method(model, name):
 
 def test_a_small_network_of_the_package(batch, judge):
     torch.manual_seed(0)
-    method = warmed(tuned(GatedMLP(SPACE, (6, 16, 4))), batch)
+    method = warmed(tuned(mlp(SPACE, (6, 16, 4))), batch)
     with pytest.raises(NonFiniteError):
         judged(method.valid_step, poisoned(batch), 2)
     assert method.location.isfinite().all()

@@ -16,7 +16,7 @@ from stn_fast.conversion import Converted
 from stn_fast.conversion.rules import RULES
 from stn_fast.data import digits as digits_data
 from stn_fast.errors import UserError
-from stn_fast.models import mlp, tuned
+from stn_fast.models import plain_mlp, tuned
 from stn_fast.recipes import digits
 from stn_fast.training import checkpoint
 from stn_fast.training.config import Config
@@ -169,12 +169,12 @@ def test_your_own_run_is_loaded_into_the_network_that_is_given(whole, tmp_path):
     ):
         stn.load(directory)
     config = build(Config, read_yaml(str(directory / "config.yaml")))
-    model = tuned(mlp(digits.SIZES), build_space(config))
+    model = tuned(plain_mlp(digits.SIZES), build_space(config))
     trained = stn.load(directory, model)
     assert valid_loss(trained) == pytest.approx(result(directory)["valid_loss"], rel=1e-5)
     assert not isinstance(trained.method, FixedHyperparameters)
     with pytest.raises(UserError, match="does not fit this network"):
-        stn.load(directory, tuned(mlp((64, 20, 12, 10)), build_space(replace(config))))
+        stn.load(directory, tuned(plain_mlp((64, 20, 12, 10)), build_space(replace(config))))
 
 
 def test_a_model_may_be_compiled_or_not(tmp_path):

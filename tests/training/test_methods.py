@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from gated_networks import GatedMLP
 from own_batches import Sum, Summing, summed_loss
 from random_response import respond
 from torch.utils._pytree import tree_map
@@ -17,6 +16,7 @@ from stn_fast.data import Split
 from stn_fast.hyperparameter import SCALE_BOUNDS
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
 from stn_fast.layers import HyperLSTM, PerExampleNoise
+from stn_fast.models import mlp
 from stn_fast.training.methods import FixedHyperparameters, SelfTuning, is_response
 from stn_fast.training.task import classification_loss, decayed_classification_loss
 
@@ -31,7 +31,7 @@ SPACE = HyperparameterSpace(
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return respond(GatedMLP(SPACE, (6, 16, 4)))
+    return respond(mlp(SPACE, (6, 16, 4)))
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_fixed_hyperparameters_leave_an_lstms_response_out_too(batch):
 def test_fixed_hyperparameters_without_dropout_are_plain_torch_training(batch):
     space = HyperparameterSpace([Hyperparameter("weight_decay", low=0.0, init=1e-2, response="raw")])
     torch.manual_seed(0)
-    model = GatedMLP(space, (6, 16, 4))
+    model = mlp(space, (6, 16, 4))
     weights = [copy.deepcopy(layer.weight) for layer in model.layers]
     biases = [copy.deepcopy(layer.bias) for layer in model.layers]
     plain = [{"params": weights, "weight_decay": 1e-2}, {"params": biases}]
@@ -223,7 +223,7 @@ NOISY = HyperparameterSpace(
 def drawn(make, call, batch, first_example):
     """What a step draws for each example: its hyperparameters, its noise and its dropout."""
     torch.manual_seed(0)
-    model, seen = GatedMLP(NOISY, (6, 16, 4)), []
+    model, seen = mlp(NOISY, (6, 16, 4)), []
 
     def objective(model, batch, hyper):
         seen.extend([hyper.values, hyper.response])
@@ -320,7 +320,7 @@ def test_a_model_of_several_inputs_takes_them_from_the_batch(batch):
     class Two(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = GatedMLP(SPACE, (6, 16, 4))
+            self.net = mlp(SPACE, (6, 16, 4))
 
         def forward(self, x, mask, hyper):
             return self.net(x * mask, hyper)
@@ -383,7 +383,7 @@ def test_a_hyperparameter_that_nothing_uses_is_an_error_that_names_it(batch, kin
         ]
     )
     objectives = [classification_loss] * (2 if kind is SelfTuning else 1)
-    model = GatedMLP(space, (6, 16, 4))
+    model = mlp(space, (6, 16, 4))
     method = kind(model, space, *objectives)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"looks up 'hiden_dropout_2', 'weight_decay', as"):
@@ -395,7 +395,7 @@ def test_a_hyperparameter_that_nothing_uses_is_an_error_that_names_it(batch, kin
 def test_an_objective_that_looks_up_no_hyperparameter_is_warned_of_once(batch):
     """It may read hyper.values."""
     space = HyperparameterSpace([Hyperparameter("weight_decay", low=0.0, init=0.1)])
-    method = SelfTuning(GatedMLP(space, (6, 16, 4)), space, classification_loss, classification_loss)
+    method = SelfTuning(mlp(space, (6, 16, 4)), space, classification_loss, classification_loss)
     with pytest.warns(
         UserWarning, match=r"nothing in the training objective looks up 'weight_decay'.*allow_unused=True"
     ):
@@ -416,7 +416,7 @@ def test_slices_and_moved_batches_count_as_the_batch_that_they_are_of(batch):
             Hyperparameter("weight_decay", low=0.0, init=0.1),
         ]
     )
-    SelfTuning(GatedMLP(space, (6, 16, 4)), space, halves, classification_loss).train_step(batch, 0)
+    SelfTuning(mlp(space, (6, 16, 4)), space, halves, classification_loss).train_step(batch, 0)
 
 
 def test_a_copy_of_a_batch_counts_as_the_batch(batch):
@@ -432,7 +432,7 @@ def test_a_copy_of_a_batch_counts_as_the_batch(batch):
             Hyperparameter("weight_decay", low=0.0, init=0.1),
         ]
     )
-    SelfTuning(GatedMLP(space, (6, 16, 4)), space, copying, classification_loss).train_step(batch, 0)
+    SelfTuning(mlp(space, (6, 16, 4)), space, copying, classification_loss).train_step(batch, 0)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -469,7 +469,7 @@ def test_a_response_that_nothing_asks_for_gets_no_gradient_from_an_antithetic_st
     norms = {}
     for antithetic in (True, False):
         torch.manual_seed(0)
-        model = GatedMLP(SPACE, (6, 16, 4))  # as new, with R = 0
+        model = mlp(SPACE, (6, 16, 4))  # as new, with R = 0
         options = dict(antithetic=antithetic, allow_unused=True, clip=None)
         method = SelfTuning(model.eval(), SPACE, classification_loss, classification_loss, **options)
         method._modes.resume = lambda: None  # no dropout, so that the loss does not depend on the hyperparameters

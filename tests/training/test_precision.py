@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from gated_networks import GatedMLP
 from gates_alone import FixedHyperparameters, SelfTuning
 from run_files import result, rows
 from torch import nn
@@ -16,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import stn_fast as stn
 from stn_fast.data import Split
 from stn_fast.errors import UserError
-from stn_fast.models import LanguageModel, tuned
+from stn_fast.models import LanguageModel, mlp, tuned
 from stn_fast.ops.casts import cast, casts_once
 from stn_fast.recipes import digits
 from stn_fast.training.build import build_method
@@ -76,7 +75,7 @@ def settings():
 
 def method_of(objective, **options):
     torch.manual_seed(0)
-    return SelfTuning(GatedMLP(SPACE, (6, 8, 4)), SPACE, objective, objective, antithetic=False, **options)
+    return SelfTuning(mlp(SPACE, (6, 8, 4)), SPACE, objective, objective, antithetic=False, **options)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])

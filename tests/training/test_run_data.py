@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from gated_networks import GatedMLP
 from run_files import result, rows
 from torch.utils.data import TensorDataset
 
@@ -15,6 +14,7 @@ import stn_fast as stn
 from stn_fast import train as command
 from stn_fast.data import DataSet, Split, from_dataset
 from stn_fast.errors import UserError
+from stn_fast.models import mlp
 from stn_fast.recipes import digits
 from stn_fast.training import checkpoint, task
 from stn_fast.training.progress import Progress
@@ -89,7 +89,7 @@ def test_a_run_of_one_s_own_data_set_is_refused_another(make_config, tmp_path):
             examples = Split(inputs.flatten(1).float(), targets)
             return task.Task(
                 space=space,
-                model=GatedMLP(space, (16, 8, 3)),
+                model=mlp(space, (16, 8, 3)),
                 data=DataSet(*(Split(*(part[i::3] for part in examples)) for i in range(3))),
                 training_objective=task.decayed_classification_loss,
                 validation_objective=task.classification_loss,

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from converted_networks import Block
-from gated_networks import GatedMLP
 from random_response import respond
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import stn_fast as stn
+from stn_fast.models import mlp
 from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.methods import SelfTuning
 from stn_fast.training.parameters import is_response
@@ -55,7 +55,7 @@ def same(one, other):
     "options", [{}, dict(antithetic=False, tune_scales=False, clip=0.1, entropy_weight=0.1, seed=5)]
 )
 def test_the_numbers_are_those_of_self_tuning_on_the_network_of_gated_layers_bit_for_bit(options):
-    hand = respond(GatedMLP(SPACE, (6, 16, 4), response_rank="auto"))
+    hand = respond(mlp(SPACE, (6, 16, 4), response_rank="auto"))
     tuned = stn.convert(network(), SPACE, dropouts={"2": "hidden_dropout_1"}, quiet=True)
     layers = [tuned[0], tuned[3]]
     for ours, theirs in zip(layers, hand.layers, strict=True):

@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from gated_networks import GatedMLP
 from random_response import respond
 from small_tuners import assert_same_model, batch, moved, network, snapshot, tuner_of, without_statistics
 from torch import nn
 
 import stn_fast as stn
+from stn_fast.models import mlp
 from stn_fast.training import finite
 from stn_fast.training.delta import DeltaSelfTuning
 from stn_fast.training.parameters import is_response
@@ -34,7 +34,7 @@ def run(tuner, steps):
 
 @pytest.mark.parametrize("options", [{}, dict(antithetic=False, tune_scales=False, seed=5), dict(linearize=False)])
 def test_the_numbers_are_those_of_delta_stn_on_the_network_of_gated_layers_bit_for_bit(options):
-    hand = respond(GatedMLP(SPACE, (6, 16, 4), response_rank="auto"))
+    hand = respond(mlp(SPACE, (6, 16, 4), response_rank="auto"))
     tuned = stn.convert(
         nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 4)), SPACE,
         dropouts={"2": "hidden_dropout_1"}, quiet=True,
