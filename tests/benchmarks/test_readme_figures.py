@@ -372,6 +372,17 @@ def test_the_recipe_as_it_was_beside_settings_that_were_tried():
     assert_shown(table("`ptb-small`, seed 0", HYPERGRADIENTS)["as it was (σ = 1 for all, not tuned)"], expected)
 
 
+def test_averaged_weights_on_ptb_small():
+    shown = table("`ptb-small`, averaged or not", HYPERGRADIENTS)
+    scores = json.loads((RESULTS / "compare-ptb-small-averaged.json").read_text())["scores"]
+    averaged = {(one["method"], one["guess"]): [one[key]["median"] for key in PERPLEXITIES] for one in scores}
+    rows = map(json.loads, (RESULTS / "compare-ptb-small" / "runs.jsonl").read_text().splitlines())
+    plain = {(row["method"], row["guess"]): [row[key] for key in PERPLEXITIES] for row in rows if row["seed"] == 0}
+    for guess in ("low", "high"):
+        keys = [(method, guess) for method in ("stn", "fixed")]
+        assert_shown(shown[f"from {guess}"], [one for key in keys for one in (*averaged[key], *plain[key])])
+
+
 def test_two_passes_with_the_published_start_on_fashion_mnist_small():
     expected = [row[key] for row in runs_with("fashion-mnist-small", "method.antithetic=true") for key in LOSSES[:2]]
     shown = table("`fashion-mnist-small`, seed 0", HYPERGRADIENTS)["published start, two passes"]
