@@ -63,15 +63,20 @@ def test_scores_are_the_medians_that_were_recorded(name, file, method, guess, ke
     assert_shown(re.findall(NUMBER, cells[0][len(name) + 2 :]), medians(file, method, guess, keys))
 
 
-def test_one_seed_from_three_guesses_on_ptb_small():
-    shown = table("`ptb-small`, seed 0 | best")
-    for entry in json.loads((RESULTS / "compare-ptb-small.json").read_text())["scores"]:
+def test_three_guesses_on_ptb_small():
+    shown, found = table("`ptb-small`, 3 seeds | best"), json.loads((RESULTS / "compare-ptb-small.json").read_text())
+    for entry in found["scores"]:
         expected = [entry[key]["median"] for key in PERPLEXITIES]
+        expected += [entry["test_perplexity"][end] for end in ("smallest", "largest")]
         expected += [entry["cpu_seconds_of_fixed"], entry["step_cpu_seconds_of_fixed"]]
         assert_shown(
             shown.pop(f"{'self-tuned' if entry['method'] == 'stn' else 'fixed'} from {entry['guess']}"), expected
         )
     assert not shown
+    told = README[README.index("Over all guesses and seeds, the largest test loss") :].split("for fixed")[0]
+    spreads = [entry["spread_of_test_loss"] for entry in found["methods"]]
+    assert_shown(re.findall(r"\d\.\d+", told), spreads)
+    assert [entry["worse_than_fixed"] for entry in found["methods"]] == [0, None]
 
 
 RANKS = {
