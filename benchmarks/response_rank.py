@@ -23,7 +23,6 @@ import argparse
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +91,7 @@ def _drop_factors(model: nn.Module) -> None:
     for layer, rate in layers:
         layer.__class__ = FactorsDropped
         layer.of_factors = nn.ModuleDict()
-        suffixes = chain.from_iterable(map(layer._suffixes, range(layer.num_layers)))
-        for suffix, stream in zip(suffixes, layer.streams, strict=True):
+        for suffix, stream in zip(layer._every_suffix, layer.streams, strict=True):
             for factor, more in (("a", 10_000), ("b", 20_000)):
                 layer.of_factors[f"{factor}_{suffix}"] = DropConnect(rate, stream=stream + more)
 

@@ -206,11 +206,11 @@ def iteration_makers(
 
 
 def with_dropout() -> nn.Module:
-    layers: list[nn.Module] = []
-    for i, (before, after) in enumerate(pairwise(SIZES)):
-        layers += [nn.ReLU()] if i else []
-        layers += [nn.Dropout(plain.RATE), nn.Linear(before, after)]
-    return nn.Sequential(*layers)
+    network = plain_mlp(SIZES)
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = plain.RATE
+    return network
 
 
 def of_mlp(mode: str, device: torch.device) -> Makers:

@@ -312,7 +312,7 @@ def _example_dims(model: nn.Module, chosen: Sequence[Named], example_dims: Mappi
         pattern = next((pattern for pattern in example_dims if matches(one.name, [pattern])), None)
         default = next((dim for prefix, dim in transformers.items() if one.name.startswith(prefix)), 0)
         if isinstance(one.module, LockedDropout) and one.module.dim == default:
-            default = 1 - min(default, 1)  # (T, B, D) if the mask is the same for all of T
+            default = 1 - default  # (T, B, D) if the mask is the same for all of T
         dims[one.name] = (default if fixed is None else fixed) if pattern is None else example_dims[pattern]
         if fixed is not None and dims[one.name] != fixed:
             raise ValueError(

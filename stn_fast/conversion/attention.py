@@ -23,6 +23,7 @@ class MultiheadAttention(Converted, nn.MultiheadAttention):
 
     name: str | None
     stream: int
+    _tuned_attribute = "dropout"
 
     def forward(
         self,
@@ -164,11 +165,6 @@ class MultiheadAttention(Converted, nn.MultiheadAttention):
         found = {f"{name}_weight": weight for name, (weight, _) in folded.items()}
         biases = [bias for _, bias in folded.values() if bias is not None]
         return found | {"in_proj_bias": torch.cat(biases)} if biases else found
-
-    def revert(self, values: dict[str, float]) -> None:
-        if self.name is not None:
-            self.dropout = values[self.name]
-        super().revert(values)
 
 
 def _thirds(parameters: GatedParameters) -> list[GatedParameters]:

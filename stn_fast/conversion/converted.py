@@ -28,10 +28,13 @@ class Converted(InModel, nn.Module):
         decay_name: the hyperparameter that decays its weights, if the model was converted with a `WeightDecay`; None if
             they are not decayed.
         response_bounds: by the endings of parameter names, the bounds of a random R: as published, it is uniform in
-            ± bound, as W is in the gated layer of this kind. Others are those of `InModel`.
+            ± bound, as W is in the gated layer of this kind.
+        _tuned_attribute: name of the plain module's attribute that is the hyperparameter `name`, such as "p"; None for
+            none. Others are those of `InModel`.
     """
 
     decay_name: str | None
+    _tuned_attribute: str | None = None
     response_bounds: Mapping[str, float] = MappingProxyType({})
 
     @property
@@ -88,12 +91,15 @@ class Converted(InModel, nn.Module):
     def revert(self, values: dict[str, float]) -> None:
         """Changes this module back to a plain one; `values` are the hyperparameters that it is folded at."""
         self.separate()
+        attribute, hyperparameter = self._tuned_attribute, self.__dict__.get("name")
         for name in [name for name in self._parameters if name.startswith(RESPONSE)]:
             del self._parameters[name]
         plain = self.plain_class
         for name in ATTRIBUTES:
             self.__dict__.pop(name, None)
         self.__class__ = plain  # type: ignore[assignment]
+        if attribute is not None and hyperparameter in values:
+            setattr(self, attribute, values[hyperparameter])
 
 
 def is_shared(given: HyperBatch | Tensor) -> bool:

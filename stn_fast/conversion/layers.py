@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,10 +18,16 @@ from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.conv import Halves
 from stn_fast.layers.embedding import GatedTable
 from stn_fast.layers.gated import Gated
-from stn_fast.layers.lstm import GatedLSTM, State
-from stn_fast.layers.regularisers import PerExampleDropout, PerExampleNoise, dropped_channels
+from stn_fast.layers.lstm import GatedLSTM, State, dropped_matrices
+from stn_fast.layers.regularisers import (
+    PerExampleDropout,
+    PerExampleNoise,
+    dropped_channels,
+    dropped_weight,
+    shared_draw,
+)
 from stn_fast.ops.gates import GatedParameters, fold, gates, response_input
-from stn_fast.ops.halves import make_halves
+from stn_fast.ops.halves import are_halves, make_halves
 from stn_fast.ops.tangents import direction_of, dual, paused, split
 
 
@@ -57,7 +62,8 @@ class Conv2d(Halves, _Folding, nn.Conv2d):
             make_halves(*self._filters())
 
     def separate(self) -> None:
-        self.weight.data = self.weight.data.clone()  # no longer half of a tensor
+        if are_halves(*self._filters()):
+            self.weight.data = self.weight.data.clone()
 
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == 3:
@@ -202,18 +208,13 @@ class _Regularised(Converted):
     """A module without parameters whose strength is a hyperparameter, applied to each row of an example by itself."""
 
     name: str
-    attribute = "p"  # of the plain module
-
-    def revert(self, values: dict[str, float]) -> None:
-        attribute, strength = self.attribute, values[self.name]
-        super().revert(values)
-        setattr(self, attribute, strength)
+    _tuned_attribute = "p"
 
 
 class GaussianNoise(_Regularised, PerExampleNoise, plain.GaussianNoise):
     """Noise, each example with its own standard deviation."""
 
-    attribute = "std"
+    _tuned_attribute = "std"
     std = _tuned_number("std")
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
@@ -316,33 +317,19 @@ class LockedDropout(_Dropout, plain.LockedDropout):
         return rows * super()._drop(rows.new_ones(shape), hyper, ())
 
 
-def _revert(module: Any, values: dict[str, float], revert: Callable[[dict[str, float]], None]) -> None:
-    """``revert``, which leaves a module with weights its rate, or gives it the tuned one."""
-    rate = module.p if module.name is None else values[module.name]
-    revert(values)
-    module.p = rate
-
-
-def _shared_draw(hyper: HyperBatch, stream: int) -> dict[str, Any]:
-    """RNG coordinates of what all examples share, the same at every call and in every process."""
-    return dict(seed=hyper.seed, step=hyper.step, stream=stream)
-
-
 class EmbeddingWithDropout(Embedding, plain.EmbeddingWithDropout):
     """`functional.gated_embedding`, with one rate and one draw of dropped words for the batch."""
 
     name: str | None
     stream: int
+    _tuned_attribute = "p"
     p = _tuned_number("p")
 
     def _dropped(self) -> dict[str, Any]:
         hyper = self.hyper
         if hyper is None or not self.training or self.name is None or not len(hyper):
             return {}
-        return dict(rate=hyper[self.name][:1], **_shared_draw(hyper, self.stream))
-
-    def revert(self, values: dict[str, float]) -> None:
-        _revert(self, values, super().revert)
+        return dict(rate=hyper[self.name][:1], **shared_draw(hyper, self.stream))
 
     def extra_repr(self) -> str:
         return f"{nn.Embedding.extra_repr(self)}, p={self.name!r}"
@@ -367,7 +354,7 @@ class DropPath(_Dropout):
     """timm's, which drops all of a row."""
 
     inplace = False
-    attribute = "drop_prob"
+    _tuned_attribute = "drop_prob"
     drop_prob = _tuned_number("drop_prob")
 
     def _shared(self, x: Tensor, more: int) -> tuple[int, ...]:
@@ -380,6 +367,7 @@ class LSTM(Converted, GatedLSTM, nn.LSTM):
 
     name: str | None
     streams: tuple[int, ...]
+    _tuned_attribute = "dropout"
 
     def forward(  # type: ignore[override]
         self, input: Tensor, hx: State | None = None
@@ -410,15 +398,11 @@ class LSTM(Converted, GatedLSTM, nn.LSTM):
                 found[f"bias_{ending}"] = bias
         return found
 
-    def revert(self, values: dict[str, float]) -> None:
-        if self.name is not None:
-            self.dropout = values[self.name]
-        super().revert(values)
-
 
 class DropConnectLSTM(LSTM, plain.DropConnectLSTM):
     """As `HyperLSTM` with recurrent dropout: one mask for W and R, and one rate for the batch."""
 
+    _tuned_attribute = "p"
     p = _tuned_number("p")
 
     def _between(self, layer: int, y: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
@@ -428,15 +412,8 @@ class DropConnectLSTM(LSTM, plain.DropConnectLSTM):
         weights, batch = super()._connected(suffix, hyper), self.hyper
         if batch is None or not self.training or self.name is None or not len(batch):
             return weights
-        number = list(chain.from_iterable(map(self._suffixes, range(self.num_layers)))).index(suffix)
-        rate, draw = batch[self.name][:1], _shared_draw(batch, self.streams[number])
-        weights = weights._replace(weight=functional.dropout(weights.weight[None], rate, **draw)[0])
-        if weights.response_projection is not None:
-            return weights
-        return weights._replace(response_weight=functional.dropout(weights.response_weight[None], rate, **draw)[0])
-
-    def revert(self, values: dict[str, float]) -> None:
-        _revert(self, values, partial(Converted.revert, self))
+        draw = shared_draw(batch, self.streams[self._every_suffix.index(suffix)])
+        return dropped_matrices(weights, partial(dropped_weight, rate=batch[self.name][:1], **draw))
 
     def extra_repr(self) -> str:
         return f"{nn.LSTM.extra_repr(self)}, p={self.name!r}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from itertools import chain, count, zip_longest
+from collections.abc import Callable, Iterator
+from itertools import count, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,11 @@ class GatedLSTM(nn.Module):
     def _suffixes(self, layer: int) -> list[str]:
         """The suffix of a layer's parameter names for each direction, in the order of the states."""
         return [f"l{layer}", f"l{layer}_reverse"] if self.bidirectional else [f"l{layer}"]
+
+    @property
+    def _every_suffix(self) -> list[str]:
+        """Those of all layers."""
+        return [suffix for layer in range(self.num_layers) for suffix in self._suffixes(layer)]
 
     def _run(self, x: Tensor, hyper: HyperBatch | Tensor, state: State | None) -> tuple[Tensor, State]:
         """The forward pass of `HyperLSTM`."""
@@ -124,7 +129,7 @@ class GatedLSTM(nn.Module):
 
     def _sides(self) -> Iterator[tuple[str, GatedParameters]]:
         """(suffix of their names, parameters) for input-to-hidden and hidden-to-hidden of every layer and direction."""
-        for suffix in chain.from_iterable(map(self._suffixes, range(self.num_layers))):
+        for suffix in self._every_suffix:
             for side in ("ih", "hh"):
                 yield f"{side}_{suffix}", self._weights(side, suffix)
 
@@ -142,6 +147,14 @@ class GatedLSTM(nn.Module):
             for _, of_side in self._sides()
         ]
         return torch.stack(penalties).sum()
+
+
+def dropped_matrices(weights: GatedParameters, drop: Callable[[Tensor], Tensor]) -> GatedParameters:
+    """W and R after ``drop``; with a low rank, W alone."""
+    weights = weights._replace(weight=drop(weights.weight))
+    if weights.response_projection is not None:
+        return weights
+    return weights._replace(response_weight=drop(weights.response_weight))
 
 
 class HyperLSTM(GatedLSTM):
@@ -244,7 +257,7 @@ class HyperLSTM(GatedLSTM):
             own = next(streams)
             if isinstance(dropout, str):
                 self.dropouts[f"l{layer}"] = PerExampleDropout(dropout, stream=own, shared_dims=(0,))
-        for suffix in chain.from_iterable(map(self._suffixes, range(self.num_layers))):
+        for suffix in self._every_suffix:
             own = next(streams)
             if recurrent_dropout is not None:
                 self.drop_connects[suffix] = DropConnect(recurrent_dropout, stream=own)
@@ -296,10 +309,7 @@ class HyperLSTM(GatedLSTM):
         if suffix not in self.drop_connects:
             return weights
         drop = self.drop_connects[suffix]
-        weights = weights._replace(weight=drop(weights.weight, hyper))
-        if weights.response_projection is not None:
-            return weights
-        return weights._replace(response_weight=drop(weights.response_weight, hyper))
+        return dropped_matrices(weights, lambda weight: drop(weight, hyper))
 
     def _between(self, layer: int, y: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
         """y, after the dropout of the layer if there is any."""

@@ -39,10 +39,15 @@ class _Regulariser(nn.Module):
 
     def _draw(self, hyper: HyperBatch) -> dict[str, Any]:
         """RNG coordinates of this layer."""
-        return dict(seed=hyper.seed, step=hyper.step, stream=self.stream)
+        return shared_draw(hyper, self.stream)
 
     def extra_repr(self) -> str:
         return f"{self.name!r}, stream={self.stream}"
+
+
+def shared_draw(hyper: HyperBatch, stream: int) -> dict[str, Any]:
+    """RNG coordinates of what all examples share, the same at every call and in every process."""
+    return dict(seed=hyper.seed, step=hyper.step, stream=stream)
 
 
 class _PerExampleRegulariser(_Regulariser):
@@ -213,4 +218,9 @@ class DropConnect(_PerBatchRegulariser):
         if not self.training:
             return weight
         rate = self._strength(hyper)
-        return functional.dropout(weight[None], rate, **self._draw(hyper))[0] if len(rate) else weight
+        return dropped_weight(weight, rate, **self._draw(hyper)) if len(rate) else weight
+
+
+def dropped_weight(weight: Tensor, rate: Tensor, **draw: Any) -> Tensor:
+    """A weight of any shape with entries dropped at the rate (1,)."""
+    return functional.dropout(weight[None], rate, **draw)[0]

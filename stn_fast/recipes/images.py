@@ -123,7 +123,7 @@ def _fashion_mnist_small() -> Config:
 def build_task(
     config: Config,
     images: Images,
-    make_network: Callable[..., nn.Module],
+    make_network: Callable[[], nn.Module],
     *,
     valid_size: int,
     train_size: int | None = None,
