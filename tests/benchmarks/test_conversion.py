@@ -1,22 +1,35 @@
-"""The command of `benchmarks.conversion` writes rows, and its loss is that of the next character."""
+"""The command of `benchmarks.conversion` writes rows, its networks are the same, and its loss is the right one."""
 
 import json
+import re
 import sys
+from collections import defaultdict
+from functools import partial
 
 import pytest
 import torch
 from libraries import library
 from random_response import respond
 
-from benchmarks import conversion, gated
+from benchmarks import conversion, gated, plain
 from stn_fast.errors import UserError
+from stn_fast.models import resnet
+from stn_fast.training.batches import as_batch
 from stn_fast.training.task import outputs
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     shapes = {"resnet18": (4, 3, 32, 32), "gpt2": (2, 8), "alexnet": (2, 3, 32, 32)}
+    shapes |= {"own-resnet18": (2, 3, 16, 16), "language": (5, 3, 6, 13)}
     monkeypatch.setattr(conversion, "SHAPES", shapes)
+    for module in (gated, plain):
+        monkeypatch.setattr(module, "FULLY_CONNECTED", (1024, 64, 64, 10))
+    narrow = (8, 8, 16, 16)
+    monkeypatch.setattr(gated, "STAGES", narrow)
+    monkeypatch.setattr(resnet, "resnet18", partial(resnet.ResNet, resnet.BasicBlock, 8, narrow, 2, 3, 10))
     monkeypatch.setattr(conversion, "RESNET18", dict(num_classes=10, channels=(8, 8, 16, 16)))
     monkeypatch.setattr(conversion, "GPT2", dict(n_layer=1, n_head=2, n_embd=8, n_positions=8))
 
@@ -40,29 +53,53 @@ def test_a_missing_library_is_named_with_the_extra_that_installs_it(network, mis
         conversion.main(["--networks", network])
 
 
-def test_gated_and_converted_layers_take_turns(tmp_path):
+@pytest.mark.parametrize("network", conversion.PAIRS)
+def test_gated_and_converted_layers_take_turns(network, tmp_path):
     file = tmp_path / "rows.json"
-    arguments = ["--networks", "alexnet", "--seconds", "0", "--rounds", "1", "--modes", "valid"]
+    arguments = ["--networks", network, "--seconds", "0", "--rounds", "1"]
     assert conversion.main([*arguments, "--json", str(file)]) == 0
-    found = {row["provider"]: row["ratio_to_gated"] for row in json.loads(file.read_text())}
-    assert found.keys() == {"gated", "converted"}
+    found = {(row["mode"], row["provider"]): row["ratio_to_gated"] for row in json.loads(file.read_text())}
+    assert found.keys() == {(mode, of) for mode in ("train", "valid") for of in ("gated", "converted")}
     assert all(ratio > 0 for ratio in found.values())
 
 
-def test_the_gated_network_is_the_converted_one():
-    """Same weights and draws in both: the same logits, in training mode too."""
-    space = conversion.dropout_rates()
-    ours, theirs = respond(gated.AlexNet(len(space))), conversion.converted_alexnet(space)
+def parameters(model):
+    """{name in a layer: the parameters with this name, in the order of the layers}, those of LSTMs as of one layer."""
+    found = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        found[re.sub(r"_l\d+$", "_l0", name.rpartition(".")[2])].append(parameter)
+    return dict(sorted(found.items()))
+
+
+@pytest.mark.parametrize("step", ["train", "valid"])
+@pytest.mark.parametrize("network", conversion.PAIRS)
+def test_the_gated_network_is_the_converted_one(network, step):
+    """Same weights and draws in both: the same outputs, losses and gradients of weights or hyperparameters."""
+    pair = conversion.PAIRS[network]()
+    batch = as_batch(next(pair.batches(CPU)), CPU)
+    ours, theirs = respond(pair.gated()), pair.converted()
+    found, expected = parameters(ours), parameters(theirs)
+    assert found.keys() == expected.keys()
     with torch.no_grad():
-        layers = [module for module in theirs.modules() if hasattr(module, "response_weight")]
-        for mine, other in zip([*ours.convolutions, *ours.layers], layers, strict=True):
-            for name, parameter in mine.named_parameters():
-                other.get_parameter(name).copy_(parameter)
-        images, start = torch.randn(2, 3, 32, 32), space.initial_state()
-        found, expected = (
-            outputs(model, space.sample(*start, batch_size=2, seed=0, step=0), images) for model in (ours, theirs)
-        )
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        for name, layers in found.items():
+            for mine, other in zip(layers, expected[name], strict=True):
+                other.copy_(mine)
+
+    def computed(model):
+        location, raw_scale = pair.space.initial_state()
+        state = [location + 2, raw_scale]  # rates above those at the start, which drop almost nothing
+        if step == "valid":
+            of, model = [one.requires_grad_() for one in state], model.eval()
+        else:
+            of = [parameter for layers in parameters(model).values() for parameter in layers]
+
+        def sample():
+            return pair.space.sample(*state, batch_size=batch.examples, seed=0, step=0)
+
+        loss = batch.finish(pair.losses[step == "valid"](model, batch, sample()))
+        return outputs(model, sample(), batch.inputs), loss, torch.autograd.grad(loss, of)
+
+    torch.testing.assert_close(computed(ours), computed(theirs))
 
 
 def test_the_loss_compares_each_position_with_the_next_character():
