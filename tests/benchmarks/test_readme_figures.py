@@ -8,7 +8,7 @@ from statistics import geometric_mean
 
 import pytest
 
-from benchmarks import five_lines, precision
+from benchmarks import conversion, five_lines, precision
 from benchmarks.hypergradient import mean_and_error
 
 ROOT = Path(__file__).parent.parent.parent
@@ -259,11 +259,16 @@ def test_converted_networks_against_plain_ones(network, dimensions):
     assert_shown(table("times the plain network")[network], [ratios[key] for key in keys])
 
 
-def test_converted_alexnet_against_gated_layers():
-    found = json.loads((RESULTS / "conversion-gated-cpu.json").read_text())
-    ratios = {row["mode"]: row["ratio_to_gated"] for row in found if row["provider"] == "converted"}
-    text = README[README.index("Against the network of gated layers") :].split("(`python")[0]
-    assert_shown(re.findall(r"\d+\.\d+", text), [ratios["train"], ratios["valid"]])
+@pytest.mark.parametrize(
+    ("name", "network"), [("AlexNet", "alexnet"), ("ResNet-18", "own-resnet18"), ("LSTM of 2 × 200", "language")]
+)
+def test_converted_networks_against_gated_layers(name, network):
+    shape = conversion.SHAPES[network]
+    modes = ("train", "valid")
+    found = [rows("conversion", mode, "converted", "conversion-gated-cpu.json", shape)[0] for mode in modes]
+    ratios = [row["ratio_to_gated"] for row in found]
+    assert_shown(table("times the network of gated layers")[name], ratios)
+    assert max(ratios) <= 1.03
 
 
 def test_response_steps_of_delta_stn():
