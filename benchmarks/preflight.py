@@ -24,7 +24,7 @@ from stn_fast.values import to_json
 
 PACKAGES = (
     *("torch", "triton", "numpy", "cuda-bindings", "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis"),
-    *("pillow", "pyyaml", "scikit-learn", "tqdm", "matplotlib"),
+    *("pillow", "pyyaml", "safetensors", "scikit-learn", "tqdm", "matplotlib"),
 )
 COPIED_BYTES = 2**31
 PRODUCT_SIZE = 8192

@@ -8,7 +8,7 @@ import pytest
 from stn_fast.errors import UserError
 from stn_fast.extras import extra, require
 
-ALL = ("yaml", "tqdm", "matplotlib", "sklearn", "scipy", "joblib")
+ALL = ("yaml", "safetensors", "tqdm", "matplotlib", "sklearn", "scipy", "joblib")
 
 
 def python(blocked, code, *arguments):
@@ -34,7 +34,7 @@ def test_layers_models_and_methods_need_no_extra():
 
 @pytest.mark.parametrize(
     ("missing", "package"),
-    [("yaml", "pyyaml"), ("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")],
+    [("yaml", "pyyaml"), ("safetensors", "safetensors"), ("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")],
 )
 def test_a_missing_extra_is_told_before_the_run_begins(tmp_path, missing, package):
     code = "from stn_fast.train import main; raise SystemExit(main(sys.argv[1:]))"

@@ -1,9 +1,12 @@
-"""Checkpoints: ``step-XXXXXXXX/`` directories, written atomically, each with a checksum of its contents."""
+"""Checkpoints: ``step-XXXXXXXX/`` directories, written atomically, with checksums of every file.
+
+The numbers of tensors are in ``tensors.safetensors`` and everything else is in ``state.json``, so that reading a
+checkpoint runs no code. ``manifest.json`` has the SHA-256 of both, and of its own contents.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import shutil
 import textwrap
@@ -17,11 +20,12 @@ import torch
 from stn_fast import files
 from stn_fast.errors import UserError
 from stn_fast.files import make_directory, sync, write_through
+from stn_fast.training import states
 from stn_fast.training.disk import writing
 from stn_fast.values import from_json, to_json
 
-STATE, MANIFEST = "state.pt", "manifest.json"
-FORMAT = 6  # version of the state's layout; other versions are not read
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+FORMAT = 7  # version of the state's layout; other versions are not read
 KEPT = 2  # number of last checkpoints to keep, besides the best of each
 
 
@@ -79,24 +83,21 @@ def write(root: Path, step: int, state: dict[str, Any], best_step: int) -> Path:
 
     Raises:
         CannotWrite: the disk is full or cannot be written; earlier checkpoints are intact.
+        UserError: the state holds an object that a checkpoint can't hold.
     """
     target = path_of(root, step)
     partial, replaced = (root / f".{target.name}.{part}" for part in ("partial", "replaced"))
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    contents = buffer.getvalue()
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "best_step": best_step,
-        "sha256": hashlib.sha256(contents).hexdigest(),
-    }
+    text, tensors = states.encoded(state)
+    contents = {TENSORS: states.to_safetensors(tensors), STATE: text}
+    sums = {name: _sha256(content) for name, content in contents.items()}
+    manifest = _signed({"format": FORMAT, "step": step, "best_step": best_step, "files": sums})
     with writing(target):
         make_directory(root)
         recover(root)
         partial.mkdir()
         try:
-            write_through(partial / STATE, contents)
+            for name, content in contents.items():
+                write_through(partial / name, content)
             write_through(partial / MANIFEST, to_json(manifest).encode())
             sync(partial)
         except OSError:
@@ -118,25 +119,53 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         DamagedCheckpoint: a file is missing, or its contents differ from what was written.
         UserError: the checkpoint is undamaged, but of another format.
     """
-    try:
-        manifest = from_json((path / MANIFEST).read_bytes())
-        contents = (path / STATE).read_bytes()
-        wanted, written_as = manifest["sha256"], manifest.get("format", 0)
-    except OSError as error:
-        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror}: {error.filename})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged") from None
-    if hashlib.sha256(contents).hexdigest() != wanted:
-        raise DamagedCheckpoint(f"{path / STATE} is damaged (its checksum differs from the manifest's)")
-    if written_as != FORMAT:
+    manifest = _read_manifest(path)
+    written_as, sums = manifest.get("format", 0), manifest.get("files")
+    signed = manifest == _signed(manifest)
+    if written_as != FORMAT and (signed or sums is None):  # up to format 6, without files and a checksum of its own
         raise UserError(
             f"{path} is a checkpoint of format {written_as}, but this stn_fast reads format {FORMAT}: "
             "continue with the version that wrote it, or start over with --no-resume"
         )
+    if not signed or not isinstance(sums, dict):
+        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged (its checksum differs)")
+    contents = {name: _read_bytes(path / name) for name in (TENSORS, STATE)}
+    for name, content in contents.items():
+        if _sha256(content) != sums.get(name):
+            raise DamagedCheckpoint(f"{path / name} is damaged (its checksum differs from the manifest's)")
     try:
-        return torch.load(io.BytesIO(contents), map_location=device, weights_only=True)
-    except Exception as error:  # torch.load raises many kinds of errors, none of them documented
-        raise DamagedCheckpoint(f"{path / STATE} cannot be loaded ({one_line(error)})") from error
+        tensors = states.from_safetensors(contents[TENSORS], device)
+        return states.decoded(contents[STATE], tensors)
+    except states.Unreadable as error:
+        raise DamagedCheckpoint(f"{path} cannot be loaded ({one_line(error)})") from error
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    contents = _read_bytes(path / MANIFEST)
+    try:
+        manifest = from_json(contents)
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged")
+    return manifest
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path.parent} cannot be read ({error.strerror}: {error.filename})") from None
+
+
+def _sha256(contents: bytes) -> str:
+    return hashlib.sha256(contents).hexdigest()
+
+
+def _signed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the checksum of its other entries."""
+    others = {key: value for key, value in manifest.items() if key != "sha256"}
+    return {**others, "sha256": _sha256(to_json(others).encode())}
 
 
 @contextmanager
@@ -187,8 +216,8 @@ def read_newest(
 
 def _best_step(path: Path) -> int | None:
     try:
-        return int(from_json((path / MANIFEST).read_bytes())["best_step"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return int(_read_manifest(path)["best_step"])
+    except (DamagedCheckpoint, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -42,6 +41,7 @@ from stn_fast.training.fit_words import FitProgress, in_words_of_python
 from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer, learning_rate
 from stn_fast.training.progress import summary
 from stn_fast.training.run import run
+from stn_fast.training.states import encoded
 from stn_fast.training.trained import Trained, restore
 from stn_fast.training.trainer import Row
 from stn_fast.training.tuner import Loss, SelfTuner
@@ -295,20 +295,15 @@ class _Scheduler:
     """A scheduler of torch, stepped once per epoch.
 
     Raises:
-        UserError: its state can't be read back from a checkpoint.
+        UserError: a checkpoint can't hold its state.
     """
 
     def __init__(self, scheduler: LRScheduler) -> None:
         self.scheduler = scheduler
-        file = io.BytesIO()
         try:
-            torch.save(scheduler.state_dict(), file)
-            file.seek(0)
-            torch.load(file, weights_only=True)
-        except Exception as error:  # torch.save and torch.load raise many kinds of errors, none of them documented
-            raise UserError(
-                f"fit: the state of scheduler, {name_of(type(scheduler))}, can't be saved in a checkpoint: {error}"
-            ) from error
+            encoded(scheduler.state_dict())
+        except UserError as error:
+            raise UserError(f"fit: scheduler, {name_of(type(scheduler))}, can't be saved: {error}") from None
 
     def __call__(self, loss: float) -> None:
         if isinstance(self.scheduler, ReduceLROnPlateau):

@@ -14,6 +14,7 @@ import stn_fast
 from stn_fast.data import fingerprint
 from stn_fast.dispatch import chosen
 from stn_fast.errors import UserError
+from stn_fast.extras import require
 from stn_fast.files import exists
 from stn_fast.ops.openmp import full_team
 from stn_fast.training import checkpoint
@@ -54,6 +55,7 @@ def run(
         Diverged, Interrupted: as ``Trainer.fit``.
     """
     config, progress = config.resolved, progress or Progress(quiet=True)
+    require("safetensors")  # not to miss it when the first checkpoint is written
     directory = RunDirectory(config.directory)
     with directory.locked(), using_threads(config.threads):
         checkpoint.recover(directory.checkpoints)

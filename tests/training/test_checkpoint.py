@@ -1,7 +1,9 @@
 """Checkpoints: whole or absent, never silently damaged, and no more of them than needed."""
 
 import errno
+import hashlib
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -73,12 +75,39 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path):
     assert "falling back" in warnings[0]
 
 
-@pytest.mark.parametrize("file", [checkpoint.STATE, checkpoint.MANIFEST])
+FILES = [checkpoint.TENSORS, checkpoint.STATE, checkpoint.MANIFEST]
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_a_missing_file_is_damage(tmp_path, file):
     path = checkpoint.write(tmp_path, 1, state(1), 1)
     (path / file).unlink()
     with pytest.raises(checkpoint.DamagedCheckpoint, match="cannot be read"):
         checkpoint.read(path)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_cut_short_anywhere_is_damage(tmp_path, file):
+    path = checkpoint.write(tmp_path, 1, state(1), 1)
+    contents = (path / file).read_bytes()
+    for length in range(len(contents)):
+        (path / file).write_bytes(contents[:length])
+        with pytest.raises(checkpoint.DamagedCheckpoint, match=file):
+            checkpoint.read(path)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_bit_flipped_anywhere_is_damage(tmp_path, file):
+    path = checkpoint.write(tmp_path, 1, state(1), 1)
+    contents = (path / file).read_bytes()
+    for position in range(8 * len(contents)):
+        flipped = bytearray(contents)
+        flipped[position // 8] ^= 1 << position % 8
+        (path / file).write_bytes(flipped)
+        with pytest.raises(checkpoint.DamagedCheckpoint, match=file):
+            checkpoint.read(path)
+    (path / file).write_bytes(contents)
+    assert checkpoint.read(path)["step"] == 1
 
 
 def test_if_all_checkpoints_are_damaged_the_error_says_what_to_do(tmp_path):
@@ -140,21 +169,45 @@ def test_clearing_keeps_files_that_are_not_checkpoints(tmp_path):
     assert {entry.name for entry in tmp_path.iterdir()} == {"weights.pt", "step-notes.txt"}
 
 
-def rewrite(path, contents=None, **changed):
-    """Replaces the state and keeps its checksum right, or changes entries of the manifest."""
-    if contents is not None:
-        (path / checkpoint.STATE).write_bytes(contents)
-        changed["sha256"] = checkpoint.hashlib.sha256(contents).hexdigest()
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | changed))
+def rewrite(path, contents=(), **changed):
+    """Replaces files and entries of the manifest, and keeps every checksum right."""
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text()) | changed
+    for file, content in dict(contents).items():
+        (path / file).write_bytes(content)
+        manifest["files"][file] = hashlib.sha256(content).hexdigest()
+    del manifest["sha256"]
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_a_state_that_torch_cannot_load_is_damage(tmp_path):
+class Payload:
+    def __reduce__(self):
+        return pytest.fail, ("a checkpoint ran code",)
+
+
+@pytest.mark.parametrize("file", FILES[:2])
+@pytest.mark.parametrize("content", [b"neither format", pickle.dumps(Payload())], ids=["noise", "pickle"])
+def test_files_of_another_kind_are_damage_and_run_no_code(tmp_path, file, content):
     path = checkpoint.write(tmp_path, 1, state(1), 1)
-    rewrite(path, b"no archive of torch")
-    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"step-00000001/state\.pt cannot be loaded") as caught:
+    rewrite(path, {file: content})
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"step-00000001 cannot be loaded") as caught:
         checkpoint.read(path)
     assert "\n" not in str(caught.value)
+
+
+def test_only_the_files_of_a_checkpoint_are_read(tmp_path):
+    """Names in a manifest are looked up and never opened, so they can't lead elsewhere."""
+    path = checkpoint.write(tmp_path, 1, state(1), 1)
+    (tmp_path / "elsewhere").write_bytes(b"secret")
+    sums = json.loads((path / checkpoint.MANIFEST).read_text())["files"]
+    rewrite(path, files={**sums, "../elsewhere": "0"})
+    assert checkpoint.read(path)["step"] == 1
+
+
+def test_a_state_that_no_checkpoint_can_hold_leaves_nothing_behind(tmp_path):
+    with pytest.raises(UserError, match=r"can't hold scheduler/lambda, a builtins\.function"):
+        checkpoint.write(tmp_path, 1, {"scheduler": {"lambda": lambda step: 1.0}}, 1)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_manifest_that_is_no_mapping_is_damage(tmp_path):
@@ -171,3 +224,11 @@ def test_another_format_is_refused_and_not_taken_for_damage(tmp_path):
     says = rf"step-00000001 is a checkpoint of format {other}.*reads format {here}.*--no-resume"
     with pytest.raises(UserError, match=says):
         checkpoint.read_newest(tmp_path, "cpu", no_warning)
+
+
+def test_the_format_of_older_versions_is_named(tmp_path):
+    path = checkpoint.write(tmp_path, 1, state(1), 1)
+    (path / checkpoint.MANIFEST).write_text('{"format": 6, "step": 1, "best_step": 1, "sha256": "0"}')
+    with pytest.raises(UserError, match=r"a checkpoint of format 6, but this stn_fast reads format 7") as caught:
+        checkpoint.read(path)
+    assert not isinstance(caught.value, checkpoint.DamagedCheckpoint)

@@ -462,7 +462,7 @@ WRONG = {
         optimizer=lambda parameters: adam(nn.Linear(1, 1).parameters())),
     r"scheduler must be a function.*partial\(StepLR": dict(
         scheduler=lr_scheduler.StepLR(adam(nn.Linear(1, 1).parameters()), 1)),
-    "the state of scheduler, Own, can't be saved": dict(scheduler=lambda made: Own(made)),
+    "scheduler, Own, can't be saved: a checkpoint can't hold rule": dict(scheduler=lambda made: Own(made)),
     "epochs must be an int >= 1": dict(epochs=0),
     "train_steps must be an int >= 1": dict(train_steps=1.5),
     "warmup_epochs must be an int >= 0": dict(warmup_epochs=-1),
