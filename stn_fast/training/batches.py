@@ -58,7 +58,8 @@ class Examples(Split):
     def finish(self, outcome: Any) -> Any:
         if isinstance(outcome, tuple):
             raise TypeError(
-                "the objective returns a state, but only a Window of Streams carries a state to the next batch"
+                "the loss must be a tensor, got a tuple: only a Window of Streams takes (loss, state), whose state it "
+                "carries to the next batch"
             )
         return outcome
 

@@ -104,6 +104,6 @@ def _sum(primal: Any, tangent: Tensor | None) -> Any:
     if primal.ndim == 0:
         raise RuntimeError(
             "the model returns a single number that depends on the hyperparameters, such as a loss, which has no "
-            "minimum once it is linearised: return logits, and compute the loss in the objective"
+            "minimum once it is linearised: return logits, and compute the loss from them outside of the model"
         )
     return primal.to(torch.promote_types(primal.dtype, torch.float32)) + tangent

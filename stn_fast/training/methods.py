@@ -328,7 +328,7 @@ class Method(ABC):
             loss = batch.finish(objective(model, batch, hyper))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"{kind}_objective must return a tensor of one number, the mean over examples, got {got}")
+            raise TypeError(f"the {kind} loss must be a tensor of one number, the mean over examples, got {got}")
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
     @abstractmethod

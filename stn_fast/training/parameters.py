@@ -68,15 +68,15 @@ def hold_parameters(parameters: Iterable[Tensor]) -> Iterator[None]:
 def check_used(hyper: HyperBatch, all_by_name: bool) -> None:
     """Raises ValueError if a hyperparameter was not looked up, because then only the entropy would move it.
 
-    If none was looked up, the objective may have read ``hyper.values``: a warning, or an error if ``all_by_name``.
+    If none was looked up, the loss may have read ``hyper.values``: a warning, or an error if ``all_by_name``.
     """
     unused = [repr(name) for name in hyper.space.names if name not in hyper.used]
     if not unused:
         return
     problem = (
-        f"nothing in the training objective looks up {listed(unused)}, as hyper[name] does: use it in a layer or in "
-        "the objective, or leave it out of the space"
+        f"nothing uses {listed(unused)}: no layer and no term of the training loss looks it up, as hyper[name] does. "
+        "Correct the name, use it there, or leave it out of the space"
     )
     if len(unused) < len(hyper.space) or all_by_name:
         raise ValueError(problem)
-    warnings.warn(problem + "; allow_unused=True is for an objective that reads hyper.values", stacklevel=4)
+    warnings.warn(problem + "; allow_unused=True is for a loss that reads hyper.values", stacklevel=4)

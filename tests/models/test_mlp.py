@@ -115,7 +115,7 @@ def test_every_hyperparameter_gets_a_validation_gradient(k):
 
 def test_a_hyperparameter_that_nothing_uses_is_refused_at_the_first_step():
     method = SelfTuning(model_of(sizes=(8, 16, 4)), SPACE, decayed_classification_loss, classification_loss)
-    with pytest.raises(ValueError, match=r"nothing in the training objective looks up 'hidden_dropout_2',"):
+    with pytest.raises(ValueError, match=r"nothing uses 'hidden_dropout_2':"):
         method.train_step((torch.randn(5, 8), torch.arange(5) % 4), 0)
 
 

@@ -252,7 +252,7 @@ def test_a_rate_without_a_hyperparameter_is_kept():
 def test_a_hyperparameter_that_nothing_uses_is_refused_at_the_first_step(wrong):
     space, batch = rates("conv_dropout_1", wrong), (images_for("fashion_cnn"), torch.arange(4))
     method = SelfTuning(tuned(fashion_cnn(hidden=8), space), space, classification_loss, classification_loss)
-    with pytest.raises(ValueError, match=rf"nothing in the training objective looks up '{wrong}',"):
+    with pytest.raises(ValueError, match=rf"nothing uses '{wrong}':"):
         method.train_step(batch, 0)
 
 

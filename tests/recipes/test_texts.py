@@ -158,7 +158,7 @@ def test_the_size_of_the_network_is_a_setting(short):
     model = recipe("text").build(short("text", "text.width=6", "text.layers=3")).model
     assert model.embedding.embedding_dim == 6
     assert [layer.hidden_size for layer in model.lstm] == [6, 6, 6]
-    with pytest.raises(UserError, match="nothing in the training objective looks up 'hidden_dropout',"):
+    with pytest.raises(UserError, match="nothing uses 'hidden_dropout':"):
         checked_task(short("text", "text.layers=1"), recipe("text").build)
     dropped = "hyperparameters.hidden_dropout.enabled=false"
     assert len(checked_task(short("text", "text.layers=1", dropped), recipe("text").build).model.lstm) == 1

@@ -480,7 +480,7 @@ WRONG = {
     "a metric can't be called 'loss'": dict(metrics={"loss": accuracy}),
     r"metrics\['accuracy'\] must be a function of outputs and targets, got int": dict(metrics={"accuracy": 3}),
     r"metrics\['each'\] must be one number.*got a tensor \(8, 3\)": dict(metrics={"each": lambda out, y: out}),
-    "training_objective must return a tensor of one number": dict(loss=lambda out, y: out, valid_loss=F.cross_entropy),
+    "the training loss must be a tensor of one number": dict(loss=lambda out, y: out, valid_loss=F.cross_entropy),
     "fit: train_loader gives no batch": dict(train=DataLoader(TRAIN, 99, drop_last=True)),
     "fit: valid_loader can be read only once": dict(valid=iter([])),
     "fit: test_loader must be a loader": dict(test_loader=3),

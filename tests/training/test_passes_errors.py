@@ -156,7 +156,7 @@ def test_a_hyperparameter_that_is_not_used_is_named():
     model = network()
     model.forward = lambda x: model[4](model[0](x))
     tuner = tuner_of(model)
-    with pytest.raises(ValueError, match="looks up 'dropout'"), tuner.training(EXAMPLES):
+    with pytest.raises(ValueError, match="nothing uses 'dropout': no layer"), tuner.training(EXAMPLES):
         (model(batch(0)[0]).sum() + tuner.penalty()).backward()
 
 

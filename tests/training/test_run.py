@@ -205,11 +205,11 @@ def test_without_a_call_that_tells_the_memory_a_run_ends_well(make_config, witho
 def test_a_hyperparameter_that_the_task_does_not_use_is_a_users_error(tmp_path):
     config = digits.config()
     unused = {**config.hyperparameters, "hiden_dropout_1": HyperparameterConfig(init=0.3, low=0.0, high=0.9)}
-    with pytest.raises(UserError, match="nothing in the training objective looks up 'hiden_dropout_1'"):
+    with pytest.raises(UserError, match="nothing uses 'hiden_dropout_1'"):
         run(replace(config, hyperparameters=unused, run_dir=str(tmp_path / "run")), digits.build)
 
     only = {"hiden_dropout_1": unused["hiden_dropout_1"]}
-    with pytest.raises(UserError, match="looks up 'hiden_dropout_1'"):
+    with pytest.raises(UserError, match="nothing uses 'hiden_dropout_1'"):
         run(replace(config, hyperparameters=only, run_dir=str(tmp_path / "run")), digits.build)
 
     def build(config):

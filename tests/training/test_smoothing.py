@@ -168,7 +168,7 @@ def test_a_loss_may_smooth_the_labels_by_hand():
         tuner = tuner_of(tuned, **options)
         losses.append((tuner.step((x, y), (x, y)), tuner.step((x, y), (x, y))))
     assert losses[0] == losses[1]
-    with pytest.raises(ValueError, match="nothing in the training objective looks up 'label_smoothing'"):
+    with pytest.raises(ValueError, match="nothing uses 'label_smoothing'"):
         tuner_of(network(), F.multi_margin_loss, valid_loss=F.cross_entropy).step((x, y))
 
 

@@ -258,8 +258,23 @@ def test_wrong_settings_are_named(options):
 def test_a_dropout_module_that_is_never_called_is_named():
     model = network()
     model.forward = lambda x: model[3](model[0](x))
-    with pytest.raises(ValueError, match="looks up 'dropout'"):
+    with pytest.raises(ValueError, match="nothing uses 'dropout': no layer"):
         tuner_of(model).step(batch(0))
+
+
+def test_errors_about_the_loss_do_not_speak_of_objectives():
+    space = stn.HyperparameterSpace([stn.Hyperparameter(name, low=0.0, init=0.1) for name in ("weight_decay", "mine")])
+    options, x_y = dict(of_loss="mine", quiet=True), batch(0)
+    cases = [
+        (F.cross_entropy, "nothing uses 'mine': no layer and no term of the training loss looks it up"),
+        (lambda y, targets: y, r"the training loss must be a tensor of one number.*got a tensor \(16, 4\)"),
+    ]
+    for loss, says in cases:
+        model = stn.convert(nn.Sequential(nn.Linear(6, 4)), space, **options)
+        tuner = stn.SelfTuner(model, torch.optim.SGD(model.parameters(), lr=0.05), loss)
+        with pytest.raises((TypeError, ValueError), match=says) as caught:
+            tuner.step(x_y)
+        assert "objective" not in str(caught.value)
 
 
 def test_wrong_batches_are_named():
