@@ -213,6 +213,7 @@ def convert(
                 Converted.revert(module, {})
         raise
     tuned.converted = [name for name, module in model.named_modules() if isinstance(module, Converted)]
+    tuned.untuned = [one.name for one in without_rate]
     model.add_module("tuned_hyperparameters", tuned)
     if not quiet:
         print(table(report, space, added))

@@ -67,6 +67,7 @@ class TunedHyperparameters(nn.Module):
         added: what it did with each addition.
         response_rank: the rank of the responses that it was called with.
         converted: the names of the modules whose class it has changed.
+        untuned: the names of those with a rate of dropout or a deviation of noise that is no hyperparameter.
         current: the HyperBatch that layers use now, set by `using`; None outside. It is not saved.
     """
 
@@ -89,6 +90,7 @@ class TunedHyperparameters(nn.Module):
         self.space, self.report, self.added = space, list(report), list(added)
         self.response_rank = response_rank
         self.converted: list[str] = []
+        self.untuned: list[str] = []
         self.current: HyperBatch | None = None
         self._thread: int | None = None
         self._latest: _Latest | None = None

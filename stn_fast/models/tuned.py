@@ -20,7 +20,7 @@ def tuned(network: Model, space: HyperparameterSpace, response_rank: ResponseRan
 
     The rate of a module of dropout named `conv_dropout_3` is the hyperparameter of this name, or else `conv_dropout`;
     the same goes for noise. If the space has neither, it stays plain, and keeps its rate, 0 in this package's networks.
-    Other hyperparameters are left to the loss; the first training step finds those that nothing uses.
+    Other hyperparameters are left to the loss; those that nothing uses are an error at the first training step.
 
     Args:
         network: any module. RATES and EXAMPLE_DIMS of a `LanguageModel` in it, or of a class of your own, give

@@ -76,7 +76,7 @@ class ConvertedSelfTuning(SelfTuning):
             unused = [name for name in decays_of(self.model) if name not in hyper.used]
             if unused:
                 raise ValueError(f"training: add tuner.penalty() to the loss, which the tuned {listed(unused)} needs")
-            check_used(hyper, all_by_name=False)
+            check_used(hyper, self.model)
             self._checks_used = False
 
     @contextmanager

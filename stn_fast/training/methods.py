@@ -82,8 +82,8 @@ class Method(ABC):
             everything outside of steps, always use the dtype of the parameters.
         allow_unused: whether the training objective may ignore hyperparameters. By default it is an error if the first
             training step looks up some hyperparameters, as ``hyper["name"]`` does, but not others, because only the
-            entropy would move those; it is a warning if it looks up none. Set to True if the objective reads
-            ``hyper.values`` itself.
+            entropy would move those. If it looks up none, it is an error, too, for a converted model, and a warning for
+            others. Set to True if the objective reads ``hyper.values`` itself.
 
     A step whose loss or gradient is not finite changes no weight, hyperparameter, optimizer state or running statistic,
     and `Batch.undo` of its batch is called. On CUDA, the device decides to skip the step, and the host does not wait:
@@ -288,7 +288,7 @@ class Method(ABC):
             if passes > 1:
                 loss = loss / passes
             if self._checks_used:
-                check_used(hyper, all_by_name=False)
+                check_used(hyper, self.model)
                 self._checks_used = False
             if not loss.requires_grad:
                 raise RuntimeError(

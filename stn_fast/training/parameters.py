@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from stn_fast.conversion.folding import tuned_in
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.regularisers import _Regulariser
 
@@ -65,18 +66,22 @@ def hold_parameters(parameters: Iterable[Tensor]) -> Iterator[None]:
             parameter.requires_grad_()
 
 
-def check_used(hyper: HyperBatch, all_by_name: bool) -> None:
+def check_used(hyper: HyperBatch, model: nn.Module, all_by_name: bool = False) -> None:
     """Raises ValueError if a hyperparameter was not looked up, because then only the entropy would move it.
 
-    If none was looked up, the loss may have read ``hyper.values``: a warning, or an error if ``all_by_name``.
+    If none was looked up, the loss may have read ``hyper.values``: a warning, or an error if ``all_by_name`` or the
+    model is a converted one, whose names may all be misspelt.
     """
     unused = [repr(name) for name in hyper.space.names if name not in hyper.used]
     if not unused:
         return
+    tuned = tuned_in(model)
+    untuned = [] if tuned is None else tuned.untuned
+    others = f" Modules whose rate is no hyperparameter: {listed(untuned, 8)}." if untuned else ""
     problem = (
-        f"nothing uses {listed(unused)}: no layer and no term of the training loss looks it up, as hyper[name] does. "
-        "Correct the name, use it there, or leave it out of the space"
+        f"nothing uses {listed(unused)}: no layer and no term of the training loss looks it up, as hyper[name] does."
+        f"{others} Correct the name, use it there, or leave it out of the space"
     )
-    if len(unused) < len(hyper.space) or all_by_name:
+    if len(unused) < len(hyper.space) or all_by_name or tuned is not None:
         raise ValueError(problem)
     warnings.warn(problem + "; allow_unused=True is for a loss that reads hyper.values", stacklevel=4)

@@ -188,7 +188,7 @@ def _rehearse(task: Task, batch_size: int) -> None:
     try:
         task.training_objective(task.model, first, hyper)
         if not task.allow_unused:
-            check_used(hyper, all_by_name=True)
+            check_used(hyper, task.model, all_by_name=True)
     finally:
         for buffer, before in kept:
             buffer.copy_(before)

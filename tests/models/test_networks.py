@@ -256,6 +256,15 @@ def test_a_hyperparameter_that_nothing_uses_is_refused_at_the_first_step(wrong):
         method.train_step(batch, 0)
 
 
+def test_a_space_whose_names_are_all_misspelt_is_refused_with_the_names_of_the_network():
+    space, batch = rates("conv_droput_1", "hidden_dropout"), (images_for("fashion_cnn"), torch.arange(4))
+    method = SelfTuning(tuned(fashion_cnn(hidden=8), space), space, classification_loss, classification_loss)
+    offered = "conv_dropout_1, conv_dropout_2, fc_dropout_1, last_dropout"
+    says = f"nothing uses 'conv_droput_1', 'hidden_dropout': .* Modules whose rate is no hyperparameter: {offered}."
+    with pytest.raises(ValueError, match=says):
+        method.train_step(batch, 0)
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
