@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
 from stn_fast.checks import switch, whole_number
 from stn_fast.conversion.additions import LabelSmoothing
@@ -67,8 +69,8 @@ class SelfTuner(Passes):
     A batch (inputs, targets) calls ``loss(model(inputs), targets)``; with more entries, the last one is the targets
     and the others are the arguments of the model. A dict calls ``loss(model(**batch), batch)``, as for models of
     transformers with ``loss=lambda output, batch: output.loss``. The first dimension of the first input counts the
-    examples, also for a model that calls it time. Batches are not moved to another device. Activation checkpointing in
-    the model must not be reentrant (``use_reentrant=False``).
+    examples, also for a model that calls it time. Sequences are padded, not a PackedSequence. Batches are not moved to
+    another device. Activation checkpointing in the model must not be reentrant (``use_reentrant=False``).
 
     A loop that calls backward, zero_grad and the optimizer's step itself uses passes instead of steps: `training`,
     `validating` and `hyper_step`. There, call `stn_fast.conversion.check_rows` yourself.
@@ -230,6 +232,11 @@ class SelfTuner(Passes):
 
     def _with_known_rows(self, batch: _Batch) -> _Batch:
         """The batch, after a check of the rows of layers if it is the first of its structure."""
+        if any(map(_is_packed, pytree.tree_leaves(batch.inputs, is_leaf=_is_packed))):
+            raise TypeError(
+                "SelfTuner: a batch has a PackedSequence, whose rows are not examples, and which a converted LSTM does "
+                "not take: give padded sequences, and their lengths as another input if the model needs them"
+            )
         if self.check_rows and batch.examples and (made := structure(batch.inputs)) not in self._checked:
             args, kwargs = _arguments(batch.inputs)
             check_rows(self.model, *args, **kwargs)
@@ -294,6 +301,10 @@ class SelfTuner(Passes):
         self.draws, self.trained, self.validated = state["draws"], state["trained"], state["validated"]
         self._load_history(state["history"])
         self._forget_passes()
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 def called(model: nn.Module, inputs: Any) -> Any:

@@ -485,6 +485,7 @@ WRONG = {
     "fit: valid_loader can be read only once": dict(valid=iter([])),
     "fit: test_loader must be a loader": dict(test_loader=3),
     "a batch must be": dict(train=[X]),
+    "a batch has a PackedSequence": dict(train=[(nn.utils.rnn.pack_sequence([X]), Y)]),
 }  # fmt: skip
 
 

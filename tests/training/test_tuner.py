@@ -285,6 +285,15 @@ def test_wrong_batches_are_named():
         tuner.step(dict(x=3))
 
 
+def test_packed_sequences_are_refused_by_name():
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, 6), [5, 2, 2])
+    for held in ((packed, torch.zeros(3)), dict(x=[packed], labels=torch.zeros(3))):
+        with pytest.raises(TypeError, match=r"a PackedSequence, whose rows are not examples.*give padded sequences"):
+            tuner_of().step(held)
+        with pytest.raises(TypeError, match="a PackedSequence"):
+            tuner_of().valid_step(held)
+
+
 def test_alternate_gives_a_validation_batch_after_every_train_steps():
     assert list(stn.alternate("abcde", [1, 2, 3])) == [("a", None), ("b", 1), ("c", None), ("d", 2), ("e", None)]
     assert list(stn.alternate("abc", [1, 2], train_steps=1)) == [("a", 1), ("b", 2), ("c", 1)]
