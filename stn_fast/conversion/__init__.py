@@ -25,6 +25,7 @@ from stn_fast.conversion.plain import (
 from stn_fast.conversion.report import Entry, table
 from stn_fast.conversion.rows import check_rows
 from stn_fast.conversion.rules import (
+    LAYERS,
     OPENED,
     TRANSFORMERS,
     Context,
@@ -145,8 +146,9 @@ def convert(
         example_dims: {pattern: dimension that counts examples}, the first that fits, for inputs such as (T, B, D). It
             applies to Linear, Embedding, EmbeddingWithDropout, LayerNorm, RMSNorm, Dropout, LockedDropout,
             GaussianNoise and DropPath, and to outputs that a `stn_fast.Dropout` drops; by default it is the first, or
-            what `batch_first` says in transformers of torch.nn. LSTM, DropConnectLSTM and MultiheadAttention have their
-            `batch_first`, and in the inputs of others it is always the first.
+            what `batch_first` says in transformers of torch.nn. LSTM, DropConnectLSTM, MultiheadAttention and all in a
+            TransformerEncoderLayer or TransformerDecoderLayer follow `batch_first`, and in the inputs of others it is
+            always the first; another one is an error.
         response_rank: as for `HyperLinear`. Norms always have a full response.
         group: how dropout modules share rates, as for `suggest_space`; not used with `dropouts`.
         strict: whether it is an error if a module with parameters or dropout is left out for another reason than
@@ -308,8 +310,14 @@ def _example_dims(model: nn.Module, chosen: Sequence[Named], example_dims: Mappi
         for name, module in model.named_modules()
         if isinstance(module, (*TRANSFORMERS, nn.MultiheadAttention))
     }
-    for one in chosen:
+    layers = {prefix: dim for prefix, dim in transformers.items() if type(model.get_submodule(prefix[:-1])) in LAYERS}
+    projections = [
+        f"{one.name}.out_proj".lstrip(".") for one in chosen if isinstance(one.module, nn.MultiheadAttention)
+    ]
+    for one in (*chosen, *(Named(name, model.get_submodule(name)) for name in projections)):
         fixed = fixed_example_dim(one.module)
+        if fixed is None:
+            fixed = next((dim for prefix, dim in layers.items() if one.name.startswith(prefix)), None)
         pattern = next((pattern for pattern in example_dims if matches(one.name, [pattern])), None)
         default = next((dim for prefix, dim in transformers.items() if one.name.startswith(prefix)), 0)
         if isinstance(one.module, LockedDropout) and one.module.dim == default:

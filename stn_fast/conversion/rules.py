@@ -398,6 +398,11 @@ TRANSFORMERS = (
     nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )  # fmt: skip
+LAYERS = (
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)  # one batch_first for all in them
 RULES |= {nn.Embedding: _table, nn.LSTM: _lstm, nn.MultiheadAttention: _attention, Augment: _augment}
 RULES |= {plain.EmbeddingWithDropout: _table, plain.DropConnectLSTM: _lstm, plain.GaussianNoise: _noise}
 RULES |= dict.fromkeys(LINEAR, _linear)

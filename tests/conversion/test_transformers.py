@@ -126,9 +126,18 @@ def test_the_dimension_of_examples_follows_batch_first_in_all_of_a_transformer()
     for i in range(EXAMPLES):
         with own.using(sampled(tuned)[i : i + 1]):
             assert relative_error(tuned(x[i : i + 1])[0], y[i]) < 1e-12
-    declared = stn.convert(made(TimeFirst), quiet=True, example_dims={"*.linear1": 0})
-    assert declared.transformer.encoder.layers[0].linear1.example_dim == 0
-    assert declared.transformer.encoder.layers[0].linear2.example_dim == 1
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize(("inner", "kind"), [("linear1", "Linear"), ("self_attn.out_proj", "NonDynamically.*")])
+def test_another_dimension_than_batch_first_says_is_refused_in_a_layer_of_a_transformer(inner, kind):
+    name = f"transformer.encoder.layers.0.{inner}"
+    says = rf"example_dims\['\*{inner}'\] is 0, but dimension 1 of the input of {name} \({kind}\) counts examples"
+    with pytest.raises(ValueError, match=says):
+        stn.convert(made(TimeFirst), quiet=True, example_dims={f"*{inner}": 0})
+    declared = stn.convert(made(TimeFirst), quiet=True, example_dims={f"*{inner}": 1, "transformer.encoder.norm": 0})
+    assert declared.get_submodule(name).example_dim == 1
+    assert declared.transformer.encoder.norm.example_dim == 0
 
 
 def test_a_layer_in_which_nothing_is_converted_stays_plain():
