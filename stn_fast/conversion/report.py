@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from stn_fast.conversion.additions import Added
 from stn_fast.hyperparameters import HyperparameterSpace
+from stn_fast.terminal import aligned
+
+Key = TypeVar("Key", bound=Hashable)
 
 MOST_NAMES = 3  # names of modules in one line of the table
 
@@ -31,26 +36,26 @@ class Entry:
 
 
 def table(report: Sequence[Entry], space: HyperparameterSpace, added: Sequence[Added] = ()) -> str:
-    """One line for each kind of converted module, for each hyperparameter, and for each reason to leave modules out."""
+    """How many modules of each kind are converted, what is tuned where, and which modules are left out for a reason."""
     converted = [entry for entry in report if entry.reason is None]
-    layers = _grouped((entry.kind, entry.name) for entry in converted if entry.hyperparameter is None)
+    kinds = Counter(entry.kind for entry in converted)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     rates = _grouped((entry.hyperparameter, entry.name) for entry in converted if entry.hyperparameter is not None)
-    uses = {name: f", rate of {_listed(names)}" for name, names in rates.items()}
-    uses |= {one.hyperparameter: f", {_use(one)}" for one in added}
-    left_out = _grouped((f"{entry.kind}: {entry.reason}", entry.name) for entry in report if entry.reason is not None)
-    lines = [f"stn.convert: {len(converted)} of {len(report)} modules converted"]
-    lines += [f"  {kind}: {len(names)}" for kind, names in layers.items()]
-    lines += [
-        f"  tuned {one.name}: {_bounds(one.low, one.high)} from {one.init:.4g}{uses.get(one.name, '')}" for one in space
-    ]
-    lines += [f"  left out {_listed(names)} ({reason})" for reason, names in left_out.items()]
+    uses = {"weight_decay": "weights, in the training loss"}
+    uses |= {name: f"rate of {_listed(names)}" for name, names in rates.items()}
+    uses |= {one.hyperparameter: _use(one) for one in added}
+    rows = [(one.name, f"{one.init:.4g}", _bounds(one.low, one.high), uses.get(one.name, "")) for one in space]
+    left_out = _grouped(((entry.kind, entry.reason), entry.name) for entry in report if entry.reason is not None)
+    lines = [f"stn.convert: {len(converted)} of {len(report)} modules converted ({counts})"]
+    lines += [f"  {line}" for line in aligned(("tuned", "starts at", "range", "use"), rows, left=4).splitlines()]
+    lines += [f"  left out: {_listed(names)} ({kind}): {reason}" for (kind, reason), names in left_out.items()]
     return "\n".join(lines)
 
 
-def _grouped(pairs: Iterable[tuple[str | None, str]]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
+def _grouped(pairs: Iterable[tuple[Key, str]]) -> dict[Key, list[str]]:
+    groups: dict[Key, list[str]] = {}
     for key, name in pairs:
-        groups.setdefault(str(key), []).append(name)
+        groups.setdefault(key, []).append(name)
     return groups
 
 

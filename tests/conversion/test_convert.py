@@ -207,14 +207,27 @@ def test_modules_that_cannot_be_converted_are_listed_with_the_reason():
 def test_the_table_is_printed_once(capsys):
     stn.convert(Mixed())
     shown = capsys.readouterr().out
-    assert shown.startswith("stn.convert: 1 of 14 modules converted\n  Linear: 1\n  tuned weight_decay: [0, inf)")
-    assert "left out attention (OwnAttention: its forward reads the parameters of its children" in shown
+    assert shown.startswith("stn.convert: 1 of 14 modules converted (1 Linear)\n")
+    assert "  left out: attention (OwnAttention): its forward reads the parameters of its children" in shown
     stn.convert(nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.2)) for _ in range(5))))
     shown = capsys.readouterr().out
-    assert "Linear: 5" in shown
-    assert "tuned dropout: [0, 0.95) from 0.2, rate of 0.1, 1.1, 2.1 and 2 more" in shown
+    assert (
+        shown
+        == """\
+stn.convert: 10 of 10 modules converted (5 Linear, 5 Dropout)
+  tuned         starts at  range      use
+  ------------  ---------  ---------  --------------------------------
+  dropout       0.2        [0, 0.95)  rate of 0.1, 1.1, 2.1 and 2 more
+  weight_decay  0.0001     [0, inf)   weights, in the training loss
+"""
+    )
     stn.convert(nn.Linear(3, 3), quiet=True)
     assert not capsys.readouterr().out
+
+
+def test_layers_with_a_rate_are_counted_with_others_of_their_kind(capsys):
+    stn.convert(nn.Sequential(nn.LSTM(3, 3, 2, dropout=0.2), nn.LSTM(3, 3)))
+    assert capsys.readouterr().out.startswith("stn.convert: 2 of 2 modules converted (2 LSTM)\n")
 
 
 def test_strict_refuses_what_is_left_out_but_not_what_is_excluded():

@@ -161,9 +161,9 @@ def test_an_optimizer_that_decays_weights_too_is_a_warning():
 
 def test_the_table_says_what_was_added_and_where(capsys):
     stn.convert(Network(), [stn.WeightDecay("head", init=0.3), stn.WeightDecay()])
-    shown = capsys.readouterr().out
-    assert "tuned weight_decay_head: [0, inf) from 0.3, added as WeightDecay of head\n" in shown
-    assert "tuned weight_decay: [0, inf) from 0.001, added as WeightDecay of body.0, body.3" in shown
+    shown = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    assert ["weight_decay_head", "0.3", "[0, inf)   added as WeightDecay of head"] in shown
+    assert ["weight_decay", "0.001", "[0, inf)   added as WeightDecay of body.0, body.3"] in shown
 
 
 def test_wrong_entries_are_named_and_change_nothing():

@@ -86,7 +86,8 @@ def test_the_range_and_the_report(capsys):
     assert stn.LabelSmoothing().hyperparameter == wanted
     tuned = stn.convert(nn.Linear(2, 2), [stn.LabelSmoothing(0.2, "smooth", 0.9)])
     assert tuned.tuned_hyperparameters.space.names == ("weight_decay", "smooth")
-    assert "tuned smooth: [0, 0.9) from 0.2, added as LabelSmoothing of the training loss" in capsys.readouterr().out
+    shown = capsys.readouterr().out.splitlines()[-1].split(maxsplit=2)
+    assert shown == ["smooth", "0.2", "[0, 0.9)  added as LabelSmoothing of the training loss"]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
