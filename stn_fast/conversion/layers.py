@@ -221,7 +221,7 @@ class GaussianNoise(_Regularised, PerExampleNoise, plain.GaussianNoise):
         hyper, dim = self.hyper, self.example_dim
         if hyper is None or not self.training:
             return input
-        rows = self.split(input, len(hyper))
+        rows = self.split(plain.floating_point(self.shown, input), len(hyper))
         y = functional.noise(rows, self._strength(rows, hyper, dim), **self._draw(hyper), example_dim=dim)
         return y.view_as(input)
 
@@ -238,7 +238,7 @@ class _Dropout(_Regularised, PerExampleDropout):
         hyper = self.hyper
         if hyper is None or not self.training:
             return input
-        rows = self.split(input, len(hyper))
+        rows = self.split(plain.floating_point(self.shown, input), len(hyper))
         return self._drop(rows, hyper, self._shared(input, rows.ndim - input.ndim)).view_as(input)
 
     def _drop(self, rows: Tensor, hyper: HyperBatch, shared_dims: tuple[int, ...]) -> Tensor:

@@ -22,6 +22,7 @@ class GaussianNoise(nn.Module):
 
     Raises:
         ValueError: std is below 0, or no number.
+        TypeError: in training mode, x is not of floating point numbers.
     """
 
     def __init__(self, std: float = 0.1):
@@ -31,7 +32,9 @@ class GaussianNoise(nn.Module):
         self.std = std
 
     def forward(self, input: Tensor) -> Tensor:
-        return input + self.std * torch.randn_like(input) if self.training and self.std else input
+        if not self.training or self.std == 0:
+            return input
+        return input + self.std * torch.randn_like(floating_point("GaussianNoise", input))
 
     def extra_repr(self) -> str:
         return f"std={self.std}"
@@ -48,7 +51,8 @@ class LockedDropout(nn.Module):
         dim: the dimension of x that shares a mask: 0 for (T, B, D), 1 for (B, T, D).
 
     Raises:
-        ValueError: p is out of range, or dim is not a whole number.
+        ValueError: p is out of range, or dim is not a whole number or no dimension of x.
+        TypeError: in training mode, x is not of floating point numbers.
     """
 
     def __init__(self, p: float = 0.5, dim: int = 0):
@@ -58,7 +62,9 @@ class LockedDropout(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return input
-        shape = list(input.shape)
+        shape = list(floating_point("LockedDropout", input).shape)
+        if self.dim >= len(shape):
+            raise ValueError(f"LockedDropout: dim={self.dim} must be a dimension of the input, which is {tuple(shape)}")
         shape[self.dim] = 1
         return input * F.dropout(input.new_ones(shape), self.p)
 
@@ -112,7 +118,7 @@ class DropConnectLSTM(nn.LSTM):
         p: the rate, in [0, 1).
 
     Raises:
-        ValueError: p is out of range.
+        ValueError: p is out of range, or an input in training mode has not 2 or 3 dimensions.
         TypeError: it is given dropout or proj_size.
     """
 
@@ -140,6 +146,8 @@ class DropConnectLSTM(nn.LSTM):
             raise TypeError(
                 f"DropConnectLSTM: a {type(input).__name__} is not supported in training mode: pad the sequences"
             )
+        if input.ndim not in (2, 3):
+            raise ValueError(f"DropConnectLSTM: the input must have 2 or 3 dimensions, got {tuple(input.shape)}")
         if input.ndim == 2:
             y, after = self.forward(input.unsqueeze(self._examples), hx and tuple(one.unsqueeze(1) for one in hx))
             return y.squeeze(self._examples), tuple(one.squeeze(1) for one in after)
@@ -170,6 +178,14 @@ class ConvReLU2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.relu(super().forward(input))
+
+
+def floating_point(who: str, input: Tensor) -> Tensor:
+    """Returns the input; raises TypeError naming its dtype if that is not of floating point numbers."""
+    if isinstance(input, Tensor) and input.is_floating_point():
+        return input
+    got = input.dtype if isinstance(input, Tensor) else type(input).__name__
+    raise TypeError(f"{who}: the input must be a tensor of floating point numbers, got {got}")
 
 
 def _rate(who: str, p: float) -> float:

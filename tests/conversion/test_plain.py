@@ -729,6 +729,25 @@ def test_an_lstm_that_drops_weights_takes_the_inputs_of_torchs(batched):
         lstm(torch.randn(4, 3, 7))
 
 
+@pytest.mark.parametrize("layer", [stn.GaussianNoise(0.1), stn.LockedDropout(0.1, dim=1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_inputs_that_are_no_floating_point_numbers_are_refused_by_the_name_of_the_module(layer, dtype):
+    model, x, kind = nn.ModuleDict({"layer": copy.deepcopy(layer)}), torch.ones(4, 3, 2).to(dtype), type(layer).__name__
+    says = f"the input must be a tensor of floating point numbers, got {dtype}"
+    with pytest.raises(TypeError, match=f"^{kind}: {says}"):
+        model["layer"](x)
+    converted = stn.convert(model, quiet=True)["layer"]
+    with pytest.raises(TypeError, match=rf"^layer \({kind}\): {says}"), converted.tuned.using(sampled(converted)):
+        converted(x)
+
+
+def test_inputs_with_too_few_dimensions_are_refused():
+    with pytest.raises(ValueError, match=r"^LockedDropout: dim=2 must be a dimension of the input, which is \(4, 3\)"):
+        stn.LockedDropout(0.1, dim=2)(torch.ones(4, 3))
+    with pytest.raises(ValueError, match=r"^DropConnectLSTM: the input must have 2 or 3 dimensions, got \(6,\)"):
+        stn.DropConnectLSTM(6, 5, p=0.5)(torch.ones(6))
+
+
 def test_a_packed_sequence_can_not_be_trained_on():
     packed = nn.utils.rnn.pack_sequence([torch.randn(3, 6), torch.randn(2, 6)])
     lstm = stn.DropConnectLSTM(6, 5, p=0.5)
