@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stn_fast.conversion import suggest_space as suggest_space
     from stn_fast.dispatch import backends as backends
     from stn_fast.dispatch import use_backend as use_backend
+    from stn_fast.exploration.model import explore_model as explore_model
     from stn_fast.hyperparameters import HyperBatch as HyperBatch
     from stn_fast.hyperparameters import Hyperparameter as Hyperparameter
     from stn_fast.hyperparameters import HyperparameterSpace as HyperparameterSpace
@@ -62,6 +63,7 @@ _HOME = {
     "converts": "stn_fast.conversion",
     "fold": "stn_fast.conversion",
     "suggest_space": "stn_fast.conversion",
+    "explore_model": "stn_fast.exploration.model",
     "HyperBatch": "stn_fast.hyperparameters",
     "Hyperparameter": "stn_fast.hyperparameters",
     "HyperparameterSpace": "stn_fast.hyperparameters",

@@ -75,8 +75,8 @@ def recipe_of(config: Config, place: str | None, path: str) -> RecipeLike:
     """
     if config.fit is not None:
         raise UserError(
-            f"{path} holds a run of stn.fit, which explore can't rebuild: its model, loss and loaders are only in the "
-            "program that called it"
+            f"{path} holds a run of stn.fit, whose model, loss and loaders are only in the program that called it: "
+            f"there, call stn.explore_model(stn.load({path!r}, model), valid_loader, loss=loss)"
         )
     if place is None and config.recipe not in RECIPES:
         raise UserError(f"{path} holds a run of your own recipe '{config.recipe}': name it by --recipe FILE.py:NAME")

@@ -196,7 +196,9 @@ def test_a_run_of_fit_is_named_and_left_alone(tmp_path, capsys, recipe):
     sgd = partial(torch.optim.SGD, lr=0.1)
     stn.fit(model, batches, batches, loss=F.cross_entropy, optimizer=sgd, epochs=1, run_dir=tmp_path, quiet=True)
     before = contents(tmp_path)
-    fails(capsys, [tmp_path, *recipe], f"{tmp_path} holds a run of stn.fit, which explore can't rebuild")
+    fails(capsys, [tmp_path, *recipe], f"{tmp_path} holds a run of stn.fit, whose model, loss and loaders")
+    says = f"stn.explore_model(stn.load('{tmp_path}', model), valid_loader, loss=loss)"
+    fails(capsys, [tmp_path, *recipe], says)
     assert contents(tmp_path) == before
 
 

@@ -5,4 +5,5 @@ restoring.py  that trainer, from a run directory
 figure.py     the picture
 report.py     the table and the page
 command.py    all of it, from a run directory to the files
+model.py      all of it, from a converted model and a loader to the files
 """

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from stn_fast import files
 from stn_fast.errors import UserError
 from stn_fast.exploration.figure import draw
 from stn_fast.exploration.report import numbers, page, table
-from stn_fast.exploration.response import explored
+from stn_fast.exploration.response import Exploration, explored
 from stn_fast.exploration.restoring import restored
 from stn_fast.extras import require
+from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.plot import png
 from stn_fast.terminal import printable
 from stn_fast.training.config import Config
@@ -59,15 +61,29 @@ def explore(
         "; the run recorded none at this step." if recorded is None else f"; the run recorded {recorded:.4f} on all."
     )
     unit_of_loss = trainer.task.loss_unit
-    picture = png(draw(found, trainer.method.space, f"{title}, loss {found.loss:.4f}", unit_of_loss))
     settings = {"recipe": config.recipe, "method": config.method.label, "seed": config.seed, "step": trainer.step}
     settings |= {"points": points, "span": span, "loss_unit": unit_of_loss, "recorded_loss": recorded}
+    write(found, trainer.method.space, out, title=title, about=about, settings=settings, loss_unit=unit_of_loss)
+    where = printable(str(out))
+    return f"{printable(title)}\n{about}\n\n{table(found.curves)}\n\n{', '.join(FILES)} are in {where}."
+
+
+def write(
+    found: Exploration,
+    space: HyperparameterSpace,
+    out: Path,
+    *,
+    title: str,
+    about: str,
+    settings: Mapping[str, Any],
+    loss_unit: str = "",
+) -> None:
+    """Writes the three files; ``settings`` come first in the JSON."""
+    picture = png(draw(found, space, f"{title}, loss {found.loss:.4f}", loss_unit))
     contents = to_json({**settings, **numbers(found)}, indent=2) + "\n"
     text = page(title, about, found.curves, picture)
     for name, written in zip(FILES, (picture, contents.encode(), text.encode()), strict=True):
         files.replace(out / name, written)
-    where = printable(str(out))
-    return f"{printable(title)}\n{about}\n\n{table(found.curves)}\n\n{', '.join(FILES)} are in {where}."
 
 
 def recorded_loss(run: Run, step: int) -> float | None:
@@ -75,18 +91,18 @@ def recorded_loss(run: Run, step: int) -> float | None:
     return next((row["loss"] for row in reversed(run.rows["eval"]) if row.get("step") == step), None)
 
 
-def check_writable(out: Path) -> None:
-    """Makes the folder if it is missing.
+def check_writable(out: Path, name: str = "--out") -> None:
+    """Makes the folder if it is missing; ``name`` is that of the argument in errors.
 
     Raises:
         UserError: no file can be written there.
     """
     try:
         files.make_directory(out)
-        for name in FILES:
-            if files.is_directory(out / name):
-                raise UserError(f"--out {out} has a folder {name}: choose another folder")
-            with files.beside(out / name) as probe:
+        for file in FILES:
+            if files.is_directory(out / file):
+                raise UserError(f"{name} {out} has a folder {file}: choose another folder")
+            with files.beside(out / file) as probe:
                 probe.touch()
     except OSError as error:
-        raise UserError(f"--out {out} can't be written ({error.strerror}): choose another folder") from None
+        raise UserError(f"{name} {out} can't be written ({error.strerror}): choose another folder") from None

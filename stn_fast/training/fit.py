@@ -200,8 +200,9 @@ def fit(
         precision=precision,
         check_rows=check_rows,
     )
-    train, valid = loaded(tuner, "train_loader", train_loader), loaded(tuner, "valid_loader", valid_loader)
-    test = None if test_loader is None else loaded(tuner, "test_loader", test_loader)
+    train = loaded(tuner, "fit: train_loader", train_loader)
+    valid = loaded(tuner, "fit: valid_loader", valid_loader)
+    test = None if test_loader is None else loaded(tuner, "fit: test_loader", test_loader)
     progress = FitProgress(epochs, switch("fit", "quiet", quiet), callbacks)
     with in_words_of_python():
         config = Config(

@@ -53,14 +53,14 @@ def check_scores(result: Mapping[str, Any], metrics: Mapping[str, Metric], with_
 
 
 def loaded(tuner: SelfTuner, name: str, loader: Any) -> Loaded:
-    """The loader given as the argument ``name``, with batches as `SelfTuner` takes them, on the model's device."""
+    """The loader that errors call ``name``, with batches as `SelfTuner` takes them, on the model's device."""
     device = tuner.method.location.device
 
     def as_batch(entry: Any) -> Batch:
         entry = dict(entry) if isinstance(entry, Mapping) else entry
         return tuner._batch(pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), entry))
 
-    return Loaded(f"fit: {name}", loader, as_batch, device)
+    return Loaded(name, loader, as_batch, device)
 
 
 def task_of(tuner: SelfTuner, parts: Sequence[Any], metrics: Mapping[str, Metric]) -> Task:
@@ -98,11 +98,9 @@ def task_of(tuner: SelfTuner, parts: Sequence[Any], metrics: Mapping[str, Metric
 
 
 def _number(name: str, value: Any) -> Tensor:
-    """A loss or a metric of a batch in float64."""
+    """A loss or a metric of a batch in float64, with its gradient."""
     try:
-        number = (
-            value.detach().double() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.double)
-        )
+        number = value.double() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.double)
         return number.reshape(())
     except (TypeError, ValueError, RuntimeError):
         what = "the validation loss" if name == "loss" else f"metrics[{name!r}]"
