@@ -14,6 +14,12 @@ HIGHEST = {"hue": 0.5, "shear": 80.0, "cutout_holes": 24.0, "input_dropout": 0.9
 SCALE = 1.0
 
 
+class AugmentLayer(PerExampleAugmentation):
+    """The layer in an `Augment`, whose errors name that."""
+
+    _who = "Augment"
+
+
 class Augment(nn.Module):
     """uint8 images (B, C, H, W) → normalised float images, augmented in training with strengths that are tuned.
 
@@ -49,7 +55,7 @@ class Augment(nn.Module):
     ) -> None:
         super().__init__()
         settings = dict(flip=flip, crop_padding=crop_padding, image_size=image_size)
-        self.layer = PerExampleAugmentation(list(strengths), mean=mean, std=std, stream=1, **settings)  # type: ignore[arg-type]
+        self.layer = AugmentLayer(list(strengths), mean=mean, std=std, stream=1, **settings)  # type: ignore[arg-type]
         cutout = [name for name in ("cutout_length", "cutout_holes") if name in strengths]
         if len(cutout) == 1 or (cutout and image_size is None):
             raise ValueError(

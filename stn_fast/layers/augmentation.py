@@ -37,6 +37,7 @@ class PerExampleAugmentation(_PerExampleRegulariser):
             out of range; the message names it.
     """
 
+    _who = "PerExampleAugmentation"  # what errors call it
     _byte_mean: Tensor
     _byte_std: Tensor
 
@@ -54,15 +55,13 @@ class PerExampleAugmentation(_PerExampleRegulariser):
         super().__init__(", ".join(names), stream=stream)
         for name in names:
             if name not in STRENGTHS:
-                raise ValueError(f"PerExampleAugmentation has no strength {name!r}; {did_you_mean(name, STRENGTHS)}")
+                raise ValueError(f"{self._who} has no strength {name!r}; {did_you_mean(name, STRENGTHS)}")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"PerExampleAugmentation: names must be distinct; given twice: {', '.join(twice)}")
+            raise ValueError(f"{self._who}: names must be distinct; given twice: {', '.join(twice)}")
         if len(mean) not in (1, 3) or len(mean) != len(std):
-            raise ValueError(
-                f"PerExampleAugmentation: mean and std must both be for 1 or for 3 channels, got {mean} and {std}"
-            )
-        self.names, who = tuple(names), type(self).__name__
+            raise ValueError(f"{self._who}: mean and std must both be for 1 or for 3 channels, got {mean} and {std}")
+        self.names, who = tuple(names), self._who
         for name, numbers in (("mean", mean), ("std", std)):
             per_channel(who, name, numbers, len(mean))
         self.mean, self.std = tuple(mean), tuple(std)
@@ -97,13 +96,13 @@ class PerExampleAugmentation(_PerExampleRegulariser):
         return (x - self._byte_mean) / self._byte_std
 
     def _check_images(self, x: Tensor) -> None:
-        check_tensor("PerExampleAugmentation", "x", x)
+        check_tensor(self._who, "x", x)
         channels, side = len(self.mean), self.image_size
         fits = x.ndim == 4 and x.shape[1] == channels and (side is None or tuple(x.shape[2:]) == (side, side))
         if x.dtype != torch.uint8 or not fits:
             size = "H, W" if side is None else f"{side}, {side}"
             raise ValueError(
-                f"PerExampleAugmentation: x must be uint8 images (B, {channels}, {size}), to fit mean and image_size; "
+                f"{self._who}: x must be uint8 images (B, {channels}, {size}), to fit mean and image_size; "
                 f"the layer normalises them itself; got {tuple(x.shape)} {x.dtype}"
             )
 

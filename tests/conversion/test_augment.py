@@ -138,10 +138,10 @@ def test_steps_train_on_augmented_images_and_tune_the_strengths():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(rotate=3.0), "has no strength 'rotate'"),
+        (dict(rotate=3.0), "^Augment has no strength 'rotate'"),
         (dict(rotation=0.0), "'rotation': init=0.0 must be strictly inside"),
         (dict(hue=0.5), "'hue': init=0.5 must be strictly inside"),
-        (dict(std=(0.0, 1.0, 1.0)), "std must be > 0"),
+        (dict(std=(0.0, 1.0, 1.0)), "^Augment: std must be > 0"),
         (dict(image_size=None), "cutout needs cutout_length, cutout_holes and image_size.*image_size=None"),
     ],
     ids=str,
@@ -163,5 +163,5 @@ def test_wrong_models_and_spaces_are_refused():
         stn.convert(nn.Sequential(augment(), augment(), nn.Linear(5, 5)))
     tuned = stn.convert(model, exclude="0", quiet=True)
     assert tuned.tuned_hyperparameters.space.names == ("weight_decay",)
-    with pytest.raises(ValueError, match="x must be uint8 images"):
+    with pytest.raises(ValueError, match=r"^Augment: x must be uint8 images"):
         model[0](torch.rand(2, 3, 5, 5))
