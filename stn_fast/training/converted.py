@@ -18,7 +18,6 @@ from stn_fast.conversion.tuned import TunedHyperparameters
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.modes import evaluating
 from stn_fast.training.delta import DeltaSelfTuning
-from stn_fast.training.distributed import Processes
 from stn_fast.training.methods import SelfTuning
 from stn_fast.training.parameters import check_used, hold_parameters, is_response, listed
 
@@ -27,7 +26,6 @@ class ConvertedSelfTuning(SelfTuning):
     """The steps of a converted model: they tune its own λ, and its layers use the hyperparameters of each pass."""
 
     name = "stn"
-    processes: Processes | None = None  # those that share the batches of passes
     _examples = 0  # of this process, in the last pass
     responds = "compute it from outputs of the model, in a loop of passes inside `with tuner.validating(...)`"
 
@@ -94,10 +92,7 @@ class ConvertedSelfTuning(SelfTuning):
             got = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"hyper_step: the loss must be a tensor of one number, the mean over examples, got {got}")
         gradients = self._gradients(loss.to(torch.promote_types(loss.dtype, torch.float32)), backward)
-        loss = loss.detach()
-        if self.processes is not None:
-            averages = self.processes.averages([loss, *gradients], self._examples)
-            loss, gradients = averages[0].to(loss.dtype), tuple(one.to(self.location.dtype) for one in averages[1:])
+        loss, gradients = self._averaged(loss.detach(), gradients, self._examples)
         self._move(loss, gradients, step, lambda where: None)
         return loss
 
@@ -124,6 +119,11 @@ class ConvertedDeltaSelfTuning(ConvertedSelfTuning, DeltaSelfTuning):
     @contextmanager
     def training_pass(self, batch_size: int, step: int, antithetic: bool) -> Iterator[HyperBatch]:
         """The pass of a general step: the hyperparameters are not perturbed, and the response is held."""
+        if self.processes is not None:
+            raise ValueError(
+                "training: delta-stn can't share a batch between processes in passes, because its pass of the response "
+                "does not call the model that DistributedDataParallel returns: call tuner.step, or use method='stn'"
+            )
         self._check_ready("training")
         hyper = self._general_hyper(self._draw_of_pass(batch_size, step))
         with hold_parameters(self._response), self._passing(hyper, statistics=True):

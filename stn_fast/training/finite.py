@@ -253,6 +253,16 @@ class Buffers:
 
         return torch.no_grad()(put_back)
 
+    def statistics(self) -> list[Tensor]:
+        """The running means and variances of batch norms that a step changes."""
+        return [
+            buffer
+            for module in self._owners
+            if module.training
+            for name, buffer in module._buffers.items()
+            if name in ("running_mean", "running_var") and buffer is not None
+        ]
+
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Restores the buffers at the end, as they were at the beginning."""

@@ -27,6 +27,7 @@ from stn_fast.modes import TrainingModes, evaluating
 from stn_fast.training.batches import Batch, as_batch
 from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.config import Precision
+from stn_fast.training.distributed import Processes
 from stn_fast.training.finite import Attempt, Buffers, Guard, NonFiniteError, gradient_norms
 from stn_fast.training.hyper_state import check_made_by, described, reorder, saved_order
 from stn_fast.training.optimizers import (
@@ -80,6 +81,11 @@ class Method(ABC):
         precision: precision of the matrix products, convolutions and LSTMs of a step: "fp32"; "tf32", on CUDA; "bf16",
             autocast to bfloat16 around the objectives. Weights, hyperparameters, gradient norms and updates, and
             everything outside of steps, always use the dtype of the parameters.
+        processes: those that share every batch, of which each is given its own examples, and calls each step with
+            ``first_example``. Gradients, losses and the running statistics of batch norms are averaged over all
+            examples, so that all processes have the same weights and hyperparameters, at first those of process 0.
+            Batch norms normalise by the statistics of the process's own examples. Draws of torch's own layers, such as
+            `nn.Dropout`, are not those of one process.
         allow_unused: whether the training objective may ignore hyperparameters. By default it is an error if the first
             training step looks up some hyperparameters, as ``hyper["name"]`` does, but not others, because only the
             entropy would move those. If it looks up none, it is an error, too, for a converted model, and a warning for
@@ -108,13 +114,14 @@ class Method(ABC):
         skip_nonfinite: int = 0,
         seed: int = 0,
         precision: Precision = "fp32",
+        processes: Processes | None = None,
         allow_unused: bool = False,
     ) -> None:
         who = type(self).__name__
         if clip is not None and not real_number(who, "clip", clip) > 0:
             raise ValueError(f"{who}: clip must be above 0, or None for no limit, got {clip}")
         self.model, self.space, self.training_objective, self.clip = model, space, training_objective, clip
-        self.seed = whole_number(who, "seed", seed, 0)
+        self.seed, self.processes = whole_number(who, "seed", seed, 0), processes
         self.precision = check_precision(who, precision)
         self._checks_used = not switch(who, "allow_unused", allow_unused)
         check_streams(model)
@@ -124,6 +131,8 @@ class Method(ABC):
         trained = self._trained()
         self.optimizer = optimizer(trained)
         self.location, self.raw_scale = self._initial_state(trained[0].device)
+        if processes is not None:
+            processes.align(model)
         self.kinds: dict[str, Kind] = {}
         self.took_step = True  # whether the last training step was taken, as far as the host knows
         self.response_loss: Tensor | None = None  # of the last training step, if it had a response step
@@ -259,17 +268,30 @@ class Method(ABC):
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not trained:
             raise RuntimeError("the training loss depends on none of the parameters that the optimizer trains")
+        if self.processes is not None:
+            loss = self._averaged_step(loss, trained, batch.examples)
         norms = gradient_norms([parameter.grad for parameter in trained])
         norm = torch.linalg.vector_norm(norms)
 
         def update() -> None:
             if self.clip is not None:
                 nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
-            self._response_steps.shorten(trained, [hyper.response for hyper in hypers])
+            self._response_steps.shorten(trained, [hyper.response for hyper in hypers], self.processes)
             optimizer.step()
 
         name = partial(parameter_names, self.model, trained)
         self.took_step = self.guard.take(Attempt(kind, step, loss, norms, norm, name), optimizer, update, undo)
+        return loss
+
+    def _averaged_step(self, loss: Tensor, trained: Sequence[Tensor], examples: int) -> Tensor:
+        """Averages the gradients and running statistics over the processes; returns the loss of the whole batch."""
+        assert self.processes is not None
+        for parameter in trained:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
+        loss = loss.clone()
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        self.processes.average_([*gradients, *self._buffers.statistics(), loss], examples)
         return loss
 
     def _pass(
@@ -611,7 +633,14 @@ class SelfTuning(Method):
             hyper = self._validation_hyper(self._draw(batch, step, first_example))
             with self._in_use(hyper):
                 loss = self._loss("validation", self.validation_objective, self.model, batch, hyper)
-                return loss.detach(), self._gradients(loss)
+                return self._averaged(loss.detach(), self._gradients(loss), batch.examples)
+
+    def _averaged(self, loss: Tensor, gradients: Sequence[Tensor], examples: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The validation loss and its gradients over the examples of all processes that share the batch."""
+        if self.processes is None:
+            return loss, tuple(gradients)
+        loss_of_all, *others = self.processes.averages([loss, *gradients], examples)
+        return loss_of_all.to(loss.dtype), tuple(one.to(self.location.dtype) for one in others)
 
     def _validation_hyper(self, draw: dict[str, Any]) -> HyperBatch:
         """The hyperparameters of a validation step, which get gradients."""

@@ -139,6 +139,8 @@ class OnePass(FixedHyperparameters):
         neumann_terms: int = 5,
         **options: Any,
     ) -> None:
+        if options.get("processes") is not None:
+            raise ValueError("OnePass: processes can't share a batch, because second derivatives are not averaged")
         super().__init__(model, space, training_objective, **options)
         self.validation_objective = validation_objective
         self.neumann_terms = whole_number("OnePass", "neumann_terms", neumann_terms, 1)

@@ -75,8 +75,8 @@ class SelfTuner(Passes):
     A loop that calls backward, zero_grad and the optimizer's step itself uses passes instead of steps: `training`,
     `validating` and `hyper_step`. There, call `stn_fast.conversion.check_rows` yourself.
 
-    With several processes, give `process_group`, and call in passes the module that DistributedDataParallel, Fabric or
-    Accelerate made of the model, which averages the gradients of the weights.
+    With several processes, give `process_group`. Steps average the gradients themselves, so the model is not wrapped.
+    In passes, call the module that DistributedDataParallel, Fabric or Accelerate made of it, which averages them.
 
     The training loss also gets ½·weight_decay·‖W_eff‖² of the converted layers, if the space has `weight_decay`; with
     additions of `stn_fast.WeightDecay`, each layer has its own hyperparameter. An optimizer that decays weights itself
@@ -102,9 +102,10 @@ class SelfTuner(Passes):
         check_rows: whether to check, at the first step with each structure of batch, which examples the rows of a
             layer's input belong to, as `stn_fast.conversion.check_rows` does. False for a model that can't be called
             with another number of examples, keeps a state between calls, or pads to the longest example of a call.
-        process_group: the processes that share each batch of a loop of passes, all with as many examples, such as
+        process_group: the processes that share each batch, all with as many examples, such as
             ``torch.distributed.group.WORLD``, which is None where there is only one. Every process draws for its own
-            examples what one process would draw for them in the whole batch, and `hyper_step` averages gradients.
+            examples what one process would draw for them in the whole batch. Gradients and the running statistics of
+            batch norms are averaged, and all begin with the weights of the first process. Delta-stn only takes steps.
 
     Raises:
         TypeError: the model has not been converted, `optimizer` is not an optimizer, or `process_group` no group.
@@ -162,10 +163,9 @@ class SelfTuner(Passes):
         if method == "delta-stn":
             options |= dict(response_optimizer=lambda parameters: of_response, linearize=linearize)
         objectives = self._training_objective, self._validation_objective
-        made = METHODS[method](model, tuned.space, *objectives, **options)
+        made = METHODS[method](model, tuned.space, *objectives, **options, processes=_processes(process_group))
         tuned.centre(method == "delta-stn")
         super().__init__(made)
-        made.processes = self._processes = _processes(process_group, method)
         self._checked: set[Any] = set()  # the structures of batches with which check_rows has called the model
 
     def _training_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:
@@ -198,28 +198,26 @@ class SelfTuner(Passes):
 
     def train_step(self, batch: Any) -> Tensor:
         """Updates the weights and the response on a training batch; returns the loss."""
-        self._check_alone("train_step")
         self._check_closed("train_step")
         self._forget_passes()  # their gradients are not used
-        loss = self.method.train_step(self._batch(batch), self.draws)
+        batch = self._batch(batch)
+        loss = self.method.train_step(batch, self.draws, first_example=self._first_of(batch))
         self.draws, self.trained = self.draws + 1, self.trained + 1
         return loss
 
     def valid_step(self, held_out: Any) -> Tensor:
         """Updates the hyperparameters on a validation batch; returns the loss, without the entropy."""
-        self._check_alone("valid_step")
         self._check_closed("valid_step")
-        loss = self.method.valid_step(self._batch(held_out), self.draws)
+        batch = self._batch(held_out)
+        loss = self.method.valid_step(batch, self.draws, first_example=self._first_of(batch))
         self.draws += 1
         self._record(loss)
         return loss
 
-    def _check_alone(self, call: str) -> None:
-        if self._processes is not None:
-            raise RuntimeError(
-                f"{call}: steps do not average the gradients of weights over {self._processes.size} processes: call "
-                "the model that DistributedDataParallel returns in passes, `with tuner.training(...)`"
-            )
+    def _first_of(self, batch: _Batch) -> int:
+        """The place of the first example of this process in the batch of all processes."""
+        processes = self.method.processes
+        return 0 if processes is None else processes.rank * batch.examples
 
     def _batch(self, batch: Any) -> _Batch:
         if isinstance(batch, Mapping):
@@ -320,18 +318,13 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return inputs if isinstance(inputs, tuple) else (inputs,), {}
 
 
-def _processes(group: ProcessGroup | None, method: TuningMethod) -> Processes | None:
+def _processes(group: ProcessGroup | None) -> Processes | None:
     """The processes that share a batch; None if there is only one."""
     if group is None:
         return None
     if not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(f"SelfTuner: process_group must be one of torch.distributed, got {type(group).__name__}")
     processes = Processes(group)
-    if processes.size > 1 and method == "delta-stn":
-        raise ValueError(
-            "SelfTuner: delta-stn can't share a batch between processes, because its pass of the response does not "
-            "call the model that DistributedDataParallel returns: use method='stn'"
-        )
     return processes if processes.size > 1 else None
 
 

@@ -1,4 +1,4 @@
-"""Passes in two gloo processes tune as one process with the whole batch does: by DDP, by Fabric and by Accelerate."""
+"""Two gloo processes tune as one process with the whole batch does: in steps, and by DDP, Fabric and Accelerate."""
 
 import os
 import socket
@@ -23,6 +23,13 @@ ROUNDING = 1e-6
 LIBRARIES = {"DDP": "torch", "fabric": "lightning_fabric", "accelerate": "accelerate"}
 
 
+IN_STEPS = {
+    "stn": gloo_process.train_in_steps,
+    "delta-stn": lambda: gloo_process.train_in_steps("delta-stn"),
+    "unequal": gloo_process.train_in_unequal_shares,
+}
+
+
 @pytest.fixture(scope="module")
 def whole():
     """One process with the whole batch."""
@@ -33,6 +40,7 @@ def whole():
 def halves(tmp_path_factory):
     """Two processes, each with a half of the batch: {library: result} of each."""
     installed = [library for library, module in LIBRARIES.items() if find_spec(module)]
+    installed += [*IN_STEPS, "statistics"]
     files = [tmp_path_factory.mktemp("processes") / str(rank) for rank in range(2)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -63,7 +71,23 @@ def halves(tmp_path_factory):
 def test_two_processes_tune_as_one_does_with_the_whole_batch(library, whole, halves):
     if library not in halves[0]:
         pytest.skip(f"{LIBRARIES[library]} is not installed")
-    one, other = (results[library] for results in halves)
+    assert_equal(*(results[library] for results in halves), whole)
+
+
+@pytest.mark.parametrize("way", IN_STEPS)
+def test_steps_of_two_processes_are_those_of_one_with_the_whole_batch(way, halves):
+    assert_equal(*(results[way] for results in halves), IN_STEPS[way]())
+
+
+def test_running_statistics_are_averaged(halves):
+    one, other = (results["statistics"] for results in halves)
+    assert torch.equal(one["variance"], other["variance"])
+    for found in (one, other):
+        torch.testing.assert_close(found["mean"], gloo_process.running_mean()["mean"])
+
+
+def assert_equal(one, other, whole):
+    """Both processes found the same, bit for bit, and what one process finds with the whole batch."""
     assert one["history"] == other["history"]
     assert one["scales"] == other["scales"]
     assert torch.equal(one["weights"], other["weights"])
@@ -78,7 +102,7 @@ def test_two_processes_tune_as_one_does_with_the_whole_batch(library, whole, hal
 @pytest.mark.parametrize(("others", "equal"), [(4, True), (3, False)])
 def test_shares_of_different_sizes_are_refused(two, monkeypatch, others, equal):
     loss = torch.tensor(2.0)
-    from_the_other = torch.tensor([4.0, others, others**2], dtype=torch.double)
+    from_the_other = torch.tensor([4.0 * others, others, others**2], dtype=torch.double)
     monkeypatch.setattr(dist, "all_reduce", lambda joined, group: joined.add_(from_the_other))
     if equal:
         (average,) = Processes(two).averages([loss], 4)
@@ -120,15 +144,12 @@ def two():
     dist.destroy_process_group()
 
 
-def test_steps_delta_stn_and_what_is_no_group_are_refused(two):
+def test_passes_of_delta_stn_and_what_is_no_group_are_refused(two):
     tuned = gloo_process.network()
     optimizer = torch.optim.SGD(tuned.parameters(), 0.1)
     with pytest.raises(TypeError, match=r"process_group must be one of torch\.distributed, got int"):
         stn.SelfTuner(tuned, optimizer, process_group=2)
-    with pytest.raises(ValueError, match="delta-stn can't share a batch"):
-        stn.SelfTuner(tuned, optimizer, method="delta-stn", process_group=two)
-    tuner = stn.SelfTuner(tuned, optimizer, torch.nn.functional.cross_entropy, process_group=two)
-    for step in (tuner.step, tuner.train_step, tuner.valid_step):
-        with pytest.raises(RuntimeError, match="steps do not average the gradients of weights over 2 processes"):
-            step(gloo_process.batch(0)[0])
-    assert tuner.draws == 0
+    tuner = stn.SelfTuner(tuned, optimizer, method="delta-stn", process_group=two)
+    pass_of_weights = tuner.training(4)
+    with pytest.raises(ValueError, match="delta-stn can't share a batch between processes in passes"):
+        pass_of_weights.__enter__()
