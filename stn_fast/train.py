@@ -90,18 +90,25 @@ def train(config: Any, module: Any, resume: bool) -> int:
     """Runs ``config``, prints the result and plots the schedules; returns the exit status."""
     require("matplotlib")  # fail before the run rather than after it
     from stn_fast.plot import save_schedule
+    from stn_fast.training.distributed import first_of, launched
     from stn_fast.training.progress import Progress, summary
     from stn_fast.training.run import run
     from stn_fast.training.signals import Interrupted
     from stn_fast.training.trainer import Diverged
 
-    try:
-        result = run(config, module.build, resume=resume, progress=Progress(config.schedule.epochs))
-    except Interrupted as stop:
-        print(printable(f"{stop} in {config.directory}; the same command resumes it"), file=sys.stderr)
-        return stop.exit_status
-    except Diverged as error:
-        return complain(str(error), 1)
+    with launched(config.device) as processes:
+        first = first_of(processes)
+        progress = Progress(config.schedule.epochs, quiet=not first, warns=first)
+        try:
+            result = run(config, module.build, resume=resume, progress=progress, processes=processes)
+        except Interrupted as stop:
+            if first:
+                print(printable(f"{stop} in {config.directory}; the same command resumes it"), file=sys.stderr)
+            return stop.exit_status
+        except Diverged as error:
+            return complain(str(error), 1) if first else 1
+    if not first:
+        return 0
     print(summary(result))
     schedule = save_schedule([config.directory])
     files = f"results are in {config.directory}, the schedules in {schedule}"

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from benchmarks.gpu_report import parse_only
 from stn_fast import train
@@ -55,7 +56,7 @@ def starting(*beginnings: str) -> list[str]:
 
 
 def test_every_command_is_of_a_kind_that_is_tested() -> None:
-    kinds = ("make ", "pip ", "python -m stn_fast.train ", *COMMANDS)
+    kinds = ("make ", "pip ", "torchrun ", "python -m stn_fast.train ", *COMMANDS)
     assert set(starting(*kinds)) == set(commands())
 
 
@@ -95,6 +96,16 @@ def test_command_takes_its_arguments(command: str, monkeypatch: pytest.MonkeyPat
 def test_training_command_takes_its_arguments(command: str, capsys: pytest.CaptureFixture) -> None:
     """Up to its configuration; the tests in tests/recipes run every recipe."""
     recipe, *flags = command.split()[3:]
+    assert train.main([recipe, *flags, "--print-config"]) == 0
+    assert f"recipe: {recipe}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", starting("torchrun "))
+def test_torchrun_launches_a_training_command(command: str, capsys: pytest.CaptureFixture) -> None:
+    """tests/training/test_shared_runs.py runs recipes in processes that are launched as torchrun does."""
+    launched = get_args_parser().parse_args(command.split()[1:])
+    assert (launched.module, launched.training_script) == (True, "stn_fast.train")
+    recipe, *flags = launched.training_script_args
     assert train.main([recipe, *flags, "--print-config"]) == 0
     assert f"recipe: {recipe}\n" in capsys.readouterr().out
 

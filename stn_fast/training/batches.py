@@ -75,6 +75,10 @@ class Examples(Split):
     def finish_as(self, other: Any) -> None:
         pass
 
+    def part(self, examples: slice) -> Examples:
+        """Some of the examples, for one of several processes."""
+        return Examples(*pytree.tree_map_only(Tensor, lambda tensor: tensor[examples], tuple(self)))
+
 
 class BatchSequence(Protocol):
     """An endless sequence of batches of ``examples`` each; a position in it is an index and ``state_dict``.

@@ -122,7 +122,8 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     manifest = _read_manifest(path)
     written_as, sums = manifest.get("format", 0), manifest.get("files")
     signed = manifest == _signed(manifest)
-    if written_as != FORMAT and (signed or sums is None):  # up to format 6, without files and a checksum of its own
+    older = "sha256" in manifest and sums is None  # up to format 6, the checksum was that of the state
+    if written_as != FORMAT and (signed or older):
         raise UserError(
             f"{path} is a checkpoint of format {written_as}, but this stn_fast reads format {FORMAT}: "
             "continue with the version that wrote it, or start over with --no-resume"

@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib import import_module
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from stn_fast.errors import UserError
 from stn_fast.ops.gates import wide
+from stn_fast.training.batches import Batch, BatchSequence, as_batch
+
+Result = TypeVar("Result")
+
+TIMEOUT = timedelta(minutes=10)  # after which a process that waits for another one that hangs is an error
+
+
+@contextmanager
+def launched(device: str) -> Iterator[Processes | None]:
+    """The processes that torchrun has launched, with shares of any size; None if it has not, or only one.
+
+    They talk by NCCL on CUDA, where each takes the GPU of its local rank, and by gloo on the CPU.
+
+    Raises:
+        UserError: the environment says that there are several processes, but not which one this is.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE is set, but {', '.join(missing)} is not: launch several processes by torchrun")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    import_module("torch.distributed.nn")  # before there is a group, which defaults of its functions would hold
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    processes = Processes(torch.distributed.group.WORLD, equal=False)  # type: ignore[arg-type]
+    try:
+        yield processes
+    finally:  # without references to the group, its threads end: one that frees a tensor while Python ends aborts
+        del processes.group
+        torch.distributed.destroy_process_group()
 
 
 class Processes:
@@ -73,3 +111,104 @@ class Processes:
         """Gives all processes the parameters and buffers of the first one."""
         for tensor in (*model.parameters(), *model.buffers()):
             torch.distributed.broadcast(tensor.detach(), group=self.group, group_src=0)
+
+    def share(self, examples: int) -> slice:
+        """The examples of this process in a batch; shares differ by one example at most."""
+        return slice(examples * self.rank // self.size, examples * (self.rank + 1) // self.size)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The value of each process; tensors in it must be on the CPU."""
+        values = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+    def most(self, number: int) -> int:
+        """The largest number of any process."""
+        joined = torch.tensor(number, device="cuda" if _on_cuda(self.group) else "cpu")
+        torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX, group=self.group)
+        return int(joined)
+
+    def first(self, call: Callable[[], Result]) -> Result | None:
+        """Calls it in the first process alone, once all are here; the others get None. All raise what it raises."""
+        torch.distributed.barrier(group=self.group)
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = call()
+            except Exception as raised:
+                error = raised
+        told = [error]
+        torch.distributed.broadcast_object_list(told, group=self.group, group_src=0)
+        if told[0] is not None:
+            raise told[0]
+        return result
+
+
+def first_of(processes: Processes | None) -> bool:
+    """Whether this is the first process, or the only one."""
+    return processes is None or processes.rank == 0
+
+
+def in_first(processes: Processes | None, call: Callable[[], Result]) -> Result | None:
+    """`Processes.first`, or the call itself where there is only one process."""
+    return call() if processes is None else processes.first(call)
+
+
+def _on_cuda(group: torch.distributed.ProcessGroup) -> bool:
+    return torch.distributed.get_backend(group) == "nccl"
+
+
+class Shares:
+    """A `BatchSequence` of the share that one process has of each batch of another sequence."""
+
+    def __init__(self, whole: BatchSequence, processes: Processes, device: torch.device) -> None:
+        self.whole, self.processes, self.device = whole, processes, device
+        self.examples, self.per_pass = whole.examples, whole.per_pass
+
+    def __getitem__(self, index: int) -> Batch:
+        return part_of(self.whole[index], self.processes, self.device)
+
+    def examples_of(self, steps: int) -> int:
+        """Those of all processes."""
+        return self.whole.examples_of(steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all processes, which must all call this."""
+        own = pytree.tree_map_only(Tensor, Tensor.cpu, self.whole.state_dict())
+        return {SHARES: self.processes.gathered(own)} if own else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores this process's part of what ``state_dict`` returned."""
+        load_share(self, state, self.processes)
+
+
+def part_of(batch: Any, processes: Processes, device: torch.device) -> Batch:
+    """The share of this process, which may be empty.
+
+    Raises:
+        UserError: batches of this kind can't be shared.
+    """
+    batch = as_batch(batch, device)
+    if not hasattr(batch, "part"):
+        raise UserError(
+            f"several processes can't share a batch that is a {type(batch).__name__}, without a method part"
+        )
+    part: Batch = batch.part(processes.share(batch.examples))
+    return part
+
+
+SHARES = "of_processes"
+
+
+def load_share(sequence: Any, state: dict[str, Any], processes: Processes | None) -> None:
+    """Loads the state of this process, if as many processes saved theirs.
+
+    Otherwise no part fits: a text continues in the right window, but from a zero state.
+    """
+    states, rank, size = state.get(SHARES, [state]), 0, 1
+    if processes is not None:
+        rank, size = processes.rank, processes.size
+    sequence = sequence.whole if isinstance(sequence, Shares) else sequence
+    sequence.load_state_dict(states[rank] if len(states) == size else states[0])
+    if len(states) != size and states[0]:
+        sequence.forget()

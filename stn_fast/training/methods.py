@@ -81,11 +81,6 @@ class Method(ABC):
         precision: precision of the matrix products, convolutions and LSTMs of a step: "fp32"; "tf32", on CUDA; "bf16",
             autocast to bfloat16 around the objectives. Weights, hyperparameters, gradient norms and updates, and
             everything outside of steps, always use the dtype of the parameters.
-        processes: those that share every batch, of which each is given its own examples, and calls each step with
-            ``first_example``. Gradients, losses and the running statistics of batch norms are averaged over all
-            examples, so that all processes have the same weights and hyperparameters, at first those of process 0.
-            Batch norms normalise by the statistics of the process's own examples. Draws of torch's own layers, such as
-            `nn.Dropout`, are not those of one process.
         allow_unused: whether the training objective may ignore hyperparameters. By default it is an error if the first
             training step looks up some hyperparameters, as ``hyper["name"]`` does, but not others, because only the
             entropy would move those. If it looks up none, it is an error, too, for a converted model, and a warning for
@@ -114,14 +109,14 @@ class Method(ABC):
         skip_nonfinite: int = 0,
         seed: int = 0,
         precision: Precision = "fp32",
-        processes: Processes | None = None,
         allow_unused: bool = False,
     ) -> None:
         who = type(self).__name__
         if clip is not None and not real_number(who, "clip", clip) > 0:
             raise ValueError(f"{who}: clip must be above 0, or None for no limit, got {clip}")
         self.model, self.space, self.training_objective, self.clip = model, space, training_objective, clip
-        self.seed, self.processes = whole_number(who, "seed", seed, 0), processes
+        self.seed = whole_number(who, "seed", seed, 0)
+        self.processes: Processes | None = None
         self.precision = check_precision(who, precision)
         self._checks_used = not switch(who, "allow_unused", allow_unused)
         check_streams(model)
@@ -131,12 +126,24 @@ class Method(ABC):
         trained = self._trained()
         self.optimizer = optimizer(trained)
         self.location, self.raw_scale = self._initial_state(trained[0].device)
-        if processes is not None:
-            processes.align(model)
         self.kinds: dict[str, Kind] = {}
         self.took_step = True  # whether the last training step was taken, as far as the host knows
         self.response_loss: Tensor | None = None  # of the last training step, if it had a response step
         self._add_training_kinds()
+
+    def share(self, processes: Processes) -> None:
+        """Makes this the method of one of several processes that share every batch; all must call it.
+
+        Each gives a step its own examples of the batch, and as ``first_example`` the place of the first. Gradients,
+        losses and the running statistics of batch norms are averaged over all examples, so that all processes have the
+        same weights and hyperparameters, from now those of the first one. Batch norms normalise by the statistics of a
+        process's own examples. Draws of torch's own layers, such as `nn.Dropout`, are not those of a single process.
+
+        Raises:
+            ValueError: the method does not support it.
+        """
+        processes.align(self.model)
+        self.processes = processes
 
     def _trained(self) -> list[nn.Parameter]:
         """The parameters that training steps update."""

@@ -71,6 +71,25 @@ class MetricsLog:
             self._file.close()
 
 
+class NoLog:
+    """What a process that writes no metrics has in place of a `MetricsLog`: it counts the rows."""
+
+    def __init__(self, rows: int = 0) -> None:
+        self.rows = rows
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.rows += 1
+
+    def sync(self) -> None:
+        pass
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+
 def size_of(path: Path, rows: int) -> int:
     """The size of the first ``rows`` rows of the file in bytes.
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from stn_fast.checks import real_number, whole_number
+from stn_fast.errors import UserError
 from stn_fast.hyperparameter import Hyperparameter
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.modes import evaluating
 from stn_fast.training.batches import Batch
+from stn_fast.training.distributed import Processes
 from stn_fast.training.finite import Attempt, gradient_norms
 from stn_fast.training.methods import FixedHyperparameters
 from stn_fast.training.optimizers import (
@@ -139,8 +141,6 @@ class OnePass(FixedHyperparameters):
         neumann_terms: int = 5,
         **options: Any,
     ) -> None:
-        if options.get("processes") is not None:
-            raise ValueError("OnePass: processes can't share a batch, because second derivatives are not averaged")
         super().__init__(model, space, training_objective, **options)
         self.validation_objective = validation_objective
         self.neumann_terms = whole_number("OnePass", "neumann_terms", neumann_terms, 1)
@@ -195,6 +195,10 @@ class OnePass(FixedHyperparameters):
         keep = partial(self._validation_gradients.append, list(gradient))
         self.guard.take(attempt, self.hyper_optimizer, keep, batch.undo)
         return loss.detach()
+
+    def share(self, processes: Processes) -> None:
+        """Raises UserError."""
+        raise UserError("one-pass tuning can't share batches between processes: second derivatives are not averaged")
 
     def _train(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
         if not (self._validation_gradients and self.location.is_cuda):

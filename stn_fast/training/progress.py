@@ -18,10 +18,13 @@ BAR = "{percentage:3.0f}%|{bar}| epoch {n:.2f}/{total} [{elapsed}<{remaining}{po
 
 
 class Progress:
-    """A bar on a terminal, plain lines elsewhere, nothing if ``quiet``. Everything goes to standard error."""
+    """A bar on a terminal, plain lines elsewhere, only warnings if ``quiet``, nothing at all unless it ``warns``.
 
-    def __init__(self, epochs: int = 0, quiet: bool = False) -> None:
-        self.epochs, self.quiet = epochs, quiet
+    Everything goes to standard error.
+    """
+
+    def __init__(self, epochs: int = 0, quiet: bool = False, warns: bool = True) -> None:
+        self.epochs, self.quiet, self.warns = epochs, quiet, warns
         self.start = 0.0  # passes over the training set made by an earlier process
         self._bar: Any = None
         self._shown = time.monotonic()
@@ -34,7 +37,8 @@ class Progress:
 
     def warn(self, text: str) -> None:
         """Prints one line of warning, even if ``quiet``."""
-        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+        if self.warns:
+            print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
     def row(self, row: dict[str, Any]) -> None:
         """Shows a row of metrics.jsonl; only evaluations are printed."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from stn_fast.training.config import Config
 
-COUNTS = ("steps", "valid_steps", "epochs", "best_step", "train_examples", "valid_examples")
+COUNTS = ("steps", "valid_steps", "epochs", "best_step", "train_examples", "valid_examples", "processes")
 TIMES = ("wall_seconds", "cpu_seconds", "step_cpu_seconds", "steps_per_second")
 NULLABLE = ("peak_bytes", "valid_loss")
 SCORES = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from stn_fast.ops.openmp import full_team
 from stn_fast.training import checkpoint
 from stn_fast.training.build import build_method
 from stn_fast.training.config import FLAGS, Config, ConfigError
+from stn_fast.training.distributed import Processes, first_of, in_first
 from stn_fast.training.finite import is_writable
 from stn_fast.training.methods import Method
-from stn_fast.training.metrics import MetricsLog, size_of
+from stn_fast.training.metrics import MetricsLog, NoLog, size_of
 from stn_fast.training.parameters import check_used
 from stn_fast.training.progress import Progress
 from stn_fast.training.run_directory import RunDirectory
@@ -39,11 +40,13 @@ def run(
     progress: Progress | None = None,
     make_method: Callable[[Config, Task], Method] = build_method,
     scheduler: Scheduler | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Trains as ``config`` says, in ``config.directory``, and returns the contents of ``result.json``.
 
     ``make_method`` may return a `Method` of your own; by default it is the one that ``config.method`` names.
-    ``scheduler`` may change the learning rate of its optimizer after every epoch; its state is saved.
+    ``scheduler`` may change the learning rate of its optimizer after every epoch; its state is saved. ``processes``
+    share each batch and evaluation; all call this, need the same disk, and get the result, and the first one writes.
 
     With ``resume``, a run in that directory continues from its newest undamaged checkpoint, bit for bit as if it had
     never stopped; if it is finished, its result is returned. Both need the data that the run was trained on, though
@@ -56,24 +59,41 @@ def run(
     """
     config, progress = config.resolved, progress or Progress(quiet=True)
     require("safetensors")  # not to miss it when the first checkpoint is written
-    directory = RunDirectory(config.directory)
-    with directory.locked(), using_threads(config.threads):
-        checkpoint.recover(directory.checkpoints)
-        if resume and not directory.resumable:
-            directory.check_free()
-            if exists(directory.metrics):
-                progress.warn(f"{directory.path} holds a run without a checkpoint: starting over from step 0")
-            resume = False
-        if resume:
-            directory.check_same_run(config)
-        task = checked_task(config, build_task)
-        data = fingerprint(task.data, task.vocabulary)
-        if resume:
+    with ExitStack() as stack:
+        stack.enter_context(using_threads(config.threads))
+
+        def begin() -> Task:
+            directory = RunDirectory(config.directory)
+            stack.enter_context(directory.locked())
+            checkpoint.recover(directory.checkpoints)
+            if resume and directory.resumable:
+                directory.check_same_run(config)
+            elif resume:
+                directory.check_free()
+                if exists(directory.metrics):
+                    progress.warn(f"{directory.path} holds a run without a checkpoint: starting over from step 0")
+            return checked_task(config, build_task)  # which may download the data
+
+        task = in_first(processes, begin) or checked_task(config, build_task)
+        directory, data = RunDirectory(config.directory, write=False), fingerprint(task.data, task.vocabulary)
+        resumes = resume and directory.resumable
+        if resumes:
             directory.check_same_data(data, progress.warn)
             if (result := directory.finished_result(config)) is not None:
                 progress.say(f"{directory.path} is finished; --no-resume would run it again")
                 return result
-        return _train(config, make_method(config, task), task, data, directory, resume, progress, scheduler)
+        method = make_method(config, task)
+        if processes is not None:
+            _check_shares(config, processes)
+            method.share(processes)
+        return _train(config, method, task, data, directory, resumes, progress, scheduler)
+
+
+def _check_shares(config: Config, processes: Processes) -> None:
+    """Raises UserError if a batch has fewer examples than there are processes."""
+    for key in ("batch_size", "valid_batch_size"):
+        if (size := getattr(config.schedule, key)) < processes.size:
+            raise ConfigError(f"schedule.{key}", size, f"must be at least {processes.size}, the number of processes")
 
 
 def _train(
@@ -86,22 +106,28 @@ def _train(
     progress: Progress,
     scheduler: Scheduler | None,
 ) -> dict[str, Any]:
+    processes = method.processes
     trainer = Trainer(
         config, task, method, directory.checkpoints, progress.row, progress.step, progress.warn, scheduler
     )
     progress.say(_about(config, task, trainer))
     if resume:
         _continue(trainer, directory, progress)
-    else:
-        directory.clear()
-    directory.write_config(config)
-    directory.write_data(data)
-    directory.clear_result()
+
+    def prepare() -> None:
+        if not resume:
+            directory.clear()
+        directory.write_config(config)
+        directory.write_data(data)
+        directory.clear_result()
+
+    in_first(processes, prepare)
     progress.start = trainer.train_steps / trainer.train_batches.per_pass
-    with progress, MetricsLog(directory.metrics, trainer.rows) as log:
+    log = MetricsLog(directory.metrics, trainer.rows) if first_of(processes) else NoLog(trainer.rows)
+    with progress, log:
         trainer.fit(log)
     result = finite(best_result(trainer, task, progress))
-    directory.write_result(result)
+    in_first(processes, lambda: directory.write_result(result))
     return result
 
 
@@ -115,6 +141,7 @@ def _about(config: Config, task: Task, trainer: Trainer) -> str:
     return (
         f"{config.recipe}, {config.method.label}: {', '.join(sizes)} {task.batching.unit}; "
         f"{parameters:,} trained parameters; {steps:,} training steps an epoch"
+        + ("" if trainer.processes is None else f"; {trainer.processes.size} processes share each batch")
         + ("" if config.precision == "fp32" else f"; matrix products in {config.precision}")
         + ("" if reason is None else f"; using the slow backend {backend!r}: {reason}")
     )
@@ -137,6 +164,12 @@ def _continue(trainer: Trainer, directory: RunDirectory, progress: Progress) -> 
             f"earlier: change this with {flag}, or choose another --run-dir"
         )
     progress.say(f"resuming {directory.path} after step {trainer.step}")
+    here = 1 if trainer.processes is None else trainer.processes.size
+    if (before := state["processes"]) != here:
+        progress.warn(
+            f"the checkpoint is of {before} processes and is continued by {here}: sums over the examples are rounded "
+            "otherwise, and a text goes on from a zero state, so the run is not bit for bit what it would have been"
+        )
     trainer.check_best(progress.warn)
 
 
@@ -216,6 +249,7 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
         **trainer.compute,
         "steps_per_second": round(steps / max(trainer.step_clock.seconds, 1e-9), 2),
         "peak_bytes": peak_bytes(config.device),
+        "processes": 1 if trainer.processes is None else trainer.processes.size,
         "precision": config.precision,
         "captured": captured(trainer),
         **task.facts,

@@ -11,7 +11,7 @@ next window.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -105,6 +105,10 @@ class Window:
         carrier = _Carrier()
         carrier.carry(0, state)
         return Window(inputs, targets, 1, self.begins, carrier)
+
+    def part(self, examples: slice) -> Window:
+        """Some of the columns, for one of several processes, which keeps their state for the next window."""
+        return replace(self, inputs=self.inputs[:, examples], targets=self.targets[:, examples])
 
     def finish_as(self, other: Any) -> None:
         self.carry(_mapped(Tensor.clone, other.carrier.state_for(other.index + 1)))

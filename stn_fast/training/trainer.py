@@ -20,9 +20,10 @@ from stn_fast.training.averaging import averaged_model
 from stn_fast.training.batches import as_batch
 from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.config import Config
+from stn_fast.training.distributed import Shares, in_first, load_share, part_of
 from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.methods import Method, SelfTuning
-from stn_fast.training.metrics import MeanLoss, MetricsLog, describe
+from stn_fast.training.metrics import MeanLoss, MetricsLog, NoLog, describe
 from stn_fast.training.optimizers import captures
 from stn_fast.training.plateau import Plateau
 from stn_fast.training.precision import float32_products
@@ -83,9 +84,14 @@ class Trainer:
         train, valid, _ = task.data
         device = method.location.device
         sequence, seed = task.batching.sequence, config.seed
+        self.processes = method.processes
         self.train_batches = sequence(train, schedule.batch_size, seed=seed, stream=0, device=device)
         self.valid_batches = sequence(valid, schedule.valid_batch_size, seed=seed, stream=1, device=device)
-        self.captured = CapturedSteps(method, warn=warn) if config.capture and captures(device) else None
+        if self.processes is not None:
+            self.train_batches = Shares(self.train_batches, self.processes, device)
+            self.valid_batches = Shares(self.valid_batches, self.processes, device)
+        captured = config.capture and captures(device) and self.processes is None
+        self.captured = CapturedSteps(method, warn=warn) if captured else None
         self._steps = self.captured or method
         average = config.optimizer.average
         self.averaged = averaged_model(method.model, average) if average else None
@@ -170,7 +176,7 @@ class Trainer:
     def _epoch_closed(self) -> bool:
         return self.train_steps % self.train_batches.per_pass == 0 and self._cycle_closed
 
-    def fit(self, log: MetricsLog) -> None:
+    def fit(self, log: MetricsLog | NoLog) -> None:
         """Trains from the current state to the end of the schedule.
 
         Raises:
@@ -188,15 +194,21 @@ class Trainer:
                 self.on_step(self.train_steps / self.train_batches.per_pass)
                 if self._epoch_closed:
                     self._close_epoch(log)
-                if stop.number is not None:
+                if (number := self._stopped_by(stop)) is not None:
                     self._save(log)
-                    raise Interrupted(stop.number, self.step)
+                    raise Interrupted(number, self.step)
             # An unfinished epoch is saved before its early report, so that a longer run can continue from it as if it
             # had never stopped.
             self._save(log)
             if not self._epoch_closed:
                 self._report_epoch(log)
         self._note_times()
+
+    def _stopped_by(self, stop: StopRequest) -> int | None:
+        """The signal that this process has received, or any of those that share the batches."""
+        if self.processes is None:
+            return stop.number
+        return self.processes.most(stop.number or 0) or None
 
     def _advance(self) -> None:
         try:
@@ -207,17 +219,23 @@ class Trainer:
 
     def _take_step(self) -> None:
         if self._cycle_closed:
-            self.train_loss.add(self._steps.train_step(self.train_batches[self.train_steps], self.step))
+            batch, first = self.train_batches[self.train_steps], self._first_example(self.config.schedule.batch_size)
+            self.train_loss.add(self._steps.train_step(batch, self.step, first_example=first))
             if self.method.response_loss is not None:
                 self.response_loss.add(self.method.response_loss)
             if self.averaged is not None:
                 self.averaged.update_parameters(self.method.model)
             self.train_steps += 1
         else:
-            self.valid_loss.add(self._steps.valid_step(self.valid_batches[self.valid_steps], self.step))
+            batch, size = self.valid_batches[self.valid_steps], self.config.schedule.valid_batch_size
+            self.valid_loss.add(self._steps.valid_step(batch, self.step, first_example=self._first_example(size)))
             self.valid_steps += 1
 
-    def _close_epoch(self, log: MetricsLog) -> None:
+    def _first_example(self, batch_size: int) -> int:
+        """The place of this process's first example in a batch."""
+        return 0 if self.processes is None else self.processes.share(batch_size).start
+
+    def _close_epoch(self, log: MetricsLog | NoLog) -> None:
         lower = self.plateau.add(self._report_epoch(log))
         if lower is not None:
             self.method.learning_rate = lower
@@ -235,7 +253,7 @@ class Trainer:
             past = self.train_steps / (self.config.schedule.epochs * self.train_batches.per_pass)
             self.method.rescale(decay ** min(past, 1.0))
 
-    def _report_epoch(self, log: MetricsLog) -> float:
+    def _report_epoch(self, log: MetricsLog | NoLog) -> float:
         """Writes the epoch's rows and updates the best; returns the validation loss."""
         try:
             self.method.check_finite()
@@ -266,7 +284,7 @@ class Trainer:
         self.step_clock.resume()
         return loss
 
-    def _write(self, log: MetricsLog, phase: str, loss: float, examples: int, since: float, extra: Row) -> None:
+    def _write(self, log: MetricsLog | NoLog, phase: str, loss: float, examples: int, since: float, extra: Row) -> None:
         if not math.isfinite(loss):
             self._diverge(f"the {phase} loss became {loss} by step {self.step}")
         now = self._seconds()
@@ -323,16 +341,21 @@ class Trainer:
         The weights are those of ``evaluated``. ``unperturbed`` makes other hyperparameters for a number of examples; by
         default the method's own does.
         """
-        totals: dict[str, torch.Tensor] = {}
+        sums: dict[str, torch.Tensor] = {}
         for scores in self.scores(split, unperturbed):
             for name, value in scores.items():
-                totals[name] = totals.get(name, 0) + value.double()
-        return self.task.report({name: total.item() / split.examples for name, total in totals.items()})
+                sums[name] = sums.get(name, 0) + value.double()
+        totals = {name: total.item() for name, total in sums.items()}
+        if self.processes is not None:
+            shares = self.processes.gathered(totals)
+            names = dict.fromkeys(name for share in shares for name in share)
+            totals = {name: sum(share.get(name, 0.0) for share in shares) for name in names}
+        return self.task.report({name: total / split.examples for name, total in totals.items()})
 
     def scores(
         self, split: Split, unperturbed: Callable[[int], HyperBatch] | None = None
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """What ``evaluate`` adds up: the scores of each of its batches, sums over the examples of the batch.
+        """What ``evaluate`` adds up: the scores of each of its batches, sums over this process's examples of it.
 
         Gradients reach the hyperparameters if these require them, but not through the state that a text carries from
         one batch to the next.
@@ -341,7 +364,9 @@ class Trainer:
         unperturbed = unperturbed or self.method.unperturbed
         with evaluating(model), float32_products("fp32"):
             for given in self.task.batching.whole(split, size, test=split is self.task.data.test, device=device):
-                batch = as_batch(given, device)
+                batch = as_batch(given, device) if self.processes is None else part_of(given, self.processes, device)
+                if not batch.examples:  # fewer than processes
+                    continue
                 yield batch.finish(self.task.scores(model, batch, unperturbed(batch.examples)))
 
     @property
@@ -349,7 +374,7 @@ class Trainer:
         """The network that evaluations use: the averaged one if there is one, and else the method's."""
         return self.method.model if self.averaged is None else self.averaged.module
 
-    def _save(self, log: MetricsLog) -> None:
+    def _save(self, log: MetricsLog | NoLog) -> None:
         if self._saved_at == self.step:
             return
         for phase, losses in (("train", self.train_loss), ("valid", self.valid_loss)):
@@ -361,7 +386,12 @@ class Trainer:
         self.step_clock.pause()
         log.sync()
         self._note_times()
-        checkpoint.write(self.checkpoints, self.step, self.state_dict(), self.best["step"])
+        state = self.state_dict()
+
+        def write() -> None:
+            checkpoint.write(self.checkpoints, self.step, state, self.best["step"])
+
+        in_first(self.processes, write)
         self._saved_at = self.step
         self.step_clock.resume()
 
@@ -422,7 +452,7 @@ class Trainer:
             self.averaged.load_state_dict(state["averaged"])
 
     def state_dict(self) -> Row:
-        """Everything that the next step and the next row depend on."""
+        """Everything that the next step and the next row depend on; of several processes, all must call this."""
         return {
             **self._learnt(),
             "train_steps": self.train_steps,
@@ -439,14 +469,15 @@ class Trainer:
             "cpu_seconds": self.cpu_seconds,
             "reported_at": self.reported_at,
             "step_clock": self.step_clock.state_dict(),
+            "processes": 1 if self.processes is None else self.processes.size,
             **({} if self.scheduler is None else {"scheduler": self.scheduler.state_dict()}),
         }
 
     def load_state_dict(self, state: Row) -> None:
         """Restores what ``state_dict`` returned."""
         self._load_learnt(state)
-        self.train_batches.load_state_dict(state["train_batches"])
-        self.valid_batches.load_state_dict(state["valid_batches"])
+        for name in ("train_batches", "valid_batches"):
+            load_share(getattr(self, name), state[name], self.processes)
         self.train_loss.load_state_dict(state["train_loss"])
         self.response_loss.load_state_dict(state["response_loss"])
         self.valid_loss.load_state_dict(state["valid_loss"])

@@ -163,9 +163,12 @@ class SelfTuner(Passes):
         if method == "delta-stn":
             options |= dict(response_optimizer=lambda parameters: of_response, linearize=linearize)
         objectives = self._training_objective, self._validation_objective
-        made = METHODS[method](model, tuned.space, *objectives, **options, processes=_processes(process_group))
+        processes = _processes(process_group)
+        made = METHODS[method](model, tuned.space, *objectives, **options)
         tuned.centre(method == "delta-stn")
         super().__init__(made)
+        if processes is not None:
+            made.share(processes)
         self._checked: set[Any] = set()  # the structures of batches with which check_rows has called the model
 
     def _training_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed
 from random_response import random_response  # noqa: F401 - a fixture
 from run_files import result, rows
 
@@ -54,3 +55,13 @@ def same_run():
         assert result(one) == result(other)
 
     return same_run
+
+
+@pytest.fixture
+def two():
+    """The group of two processes, the other of which does not exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()

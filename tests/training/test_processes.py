@@ -1,17 +1,13 @@
 """Two gloo processes tune as one process with the whole batch does: in steps, and by DDP, Fabric and Accelerate."""
 
-import os
-import socket
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import gloo_process
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import two_processes
 from libraries import library
 
 import stn_fast as stn
@@ -41,30 +37,9 @@ def halves(tmp_path_factory):
     """Two processes, each with a half of the batch: {library: result} of each."""
     installed = [library for library, module in LIBRARIES.items() if find_spec(module)]
     installed += [*IN_STEPS, "statistics"]
-    files = [tmp_path_factory.mktemp("processes") / str(rank) for rank in range(2)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, gloo_process.__file__, file, *installed],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, file in enumerate(files)
-    ]
-    try:
-        said = [process.communicate(timeout=120)[0] for process in running]
-    finally:  # if one has died, the other waits for it
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
-    return [torch.load(file) for file in files]
+    folder = tmp_path_factory.mktemp("processes")
+    two_processes.finish(two_processes.start([gloo_process.__file__], folder / "{rank}", *installed))
+    return [torch.load(folder / str(rank)) for rank in range(2)]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -132,16 +107,6 @@ def test_fabric_computes_the_gradients_in_mixed_precision():
         tuner.hyper_step(loss())
     tuner.hyper_step(loss(), fabric.backward)
     assert all(tuner.values()[name] != value for name, value in before.items() if name != "weight_decay")
-
-
-@pytest.fixture
-def two():
-    """The group of two processes, the other of which does not exist."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 def test_passes_of_delta_stn_and_what_is_no_group_are_refused(two):

@@ -1,0 +1,135 @@
+"""Runs whose batches two gloo processes share: the numbers of one process, resuming, signals, and errors."""
+
+import signal
+import time
+
+import gloo_runs
+import pytest
+import two_processes
+from run_files import result, rows
+
+from stn_fast.errors import UserError
+from stn_fast.training import checkpoint
+from stn_fast.training.distributed import Processes, launched
+from stn_fast.training.progress import Progress
+
+# Sums over examples are rounded in another order, in float32, at each of about 30 steps.
+ROUNDING = 2e-5
+PART = "text,schedule.max_steps=7"
+
+
+def in_two(folder, *runs):
+    two_processes.finish(two_processes.start([gloo_runs.__file__], folder, *runs))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder with all of the runs by two processes, and the text's in two parts, and only the first of them."""
+    root = tmp_path_factory.mktemp("shared")
+    gloo_runs.write_texts(root)
+    in_two(root, *(f"two:{name}" for name in gloo_runs.RUNS), f"parts:{PART}", "parts:text", f"part:{PART}")
+    return root
+
+
+def assert_close(one, other, place=""):
+    """Equal but for the rounding of floating point numbers."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_close(one[key], other[key], f"{place}/{key}")
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, rel=ROUNDING, abs=1e-7), place
+    else:
+        assert one == other, place
+
+
+@pytest.mark.parametrize("name", gloo_runs.RUNS)
+def test_two_processes_compute_what_one_computes(name, shared):
+    of_one = gloo_runs.run_in(shared / "one", name)
+    one, two = (rows(shared / folder / name) for folder in ("one", "two"))
+    assert len(one) > 2
+    for found, expected in zip(two, one, strict=True):
+        assert_close(found, expected)
+    assert result(shared / "two" / name)["processes"] == 2
+    assert of_one["processes"] == 1
+
+
+def test_a_run_in_parts_is_that_in_one_bit_for_bit(shared):
+    """It is interrupted in the middle of a pass over the text, where each process has the state of its own columns."""
+    parts, whole = shared / "parts" / "text", shared / "two" / "text"
+    assert result(parts) == result(whole)
+    assert [row for row in rows(parts) if row["step"] != 7] == rows(whole)
+
+
+class Listening(Progress):
+    """Keeps the warnings."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.warnings = []
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+
+def test_another_number_of_processes_goes_on_and_says_that_it_differs(shared):
+    progress = Listening()
+    found = gloo_runs.run_in(shared / "part", "text", progress=progress)
+    assert found["processes"] == 1
+    (warning,) = progress.warnings
+    assert "the checkpoint is of 2 processes and is continued by 1" in warning
+    assert found["valid_loss"] == pytest.approx(result(shared / "two" / "text")["valid_loss"], rel=0.02)
+
+
+def test_a_signal_to_one_process_stops_both_with_a_checkpoint_and_the_run_goes_on_exactly(tmp_path, shared):
+    command = ["-m", "stn_fast.train", "digits", "--run-dir", str(tmp_path / "stn")]
+    command += [part for setting in (*gloo_runs.DIGITS, "schedule.epochs=400") for part in ("--set", setting)]
+    running = two_processes.start(command)
+    log = tmp_path / "stn" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.stat().st_size > 2000) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGTERM)
+    first, second = two_processes.finish(running, 128 + signal.SIGTERM)
+    assert "stopped by SIGTERM after step" in first
+    assert "with a checkpoint" in first
+    assert second == ""
+    stopped = max(checkpoint.steps(tmp_path / "stn" / "checkpoints"))
+    ends = f"stn,schedule.epochs=400,schedule.max_steps={stopped + 10}"
+    in_two(tmp_path, f".:{ends}", f"whole:{ends}")
+    assert rows(tmp_path / "stn") == rows(tmp_path / "whole" / "stn")
+    assert result(tmp_path / "stn") == result(tmp_path / "whole" / "stn")
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("schedule.valid_batch_size=1", r"schedule\.valid_batch_size = 1: must be at least 2, the number of processes"),
+        ("method.name=one-pass", "one-pass tuning can't share batches between processes"),
+    ],
+)
+def test_what_can_not_be_shared_is_an_error_before_the_first_step(tmp_path, two, setting, says):
+    with pytest.raises(UserError, match=says):
+        gloo_runs.run_in(tmp_path, "stn", setting, processes=Processes(two))
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_an_environment_of_several_processes_without_ranks_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE is set, but RANK, LOCAL_RANK"), launched("cpu"):
+        pass
+
+
+@pytest.mark.parametrize("examples", [1, 2, 7, 100])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_shares_cover_a_batch_once_and_differ_by_one(examples, size):
+    processes = [object.__new__(Processes) for _ in range(size)]
+    for rank, one in enumerate(processes):
+        one.rank, one.size = rank, size
+    shares = [one.share(examples) for one in processes]
+    covered = [example for share in shares for example in range(examples)[share]]
+    assert covered == [*range(examples)]
+    counts = [share.stop - share.start for share in shares]
+    assert max(counts) - min(counts) <= 1
