@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from stn_fast.errors import UserError
 from stn_fast.ops.gates import wide
 from stn_fast.training.batches import Batch, BatchSequence, as_batch
+from stn_fast.training.disk import CannotWrite
 
 Result = TypeVar("Result")
 
@@ -37,10 +38,11 @@ def launched(device: str) -> Iterator[Processes | None]:
         return
     if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(f"WORLD_SIZE is set, but {', '.join(missing)} is not: launch several processes by torchrun")
-    if device == "cuda":
+    on_cuda = device == "cuda" and torch.cuda.is_available()  # that there is none is an error of the run
+    if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     import_module("torch.distributed.nn")  # before there is a group, which defaults of its functions would hold
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    torch.distributed.init_process_group("nccl" if on_cuda else "gloo", timeout=TIMEOUT)
     processes = Processes(torch.distributed.group.WORLD, equal=False)  # type: ignore[arg-type]
     try:
         yield processes
@@ -129,7 +131,10 @@ class Processes:
         return int(joined)
 
     def first(self, call: Callable[[], Result]) -> Result | None:
-        """Calls it in the first process alone, once all are here; the others get None. All raise what it raises."""
+        """Calls it in the first process alone, once all are here; the others get None.
+
+        An error there is one in all of them: a UserError, a CannotWrite, or else a RuntimeError.
+        """
         torch.distributed.barrier(group=self.group)
         result, error = None, None
         if self.rank == 0:
@@ -137,10 +142,15 @@ class Processes:
                 result = call()
             except Exception as raised:
                 error = raised
-        told = [error]
+        # Not the error itself, which may not be read back from a pickle.
+        kind = next((kind for kind in (UserError, CannotWrite) if isinstance(error, kind)), RuntimeError)
+        told = [None if error is None else (kind, str(error))]
         torch.distributed.broadcast_object_list(told, group=self.group, group_src=0)
+        if error is not None:
+            raise error
         if told[0] is not None:
-            raise told[0]
+            kind, text = told[0]
+            raise kind(text)
         return result
 
 

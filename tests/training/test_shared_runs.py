@@ -5,11 +5,14 @@ import time
 
 import gloo_runs
 import pytest
+import torch
 import two_processes
 from run_files import result, rows
 
 from stn_fast.errors import UserError
 from stn_fast.training import checkpoint
+from stn_fast.training.config import ConfigError
+from stn_fast.training.disk import CannotWrite
 from stn_fast.training.distributed import Processes, launched
 from stn_fast.training.progress import Progress
 
@@ -120,6 +123,33 @@ def test_an_environment_of_several_processes_without_ranks_is_named(monkeypatch)
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="WORLD_SIZE is set, but RANK, LOCAL_RANK"), launched("cpu"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConfigError("device", "cuda", "needs one"), UserError),
+        (CannotWrite("disk"), CannotWrite),
+        (KeyError("x"), RuntimeError),
+    ],
+)
+def test_an_error_of_the_first_process_is_one_of_all(two, monkeypatch, error, kind):
+    def fail():
+        raise error
+
+    sent = []
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda told, **_: sent.extend(told))
+    first, second = Processes(two), Processes(two)
+    second.rank = 1
+    with pytest.raises(type(error)) as raised:
+        first.first(fail)
+    assert raised.value is error
+    (told,) = sent
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda into, **_: into.__setitem__(0, told))
+    with pytest.raises(kind) as raised:
+        second.first(fail)
+    assert type(raised.value) is kind
+    assert str(raised.value) == str(error)
 
 
 @pytest.mark.parametrize("examples", [1, 2, 7, 100])
