@@ -84,21 +84,33 @@ def test_another_number_of_processes_goes_on_and_says_that_it_differs(shared):
     assert found["valid_loss"] == pytest.approx(result(shared / "two" / "text")["valid_loss"], rel=0.02)
 
 
-def test_a_signal_to_one_process_stops_both_with_a_checkpoint_and_the_run_goes_on_exactly(tmp_path, shared):
+def test_a_run_survives_the_death_of_a_process_and_a_signal_to_one_bit_for_bit(tmp_path):
+    """A process that dies ends the other one with an error; a signal ends both with a checkpoint."""
+    settings = (*gloo_runs.DIGITS, "schedule.epochs=400", "schedule.checkpoint_epochs=1")
     command = ["-m", "stn_fast.train", "digits", "--run-dir", str(tmp_path / "stn")]
-    command += [part for setting in (*gloo_runs.DIGITS, "schedule.epochs=400") for part in ("--set", setting)]
-    running = two_processes.start(command)
+    command += [part for setting in settings for part in ("--set", setting)]
     log = tmp_path / "stn" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (log.exists() and log.stat().st_size > 2000) and time.monotonic() < deadline:
-        time.sleep(0.05)
+
+    def running_until(size):
+        running = two_processes.start(command)
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.stat().st_size > size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return running
+
+    first, second = running_until(2000)
+    second.kill()
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 1, said
+    running = running_until(log.stat().st_size + 4000)
     running[1].send_signal(signal.SIGTERM)
     first, second = two_processes.finish(running, 128 + signal.SIGTERM)
+    assert "resuming" in first
     assert "stopped by SIGTERM after step" in first
     assert "with a checkpoint" in first
     assert second == ""
     stopped = max(checkpoint.steps(tmp_path / "stn" / "checkpoints"))
-    ends = f"stn,schedule.epochs=400,schedule.max_steps={stopped + 10}"
+    ends = f"stn,schedule.epochs=400,schedule.checkpoint_epochs=1,schedule.max_steps={stopped + 10}"
     in_two(tmp_path, f".:{ends}", f"whole:{ends}")
     assert rows(tmp_path / "stn") == rows(tmp_path / "whole" / "stn")
     assert result(tmp_path / "stn") == result(tmp_path / "whole" / "stn")
