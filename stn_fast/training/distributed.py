@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.utils import _pytree as pytree
 
 from stn_fast.errors import UserError
@@ -33,22 +34,38 @@ def launched(device: str) -> Iterator[Processes | None]:
     Raises:
         UserError: the environment says that there are several processes, but not which one this is.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
         yield None
         return
     if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(f"WORLD_SIZE is set, but {', '.join(missing)} is not: launch several processes by torchrun")
+    rank = int(os.environ["RANK"])
     on_cuda = device == "cuda" and torch.cuda.is_available()  # that there is none is an error of the run
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     import_module("torch.distributed.nn")  # before there is a group, which defaults of its functions would hold
-    torch.distributed.init_process_group("nccl" if on_cuda else "gloo", timeout=TIMEOUT)
+    torch.distributed.init_process_group(
+        "nccl" if on_cuda else "gloo", timeout=TIMEOUT, store=_store(), rank=rank, world_size=size
+    )
     processes = Processes(torch.distributed.group.WORLD, equal=False)  # type: ignore[arg-type]
     try:
         yield processes
     finally:  # without references to the group, its threads end: one that frees a tensor while Python ends aborts
         del processes.group
         torch.distributed.destroy_process_group()
+
+
+def _store() -> torch.distributed.Store:
+    """Where the processes find each other.
+
+    torchrun keeps one store for all of its attempts by default, with the addresses of processes that have died. On one
+    machine, each attempt has a number; on several, their numbers may differ.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return store
+    return torch.distributed.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 class Processes:

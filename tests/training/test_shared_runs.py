@@ -1,6 +1,9 @@
 """Runs whose batches two gloo processes share: the numbers of one process, resuming, signals, and errors."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import gloo_runs
@@ -84,8 +87,47 @@ def test_another_number_of_processes_goes_on_and_says_that_it_differs(shared):
     assert found["valid_loss"] == pytest.approx(result(shared / "two" / "text")["valid_loss"], rel=0.02)
 
 
-def test_a_run_survives_the_death_of_a_process_and_a_signal_to_one_bit_for_bit(tmp_path):
-    """A process that dies ends the other one with an error; a signal ends both with a checkpoint."""
+DIES_ONCE = """
+import os, signal
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from stn_fast.recipes import digits
+
+config = digits.config
+
+def build(config):
+    died = Path(__file__).with_name("died")
+
+    @contextmanager
+    def around_step(step):
+        if step == 20 and os.environ["RANK"] == "1" and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield
+
+    return replace(digits.build(config), around_step=around_step)
+"""
+
+
+def test_torchrun_restarts_processes_of_which_one_has_died_and_the_run_is_the_same(tmp_path, shared):
+    recipe = tmp_path / "dies_once.py"
+    recipe.write_text(DIES_ONCE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command += ["-m", "stn_fast.train", str(recipe), "--run-dir", str(tmp_path / "run")]
+    command += [part for setting in (*gloo_runs.DIGITS, "schedule.checkpoint_epochs=1") for part in ("--set", setting)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "died").exists()
+    assert f"resuming {tmp_path / 'run'} after step 18" in done.stderr
+    assert rows(tmp_path / "run") == rows(shared / "two" / "stn")
+    assert result(tmp_path / "run") == result(shared / "two" / "stn")
+
+
+def test_the_death_of_a_process_is_an_error_of_the_other_one_and_a_signal_stops_both_with_a_checkpoint(tmp_path):
+    """The run then goes on bit for bit."""
     settings = (*gloo_runs.DIGITS, "schedule.epochs=400", "schedule.checkpoint_epochs=1")
     command = ["-m", "stn_fast.train", "digits", "--run-dir", str(tmp_path / "stn")]
     command += [part for setting in settings for part in ("--set", setting)]
