@@ -14,10 +14,11 @@ from run_files import rows
 
 from stn_fast import train
 from stn_fast.training import checkpoint
+from stn_fast.training.signals import SIGNALS
 from stn_fast.training.trainer import Trainer
 
 # As this process was started with them: whoever runs it in the background may have had it ignore Ctrl-C.
-HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}
 
 SHORT = ["--epochs", "4", "--set", "method.warmup_epochs=1", "--set", "schedule.checkpoint_epochs=2"]
 
@@ -152,8 +153,10 @@ def test_a_run_ends_with_a_table_of_the_hyperparameters(whole, capsys):
         assert name in said.out
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("step", [14, 22])
+@pytest.mark.parametrize(
+    ("number", "status", "step"),
+    [(signal.SIGTERM, 143, 14), (signal.SIGTERM, 143, 22), (signal.SIGINT, 130, 14), (signal.SIGUSR1, 143, 22)],
+)
 def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(whole, tmp_path, capsys, number, status, step):
     directory = tmp_path / "stopped"
     arguments = [*SHORT, "--run-dir", str(directory)]

@@ -164,7 +164,8 @@ def fit(
     Raises:
         TypeError, ValueError: an argument is wrong, or does not fit the run in ``run_dir``; the message names it.
         stn_fast.training.trainer.Diverged: a loss or a gradient is not finite.
-        stn_fast.training.signals.Interrupted: after SIGINT or SIGTERM; a checkpoint of the last step has been written.
+        stn_fast.training.signals.Interrupted: after SIGINT, SIGTERM or SIGUSR1; a checkpoint of the last step is
+            written.
         stn_fast.training.disk.CannotWrite: the disk is full or cannot be written.
     """
     tuned = tuned_of("fit", model)

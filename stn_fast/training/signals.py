@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM stop the loop after the current step; a second Ctrl-C stops it immediately."""
+"""Ctrl-C, SIGTERM and SIGUSR1 stop the loop after the current step; a second Ctrl-C stops it immediately.
+
+Schedulers of clusters send one of the last two some time before they take a machine away.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ import threading
 from contextlib import suppress
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Interrupted(Exception):
-    """A signal stopped the run, after a checkpoint was written."""
+    """A signal stopped the run after a checkpoint was written; the exit status is 130 for Ctrl-C, else 143."""
 
     def __init__(self, number: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, with a checkpoint")
-        self.exit_status = 128 + number
+        self.exit_status = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
 class StopRequest:

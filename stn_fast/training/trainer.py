@@ -181,7 +181,7 @@ class Trainer:
 
         Raises:
             Diverged: a loss or a gradient is not finite; no checkpoint holds that state.
-            Interrupted: SIGINT or SIGTERM was received; a checkpoint of the last completed step has been written.
+            Interrupted: SIGINT, SIGTERM or SIGUSR1 was received; a checkpoint of the last completed step is written.
         """
         self._started = time.perf_counter() - self.wall_seconds
         self._cpu_started = time.process_time() - self.cpu_seconds
