@@ -29,7 +29,7 @@ TIMEOUT = timedelta(minutes=10)  # after which a process that waits for another 
 def launched(device: str) -> Iterator[Processes | None]:
     """The processes that torchrun has launched, with shares of any size; None if it has not, or only one.
 
-    They talk by NCCL on CUDA, where each takes the GPU of its local rank, and by gloo on the CPU.
+    They talk by gloo; on CUDA, where each takes the GPU of its local rank, by NCCL about what is there.
 
     Raises:
         UserError: the environment says that there are several processes, but not which one this is.
@@ -46,7 +46,7 @@ def launched(device: str) -> Iterator[Processes | None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     import_module("torch.distributed.nn")  # before there is a group, which defaults of its functions would hold
     torch.distributed.init_process_group(
-        "nccl" if on_cuda else "gloo", timeout=TIMEOUT, store=_store(), rank=rank, world_size=size
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=TIMEOUT, store=_store(), rank=rank, world_size=size
     )
     processes = Processes(torch.distributed.group.WORLD, equal=False)  # type: ignore[arg-type]
     try:
@@ -129,7 +129,9 @@ class Processes:
     def align(self, model: nn.Module) -> None:
         """Gives all processes the parameters and buffers of the first one."""
         for tensor in (*model.parameters(), *model.buffers()):
-            torch.distributed.broadcast(tensor.detach(), group=self.group, group_src=0)
+            sent = tensor.detach().contiguous()
+            torch.distributed.broadcast(sent, group=self.group, group_src=0)
+            tensor.copy_(sent)
 
     def share(self, examples: int) -> slice:
         """The examples of this process in a batch; shares differ by one example at most."""
@@ -142,8 +144,8 @@ class Processes:
         return values
 
     def most(self, number: int) -> int:
-        """The largest number of any process."""
-        joined = torch.tensor(number, device="cuda" if _on_cuda(self.group) else "cpu")
+        """The largest number of any process, by a backend for the CPU: the host does not wait for a CUDA device."""
+        joined = torch.tensor(number)
         torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX, group=self.group)
         return int(joined)
 
@@ -179,10 +181,6 @@ def first_of(processes: Processes | None) -> bool:
 def in_first(processes: Processes | None, call: Callable[[], Result]) -> Result | None:
     """`Processes.first`, or the call itself where there is only one process."""
     return call() if processes is None else processes.first(call)
-
-
-def _on_cuda(group: torch.distributed.ProcessGroup) -> bool:
-    return torch.distributed.get_backend(group) == "nccl"
 
 
 class Shares:
