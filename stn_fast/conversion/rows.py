@@ -21,36 +21,43 @@ from stn_fast.modes import evaluating
 
 
 class _Call(NamedTuple):
-    """One call of a converted module: the shape of its input, its rows, and a number for each if they are several.
+    """One call of a converted module: the shape of its input, its rows, and a number for each of them.
 
     Of a module whose output is dropped, the same of its output.
     """
 
     shape: torch.Size
     rows: int
-    marks: Tensor | None
+    marks: Tensor
 
 
 _Calls = dict[InModel, list[_Call]]
 
 SAME = 0.1  # two orders of rows differ clearly if one fits this many times better
 NOISE = 1e-3  # relative; smaller differences can be rounding
+EXACT = 1e-3  # two sets of rows are one set if they differ this much less than their orders
 
 
-def check_rows(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+def check_rows(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
     """Raises an error if ``model(*args, **kwargs)`` calls a converted module with rows of unknown examples.
 
     A converted layer that is called with k·B rows for B examples uses the hyperparameters of example i for rows k·i to
     k·i + k − 1. That would be wrong for a table of positions (T, D) with T = k·B, and for rows in the order (T, B). So
-    the model is called twice, with all B examples and with the first half of them (an example by itself is repeated),
-    and the input of every converted module, and every output that a `stn_fast.Dropout` drops, must shrink to its first
-    half, too. An Embedding may be called with tokens (1, ...), such as position numbers. `SelfTuner` does this at its
-    first step; inside `using`, do it yourself.
+    the model is called three times: with all B examples, with the first half of them, and with all in another order.
+    The input of every converted module, and every output that a `stn_fast.Dropout` drops, must shrink to its first
+    half, and its rows must change their order as the examples do. An Embedding may be called with tokens (1, ...), such
+    as position numbers. `SelfTuner` does this at its first step; inside `using`, do it yourself.
+
+    One or two examples are repeated to make two or four. Rows that all examples share, as behind a layer whose weight
+    is 0, have no order that can be checked. Neither has a model that can't be called with the examples in another
+    order, or whose rows depend on the places of the examples.
 
     The first dimension of the first tensor counts the examples; tensors with the same first dimension are halved. The
     model is called in evaluation mode at its current hyperparameters, without gradients, and not compiled. It does not
     change, and the state of torch's random number generators is restored. Modules that it does not call in evaluation
     mode are not checked.
+
+    Returns the names of modules whose rows are the same for all examples, so that their order is not known.
 
     Raises:
         TypeError: the model has not been converted, or is called without a tensor.
@@ -60,8 +67,8 @@ def check_rows(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """
     given = args, kwargs
     examples = _examples(given)
-    if examples < 2:
-        given, examples = _with_first_dimension(given, examples, lambda tensor: torch.cat([tensor, tensor])), 2
+    if examples < 3:  # two have only one other order, which a model that swaps them would follow
+        given, examples = _with_first_dimension(given, examples, lambda one: torch.cat([one, one])), 2 * examples
     half = examples // 2
     whole = _calls_of(model, given, examples)
     try:
@@ -74,6 +81,15 @@ def check_rows(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         ) from error
     for module in dict.fromkeys([*whole, *part]):
         _check(module, whole.get(module, []), part.get(module, []), examples, half)
+    try:
+        moved = _calls_of(model, _with_first_dimension(given, examples, _in_another_order), examples)
+    except Exception:  # such as a model whose examples must be sorted
+        return []
+    return [
+        module.dotted_name
+        for module, calls in whole.items()
+        if not _tells_apart(module, calls, moved.get(module, []), examples)
+    ]
 
 
 def structure(*given: Any) -> Any:
@@ -160,7 +176,7 @@ def _recording(model: nn.Module, calls: _Calls, examples: int) -> Iterator[None]
 
 def _call(x: Tensor, dim: int, examples: int) -> _Call:
     rows = x.shape[dim] if dim < x.ndim else 0
-    return _Call(x.shape, rows, _marks(x, dim) if rows > examples else None)
+    return _Call(x.shape, rows, _marks(x, dim) if rows >= examples else x.new_zeros(0))
 
 
 def _marks(x: Tensor, dim: int) -> Tensor:
@@ -187,7 +203,7 @@ def _check(module: InModel, whole: Sequence[_Call], part: Sequence[_Call], examp
                 f"of them, but dimension {dim} must count the examples, or consecutive rows of each",
                 () if isinstance(module, Converted) and fixed_example_dim(module) is not None else counting,
             )
-        if one.marks is not None and other.marks is not None and _in_turn(one.marks, other.marks, examples, half):
+        if rows > examples and _in_turn(one.marks, other.marks, examples, half):
             raise _error(
                 module,
                 f"has the examples in turn in dimension {dim} of its {module.tensor} {tuple(one.shape)}, but the "
@@ -207,6 +223,38 @@ def _in_turn(whole: Tensor, part: Tensor, examples: int, half: int) -> bool:
     consecutive = (whole[: len(part)] - part).norm()
     in_turn = (whole.view(-1, examples)[:, :half].flatten() - part).norm()
     return bool((in_turn < SAME * consecutive) & (consecutive > NOISE * part.norm()))
+
+
+def _in_another_order(tensor: Tensor) -> Tensor:
+    """The first stays, and the others move by one place. A fixed reordering of the examples, such as a reversal or a
+    shift of all, gives another result before this one than after it.
+    """
+    return torch.cat([tensor[:1], tensor[1:].roll(1, 0)])
+
+
+def _tells_apart(module: InModel, whole: Sequence[_Call], moved: Sequence[_Call], examples: int) -> bool:
+    """Whether the rows tell the examples apart.
+
+    Raises:
+        ValueError: they are the same rows for `moved` examples, but not in the order of these.
+    """
+    known = True
+    for one, other in zip(whole, moved, strict=False):
+        if module.takes_any_examples(one.shape) or one.shape != other.shape:
+            continue
+        marks = one.marks.view(examples, -1)
+        expected, found = _in_another_order(marks), other.marks.view(examples, -1)
+        wrong, least = (found - expected).norm(), NOISE * marks.norm()
+        rearranged = (found.flatten().sort().values - marks.flatten().sort().values).norm()
+        if bool((wrong > least) & (rearranged < EXACT * wrong)):
+            raise _error(
+                module,
+                f"has rows in its {module.tensor} {tuple(one.shape)} that do not follow the order of the examples, but "
+                f"dimension {module.example_dim} must count the examples in the order in which the model is called "
+                "with them, or consecutive rows of each",
+            )
+        known = known and bool((marks - expected).norm() > least)
+    return known
 
 
 def _error(module: InModel, problem: str, dims: Sequence[int] = ()) -> ValueError:

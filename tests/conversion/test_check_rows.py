@@ -47,6 +47,27 @@ class Flattened(nn.Module):
         return self.layer(rows.flatten(0, 1))
 
 
+class Reordered(nn.Module):
+    """Its layer, or its dropout, is called with rows in another order than the examples'."""
+
+    def __init__(self, order, layer):
+        super().__init__()
+        self.order, self.layer = order, layer
+
+    def forward(self, x):
+        return self.layer(self.order(x))
+
+
+ORDERS = {
+    "sorted": lambda x: x[x[:, 0].argsort()],
+    "reversed": lambda x: x.flip(0),
+    "shifted": lambda x: x.roll(1, 0),
+    "shuffled": lambda x: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(5))],
+    "twice, reversed": lambda x: torch.cat([x, x.flip(0)]),
+    "twice, shifted": lambda x: torch.cat([x, x.roll(1, 0)]),
+}
+
+
 class EachInALoop(nn.Module):
     def __init__(self):
         super().__init__()
@@ -113,11 +134,76 @@ def test_equal_rows_are_in_either_order():
         check_rows(stn.convert(Flattened(batch_first), quiet=True), torch.ones(4, 3, 6))
 
 
+class AfterZeros(nn.Module):
+    """A layer with weights that are 0 at the start, and one that is called with its outputs, (T·B, 6)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer = nn.Linear(6, 6), nn.Linear(6, 4)
+        nn.init.zeros_(self.first.weight)
+
+    def forward(self, x):
+        time = x.shape[1]
+        return self.layer(self.first(x).transpose(0, 1).reshape(-1, 6)).unflatten(0, (time, -1)).mean(0)
+
+
+def test_equal_rows_are_named_because_their_order_is_not_known():
+    assert check_rows(stn.convert(AfterZeros(), quiet=True), vectors(4, 3)) == ["layer"]
+    assert check_rows(stn.convert(nn.Sequential(nn.Linear(6, 4)), quiet=True), vectors(4, 3)) == []
+
+
 def test_a_layer_called_for_each_example_by_itself_is_refused():
     with pytest.raises(
         ValueError, match=r"layer \(Linear\) is called 4 times for 4 examples and 2 times for 2 of them"
     ):
         check_rows(stn.convert(EachInALoop(), quiet=True), vectors(4, 3))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(6, 4), lambda: nn.Dropout(0.5)], ids=["linear", "dropout"])
+@pytest.mark.parametrize("examples", [2, 3, 4, 9])
+def test_rows_in_another_order_than_the_examples_are_refused(order, layer, examples):
+    x = vectors(examples)
+    with pytest.raises(ValueError, match=r"layer \(\w+\) has .*(order of the examples|in turn).*exclude='layer'"):
+        check_rows(stn.convert(Reordered(ORDERS[order], layer()), quiet=True), x)
+
+
+def test_a_model_that_sorts_is_refused_for_a_batch_that_is_sorted():
+    x = vectors(6)
+    with pytest.raises(ValueError, match="do not follow the order of the examples"):
+        check_rows(stn.convert(Reordered(ORDERS["sorted"], nn.Linear(6, 4)), quiet=True), ORDERS["sorted"](x))
+
+
+BESIDE_OTHERS = {
+    "centred": lambda x: x - x.mean(0),
+    "mixed": lambda x: x + 0.5 * x.flip(0),
+    "numbered": lambda x: x + torch.arange(len(x))[:, None],
+    "noisy": lambda x: x + torch.randn_like(x),
+    "sorted and back": lambda x: x[x[:, 0].argsort()][x[:, 0].argsort().argsort()],
+    "in half precision": lambda x: x.bfloat16().float(),
+}
+
+
+@pytest.mark.parametrize("order", BESIDE_OTHERS)
+@pytest.mark.parametrize("examples", [2, 5, 512])
+def test_rows_that_depend_on_the_batch_are_not_taken_for_another_order(order, examples):
+    model = stn.convert(Reordered(BESIDE_OTHERS[order], nn.Linear(6, 4)), quiet=True)
+    assert check_rows(model, vectors(examples)) == []
+
+
+def test_a_model_that_needs_sorted_examples_is_not_refused():
+    def order(x):
+        assert (x[:, 0].diff() >= 0).all()
+        return x
+
+    check_rows(stn.convert(Reordered(order, nn.Linear(6, 4)), quiet=True), ORDERS["sorted"](vectors(6)))
+
+
+def test_the_model_is_called_with_all_examples_twice_and_once_with_half_of_them():
+    calls = []
+    model = stn.convert(Reordered(lambda x: calls.append(len(x)) or x, nn.Linear(6, 4)), quiet=True)
+    check_rows(model, vectors(8))
+    assert sorted(calls) == [4, 8, 8]
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
