@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 Loss = Callable[[Any, Any], Tensor]
 
+MOST_CHECKS = 10  # of rows, with one structure of batch
 STATE = {"method", "draws", "trained", "validated", "history"}  # the keys of a state
 
 
@@ -100,8 +102,10 @@ class SelfTuner(Passes):
         warmup_steps: training steps before the first validation step.
         entropy_weight, tune_scales, antithetic, clip, seed, skip_nonfinite, precision: as for `SelfTuning`.
         check_rows: whether to check, at the first step with each structure of batch, which examples the rows of a
-            layer's input belong to, as `stn_fast.conversion.check_rows` does. False for a model that can't be called
-            with another number of examples, keeps a state between calls, or pads to the longest example of a call.
+            layer's input belong to, as `stn_fast.conversion.check_rows` does; again at the next steps, up to 10 times,
+            if rows are the same for all examples, as they are after a layer that starts at 0. False for a model that
+            can't be called with another number of examples, keeps a state between calls, or pads to the longest example
+            of a call.
         process_group: the processes that share each batch, all with as many examples, such as
             ``torch.distributed.group.WORLD``, which is None where there is only one. Every process draws for its own
             examples what one process would draw for them in the whole batch. Gradients and the running statistics of
@@ -169,7 +173,7 @@ class SelfTuner(Passes):
         super().__init__(made)
         if processes is not None:
             made.share(processes)
-        self._checked: set[Any] = set()  # the structures of batches with which check_rows has called the model
+        self._checks = Counter[Any]()  # how often check_rows has called the model with each structure of batch
 
     def _training_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:
         if self._smoothing is None or self.loss is None:
@@ -232,16 +236,19 @@ class SelfTuner(Passes):
         return self._with_known_rows(_Batch(*converted))
 
     def _with_known_rows(self, batch: _Batch) -> _Batch:
-        """The batch, after a check of the rows of layers if it is the first of its structure."""
+        """The batch, after a check of the rows of layers if it is the first of its structure.
+
+        Rows that are all equal, as they can be at the start, say nothing: then the next batches are checked, too.
+        """
         if any(map(_is_packed, pytree.tree_leaves(batch.inputs, is_leaf=_is_packed))):
             raise TypeError(
                 "SelfTuner: a batch has a PackedSequence, whose rows are not examples, and which a converted LSTM does "
                 "not take: give padded sequences, and their lengths as another input if the model needs them"
             )
-        if self.check_rows and batch.examples and (made := structure(batch.inputs)) not in self._checked:
+        if self.check_rows and batch.examples and self._checks[made := structure(batch.inputs)] < MOST_CHECKS:
             args, kwargs = _arguments(batch.inputs)
-            check_rows(self.model, *args, **kwargs)
-            self._checked.add(made)
+            unknown = check_rows(self.model, *args, **kwargs)
+            self._checks[made] = self._checks[made] + 1 if unknown else MOST_CHECKS
         return batch
 
     def values(self) -> dict[str, float]:

@@ -152,6 +152,23 @@ def test_equal_rows_are_named_because_their_order_is_not_known():
     assert check_rows(stn.convert(nn.Sequential(nn.Linear(6, 4)), quiet=True), vectors(4, 3)) == []
 
 
+def test_rows_that_were_equal_at_the_first_step_are_checked_at_the_next():
+    tuner = tuner_of(AfterZeros())
+    batch = vectors(4, 3), torch.arange(4)
+    tuner.step(batch)  # the weights are no longer 0
+    with pytest.raises(ValueError, match=r"layer \(Linear\) has the examples in turn"):
+        tuner.step(batch)
+
+
+def test_rows_that_stay_equal_are_checked_at_ten_steps(monkeypatch):
+    calls = []
+    monkeypatch.setattr("stn_fast.training.tuner.check_rows", lambda *given, **named: calls.append(1) or ["layer"])
+    tuner = tuner_of(nn.Linear(6, 4))
+    for _ in range(12):
+        tuner.train_step((vectors(8), torch.zeros(8, dtype=torch.int64)))
+    assert len(calls) == 10
+
+
 def test_a_layer_called_for_each_example_by_itself_is_refused():
     with pytest.raises(
         ValueError, match=r"layer \(Linear\) is called 4 times for 4 examples and 2 times for 2 of them"
