@@ -13,6 +13,7 @@ from torch import Tensor
 from stn_fast.checks import switch, whole_number
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training.converted import ConvertedDeltaSelfTuning, ConvertedSelfTuning
+from stn_fast.training.pass_rows import PassRows
 from stn_fast.training.task import with_weight_decay
 
 
@@ -33,8 +34,9 @@ class Passes:
         validated: updates of the hyperparameters so far.
     """
 
-    def __init__(self, method: ConvertedSelfTuning) -> None:
+    def __init__(self, method: ConvertedSelfTuning, check_rows: bool) -> None:
         self.method = method
+        self._rows = PassRows(method.model, check_rows)
         self.draws = self.trained = self.validated = 0
         self._records: list[Record] = []
         self._inside = ""  # the pass that is open
@@ -77,12 +79,16 @@ class Passes:
 
         Raises:
             ValueError: `batch_size` is not an int >= 1, or not that of the draw to repeat; in the first pass, a
-                hyperparameter was not used.
+                hyperparameter was not used, the model is called with another number of examples, or `check_rows`
+                refuses how it calls its layers.
             RuntimeError: another pass is open, gradients are switched off, or there is no draw to repeat.
         """
         if antithetic and isinstance(self.method, ConvertedDeltaSelfTuning):
             raise ValueError("training: this pass of delta-stn is not perturbed: give antithetic=True to responding")
-        with self._training("training", self.method.training_pass, batch_size, antithetic):
+        with (
+            self._training("training", self.method.training_pass, batch_size, antithetic),
+            self._rows.checked("training", batch_size),
+        ):
             yield
         self._passed = True
         self._of_weights_only = not self._responded
@@ -142,14 +148,15 @@ class Passes:
         Inside, the model is in evaluation mode; afterwards, also after an error, everything is as before.
 
         Raises:
-            ValueError: `batch_size` is not an int >= 1.
+            ValueError: `batch_size` is not an int >= 1; in the first pass of all, as for `training`.
             RuntimeError: another pass is open, or gradients are switched off.
         """
         batch_size = whole_number("validating", "batch_size", batch_size, 1)
         self._check_closed("validating")
         with self.method.validation_pass(batch_size, self.draws), self._open("validating"):
             self.draws += 1
-            yield
+            with self._rows.checked("validating", batch_size):
+                yield
 
     def hyper_step(self, loss: Tensor, backward: Callable[..., Any] | None = None) -> Tensor:
         """Updates the hyperparameters down the gradient of ``loss`` − τ·entropy, which only they get.

@@ -31,6 +31,7 @@ from stn_fast.training.converted import (
 from stn_fast.training.distributed import Processes
 from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer
 from stn_fast.training.parameters import listed
+from stn_fast.training.pass_rows import MOST_CHECKS
 from stn_fast.training.passes import Passes
 from stn_fast.training.smoothing import cross_entropy_settings, is_mean_cross_entropy, smoothed_cross_entropy
 from stn_fast.training.task import with_weight_decay
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 Loss = Callable[[Any, Any], Tensor]
 
-MOST_CHECKS = 10  # of rows, with one structure of batch
 STATE = {"method", "draws", "trained", "validated", "history"}  # the keys of a state
 
 
@@ -75,7 +75,7 @@ class SelfTuner(Passes):
     another device. Activation checkpointing in the model must not be reentrant (``use_reentrant=False``).
 
     A loop that calls backward, zero_grad and the optimizer's step itself uses passes instead of steps: `training`,
-    `validating` and `hyper_step`. There, call `stn_fast.conversion.check_rows` yourself.
+    `validating` and `hyper_step`.
 
     With several processes, give `process_group`. Steps average the gradients themselves, so the model is not wrapped.
     In passes, call the module that DistributedDataParallel, Fabric or Accelerate made of it, which averages them.
@@ -101,11 +101,11 @@ class SelfTuner(Passes):
         hyper_optimizer: makes the optimizer of location and raw scale from the list of them.
         warmup_steps: training steps before the first validation step.
         entropy_weight, tune_scales, antithetic, clip, seed, skip_nonfinite, precision: as for `SelfTuning`.
-        check_rows: whether to check, at the first step with each structure of batch, which examples the rows of a
-            layer's input belong to, as `stn_fast.conversion.check_rows` does; again at the next steps, up to 10 times,
-            if rows are the same for all examples, as they are after a layer that starts at 0. False for a model that
-            can't be called with another number of examples, keeps a state between calls, or pads to the longest example
-            of a call.
+        check_rows: whether to check, at the first step with each structure of batch and at the model's call in the
+            first pass, which examples the rows of a layer's input belong to, as `stn_fast.conversion.check_rows` does;
+            again at the next ones, up to 10 times, if rows are the same for all examples, as they are after a layer
+            that starts at 0. Compiled code checks nothing in passes. False for a model that can't be called with
+            another number of examples, keeps a state between calls, or pads to the longest example of a call.
         process_group: the processes that share each batch, all with as many examples, such as
             ``torch.distributed.group.WORLD``, which is None where there is only one. Every process draws for its own
             examples what one process would draw for them in the whole batch. Gradients and the running statistics of
@@ -170,7 +170,7 @@ class SelfTuner(Passes):
         processes = _processes(process_group)
         made = METHODS[method](model, tuned.space, *objectives, **options)
         tuned.centre(method == "delta-stn")
-        super().__init__(made)
+        super().__init__(made, self.check_rows)
         if processes is not None:
             made.share(processes)
         self._checks = Counter[Any]()  # how often check_rows has called the model with each structure of batch
