@@ -127,8 +127,8 @@ def convert(
     `SelfTuner` checks this at its first step; inside `using`, call `stn_fast.conversion.check_rows` yourself.
 
     A dropout module is left out if the module that contains it reads its rate, as fused attention does; so are rates
-    that are plain numbers. Exclude a layer whose weight the network reads itself, as in ``F.linear(x,
-    self.embedding.weight)``: the check refuses it, too.
+    that are plain numbers, and functions that the code of a module calls, such as `F.dropout`. Exclude a layer whose
+    weight the network reads itself, as in ``F.linear(x, self.embedding.weight)``: the check refuses it, too.
 
     Patterns are matched by fnmatch on dotted names; a pattern that fits a module fits all modules in it.
 

@@ -44,15 +44,15 @@ def _codes(kind: type[nn.Module]) -> Iterator[CodeType]:
             function: Any = inspect.unwrap(value) if callable(value) else getattr(value, "fget", None)
             code = getattr(function, "__code__", None)
             if isinstance(code, CodeType) and name not in NOT_IN_A_PASS:
-                yield from _nested(code)
+                yield from nested(code)
 
 
-def _nested(code: CodeType) -> Iterator[CodeType]:
+def nested(code: CodeType) -> Iterator[CodeType]:
     """With the functions defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _nested(constant)
+            yield from nested(constant)
 
 
 @lru_cache(maxsize=4096)

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from stn_fast.conversion import attention, layers, norms, plain
 from stn_fast.conversion.augment import Augment, TunedAugment
 from stn_fast.conversion.converted import Converted, change_class, register_response
+from stn_fast.conversion.functional_dropout import functional_dropouts
 from stn_fast.conversion.libraries import is_conv1d, is_drop_path, norm_of_library
 from stn_fast.conversion.reading import rates_in
 from stn_fast.conversion.tuned import TunedHyperparameters
@@ -144,10 +145,25 @@ def is_closed(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) or is_parametrized(module)
 
 
-def is_only_rates(module: nn.Module) -> bool:
-    """Whether it has no parameters of its own, but drops activations at rates that are plain numbers."""
-    own = any(parameter is not None for parameter in module._parameters.values())
-    return not own and not drops(module) and rule_of(module) is None and bool(rates_in(module))
+def drops_by_itself(module: nn.Module) -> bool:
+    """Whether it has no rule and no parameters of its own, but code that drops activations."""
+    return not _has_parameters(module) and _own_dropout(module) is not None
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
+def _own_dropout(module: nn.Module) -> str | None:
+    """How the code of a module without a rule drops activations; None if it does not, or its class tells so."""
+    if drops(module) or rule_of(module) is not None:
+        return None
+    rates = rates_in(module) if not _has_parameters(module) else {}
+    shown = ", ".join(f"{name} = {rate:g}" for name, rate in rates.items())
+    told = [f"its dropout rate is a number, {shown}, which stays the same for all examples"] if rates else []
+    calls = [one for one in functional_dropouts(module) if not any(f" self.{name} = " in one for name in rates)]
+    told += [f"its code calls {', '.join(calls)}, which stays the same for all examples"] if calls else []
+    return "; ".join(told) or None
 
 
 def is_known(module: nn.Module) -> bool:
@@ -221,13 +237,13 @@ def reason_against(module: nn.Module) -> str | None:
         return "it is quantised"
     if is_closed(module) and rule_of(module) is None:
         return "its forward reads the parameters of its children directly"
-    if is_only_rates(module):
-        shown = ", ".join(f"{name} = {rate:g}" for name, rate in rates_in(module).items())
-        return f"its dropout rate is a number, {shown}, which stays the same for all examples"
+    dropout = _own_dropout(module)
+    if dropout is not None and not _has_parameters(module):
+        return dropout
     if rule_of(module) is None:
         bases = [base.__name__ for base in kind.__mro__[1:] if base in RULES]
         own = f"it is a subclass of {bases[0]}, whose forward may differ" if bases else "there is no rule for its class"
-        return f"{own}; stn.converts adds a rule"
+        return f"{own}; stn.converts adds a rule" + (f"; {dropout}" if dropout else "")
     return _reason_against_known(module) if is_known(module) else None
 
 

@@ -14,9 +14,9 @@ from stn_fast.conversion.reading import reads
 from stn_fast.conversion.report import Entry
 from stn_fast.conversion.rules import (
     drops,
+    drops_by_itself,
     is_closed,
     is_known,
-    is_only_rates,
     is_quantised,
     rate_of,
     reason_against,
@@ -140,7 +140,7 @@ def _concerned(model: nn.Module) -> Iterator[Named]:
             closed.append(name)
         own = any(parameter is not None for parameter in module._parameters.values())
         ruled = type(module) is Augment or (rule_of(module) is not None and not is_known(module))
-        if is_closed(module) or own or ruled or is_quantised(module) or drops(module) or is_only_rates(module):
+        if is_closed(module) or own or ruled or is_quantised(module) or drops(module) or drops_by_itself(module):
             owner = name.rpartition(".")[0]
             named_as_dropouts = "drop" in owner.rpartition(".")[2]
             yield Named(name, module, named_as_dropouts and isinstance(model.get_submodule(owner), nn.ModuleDict))
