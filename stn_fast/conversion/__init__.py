@@ -124,7 +124,7 @@ def convert(
     k·B rows for B examples uses the hyperparameters of example i for rows k·i to k·i + k − 1. An Embedding that is
     called with tokens (1, ...), such as position numbers, returns a result for each example. Exclude a layer that is
     called with a table of positions, such as (T, D) or numbers (T,): with T = B, its rows would be taken for examples.
-    `SelfTuner` checks this at its first step; inside `using`, call `stn_fast.conversion.check_rows` yourself.
+    `SelfTuner` checks this at its first step or pass; inside `using`, call `stn_fast.conversion.check_rows` yourself.
 
     A dropout module is left out if the module that contains it reads its rate, as fused attention does; so are rates
     that are plain numbers, and functions that the code of a module calls, such as `F.dropout`. Exclude a layer whose

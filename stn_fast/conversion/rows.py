@@ -46,11 +46,11 @@ def check_rows(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
     the model is called three times: with all B examples, with the first half of them, and with all in another order.
     The input of every converted module, and every output that a `stn_fast.Dropout` drops, must shrink to its first
     half, and its rows must change their order as the examples do. An Embedding may be called with tokens (1, ...), such
-    as position numbers. `SelfTuner` does this at its first step; inside `using`, do it yourself.
+    as position numbers. `SelfTuner` does this at its first step or pass; inside `using`, do it yourself.
 
-    One or two examples are repeated to make two or four. Rows that all examples share, as behind a layer whose weight
+    One or two examples are repeated to make two or four. Rows that all examples share, as after a layer whose weight
     is 0, have no order that can be checked. Neither has a model that can't be called with the examples in another
-    order, or whose rows depend on the places of the examples.
+    order, or whose rows depend on the places of the examples in the batch.
 
     The first dimension of the first tensor counts the examples; tensors with the same first dimension are halved. The
     model is called in evaluation mode at its current hyperparameters, without gradients, and not compiled. It does not
@@ -226,8 +226,9 @@ def _in_turn(whole: Tensor, part: Tensor, examples: int, half: int) -> bool:
 
 
 def _in_another_order(tensor: Tensor) -> Tensor:
-    """The first stays, and the others move by one place. A fixed reordering of the examples, such as a reversal or a
-    shift of all, gives another result before this one than after it.
+    """The examples with the first in its place and the others moved by one.
+
+    Reversing or shifting all examples, as a model may, gives another result before this than after it.
     """
     return torch.cat([tensor[:1], tensor[1:].roll(1, 0)])
 
