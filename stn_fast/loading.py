@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import glob
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from stn_fast.training import checkpoint
 from stn_fast.training.averaging import averaged_model
 from stn_fast.training.build import build_method
 from stn_fast.training.config import Config
+from stn_fast.training.fit_description import additions_of, modules_of
 from stn_fast.training.layering import build, read_yaml
 from stn_fast.training.run_directory import RunDirectory
 from stn_fast.training.spaces import build_space
@@ -114,6 +116,8 @@ def _converted(model: nn.Module, config: Config, path: Path) -> nn.Module:
     if tuned is not None:
         if tuned.space != space:
             raise UserError(f"load: model is not converted as in {path}: with {_difference(tuned.space, space)}")
+        _check_same("module", modules_of(model), config.fit.modules, path)
+        _check_same("addition of", additions_of(model), config.fit.additions, path)
         return model
     names = config.fit.modules.keys()
     others = [name for name, _ in model.named_modules() if name not in names]
@@ -136,6 +140,16 @@ def _converted(model: nn.Module, config: Config, path: Path) -> nn.Module:
             f"load: model does not fit the run in {path}, of a {config.fit.model}: {error}. If the conversion added "
             "regularisers, give the model converted in the same way"
         ) from error
+
+
+def _check_same(kind: str, own: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError if the conversions differ; the message names the first of ``kind`` that does."""
+    for name in (*wanted, *own):
+        mine, theirs = (repr(given[name]) if name in given else "none" for given in (own, wanted))
+        if mine != theirs:
+            raise UserError(
+                f"load: model is not converted as in {path}: {kind} {name!r} is {mine}, where the run has {theirs}"
+            )
 
 
 def _difference(own: HyperparameterSpace, wanted: HyperparameterSpace) -> str:

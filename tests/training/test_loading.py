@@ -114,6 +114,40 @@ def test_a_model_of_another_kind_is_refused(fitted):
         stn.load(fitted.run_dir, Net(), which="lats")
 
 
+def two_rates(first, last, **options):
+    layers = nn.Linear(6, 8), nn.Dropout(0.1), nn.Linear(8, 8), nn.Dropout(0.6), nn.Linear(8, 2)
+    space = stn.HyperparameterSpace([stn.Hyperparameter(name, low=0.0, high=0.9, init=0.3) for name in "ab"])
+    return stn.convert(nn.Sequential(*layers), space, dropouts={"1": first, "3": last}, quiet=True, **options)
+
+
+def fitted_in(directory, model):
+    batches = [(X[:20, 0], Y[:20])]
+    make = partial(torch.optim.SGD, lr=0.1)
+    return stn.fit(
+        model, batches, batches, loss=F.cross_entropy, optimizer=make, epochs=1, run_dir=directory, quiet=True
+    )
+
+
+def test_a_converted_model_whose_modules_have_other_rates_is_refused(tmp_path):
+    fit = fitted_in(tmp_path, two_rates("a", "b"))
+    with pytest.raises(UserError, match=r"not converted as in .*: module '1' is .*rate='b'.*, where .*rate='a'"):
+        stn.load(tmp_path, two_rates("b", "a"))
+    with pytest.raises(UserError, match=r"not converted as in .*: module '2' is none, where the run has ModuleConfig"):
+        stn.load(tmp_path, two_rates("a", "b", exclude="2"))
+    loaded = stn.load(tmp_path, two_rates("a", "b"))
+    assert [stn.fold(loaded)[k].p for k in (1, 3)] == [fit.best.values()[name] for name in "ab"]
+
+
+def test_a_converted_model_with_another_addition_is_refused(tmp_path):
+    def made(modules):
+        layers = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)
+        return stn.convert(nn.Sequential(*layers), [stn.Dropout(modules, init=0.2, name="rate")], quiet=True)
+
+    fitted_in(tmp_path, made("0"))
+    with pytest.raises(UserError, match=r"addition of 'rate' is 'Dropout of 1', where the run has 'Dropout of 0'"):
+        stn.load(tmp_path, made("1"))
+
+
 def test_a_directory_without_a_run_is_refused(fitted, tmp_path):
     with pytest.raises(UserError, match="is not a run directory: it has no config"):
         stn.load(tmp_path / "none", Net())
