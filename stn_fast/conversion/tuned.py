@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from stn_fast.conversion.additions import Added
 from stn_fast.conversion.report import Entry
+from stn_fast.described_space import described, differing
 from stn_fast.hyperparameter import ResponseRank
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.ops.transforms import in_transform, traced
@@ -57,6 +59,9 @@ def _is_captured(location: Tensor) -> bool:
 
 class TunedHyperparameters(nn.Module):
     """λ and ρ of a converted model, the child `tuned_hyperparameters` of its root.
+
+    A state dict of the model describes the space, too. `load_state_dict` raises RuntimeError if it is another one, and
+    loads a state dict without a description, such as that of the plain model with ``strict=False``.
 
     Attributes:
         space: the hyperparameters.
@@ -191,6 +196,45 @@ class TunedHyperparameters(nn.Module):
             if buffer is not None:
                 self._buffers[name] = buffer.to(fn(buffer).device)
         return self
+
+    def get_extra_state(self) -> Tensor:
+        """The description of the space: JSON as uint8, because safetensors files hold only tensors."""
+        described_in_floats = [
+            {key: float(value) if type(value) is int else value for key, value in one.items()}
+            for one in described(self.space)
+        ]
+        return torch.tensor(list(json.dumps(described_in_floats).encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Does nothing: the space of a model does not change, and the description has been compared."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}_extra_state"
+        if key in state_dict and (difference := self._difference(state_dict[key])):
+            error_msgs.append(f"the state dict is of a model that was converted with another space: {difference}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if key in missing_keys:
+            missing_keys.remove(key)
+
+    def _difference(self, description: Tensor) -> str:
+        """How the described space differs from that of the model; empty if it is the same."""
+        saved = json.loads(bytes(description.tolist()))
+        names = [one["name"] for one in saved]
+        if names != list(self.space.names):
+            return f"{', '.join(names)} there, {', '.join(self.space.names)} here, in this order"
+        return "; ".join(differing(saved, self.space))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"current": None, "_thread": None, "_latest": None}

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stn_fast.described_space import differing
 from stn_fast.hyperparameters import HyperparameterSpace
-
-# The meaning of a location, a weight and a gate depends on these; not on the scale, which is only the first σ.
-COMPARED = ("low", "high", "integer", "per_example", "response", "init")
-
-
-def described(space: HyperparameterSpace) -> list[dict[str, Any]]:
-    """The hyperparameters of ``space`` in their order, as plain values."""
-    return [{"name": one.name, **{key: getattr(one, key) for key in COMPARED}} for one in space]
 
 
 def check_made_by(state: Any, made_by: dict[str, Any]) -> None:
@@ -41,13 +35,7 @@ def saved_order(state: dict[str, Any], space: HyperparameterSpace) -> list[int]:
     if there or here:
         only = [f"{', '.join(names)} only {place}" for names, place in ((there, "there"), (here, "here")) if names]
         raise ValueError(f"the state's hyperparameters are not those of this method: {'; '.join(only)}")
-    differences = [
-        f"{one['name']} {key}={saved[one['name']][key]!r} there, {one[key]!r} here"
-        for one in described(space)
-        for key in COMPARED
-        if saved[one["name"]][key] != one[key] and (key != "init" or one["response"] == "shifted")
-    ]
-    if differences:
+    if differences := differing(state["hyperparameters"], space):
         raise ValueError(f"the state's hyperparameters differ from this method's: {'; '.join(differences)}")
     return [list(saved).index(name) for name in space.names]
 
@@ -60,3 +48,11 @@ def reorder(order: Sequence[int], tensors: Iterable[Tensor], optimizers: Iterabl
         for value in (tensor, *kept):
             if isinstance(value, Tensor) and value.shape[-1:] == tensor.shape[-1:]:
                 value.copy_(value[..., order])
+
+
+def without_description(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state of a model without the description of its space, which would forbid another order."""
+    kept = copy.copy(state)
+    for name in [name for name in state if name.endswith("tuned_hyperparameters._extra_state")]:
+        del kept[name]  # type: ignore[attr-defined]
+    return kept

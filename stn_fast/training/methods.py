@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from stn_fast.checks import real_number, switch, whole_number
 from stn_fast.conversion.folding import tuned_in
+from stn_fast.described_space import described
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace, inverse_softplus
 from stn_fast.modes import TrainingModes, evaluating
 from stn_fast.training.batches import Batch, as_batch
@@ -29,7 +30,7 @@ from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.config import Precision
 from stn_fast.training.distributed import Processes
 from stn_fast.training.finite import Attempt, Buffers, Guard, NonFiniteError, gradient_norms
-from stn_fast.training.hyper_state import check_made_by, described, reorder, saved_order
+from stn_fast.training.hyper_state import check_made_by, reorder, saved_order, without_description
 from stn_fast.training.optimizers import (
     MakeOptimizer,
     default_hyper_optimizer,
@@ -436,7 +437,7 @@ class Method(ABC):
     @torch.no_grad()
     def _load(self, state: dict[str, Any]) -> None:
         with self._buffers.ignoring_writes():
-            self.model.load_state_dict(state["model"])
+            self.model.load_state_dict(without_description(state["model"]))
         for name, optimizer in self._optimizers_by_name().items():
             optimizer.load_state_dict(state[name])
             make_capturable(optimizer)

@@ -1,5 +1,7 @@
 """`using`: which HyperBatch layers use, in nested calls, threads, checkpointing and compiled models."""
 
+import copy
+import io
 import threading
 
 import pytest
@@ -187,3 +189,60 @@ def test_a_compiled_model_is_folded_as_the_model_itself():
     result = stn.fold(torch.compile(tuned, backend="eager"))
     assert type(result) is nn.Sequential
     torch.testing.assert_close(result(x), tuned(x))
+
+
+# The state dict
+
+
+def with_space(*names, **options):
+    torch.manual_seed(0)
+    space = stn.HyperparameterSpace([stn.Hyperparameter(name, low=0.0, init=0.3, **options) for name in names])
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 2))
+    return stn.convert(model, space, dropouts={}, of_loss=[*names], quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: with_space("b", "a"), "b, a there, a, b here, in this order"),
+        (lambda: with_space("a", "c"), "a, c there, a, b here"),
+        (lambda: with_space("a", "b", high=0.5), "a high=0.5 there, None here; b high=0.5"),
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_dict_of_another_space_is_refused_although_its_shapes_are_the_same(other, message, strict):
+    tuned = with_space("a", "b")
+    with pytest.raises(RuntimeError, match=f"converted with another space: {message}"):
+        tuned.load_state_dict(other().state_dict(), strict=strict)
+    assert tuned.load_state_dict(with_space("a", "b", scale=0.5).state_dict())  # the scale is only the first σ
+
+
+def test_a_state_dict_goes_through_files_copies_and_plain_models(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    tuned = with_space("a", "b")
+    with torch.no_grad():
+        tuned.tuned_hyperparameters.location.add_(0.5)
+    file = io.BytesIO()
+    torch.save(tuned.state_dict(), file)
+    file.seek(0)
+    safetensors.save_model(tuned, tmp_path / "model.safetensors")
+    states = [
+        torch.load(file, weights_only=True),
+        safetensors.load_file(tmp_path / "model.safetensors"),
+        copy.deepcopy(tuned).double().state_dict(),
+        torch.optim.swa_utils.AveragedModel(tuned).module.state_dict(),
+        torch.compile(tuned, backend="eager")._orig_mod.state_dict(),
+    ]
+    for state in states:
+        again = with_space("a", "b")
+        again.load_state_dict(state)
+        assert again.tuned_hyperparameters.values() == tuned.tuned_hyperparameters.values()
+        with pytest.raises(RuntimeError, match="another space"):
+            with_space("b", "a").load_state_dict(state)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 2)).state_dict()
+    assert not tuned.load_state_dict(plain, strict=False).unexpected_keys
+    assert torch.equal(tuned[0].weight, plain["0.weight"])
+    assert "tuned_hyperparameters.location" in tuned.load_state_dict(plain, strict=False).missing_keys
+    x = torch.randn(5, 3)
+    tuned.eval()
+    assert torch.equal(torch.func.functional_call(tuned, tuned.state_dict(), x), tuned(x))
