@@ -58,3 +58,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+def in_evaluation(model: nn.Module) -> frozenset[str]:
+    """The names of the modules in evaluation mode."""
+    return frozenset(name for name, module in model.named_modules() if not module.training)
+
+
+def train_without(model: nn.Module, frozen: frozenset[str]) -> None:
+    """Puts the model in training mode, and the modules of `in_evaluation` in evaluation mode."""
+    model.train()
+    for name, module in model.named_modules():
+        if name in frozen:
+            module.training = False

@@ -73,6 +73,7 @@ class TunedHyperparameters(nn.Module):
         response_rank: the rank of the responses that it was called with.
         converted: the names of the modules whose class it has changed.
         untuned: the names of those with a rate of dropout or a deviation of noise that is no hyperparameter.
+        frozen: the names of the modules that were in evaluation mode when `stn_fast.fit` last trained the model.
         current: the HyperBatch that layers use now, set by `using`; None outside. It is not saved.
     """
 
@@ -96,6 +97,7 @@ class TunedHyperparameters(nn.Module):
         self.response_rank = response_rank
         self.converted: list[str] = []
         self.untuned: list[str] = []
+        self.frozen: frozenset[str] = frozenset()
         self.current: HyperBatch | None = None
         self._thread: int | None = None
         self._latest: _Latest | None = None

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from stn_fast.checks import switch, whole_number
 from stn_fast.conversion.folding import tuned_of
 from stn_fast.errors import UserError
+from stn_fast.modes import in_evaluation, train_without
 from stn_fast.training.config import (
     Config,
     HyperOptimizerConfig,
@@ -117,7 +118,8 @@ def fit(
     After each ``train_steps`` batches of ``train_loader``, a batch of ``valid_loader`` tunes the hyperparameters. After
     each epoch, the mean loss over all of ``valid_loader`` decides which checkpoint is the best, and rows are added to
     ``metrics.jsonl``. Steps and batches are those of `SelfTuner`, but batches are moved to the device of the model.
-    Afterwards, the model itself is the best one, in evaluation mode. ``python -m stn_fast.plot RUN_DIR`` draws the run.
+    Afterwards, the model itself is the best one, in evaluation mode; a later call trains it in the modes that its
+    modules had before. ``python -m stn_fast.plot RUN_DIR`` draws the run.
 
     The same call continues a run that was stopped, bit for bit as if it had never been; if it has finished, its result
     is read, and with more epochs it goes on. Another model, space, loss, optimizer or batch size is an error that names
@@ -248,8 +250,10 @@ def fit(
             capture=False,
             run_dir=os.fspath(run_dir),
         )
-        if not model.training:  # as an earlier call leaves it
-            model.train()
+        if model.training:
+            tuned.frozen = in_evaluation(model)
+        else:  # as an earlier call leaves it
+            train_without(model, tuned.frozen)
         task = task_of(tuner, [train, valid, test], scored)
         result = run(
             config,

@@ -244,6 +244,22 @@ def test_the_model_of_a_fit_goes_on_although_it_is_in_evaluation_mode(whole, tmp
     assert repr(more).startswith(f"Fit({str(tmp_path)!r}, valid_loss=")
 
 
+@pytest.mark.parametrize("given", ["itself", "its copy"])
+def test_a_batch_norm_that_was_frozen_before_the_first_call_stays_so_when_a_later_call_goes_on(tmp_path, given):
+    def frozen():
+        model = network()
+        model[1].running_mean.fill_(0.5)
+        model[1].eval()
+        return model
+
+    whole, model = trained(tmp_path / "whole", frozen()), frozen()
+    first = trained(tmp_path / "cut", model, epochs=1)
+    again = trained(tmp_path / "cut", model if given == "itself" else first.last.model)
+    assert set(again.last.model[1].running_mean.tolist()) == {0.5}
+    assert same(again.last.model, whole.last.model)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
 def test_a_finished_run_lacks_a_new_metric_and_a_new_test_loader(tmp_path):
     plain = [(X[50:81], Y[50:81])]  # has no fingerprint
     options = dict(train=[(X[:50], Y[:50])], valid=plain, epochs=1)
