@@ -413,8 +413,7 @@ class Method(ABC):
             ValueError: the method, its optimizers, its hyperparameters, or their bounds, kinds or first guesses differ
                 from this method's; the message says which. After this or any other error, nothing has been loaded.
         """
-        check_made_by(state, self._made_by())
-        order = saved_order(state, self.space)
+        order = self.check_state(state)
         before = copy.deepcopy(self._state())
         try:
             self._load(state)
@@ -426,6 +425,11 @@ class Method(ABC):
             gates = [p for name, p in named if is_gate(name) and p.shape[-1] == len(order)]
             reorder(order, [*gates, self.location, self.raw_scale], self.optimizers)
         self.guard = Guard(self.guard.skip, self.waits, state["skipped"]["steps"], dict(state["skipped"]["in_a_row"]))
+
+    def check_state(self, state: Any) -> list[int]:
+        """The position in the state of each hyperparameter. Raises ValueError as `load_state_dict` does."""
+        check_made_by(state, self._made_by())
+        return saved_order(state, self.space)
 
     def _hyperparameter_names(self, columns: Sequence[int]) -> str:
         return listed([f"hyperparameter {self.space.names[k]!r}" for k in columns])

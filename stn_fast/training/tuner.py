@@ -233,7 +233,10 @@ class SelfTuner(Passes):
         converted = as_batch(batch, self.method.location.device)
         if not isinstance(converted, Examples):
             raise TypeError(f"SelfTuner: a batch must have independent examples, got {type(batch).__name__}")
-        return self._with_known_rows(_Batch(*converted))
+        inputs: Any = converted.inputs
+        if isinstance(inputs, tuple) and not _has_several_inputs(batch):
+            inputs = (inputs,)  # the only argument
+        return self._with_known_rows(_Batch(inputs, converted.targets))
 
     def _with_known_rows(self, batch: _Batch) -> _Batch:
         """The batch, after a check of the rows of layers if it is the first of its structure.
@@ -305,14 +308,30 @@ class SelfTuner(Passes):
             got = f"a dict of {listed([*map(str, state)]) or 'nothing'}" if is_dict else type(state).__name__
             raise ValueError(f"the state must be one that SelfTuner.state_dict() has returned, got {got}")
         self._check_closed("load_state_dict")
-        self.method.load_state_dict(state["method"])
+        self.method.check_state(state["method"])
+        before = self._records
+        try:
+            self._load_history(state["history"])
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"the history of the state is not one that SelfTuner.state_dict() has returned: {error!r}"
+            ) from error
+        try:
+            self.method.load_state_dict(state["method"])
+        except Exception:
+            self._records = before
+            raise
         self.draws, self.trained, self.validated = state["draws"], state["trained"], state["validated"]
-        self._load_history(state["history"])
         self._forget_passes()
 
 
 def _is_packed(value: Any) -> bool:
     return isinstance(value, PackedSequence)
+
+
+def _has_several_inputs(batch: Any) -> bool:
+    """Whether its last entry is the targets, and the others are the arguments of the model."""
+    return isinstance(batch, tuple | list) and len(batch) > 2 and "targets" not in getattr(batch, "_fields", ())
 
 
 def called(model: nn.Module, inputs: Any) -> Any:

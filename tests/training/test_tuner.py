@@ -188,6 +188,28 @@ def test_a_batch_may_have_several_inputs_or_be_a_dict():
     assert torch.equal(losses[0], losses[2])
 
 
+class Both(nn.Module):
+    """Of two inputs in a tuple or a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, both):
+        return self.linear(both[0] + 2 * both[1])
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+@pytest.mark.parametrize("of_batch", [tuple, list])
+def test_inputs_that_are_a_tuple_or_a_list_are_one_argument(kind, of_batch):
+    x, y = batch(0)
+    tuned = stn.convert(Both(), quiet=True)
+    tuner = stn.SelfTuner(tuned, torch.optim.SGD(tuned.parameters(), 0.0), F.cross_entropy)
+    loss = tuner.valid_step(of_batch((kind((x, -x)), y)))
+    torch.testing.assert_close(loss, F.cross_entropy(tuned.linear.eval()(-x), y).detach())
+    tuner.step(of_batch((kind((x, -x)), y)))
+
+
 def test_examples_are_counted_by_the_first_input_not_by_the_targets():
     tuned = stn.convert(Block(0.2), quiet=True)
     tuner = stn.SelfTuner(

@@ -127,6 +127,15 @@ def states():
             r"SelfTuner\.state_dict\(\) has returned, got a dict",
         ),
         "that of the method": (lambda: tuner_of().method.state_dict(), r"SelfTuner\.state_dict\(\) has returned"),
+        "with a bad history": (
+            lambda: {**tuner_of().state_dict(), "history": [{"step": 1}]},
+            r"the history of the state is not one .*KeyError\('loss'\)",
+        ),
+        "with no history": (lambda: {**tuner_of().state_dict(), "history": None}, "history of the state is not one"),
+        "with a bad history of another space": (
+            lambda: {**tuner_of(space=(RATE,)).state_dict(), "history": [{}]},
+            "weight_decay only here",
+        ),
         "nothing": (lambda: {}, "got a dict of nothing"),
         "None": (lambda: None, "got NoneType"),
         "that of no method": (lambda: {**tuner_of().state_dict(), "method": {}}, "a method's state_dict"),
