@@ -29,6 +29,7 @@ from stn_fast.training.converted import (
     response_parameters,
 )
 from stn_fast.training.distributed import Processes
+from stn_fast.training.generators import default_generators
 from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer
 from stn_fast.training.parameters import listed
 from stn_fast.training.pass_rows import MOST_CHECKS
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 Loss = Callable[[Any, Any], Tensor]
 
-STATE = {"method", "draws", "trained", "validated", "history"}  # the keys of a state
+STATE = {"method", "draws", "trained", "validated", "history", "generators"}  # the keys of a state
 
 
 class _Batch(Examples):
@@ -293,12 +294,24 @@ class SelfTuner(Passes):
         return fold(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Model, hyperparameters, optimizer states, counters and history: all that a next step depends on but data."""
+        """Model, hyperparameters, optimizer states, counters, history, and states of torch's generators.
+
+        That is all that a next step depends on but data, and generators of your own. The generators are the default
+        one of the CPU and that of the model's CUDA device; with a process group, they are left out, because each
+        process has its own.
+        """
         counts = {"draws": self.draws, "trained": self.trained, "validated": self.validated}
-        return {"method": self.method.state_dict(), **counts, "history": self._history()}
+        generators = {kind: one.get_state() for kind, one in self._generators().items()}
+        return {"method": self.method.state_dict(), **counts, "history": self._history(), "generators": generators}
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        """Those of torch that layers may draw from, by the type of their device."""
+        if self.method.processes is not None:
+            return {}
+        return {one.device.type: one for one in default_generators(self.method.location.device)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned.
+        """Restores what `state_dict` returned, with the states of torch's generators.
 
         Raises:
             ValueError: it is something else, or of another method, space or optimizer; nothing has been loaded.
@@ -322,6 +335,9 @@ class SelfTuner(Passes):
             self._records = before
             raise
         self.draws, self.trained, self.validated = state["draws"], state["trained"], state["validated"]
+        for kind, generator in self._generators().items():
+            if (kept := state["generators"].get(kind)) is not None:  # that of another device is not there
+                generator.set_state(kept.cpu())
         self._forget_passes()
 
 

@@ -86,6 +86,37 @@ def test_a_resumed_run_is_the_same_bit_for_bit(method, run):
     assert len(second.history) == (2 if run is by_steps else 5)
 
 
+class Draws(nn.Module):
+    """Has dropout that is not converted."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return F.dropout(self.linear(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize("run", [by_steps, by_passes])
+def test_a_resumed_run_has_the_draws_of_torchs_generator(run):
+    def made():
+        torch.manual_seed(0)
+        tuned = stn.convert(Draws(), quiet=True)
+        return stn.SelfTuner(tuned, torch.optim.SGD(tuned.parameters(), lr=0.05), F.cross_entropy, check_rows=False)
+
+    whole = made()
+    for k in range(5):
+        if k == 2:
+            state = saved(whole.state_dict())
+        run(whole, k)
+    resumed = made()
+    torch.manual_seed(123)
+    resumed.load_state_dict(state)
+    for k in range(2, 5):
+        run(resumed, k)
+    assert_same(whole, resumed)
+
+
 def test_a_loaded_state_leaves_no_draw_to_repeat_and_no_pass_to_count():
     tuner, state = tuner_of(), tuner_of().state_dict()
     x, y = batch(0)
