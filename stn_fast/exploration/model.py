@@ -89,8 +89,8 @@ def explore_model(
 
 def _trainer(model: nn.Module, loader: Iterable[Any], loss: Loss, method: TuningMethod, examples: int) -> Trainer:
     """One that evaluates the model, on the first batches of the loader, and does not train it."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    tuner = SelfTuner(model, optimizer, loss, method=method, check_rows=False)
+    optimizer = torch.optim.SGD(model.requires_grad_(True).parameters(), lr=0.0)
+    tuner = SelfTuner(model, optimizer, loss, valid_loss=loss, method=method, check_rows=False)
     space, device = tuner.method.space, tuner.method.location.device
     valid = _first(loaded(tuner, "explore_model: valid_loader", loader), examples, device)
     config = Config(

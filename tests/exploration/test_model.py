@@ -67,6 +67,24 @@ def test_the_model_does_not_change():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_model_without_gradients_has_the_same_losses_and_still_none():
+    model = trained()
+    want = stn.explore_model(model, VALID, loss=F.cross_entropy, points=3, quiet=True)
+    model.requires_grad_(False)
+    assert stn.explore_model(model, VALID, loss=F.cross_entropy, points=3, quiet=True) == want
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_with_label_smoothing_has_the_loss_that_is_given_which_is_not_smoothed():
+    def margin(output, targets):
+        return F.multi_margin_loss(output, targets)
+
+    torch.manual_seed(1)
+    model = stn.convert(nn.Sequential(nn.Linear(6, 2)), [stn.LabelSmoothing(init=0.3)], quiet=True)
+    found = stn.explore_model(model, VALID, loss=margin, points=3, quiet=True)
+    assert found.loss == pytest.approx(margin(model.eval()(X), Y).item(), rel=1e-6)
+
+
 def test_every_point_has_the_same_batches_until_they_are_enough():
     model, shuffled = trained(), DataLoader(TensorDataset(X, Y), 25, shuffle=True)
     with torch.no_grad():
