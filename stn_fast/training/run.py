@@ -27,6 +27,7 @@ from stn_fast.training.metrics import MetricsLog, NoLog, size_of
 from stn_fast.training.parameters import check_used
 from stn_fast.training.progress import Progress
 from stn_fast.training.run_directory import RunDirectory
+from stn_fast.training.states import encoded
 from stn_fast.training.task import Task
 from stn_fast.training.trainer import Scheduler, Trainer
 from stn_fast.values import finite
@@ -113,6 +114,8 @@ def _train(
     progress.say(_about(config, task, trainer))
     if resume:
         _continue(trainer, directory, progress)
+    else:
+        encoded(method.state_dict())  # not to miss what a checkpoint can't hold when the first one is written
 
     def prepare() -> None:
         if not resume:

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from stn_fast.values import from_json
 
 # What JSON lacks is an object with one key of these.
 TENSOR, FLOAT, TUPLE, PAIRS, COUNTER, ORDERED = "$tensor", "$float", "$tuple", "$pairs", "$counter", "$ordered"
+
+RESERVED = "__metadata__"  # in a safetensors file, the name of something else
 
 
 class Unreadable(ValueError):
@@ -31,7 +34,7 @@ def encoded(state: Any) -> tuple[bytes, dict[str, Tensor]]:
     parameters, are stored once, and are one tensor when they are read.
 
     Raises:
-        UserError: another type is in it; the message says where.
+        UserError: another type is in it, or a tensor of a dtype that safetensors lacks; the message says where.
     """
     encoder = _Encoder()
     tree = encoder.encoded(state, "")
@@ -72,6 +75,15 @@ def from_safetensors(contents: bytes, device: torch.device | str) -> dict[str, T
         raise Unreadable(f"{type(error).__name__}: {error}") from None
 
 
+@cache
+def _is_stored(dtype: torch.dtype) -> bool:
+    """Whether this version of safetensors writes and reads tensors of the dtype."""
+    try:
+        return from_safetensors(to_safetensors({"x": torch.empty(1, dtype=dtype)}), "cpu")["x"].dtype == dtype
+    except (LookupError, TypeError, RuntimeError, Unreadable):
+        return False
+
+
 class _Encoder:
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -106,6 +118,8 @@ class _Encoder:
     def _tensor(self, tensor: Tensor, place: str) -> dict[str, Any]:
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise UserError(f"a checkpoint can't hold {place}, a tensor that is not dense")
+        if not _is_stored(tensor.dtype):
+            raise UserError(f"a checkpoint can't hold {place}, a tensor of {tensor.dtype}")
         tensor = tensor.detach().resolve_conj().resolve_neg()
         strides = tensor.stride()
         where = (tensor.data_ptr(), tensor.dtype, tensor.shape, strides, tensor.device)
@@ -115,7 +129,7 @@ class _Encoder:
         name = self._names.get(where) if tensor.numel() else None
         if name is None:
             name = place
-            while name in self.tensors:  # where keys have slashes
+            while name in self.tensors or name == RESERVED:  # where keys have slashes
                 name += "/"
             self._names[where] = name
             self._kept.append(tensor)

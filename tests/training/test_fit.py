@@ -358,6 +358,25 @@ def test_torchs_generators_are_left_as_they_were(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class Turned(nn.Module):
+    """Turns pairs of features by complex numbers of 128 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.turn, self.linear = nn.Parameter(torch.ones(3, dtype=torch.complex128)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        turned = torch.view_as_complex(x.double().reshape(-1, 3, 2)) * self.turn
+        return self.linear(torch.view_as_real(turned).reshape(x.shape).float())
+
+
+def test_what_a_checkpoint_can_t_hold_is_an_error_before_a_run_replaces_another(tmp_path):
+    first = trained(tmp_path, epochs=1)
+    with pytest.raises(UserError, match=r"a checkpoint can't hold model/turn, a tensor of torch.complex128"):
+        trained(tmp_path, stn.convert(Turned(), quiet=True), resume=False)
+    assert same(stn.load(tmp_path, network()), first.best.model)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_says_what_to_lower(tmp_path):
     with pytest.raises(
         Diverged, match=r"lower optimizer.learning_rate \(now 0\.02\).*resume=False or in another run_dir"

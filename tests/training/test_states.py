@@ -120,6 +120,17 @@ def test_names_of_tensors_say_where_they_are_and_do_not_collide():
     assert {**json.loads(text)} == {"a": {"b": {"$tensor": "a/b"}}, "a/b": {"$tensor": "a/b/"}}
 
 
+@pytest.mark.parametrize("state", [{"__metadata__": torch.ones(2)}, {"__metadata__": {"": torch.ones(2)}}])
+def test_a_tensor_may_be_called_as_the_metadata_of_safetensors(state):
+    assert str(round_trip(state)) == str(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.bits8], ids=str)
+def test_a_dtype_that_safetensors_lacks_is_refused_by_place(dtype):
+    with pytest.raises(UserError, match=f"a checkpoint can't hold model/weight, a tensor of {dtype}"):
+        states.encoded({"model": {"weight": torch.empty(2, dtype=dtype)}})
+
+
 class Other:
     pass
 
