@@ -107,11 +107,12 @@ def convert(
     is off; in training mode, that is an error.
 
     Converted are Linear, Conv1d, Conv2d, Conv3d, Embedding, LSTM, MultiheadAttention, LayerNorm, RMSNorm, GroupNorm,
-    BatchNorm1d, BatchNorm2d, Dropout, Dropout1d, Dropout2d and Dropout3d of torch.nn; of timm, DropPath and the norms
-    LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d, GroupNorm, GroupNorm1, GroupNormAct, GroupNorm1Act and BatchNormAct2d;
-    of transformers, Conv1D and the norms with only a weight, such as LlamaRMSNorm, GemmaRMSNorm and T5LayerNorm;
-    `stn_fast.Augment`, `stn_fast.ConvReLU2d`, `stn_fast.DropConnectLSTM`, `stn_fast.EmbeddingWithDropout`,
-    `stn_fast.GaussianNoise` and `stn_fast.LockedDropout`; and classes with a rule added by `stn_fast.converts`.
+    BatchNorm1d, BatchNorm2d, BatchNorm3d, Dropout, Dropout1d, Dropout2d and Dropout3d of torch.nn; of timm, DropPath
+    and the norms LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d, GroupNorm, GroupNorm1, GroupNormAct, GroupNorm1Act and
+    BatchNormAct2d; of transformers, Conv1D and the norms with only a weight, such as LlamaRMSNorm, GemmaRMSNorm and
+    T5LayerNorm; `stn_fast.Augment`, `stn_fast.ConvReLU2d`, `stn_fast.DropConnectLSTM`,
+    `stn_fast.EmbeddingWithDropout`, `stn_fast.GaussianNoise` and `stn_fast.LockedDropout`; and classes with a rule
+    added by `stn_fast.converts`.
     Subclasses are not, but for those of timm's norms that inherit forward. The dropout between the layers of an LSTM
     and that of attention weights become tuned, too, if there is any. Other modules stay as they are, such as GRU,
     parametrized modules and frozen layers. The report lists them.

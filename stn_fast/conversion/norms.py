@@ -174,7 +174,7 @@ class _BatchNorm(GatedBatchNorm, _Folding):
         given = self.gating_of_rows(input, self.weight)
         if self.training and self.track_running_stats and not in_transform():
             self.num_batches_tracked.add_(1)
-        images = input.view(*input.shape, *[1] * (4 - input.ndim))
+        images = input.flatten(3) if input.ndim > 4 else input.view(*input.shape, *[1] * (4 - input.ndim))
         normal = self._affine(images, given, response_input(given, self.weight))
         # Not a view of itself, in which an activation in place would cost copies and the memory format of its gradient.
         return normal if input.ndim == 4 else normal.view_as(input)
@@ -186,6 +186,10 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):  # type: ignore[misc]
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):  # type: ignore[misc]
     """As `HyperBatchNorm2d`."""
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):  # type: ignore[misc]
+    """As `HyperBatchNorm2d`, for (N, C, D, H, W)."""
 
 
 class _Activated(Converted):

@@ -397,6 +397,7 @@ NORMS: dict[type[nn.Module], type[Converted]] = {
     nn.GroupNorm: norms.GroupNorm,
     nn.BatchNorm1d: norms.BatchNorm1d,
     nn.BatchNorm2d: norms.BatchNorm2d,
+    nn.BatchNorm3d: norms.BatchNorm3d,
 }
 DROPOUTS: dict[type[nn.Module], type[Converted]] = {
     nn.Dropout: layers.Dropout,
@@ -407,8 +408,8 @@ DROPOUTS: dict[type[nn.Module], type[Converted]] = {
 }
 SHARING = (plain.EmbeddingWithDropout, plain.DropConnectLSTM)  # all examples share their draw, and so their rate
 EXAMPLES_FIRST = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout1d, nn.Dropout2d,
-    nn.Dropout3d, norms.LayerNorm2d, norms.RMSNorm2d, Augment,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout1d,
+    nn.Dropout2d, nn.Dropout3d, norms.LayerNorm2d, norms.RMSNorm2d, Augment,
 )  # fmt: skip
 TRANSFORMERS = (
     nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer,

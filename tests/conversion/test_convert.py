@@ -341,6 +341,7 @@ def test_wrong_arguments_are_named_and_change_nothing():
         (nn.GroupNorm(1, 2), 1, 0),
         (nn.BatchNorm1d(2), 1, 0),
         (nn.BatchNorm2d(2), 2, 0),
+        (nn.BatchNorm3d(2), 3, 0),
         (nn.Dropout2d(0.1), 1, 0),
         (stn.ConvReLU2d(2, 2, 1), 1, 0),
         (nn.LSTM(2, 2), 0, 1),

@@ -94,6 +94,33 @@ def test_a_converted_layer_is_the_gated_layer_of_its_kind_bit_for_bit(kind, trai
             assert torch.equal(gradient, expected[name]), name
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_batch_norm_of_volumes_is_torchs_with_a_scale_and_a_shift_for_each_example(training, memory_format):
+    torch.manual_seed(0)
+    plain = nn.BatchNorm3d(6, affine=False, dtype=torch.float64).train(training)
+    tuned = converted(nn.Sequential(nn.BatchNorm3d(6, dtype=torch.float64))).train(training)
+    x = torch.randn(4, 6, 2, 3, 5, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    hyper = sampled(tuned)
+    with tuned.tuned_hyperparameters.using(hyper):
+        y = tuned(x)
+    of, h = dict(tuned[0].named_parameters()), hyper.response.double()
+    scale = of["weight"] + h @ of["weight_gate"].T * of["response_weight"]
+    shift = of["bias"] + h @ of["bias_gate"].T * of["response_bias"]
+    want = plain(x) * scale[:, :, None, None, None] + shift[:, :, None, None, None]
+    assert relative_error(y, want) < 1e-12
+    weight = torch.randn_like(x)
+    for one, other in zip(
+        *(torch.autograd.grad((z * weight).sum(), [x, *of.values()]) for z in (y, want)), strict=True
+    ):
+        assert relative_error(one, other) < 1e-12
+    assert relative_error(tuned[0].running_var, plain.running_var) < 1e-12
+    assert tuned[0].num_batches_tracked == plain.num_batches_tracked == int(training)
+    folded = stn.fold(tuned.eval())
+    assert type(folded[0]) is nn.BatchNorm3d
+    assert relative_error(folded(x), tuned(x)) < 1e-12
+
+
 @pytest.mark.parametrize("response_rank", [2, None])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_convolution_of_signals_is_one_of_images_of_height_one(response_rank, groups):

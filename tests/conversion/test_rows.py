@@ -19,6 +19,7 @@ LAYERS = {
     "group norm": (lambda: nn.GroupNorm(2, 4), (4, 3)),
     "batch norm 1d": (lambda: nn.BatchNorm1d(4), (4, 3)),
     "batch norm 2d": (lambda: nn.BatchNorm2d(4), (4, 3, 2)),
+    "batch norm 3d": (lambda: nn.BatchNorm3d(4), (4, 3, 2, 2)),
     "lstm": (lambda: nn.LSTM(6, 5, 2, batch_first=True), (3, 6)),
     "dropout": (lambda: nn.Dropout(0.4), (3, 6)),
     "dropout1d": (lambda: nn.Dropout1d(0.4), (8, 3)),

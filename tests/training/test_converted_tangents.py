@@ -31,6 +31,17 @@ class ConvNet(nn.Module):
         return self.head(self.drop(F.gelu(x))).unflatten(0, films.shape[:2]).mean(1)
 
 
+class Volumes(nn.Module):
+    """A batch norm of (N, C, D, H, W)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv3d(2, 4, 2), nn.BatchNorm3d(4), nn.Linear(4 * 2 * 4, 7)
+
+    def forward(self, x):
+        return self.head(F.gelu(self.norm(self.conv(x))).mean(3).flatten(1))
+
+
 class Transformer(nn.Module):
     """Two blocks with scaled_dot_product_attention."""
 
@@ -67,7 +78,7 @@ def network_and_inputs(kind, rank):
     if kind in NETWORKS:
         return converted(plain(kind, 0.4), response_rank=rank), inputs(kind, EXAMPLES)
     torch.manual_seed(0)
-    shape = (3, 2, 6, 5) if kind is ConvNet else (7, 6)
+    shape = {ConvNet: (3, 2, 6, 5), Volumes: (2, 3, 4, 5)}.get(kind, (7, 6))
     model = converted(kind().double(), response_rank=rank)
     return model, torch.randn(EXAMPLES, *shape, dtype=torch.float64)
 
@@ -99,7 +110,7 @@ def by_torch_func(model, x, hyper):
 
 
 @pytest.mark.parametrize("rank", [None, 1], ids=["full", "rank 1"])
-@pytest.mark.parametrize("kind", [*NETWORKS, ConvNet, Transformer, Encoder])
+@pytest.mark.parametrize("kind", [*NETWORKS, ConvNet, Volumes, Transformer, Encoder])
 def test_outputs_and_response_gradients_are_those_of_torch_func(kind, rank):
     model, x = network_and_inputs(kind, rank)
     hyper = perturbed(model)
