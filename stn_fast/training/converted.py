@@ -170,7 +170,13 @@ def response_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def check_converted(model: nn.Module, tuned: TunedHyperparameters) -> None:
-    """Raises ValueError naming the layers that have been converted, and have been replaced by plain ones since."""
+    """Raises ValueError naming converted layers that plain ones have replaced since, or parameters that are sharded."""
+    # Not isinstance of DTensor, whose module takes long to import.
+    if sharded := [name for name, one in model.named_parameters() if hasattr(one, "device_mesh")]:
+        raise ValueError(
+            f"SelfTuner: {listed(sharded)} of the model are sharded over processes, as fully_shard does, which is not "
+            "supported: use DistributedDataParallel, or steps with process_group"
+        )
     now = dict(model.named_modules())
     plain = [(name, now[name]) for name in tuned.converted if name in now and not isinstance(now[name], Converted)]
     if replaced := [f"{name} ({type(one).__name__})" for name, one in plain if list(one.parameters(recurse=False))]:
