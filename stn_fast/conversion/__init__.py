@@ -196,6 +196,7 @@ def convert(
     tuned = TunedHyperparameters(space, report, added, response_rank).train(model.training)
     tuned.to(next(iter(model.parameters()), tuned.location).device)
     streams, decays = _free_streams(model), decay_names(added)
+    before = [(module, {*module._parameters}, {*module.__dict__}) for module in model.modules()]
     try:
         for one in places:
             if one.name in plain:
@@ -214,6 +215,10 @@ def convert(
         for module in model.modules():
             if isinstance(module, Converted):
                 Converted.revert(module, {})
+        for module, parameters, attributes in before:  # what a rule has added to a module that is not `Converted` yet
+            for kept, those in ((module._parameters, parameters), (module.__dict__, attributes)):
+                for name in {*kept} - those:
+                    del kept[name]
         raise
     tuned.converted = [name for name, module in model.named_modules() if isinstance(module, Converted)]
     tuned.untuned = [one.name for one in without_rate]

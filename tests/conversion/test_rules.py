@@ -183,16 +183,21 @@ def test_a_rule_may_use_a_hyperparameter_that_is_no_rate(rule):
     assert stn.convert(nn.Sequential(Scale(3)), space, quiet=True)[0].tuned.space == space
 
 
-def test_a_rule_that_fails_leaves_the_model_as_it_was(rule):
+@pytest.mark.parametrize("halfway", [False, True])
+def test_a_rule_that_fails_leaves_the_model_as_it_was(rule, halfway):
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.3), Scale(3))
+    attributes = [{*module.__dict__} for module in model.modules()]
     before = {name: type(module) for name, module in model.named_modules()}, list(model.state_dict())
 
     @stn.converts(Scale)
     def failing(module, context):
+        if halfway:
+            context.add_response(module)
         raise KeyError("no")
 
     with pytest.raises(KeyError, match="no"):
         stn.convert(model, quiet=True)
     assert before == ({name: type(module) for name, module in model.named_modules()}, list(model.state_dict()))
+    assert attributes == [{*module.__dict__} for module in model.modules()]
     assert model[1].p == 0.3
     stn.convert(model, exclude="2", quiet=True)
