@@ -78,6 +78,20 @@ def test_what_is_said_about_three_guesses_on_ptb_small():
     assert_shown(["126.3"], [statistics.median(own)])
 
 
+def test_what_is_said_about_a_search_on_fashion_mnist_small():
+    found = json.loads((RESULTS / "compare-fashion-mnist-small.json").read_text())
+    told = README[README.index("The median over all guesses and seeds is") :].split("times the smallest")[0]
+    rows = (RESULTS / "compare-fashion-mnist-small" / "runs.jsonl").read_text().splitlines()
+    own = [row["test_loss"] for row in map(json.loads, rows) if row["method"] == "stn"]
+    (search,) = (one for one in found["scores"] if (one["method"], one["part"]) == ("tpe", "all"))
+    spread = found["methods"][0]["spread_of_test_loss"]
+    assert len(own) == 9
+    assert_shown(re.findall(r"\d\.\d+", told), [statistics.median(own), search["test_loss"]["median"], spread])
+    of_run = [one["cpu_seconds_of_fixed"] for one in found["scores"] if one["method"] == "stn"]
+    assert 6.5 < search["cpu_seconds_of_fixed"] / statistics.median(of_run) < 7.5
+    assert found["methods"][0]["worse_than_fixed"] == 0
+
+
 RANKS = {
     "full": "full",
     **{f"rank {rank}": f"rank-{rank}" for rank in (64, 16, 4, 1)},
@@ -418,7 +432,10 @@ def test_hypergradients_are_those_that_were_recorded(row):
 COMPARED_NAMES = {"stn": "self-tuned", "fixed": "fixed", "frozen": "self-tuning network, frozen"}
 
 
-@pytest.mark.parametrize(("recipe", "keys"), [("digits-small", LOSSES[:2]), ("ptb-small", PERPLEXITIES)])
+@pytest.mark.parametrize(
+    ("recipe", "keys"),
+    [("digits-small", LOSSES[:2]), ("fashion-mnist-small", LOSSES[:2]), ("ptb-small", PERPLEXITIES)],
+)
 def test_the_comparison_with_a_search_is_the_recorded_one(recipe, keys):
     recorded = json.loads((RESULTS / f"compare-{recipe}.json").read_text())
     shown = table(f"`{recipe}`, 3 seeds | best validation {'loss' if keys == LOSSES[:2] else 'perplexity'} |")
