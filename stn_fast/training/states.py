@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stn_fast.errors import UserError
 from stn_fast.extras import extra
+from stn_fast.ops.memory import address_to_compare, owns_storage
 from stn_fast.values import from_json
 
 # What JSON lacks is an object with one key of these.
@@ -122,7 +123,7 @@ class _Encoder:
             raise UserError(f"a checkpoint can't hold {place}, a tensor of {tensor.dtype}")
         tensor = tensor.detach().resolve_conj().resolve_neg()
         strides = tensor.stride()
-        where = (tensor.data_ptr(), tensor.dtype, tensor.shape, strides, tensor.device)
+        where = (address_to_compare(tensor), tensor.dtype, tensor.shape, strides, tensor.device)
         order = sorted(range(tensor.ndim), key=lambda dim: strides[dim], reverse=True)
         if not tensor.permute(order).is_contiguous():
             order = list(range(tensor.ndim))
@@ -134,8 +135,7 @@ class _Encoder:
             self._names[where] = name
             self._kept.append(tensor)
             stored = tensor.permute(order).contiguous().cpu()
-            shares = stored.untyped_storage().nbytes() != stored.nbytes
-            self.tensors[name] = stored.clone() if shares else stored
+            self.tensors[name] = stored if owns_storage(stored) else stored.clone()
         return {TENSOR: name} if order == sorted(order) else {TENSOR: name, "order": order}
 
 

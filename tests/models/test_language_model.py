@@ -12,6 +12,7 @@ from stn_fast.data.text import predictions
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
 from stn_fast.models import LanguageModel, tuned
 from stn_fast.recipes import recipe
+from stn_fast.training.hyper_state import without_description
 from stn_fast.training.language import next_word_loss, regularised_next_word_loss
 from stn_fast.training.methods import SelfTuning, check_streams
 from stn_fast.training.spaces import build_space
@@ -171,7 +172,7 @@ def test_each_dropout_acts_alone_in_training_alone_and_afresh_at_every_step(name
     space = space_of(name)
     bare = tuned(LanguageModel(WORDS, WIDTH, WIDTH), HyperparameterSpace([Hyperparameter("a", init=0.0)]))
     model, tokens = model_of(space), tokens_of(9, 4)
-    bare.load_state_dict(model.state_dict())
+    bare.load_state_dict(without_description(model.state_dict()))
     location = space.initial_state()[0] + 3
 
     def logits(of, step):

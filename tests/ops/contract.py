@@ -401,7 +401,8 @@ OPERATIONS = (
             "forward without bias": dict(bias=False),
             "low rank": dict(rank=4),
         },
-        tiny=dict(steps=2, batch=2, inputs=3, hidden=2, n=2),
+        # In the draw of seed 0, terms of the gradient of h_0 cancel, and errors are ten times those of other draws.
+        tiny=dict(steps=2, batch=2, inputs=3, hidden=2, n=2, seed=4),
         any_size=dict(
             steps=_up_to(6),
             batch=_up_to(9),
