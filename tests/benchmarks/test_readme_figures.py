@@ -412,6 +412,16 @@ def test_two_passes_with_the_published_start_on_fashion_mnist_small():
     assert_shown(shown, expected)
 
 
+def test_hypergradients_on_ptb_small_are_those_that_were_recorded():
+    shown = table("hyperparameter, step 244", HYPERGRADIENTS)
+    for row in map(json.loads, (RESULTS / "hypergradient-ptb-small.jsonl").read_text().splitlines()):
+        assert row["step"] == 244
+        expected = [1000 * row["gradient"], 1000 * row["standard_error"], row["signal_to_noise"], 1000 * row["fitted"]]
+        expected += [1000 * row["differences"][horizon][0] for horizon in ("10", "50", "200")]
+        assert_shown(shown.pop(row["hyperparameter"].replace("_", " ")), [abs(number) for number in expected])
+    assert not shown
+
+
 def hypergradient_rows():
     return [json.loads(line) for line in (RESULTS / "hypergradient.jsonl").read_text().splitlines()]
 
