@@ -147,10 +147,11 @@ def is_closed(module: nn.Module) -> bool:
 
 def drops_by_itself(module: nn.Module) -> bool:
     """Whether it has no rule and no parameters of its own, but code that drops activations."""
-    return not _has_parameters(module) and _own_dropout(module) is not None
+    return not has_parameters(module) and _own_dropout(module) is not None
 
 
-def _has_parameters(module: nn.Module) -> bool:
+def has_parameters(module: nn.Module) -> bool:
+    """Whether it has parameters of its own."""
     return any(parameter is not None for parameter in module._parameters.values())
 
 
@@ -158,7 +159,7 @@ def _own_dropout(module: nn.Module) -> str | None:
     """How the code of a module without a rule drops activations; None if it does not, or its class tells so."""
     if drops(module) or rule_of(module) is not None:
         return None
-    rates = rates_in(module) if not _has_parameters(module) else {}
+    rates = rates_in(module) if not has_parameters(module) else {}
     shown = ", ".join(f"{name} = {rate:g}" for name, rate in rates.items())
     told = [f"its dropout rate is a number, {shown}, which stays the same for all examples"] if rates else []
     calls = [one for one in functional_dropouts(module) if not any(f" self.{name} = " in one for name in rates)]
@@ -238,7 +239,7 @@ def reason_against(module: nn.Module) -> str | None:
     if is_closed(module) and rule_of(module) is None:
         return "its forward reads the parameters of its children directly"
     dropout = _own_dropout(module)
-    if dropout is not None and not _has_parameters(module):
+    if dropout is not None and not has_parameters(module):
         return dropout
     if rule_of(module) is None:
         bases = [base.__name__ for base in kind.__mro__[1:] if base in RULES]

@@ -15,6 +15,7 @@ from stn_fast.conversion.report import Entry
 from stn_fast.conversion.rules import (
     drops,
     drops_by_itself,
+    has_parameters,
     is_closed,
     is_known,
     is_quantised,
@@ -138,7 +139,7 @@ def _concerned(model: nn.Module) -> Iterator[Named]:
             continue
         if is_closed(module):
             closed.append(name)
-        own = any(parameter is not None for parameter in module._parameters.values())
+        own = has_parameters(module)
         ruled = type(module) is Augment or (rule_of(module) is not None and not is_known(module))
         if is_closed(module) or own or ruled or is_quantised(module) or drops(module) or drops_by_itself(module):
             owner = name.rpartition(".")[0]

@@ -144,7 +144,7 @@ def _about(config: Config, task: Task, trainer: Trainer) -> str:
     return (
         f"{config.recipe}, {config.method.label}: {', '.join(sizes)} {task.batching.unit}; "
         f"{parameters:,} trained parameters; {steps:,} training steps an epoch"
-        + ("" if trainer.processes is None else f"; {trainer.processes.size} processes share each batch")
+        + ("" if trainer.process_count == 1 else f"; {trainer.process_count} processes share each batch")
         + ("" if config.precision == "fp32" else f"; matrix products in {config.precision}")
         + ("" if reason is None else f"; using the slow backend {backend!r}: {reason}")
     )
@@ -167,11 +167,11 @@ def _continue(trainer: Trainer, directory: RunDirectory, progress: Progress) -> 
             f"earlier: change this with {flag}, or choose another --run-dir"
         )
     progress.say(f"resuming {directory.path} after step {trainer.step}")
-    here = 1 if trainer.processes is None else trainer.processes.size
-    if (before := state["processes"]) != here:
+    if (before := state["processes"]) != trainer.process_count:
         progress.warn(
-            f"the checkpoint is of {before} processes and is continued by {here}: sums over the examples are rounded "
-            "otherwise, and a text goes on from a zero state, so the run is not bit for bit what it would have been"
+            f"the checkpoint is of {before} processes and is continued by {trainer.process_count}: sums over the "
+            "examples are rounded otherwise, and a text goes on from a zero state, so the run is not bit for bit what "
+            "it would have been"
         )
     trainer.check_best(progress.warn)
 
@@ -252,7 +252,7 @@ def best_result(trainer: Trainer, task: Task, progress: Progress) -> dict[str, A
         **trainer.compute,
         "steps_per_second": round(steps / max(trainer.step_clock.seconds, 1e-9), 2),
         "peak_bytes": peak_bytes(config.device),
-        "processes": 1 if trainer.processes is None else trainer.processes.size,
+        "processes": trainer.process_count,
         "precision": config.precision,
         "captured": captured(trainer),
         **task.facts,

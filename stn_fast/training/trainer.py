@@ -106,6 +106,11 @@ class Trainer:
         self._saved_at = -1
 
     @property
+    def process_count(self) -> int:
+        """How many processes share each batch: 1 for a process by itself."""
+        return 1 if self.processes is None else self.processes.size
+
+    @property
     def step(self) -> int:
         """Number of training and validation steps so far; with the seed, it fixes the next step's random draws."""
         return self.train_steps + self.valid_steps
@@ -469,7 +474,7 @@ class Trainer:
             "cpu_seconds": self.cpu_seconds,
             "reported_at": self.reported_at,
             "step_clock": self.step_clock.state_dict(),
-            "processes": 1 if self.processes is None else self.processes.size,
+            "processes": self.process_count,
             **({} if self.scheduler is None else {"scheduler": self.scheduler.state_dict()}),
         }
 
