@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from stn_fast.comparison.kept_runs import Row
@@ -48,19 +49,19 @@ def _where(entry: Row) -> str:
 
 
 def _methods(methods: Sequence[Row]) -> str:
-    spreads = ["spread_of_test_loss", "spread_of_test_perplexity"]
-    spreads = [name for name in spreads if name in methods[0]]
-    heads = [name.removeprefix("spread_of_").replace("_", " ") for name in spreads]
+    scores = [name for name in ("test_loss", "test_perplexity") if name in methods[0]]
+    heads = [head for name in scores for head in (f"median {name}".replace("_", " "), "spread")]
     head = ["method", *heads, "worse than fixed", "not finite"]
     lines = []
     for entry in methods:
         pairs = entry["compared_with_fixed"]
         worse = f"{entry['worse_than_fixed']} of {pairs}" if pairs else "-"
         counts = [worse, f"{entry['not_finite']} of {entry['runs']}"]
-        lines.append([entry["method"], *(_times(entry[name], ".4f") for name in spreads), *counts])
+        cells = [(f"{entry[name]['median']:.4g}", _times(entry[f"spread_of_{name}"], ".4f")) for name in scores]
+        lines.append([entry["method"], *itertools.chain(*cells), *counts])
     note = (
-        "Over all guesses and seeds: largest / smallest test score, runs with a larger test loss than fixed from the\n"
-        "same guess and seed, and runs or trials that became non-finite."
+        "Over all guesses and seeds: median test score, its spread (largest / smallest), runs with a larger test loss\n"
+        "than fixed from the same guess and seed, and runs or trials that became non-finite."
     )
     return f"{note}\n\n{aligned(head, lines, left=1)}"
 

@@ -158,9 +158,11 @@ def _method(method: str, found: Sequence[Outcome], transform: Callable[[float], 
     group = [each for each in found if each.method == method]
     fixed = {(each.guess, each.seed): each.test for each in found if each.method == "fixed"}
     pairs = [(each.test, fixed[each.guess, each.seed]) for each in group if (each.guess, each.seed) in fixed]
-    entry: Row = {"method": method, "spread_of_test_loss": spread([each.test for each in group])}
-    if transform is not None:
-        entry["spread_of_test_perplexity"] = spread([transform(each.test) for each in group])
+    entry: Row = {"method": method}
+    for name, unit in (("test_loss", lambda loss: loss), ("test_perplexity", transform)):
+        if unit is not None:
+            scores = [unit(each.test) for each in group]
+            entry |= {name: _range(scores), f"spread_of_{name}": spread(scores)}
     return {
         **entry,
         "worse_than_fixed": sum(own > other for own, other in pairs) if method != "fixed" else None,

@@ -412,13 +412,16 @@ def test_two_passes_with_the_published_start_on_fashion_mnist_small():
     assert_shown(shown, expected)
 
 
-def test_hypergradients_on_ptb_small_are_those_that_were_recorded():
-    shown = table("hyperparameter, step 244", HYPERGRADIENTS)
+@pytest.mark.parametrize("step", [244])
+def test_hypergradients_on_ptb_small_are_those_that_were_recorded(step):
+    shown = table(f"hyperparameter, step {step}", HYPERGRADIENTS)
     for row in map(json.loads, (RESULTS / "hypergradient-ptb-small.jsonl").read_text().splitlines()):
-        assert row["step"] == 244
-        expected = [1000 * row["gradient"], 1000 * row["standard_error"], row["signal_to_noise"], 1000 * row["fitted"]]
-        expected += [1000 * row["differences"][horizon][0] for horizon in ("10", "50", "200")]
-        assert_shown(shown.pop(row["hyperparameter"].replace("_", " ")), [abs(number) for number in expected])
+        if row["step"] == step:
+            thousandths = [row["gradient"], row["standard_error"], row["fitted"]]
+            thousandths += [row["differences"][horizon][0] for horizon in ("10", "50", "200")]
+            expected = [abs(1000 * number) for number in thousandths]
+            expected.insert(2, row["signal_to_noise"])
+            assert_shown(shown.pop(row["hyperparameter"].replace("_", " ")), expected)
     assert not shown
 
 
@@ -457,6 +460,26 @@ def test_the_comparison_with_a_search_is_the_recorded_one(recipe, keys):
         compute = [entry["cpu_seconds_of_fixed"], entry["step_cpu_seconds_of_fixed"]]
         assert_shown(shown.pop(name), [*scores, *(value for value in compute if value is not None)])
     assert not shown
+
+
+@pytest.mark.parametrize("recipe", ["digits-small", "fashion-mnist-small", "ptb-small"])
+def test_the_summary_of_three_tasks_is_that_of_the_recorded_runs(recipe):
+    recorded = json.loads((RESULTS / f"compare-{recipe}.json").read_text())
+    methods = {entry["method"]: entry for entry in recorded["methods"]}
+    score = "test_perplexity" if recipe == "ptb-small" else "test_loss"
+    compute: dict[str, list[float]] = {
+        method: [
+            entry["cpu_seconds_of_fixed"]
+            for entry in recorded["scores"]
+            if entry["method"] == method and entry["part"] in (None, "all")
+        ]
+        for method in ("stn", "tpe")
+    }
+    own, search = ([methods[name][score]["median"], methods[name][f"spread_of_{score}"]] for name in ("stn", "tpe"))
+    assert (methods["stn"]["runs"], methods["tpe"]["runs"]) == (9, 30)
+    runs = [methods["stn"]["worse_than_fixed"], methods["stn"]["compared_with_fixed"]]
+    expected = [*own, *runs, min(compute["stn"]), max(compute["stn"]), *search, *compute["tpe"]]
+    assert_shown(table("task, 9 runs, 3 searches")[f"`{recipe}`"], expected)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,7 @@ def test_methods_are_compared_over_all_guesses_and_seeds(make_row):
     methods = summarise(compared(make_row))["methods"]
     stn, fixed = entry(methods, method="stn"), entry(methods, method="fixed")
     assert stn["spread_of_test_loss"] == pytest.approx(1.0 / 0.4)
+    assert stn["test_loss"] == {"median": pytest.approx(0.65), "smallest": 0.4, "largest": 1.0}
     assert (stn["worse_than_fixed"], stn["compared_with_fixed"], stn["not_finite"], stn["runs"]) == (1, 6, 0, 6)
     assert fixed["worse_than_fixed"] is None
     ends = stn["ends"]["dropout"]
@@ -148,7 +149,9 @@ def test_perplexities_stand_beside_the_losses_of_a_text(make_row):
     (score,) = summary["scores"]
     assert score["test_perplexity"]["median"] == pytest.approx((math.exp(3) + math.exp(5)) / 2)
     assert score["test_loss"]["median"] == 4.0
-    assert summary["methods"][0]["spread_of_test_perplexity"] == pytest.approx(math.exp(2))
+    (method,) = summary["methods"]
+    assert method["spread_of_test_perplexity"] == pytest.approx(math.exp(2))
+    assert method["test_perplexity"]["smallest"] == pytest.approx(math.exp(3))
     assert f"{(math.exp(3) + math.exp(5)) / 2:.4g}" in report(summary)
 
 
