@@ -90,7 +90,7 @@ def train(config: Any, module: Any, resume: bool) -> int:
     """Runs ``config``, prints the result and plots the schedules; returns the exit status."""
     require("matplotlib")  # fail before the run rather than after it
     from stn_fast.plot import save_schedule
-    from stn_fast.training.distributed import first_of, launched
+    from stn_fast.training.distributed import ProcessesDiffer, first_of, launched
     from stn_fast.training.progress import Progress, summary
     from stn_fast.training.run import run
     from stn_fast.training.signals import Interrupted
@@ -107,6 +107,8 @@ def train(config: Any, module: Any, resume: bool) -> int:
             return stop.exit_status
         except Diverged as error:
             return complain(str(error), 1) if first else 1
+        except ProcessesDiffer as error:
+            return complain(str(error), 1)
     if not first:
         return 0
     print(summary(result))

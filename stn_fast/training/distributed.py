@@ -23,6 +23,11 @@ from stn_fast.training.disk import CannotWrite
 Result = TypeVar("Result")
 
 TIMEOUT = timedelta(minutes=10)  # after which a process that waits for another one that hangs is an error
+CHECK_EVERY = 100  # steps after which the processes compare what they have learnt
+
+
+class ProcessesDiffer(RuntimeError):
+    """Processes that share batches hold different weights or hyperparameters; all of them raise it."""
 
 
 @contextmanager
@@ -132,6 +137,17 @@ class Processes:
             sent = tensor.detach().contiguous()
             torch.distributed.broadcast(sent, group=self.group, group_src=0)
             tensor.copy_(sent)
+
+    def differing(self, numbers: Tensor) -> list[int]:
+        """The indices at which the numbers, an int64 vector, are not the same in all processes.
+
+        One reduction, for which the host waits.
+        """
+        joined = torch.cat([numbers, ~numbers])  # ~x = −x − 1 is largest where x is smallest, and can't overflow
+        torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX, group=self.group)
+        most, least = joined.chunk(2)
+        found: list[int] = (most != ~least).nonzero().flatten().tolist()
+        return found
 
     def share(self, examples: int) -> slice:
         """The examples of this process in a batch; shares differ by one example at most."""

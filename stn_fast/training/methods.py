@@ -27,8 +27,9 @@ from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace, inverse_so
 from stn_fast.modes import TrainingModes, evaluating
 from stn_fast.training.batches import Batch, as_batch
 from stn_fast.training.capture import CapturedSteps
+from stn_fast.training.checksums import bits, checksum
 from stn_fast.training.config import Precision
-from stn_fast.training.distributed import Processes
+from stn_fast.training.distributed import Processes, ProcessesDiffer
 from stn_fast.training.finite import Attempt, Buffers, Guard, NonFiniteError, gradient_norms
 from stn_fast.training.hyper_state import check_made_by, reorder, saved_order, without_description
 from stn_fast.training.optimizers import (
@@ -145,6 +146,30 @@ class Method(ABC):
         """
         processes.align(self.model)
         self.processes = processes
+
+    def check_equal(self, step: int) -> None:
+        """Compares the bits of λ, of ρ and of all parameters with those of the processes that share the batches.
+
+        All of them must call it. The host waits for the device. A process by itself does nothing.
+
+        Args:
+            step: the number of steps so far, for the message.
+
+        Raises:
+            ProcessesDiffer: in all processes; the message names what differs.
+        """
+        if self.processes is None:
+            return
+        parameters = dict(self.model.named_parameters())
+        state = [f"the {what} of {name!r}" for what in ("location", "scale") for name in self.space.names]
+        numbers = [bits(self.location), bits(self.raw_scale), *(checksum(one)[None] for one in parameters.values())]
+        names = [*state, *parameters]
+        if differing := [names[k] for k in self.processes.differing(torch.cat(numbers))]:
+            raise ProcessesDiffer(
+                f"after step {step}, {listed(differing)} {'is' if len(differing) == 1 else 'are'} not bit for bit the "
+                f"same in all {self.processes.size} processes, as it should be: something changes the numbers of one "
+                "process only, such as code of your own, or a faulty device"
+            )
 
     def _trained(self) -> list[nn.Parameter]:
         """The parameters that training steps update."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from stn_fast.checks import switch, whole_number
 from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training.converted import ConvertedDeltaSelfTuning, ConvertedSelfTuning
+from stn_fast.training.distributed import CHECK_EVERY
 from stn_fast.training.pass_rows import PassRows
 from stn_fast.training.task import with_weight_decay
 
@@ -203,6 +204,23 @@ class Passes:
     def _record(self, loss: Tensor) -> None:
         self.validated += 1
         self._records.append(Record(self.trained, loss, self.method.location.detach().clone()))
+        self._compare()
+
+    def _compare(self) -> None:
+        """Checks now and then that processes that share the batches hold the same numbers."""
+        if (self.trained + self.validated) % CHECK_EVERY == 0:
+            self.check_equal()
+
+    def check_equal(self) -> None:
+        """Compares λ, ρ and all parameters, bit for bit, with those of the processes of ``process_group``.
+
+        Every 100th step does so by itself. All processes must call it, as before the first one saves a state. Without
+        a process group it does nothing.
+
+        Raises:
+            stn_fast.training.distributed.ProcessesDiffer: in all processes; the message names what differs.
+        """
+        self.method.check_equal(self.trained + self.validated)
 
     def _history(self) -> list[dict[str, Any]]:
         """The validation steps as plain numbers, with locations by name."""
@@ -257,6 +275,7 @@ class Passes:
             self._responses.clear()
         if optimizer is self._of_weights and self._passed:
             self.trained, self._passed = self.trained + 1, False
+            self._compare()
 
     def _forget_passes(self) -> None:
         """Leaves nothing to repeat, and nothing to do for the next step of an optimizer."""

@@ -20,7 +20,7 @@ from stn_fast.training.averaging import averaged_model
 from stn_fast.training.batches import as_batch
 from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.config import Config
-from stn_fast.training.distributed import Shares, in_first, load_share, part_of
+from stn_fast.training.distributed import CHECK_EVERY, ProcessesDiffer, Shares, in_first, load_share, part_of
 from stn_fast.training.finite import NonFiniteError
 from stn_fast.training.methods import Method, SelfTuning
 from stn_fast.training.metrics import MeanLoss, MetricsLog, NoLog, describe
@@ -187,6 +187,7 @@ class Trainer:
         Raises:
             Diverged: a loss or a gradient is not finite; no checkpoint holds that state.
             Interrupted: SIGINT, SIGTERM or SIGUSR1 was received; a checkpoint of the last completed step is written.
+            ProcessesDiffer: processes that share the batches hold different numbers; no checkpoint holds them.
         """
         self._started = time.perf_counter() - self.wall_seconds
         self._cpu_started = time.process_time() - self.cpu_seconds
@@ -221,6 +222,14 @@ class Trainer:
                 self._take_step()
         except NonFiniteError as error:
             self._diverge(error.reason)
+        if self.step % CHECK_EVERY == 0:
+            self._check_equal()
+
+    def _check_equal(self) -> None:
+        try:
+            self.method.check_equal(self.step)
+        except ProcessesDiffer as error:
+            raise ProcessesDiffer(f"{error}. The last good checkpoint is {self._last_checkpoint()}") from error
 
     def _take_step(self) -> None:
         if self._cycle_closed:
@@ -389,6 +398,7 @@ class Trainer:
         if not all(torch.isfinite(tensor).all() for tensor in learnt):
             self._diverge(f"weights or hyperparameters are not finite after step {self.step}")
         self.step_clock.pause()
+        self._check_equal()
         log.sync()
         self._note_times()
         state = self.state_dict()

@@ -211,6 +211,7 @@ class SelfTuner(Passes):
         batch = self._batch(batch)
         loss = self.method.train_step(batch, self.draws, first_example=self._first_of(batch))
         self.draws, self.trained = self.draws + 1, self.trained + 1
+        self._compare()
         return loss
 
     def valid_step(self, held_out: Any) -> Tensor:

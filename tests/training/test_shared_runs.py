@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import gloo_differs
 import gloo_runs
 import pytest
 import torch
@@ -156,6 +157,19 @@ def test_the_death_of_a_process_is_an_error_of_the_other_one_and_a_signal_stops_
     in_two(tmp_path, f".:{ends}", f"whole:{ends}")
     assert rows(tmp_path / "stn") == rows(tmp_path / "whole" / "stn")
     assert result(tmp_path / "stn") == result(tmp_path / "whole" / "stn")
+
+
+def test_one_unit_in_the_last_place_of_one_process_is_an_error_of_both_and_in_no_checkpoint(tmp_path):
+    said = two_processes.finish(two_processes.start([gloo_differs.__file__], tmp_path))
+    assert said[0] == said[1]
+    at_step, at_checkpoint, of_tuner = said[0].splitlines()
+    differs = "the location of 'hidden_dropout_2'"
+    assert at_step.startswith(f"after step 100, {differs}")
+    assert at_checkpoint.startswith(f"after step 30, {differs}")
+    for text, name in ((at_step, "step"), (at_checkpoint, "checkpoint")):
+        assert "not bit for bit the same in all 2 processes" in text
+        assert checkpoint.steps(tmp_path / name / "checkpoints") == [0]
+    assert of_tuner.startswith("after step 100, 0.weight is not bit for bit the same")
 
 
 @pytest.mark.parametrize(
