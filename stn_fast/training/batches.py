@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -78,6 +78,18 @@ class Examples(Split):
     def part(self, examples: slice) -> Examples:
         """Some of the examples, for one of several processes."""
         return Examples(*pytree.tree_map_only(Tensor, lambda tensor: tensor[examples], tuple(self)))
+
+    def split(self, slices: Sequence[slice]) -> list[Examples]:
+        """Parts of the batch, for a step that computes their gradients one after the other."""
+        return [self.part(examples) for examples in slices]
+
+    def join(self, parts: Sequence[Any]) -> None:
+        pass
+
+
+def shares(examples: int, count: int) -> list[slice]:
+    """``examples`` divided into ``count`` parts in order, whose sizes differ by one at most."""
+    return [slice(examples * k // count, examples * (k + 1) // count) for k in range(count)]
 
 
 class BatchSequence(Protocol):

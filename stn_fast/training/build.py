@@ -22,6 +22,7 @@ def build_method(config: Config, task: Task) -> Method:
         optimizer=weight_optimizer(config.optimizer),
         clip=config.optimizer.clip,
         seed=config.seed,
+        accumulation=config.schedule.accumulation,
         precision=config.resolved.precision,
         allow_unused=task.allow_unused,
     )

@@ -284,6 +284,10 @@ class ScheduleConfig:
 
     ``batch_size`` and ``valid_batch_size`` are the examples of a step; for a text, the columns that are read in
     parallel. An evaluation reads about ``eval_batch_size`` examples (for a text, words) at a time; it affects no score.
+
+    ``accumulation`` is the number of parts of each training and validation batch (of a process's share of it), whose
+    gradients are computed one after the other and added. Results are the same up to rounding, except for batch norms,
+    which normalise by the statistics of each part, and memory is needed for the activations of one part only.
     """
 
     epochs: int = 100
@@ -293,11 +297,16 @@ class ScheduleConfig:
     valid_batch_size: int = 100
     eval_batch_size: int = 1000
     checkpoint_epochs: int = 10
+    accumulation: int = 1
 
     def __post_init__(self) -> None:
         _require_at_least(1, epochs=self.epochs, max_steps=self.max_steps, patience=self.patience)
         _require_at_least(1, batch_size=self.batch_size, valid_batch_size=self.valid_batch_size)
         _require_at_least(1, eval_batch_size=self.eval_batch_size, checkpoint_epochs=self.checkpoint_epochs)
+        _require_at_least(1, accumulation=self.accumulation)
+        most = min(self.batch_size, self.valid_batch_size)
+        of_one = f"must be at most {most}, the smaller of batch_size and valid_batch_size"
+        _require(self.accumulation <= most, "accumulation", self.accumulation, of_one)
 
 
 @dataclass(frozen=True)
@@ -362,6 +371,9 @@ class Config:
         rate_is_tuned, factor = self.method.name == "one-pass", self.optimizer.decay_factor
         only = "must be 1 for --method one-pass, which tunes the learning rate"
         _require(not rate_is_tuned or factor == 1, "optimizer.decay_factor", factor, only)
+        parts = self.schedule.accumulation
+        at_once = "must be 1 for --method one-pass, whose second derivatives are those of the whole batch"
+        _require(not rate_is_tuned or parts == 1, "schedule.accumulation", parts, at_once)
         names = list(self.hyperparameters)
         _require(len(self.enabled) > 0, "hyperparameters", names, "needs at least one that is enabled")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be at least 0 and below 2**63")

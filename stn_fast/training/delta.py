@@ -140,9 +140,11 @@ class DeltaSelfTuning(SelfTuning):
             return body(batch, step, first_example)
 
     def _general_step(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
-        hyper = self._general_hyper(self._draw(batch, step, first_example))
+        where = batch, step, first_example
         with hold_parameters(self._response):
-            loss = self._minimise("training", self.model, self.optimizer, batch, step, [hyper])
+            loss = self._minimise(
+                "training", self.model, self.optimizer, where, lambda draw: [self._general_hyper(draw)]
+            )
         self._note_reach()
         return loss
 
@@ -151,10 +153,10 @@ class DeltaSelfTuning(SelfTuning):
         return self.space.at(self.location.detach(), **draw | {"seed": self.seed ^ GENERAL}, centred=True)
 
     def _response_step(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
-        hypers = self._training_hypers(self._draw(batch, step, first_example))
+        where = batch, step, first_example
         # Running statistics are those of general steps.
         with self._buffers.unchanged(), hold_parameters(self._general):
-            loss = self._minimise("response", self._linearised, self.response_optimizer, batch, step, hypers)
+            loss = self._minimise("response", self._linearised, self.response_optimizer, where, self._training_hypers)
         self._check_reach()
         return loss
 

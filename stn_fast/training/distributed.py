@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from stn_fast.errors import UserError
 from stn_fast.ops.gates import wide
-from stn_fast.training.batches import Batch, BatchSequence, as_batch
+from stn_fast.training.batches import Batch, BatchSequence, as_batch, shares
 from stn_fast.training.disk import CannotWrite
 
 Result = TypeVar("Result")
@@ -151,7 +151,7 @@ class Processes:
 
     def share(self, examples: int) -> slice:
         """The examples of this process in a batch; shares differ by one example at most."""
-        return slice(examples * self.rank // self.size, examples * (self.rank + 1) // self.size)
+        return shares(examples, self.size)[self.rank]
 
     def gathered(self, value: Any) -> list[Any]:
         """The value of each process; tensors in it must be on the CPU."""

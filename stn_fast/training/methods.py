@@ -25,6 +25,7 @@ from stn_fast.conversion.folding import tuned_in
 from stn_fast.described_space import described
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace, inverse_softplus
 from stn_fast.modes import TrainingModes, evaluating
+from stn_fast.training.accumulation import finish, parts_of, weighted
 from stn_fast.training.batches import Batch, as_batch
 from stn_fast.training.capture import CapturedSteps
 from stn_fast.training.checksums import bits, checksum
@@ -80,6 +81,10 @@ class Method(ABC):
         skip_nonfinite: how many steps in a row are skipped, each with a warning, if their loss or gradient is not
             finite. One more is an error; with 0, the first one is.
         seed: with ``step``, fixes dropout masks and noise.
+        accumulation: number of parts (micro-batches) of a step, one after the other. The sum of their gradients is that
+            of the whole batch, with the same draws for each example, so the numbers are the same up to rounding, and
+            the activations of only one part are in memory. Batch norms normalise by the statistics of each part, and
+            running statistics get the mean of these. Draws of torch's own layers, such as `nn.Dropout`, are others.
         precision: precision of the matrix products, convolutions and LSTMs of a step: "fp32"; "tf32", on CUDA; "bf16",
             autocast to bfloat16 around the objectives. Weights, hyperparameters, gradient norms and updates, and
             everything outside of steps, always use the dtype of the parameters.
@@ -110,6 +115,7 @@ class Method(ABC):
         clip: float | None = 1.0,
         skip_nonfinite: int = 0,
         seed: int = 0,
+        accumulation: int = 1,
         precision: Precision = "fp32",
         allow_unused: bool = False,
     ) -> None:
@@ -118,6 +124,7 @@ class Method(ABC):
             raise ValueError(f"{who}: clip must be above 0, or None for no limit, got {clip}")
         self.model, self.space, self.training_objective, self.clip = model, space, training_objective, clip
         self.seed = whole_number(who, "seed", seed, 0)
+        self.accumulation = whole_number(who, "accumulation", accumulation, 1)
         self.processes: Processes | None = None
         self.precision = check_precision(who, precision)
         self._checks_used = not switch(who, "allow_unused", allow_unused)
@@ -210,6 +217,7 @@ class Method(ABC):
             "training_objective": self.training_objective,
             "clip": self.clip,
             "seed": self.seed,
+            "accumulation": self.accumulation,
             "precision": self.precision,
         }
 
@@ -266,37 +274,54 @@ class Method(ABC):
 
     def _train(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
         """The step itself. After the first one, it never waits for a CUDA device."""
-        hypers = self._training_hypers(self._draw(batch, step, first_example))
-        return self._minimise("training", self.model, self.optimizer, batch, step, hypers)
+        where = batch, step, first_example
+        return self._minimise("training", self.model, self.optimizer, where, self._training_hypers)
 
     def _minimise(
         self,
         kind: str,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        batch: Batch,
-        step: int | Tensor,
-        hypers: Sequence[HyperBatch],
+        where: tuple[Batch, int | Tensor, int],
+        hypers_of: Callable[[dict[str, Any]], Sequence[HyperBatch]],
     ) -> Tensor:
-        """One step of ``optimizer`` on the training objective of ``model``, averaged over ``hypers``; returns the loss.
+        """One step of ``optimizer`` on the training objective of ``model``; returns the loss.
 
-        The state that the batch carries on, and running statistics, are those of the first pass.
+        The objective is averaged over the passes with each of the hyperparameters of a draw. The state that the batch
+        carries on, and running statistics, are those of the first pass.
+
+        Args:
+            where: the batch, and the numbers of the step and of its first example.
+            hypers_of: makes the hyperparameters of each pass from the arguments of a draw.
         """
+        batch, step, first_example = where
         put_back = self._buffers.keep()
 
         def undo(where: Tensor | None) -> None:
             put_back(where)
             batch.undo(where)
 
-        views = [batch, *(batch.like(batch.parts()) for _ in hypers[1:])]
-        losses: list[Tensor] = []
+        parts, losses, statistics = parts_of(batch, self.accumulation), list[Tensor](), list[list[Tensor]]()
+        responses: list[list[Tensor]] = []  # of each part, in each of its passes
         try:
-            for view, hyper in zip(views, hypers, strict=True):
-                with self._buffers.unchanged() if losses else nullcontext():
-                    losses.append(self._pass(model, optimizer, view, hyper, step, len(hypers), first=not losses))
+            for part in parts:
+                if responses:  # each part starts from the statistics before the step
+                    put_back(None)
+                hypers = hypers_of(self._draw(part.batch, step, first_example + part.first))
+                responses.append([hyper.response for hyper in hypers])
+                views = [part.batch, *(part.batch.like(part.batch.parts()) for _ in hypers[1:])]
+                for number, (view, hyper) in enumerate(zip(views, hypers, strict=True)):
+                    share = part.weight / len(hypers)
+                    with self._buffers.unchanged() if number else nullcontext():
+                        losses.append(self._pass(model, optimizer, view, hyper, step, share, first=not losses))
+                if len(parts) > 1:
+                    statistics.append([one.clone() for one in self._buffers.statistics()])
         except NonFiniteError:
             undo(None)
             raise
+        finish(batch, parts)
+        for statistic, *found in zip(self._buffers.statistics(), *statistics, strict=True) if statistics else ():
+            statistic.copy_(weighted(found, parts))
         loss = sum(losses[1:], losses[0])
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not trained:
@@ -309,7 +334,8 @@ class Method(ABC):
         def update() -> None:
             if self.clip is not None:
                 nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
-            self._response_steps.shorten(trained, [hyper.response for hyper in hypers], self.processes)
+            of_passes = [one[0] if len(one) == 1 else torch.cat(one) for one in zip(*responses, strict=True)]
+            self._response_steps.shorten(trained, of_passes, self.processes)
             optimizer.step()
 
         name = partial(parameter_names, self.model, trained)
@@ -334,14 +360,14 @@ class Method(ABC):
         batch: Batch,
         hyper: HyperBatch,
         step: int | Tensor,
-        passes: int,
+        share: float,
         first: bool,
     ) -> Tensor:
-        """One of the ``passes`` of a step, whose gradients it adds to ``.grad``; returns its share of the loss."""
+        """A pass of a step, ``share`` of whose gradients it adds to ``.grad``; returns its share of the loss."""
         with self._in_use(hyper):
             loss = self._loss("training", self.training_objective, model, batch, hyper)
-            if passes > 1:
-                loss = loss / passes
+            if share != 1:
+                loss = loss * share
             if self._checks_used:
                 check_used(hyper, self.model)
                 self._checks_used = False
@@ -667,10 +693,15 @@ class SelfTuning(Method):
         self, batch: Batch, step: int | Tensor, first_example: int
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         with evaluating(self.model), hold_parameters(self.model.parameters()):
-            hyper = self._validation_hyper(self._draw(batch, step, first_example))
-            with self._in_use(hyper):
-                loss = self._loss("validation", self.validation_objective, self.model, batch, hyper)
-                return self._averaged(loss.detach(), self._gradients(loss), batch.examples)
+            parts, found = parts_of(batch, self.accumulation), list[tuple[Tensor, ...]]()
+            for part in parts:
+                hyper = self._validation_hyper(self._draw(part.batch, step, first_example + part.first))
+                with self._in_use(hyper):
+                    loss = self._loss("validation", self.validation_objective, self.model, part.batch, hyper)
+                    found.append((loss.detach(), *self._gradients(loss)))
+            finish(batch, parts)
+            loss, *gradients = (weighted(of_parts, parts) for of_parts in zip(*found, strict=True))
+            return self._averaged(loss, gradients, batch.examples)
 
     def _averaged(self, loss: Tensor, gradients: Sequence[Tensor], examples: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The validation loss and its gradients over the examples of all processes that share the batch."""

@@ -120,8 +120,8 @@ class OnePass(FixedHyperparameters):
         neumann_terms: the number of terms, n.
 
     Raises:
-        ValueError: an argument is out of range; the optimizer is another one, or has several parameter groups, weight
-            decay, Nesterov momentum, dampening, maximize, amsgrad or a learning rate of 0.
+        ValueError: an argument is out of range; accumulation is not 1; the optimizer is another one, or has several
+            parameter groups, weight decay, Nesterov momentum, dampening, maximize, amsgrad or a learning rate of 0.
         RuntimeError: in a training step, an operation of the model can't be differentiated twice.
     """
 
@@ -142,6 +142,8 @@ class OnePass(FixedHyperparameters):
         **options: Any,
     ) -> None:
         super().__init__(model, space, training_objective, **options)
+        if self.accumulation > 1:
+            raise ValueError("OnePass: accumulation must be 1: second derivatives are those of the whole batch")
         self.validation_objective = validation_objective
         self.neumann_terms = whole_number("OnePass", "neumann_terms", neumann_terms, 1)
         self._decay = real_number("OnePass", "weight_decay", weight_decay)

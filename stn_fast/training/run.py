@@ -84,6 +84,8 @@ def run(
                 progress.say(f"{directory.path} is finished; --no-resume would run it again")
                 return result
         method = make_method(config, task)
+        if method.accumulation != (parts := config.schedule.accumulation):
+            raise ConfigError("schedule.accumulation", parts, f"must be that of make_method's, {method.accumulation}")
         if processes is not None:
             _check_shares(config, processes)
             method.share(processes)
@@ -91,10 +93,12 @@ def run(
 
 
 def _check_shares(config: Config, processes: Processes) -> None:
-    """Raises UserError if a batch has fewer examples than there are processes."""
+    """Raises UserError if a batch has fewer examples than there are processes, times parts of each share."""
+    parts = config.schedule.accumulation
+    least, named = processes.size * parts, "the number of processes" + ("" if parts == 1 else f" times {parts} parts")
     for key in ("batch_size", "valid_batch_size"):
-        if (size := getattr(config.schedule, key)) < processes.size:
-            raise ConfigError(f"schedule.{key}", size, f"must be at least {processes.size}, the number of processes")
+        if (size := getattr(config.schedule, key)) < least:
+            raise ConfigError(f"schedule.{key}", size, f"must be at least {least}, {named}")
 
 
 def _train(
@@ -145,6 +149,7 @@ def _about(config: Config, task: Task, trainer: Trainer) -> str:
         f"{config.recipe}, {config.method.label}: {', '.join(sizes)} {task.batching.unit}; "
         f"{parameters:,} trained parameters; {steps:,} training steps an epoch"
         + ("" if trainer.process_count == 1 else f"; {trainer.process_count} processes share each batch")
+        + ("" if config.schedule.accumulation == 1 else f"; each batch in {config.schedule.accumulation} parts")
         + ("" if config.precision == "fp32" else f"; matrix products in {config.precision}")
         + ("" if reason is None else f"; using the slow backend {backend!r}: {reason}")
     )

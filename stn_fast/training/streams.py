@@ -10,7 +10,7 @@ next window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -109,6 +109,18 @@ class Window:
     def part(self, examples: slice) -> Window:
         """Some of the columns, for one of several processes, which keeps their state for the next window."""
         return replace(self, inputs=self.inputs[:, examples], targets=self.targets[:, examples])
+
+    def split(self, slices: Sequence[slice]) -> list[Window]:
+        """Windows of some of the columns each, which start from the states that ``join`` has kept for them."""
+        states = self.state or [None] * len(slices)
+        parts = [replace(self.part(columns), carrier=_Carrier()) for columns in slices]
+        for part, state in zip(parts, states, strict=True):
+            part.carrier.carry(self.index - 1, state)
+        return parts
+
+    def join(self, parts: Sequence[Window]) -> None:
+        """Keeps the states of the parts for those of the next window."""
+        self.carry([part.carrier.state_for(part.index + 1) for part in parts])
 
     def finish_as(self, other: Any) -> None:
         self.carry(_mapped(Tensor.clone, other.carrier.state_for(other.index + 1)))

@@ -25,7 +25,13 @@ RUNS = {
     "delta-stn": ("digits", (*DIGITS, "method.name=delta-stn", "schedule.max_steps=14")),
     "fixed": ("digits", (*DIGITS, "method.name=fixed", "schedule.max_steps=5")),
     "text": ("text", TEXT),
+    "text in parts": (
+        "text",
+        (*TEXT, "schedule.valid_batch_size=4", "schedule.accumulation=2", "method.name=delta-stn"),
+    ),
 }
+# Sums over examples are rounded in another order, in float32, at each of about 30 steps.
+ROUNDING = 2e-5
 SENTENCES = ("the cat sat on the mat and the dog sat on the log", "a dog ran to the mat", "the cat and the log")
 
 

@@ -20,8 +20,6 @@ from stn_fast.training.disk import CannotWrite
 from stn_fast.training.distributed import Processes, launched
 from stn_fast.training.progress import Progress
 
-# Sums over examples are rounded in another order, in float32, at each of about 30 steps.
-ROUNDING = 2e-5
 PART = "text,schedule.max_steps=7"
 
 
@@ -45,7 +43,7 @@ def assert_close(one, other, place=""):
         for key in one:
             assert_close(one[key], other[key], f"{place}/{key}")
     elif isinstance(one, float):
-        assert one == pytest.approx(other, rel=ROUNDING, abs=1e-7), place
+        assert one == pytest.approx(other, rel=gloo_runs.ROUNDING, abs=1e-7), place
     else:
         assert one == other, place
 
