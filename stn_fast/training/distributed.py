@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed
@@ -64,13 +66,38 @@ def launched(device: str) -> Iterator[Processes | None]:
 def _store() -> torch.distributed.Store:
     """Where the processes find each other.
 
-    torchrun keeps one store for all of its attempts by default, with the addresses of processes that have died. On one
-    machine, each attempt has a number; on several, their numbers may differ.
+    torchrun keeps one store for all of its attempts by default, with the addresses of processes that have died.
     """
-    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
-    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
-        return store
-    return torch.distributed.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    return torch.distributed.PrefixStore(agreed(store, rank, size), store)
+
+
+def agreed(store: torch.distributed.Store, rank: int, size: int) -> str:
+    """A name that the processes of this attempt agree on, and that those of no earlier attempt had.
+
+    torchrun numbers the attempts of each machine by itself, so the numbers of two machines may differ. But no process
+    is left of an earlier attempt when one begins. So each process shows a name that is new; the first one lists the
+    names until all have seen their own in the list, which is therefore of this attempt. Its own name is the result.
+
+    Raises:
+        RuntimeError: a process did not come within `TIMEOUT`.
+    """
+    own = uuid4().hex
+    store.set(f"name_of_{rank}", own)
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        if rank == 0:
+            names = [store.get(f"name_of_{other}").decode() for other in range(size)]
+            store.set("names", ",".join(names))
+            if all(store.check([f"{own}_seen_by_{other}"]) for other in range(1, size)):
+                return own
+        else:
+            first, *others = store.get("names").decode().split(",")
+            if own in others:
+                store.set(f"{first}_seen_by_{rank}", "")
+                return first
+        time.sleep(0.02)
+    raise RuntimeError(f"of {size} processes, not all have started within {TIMEOUT}")
 
 
 class Processes:
