@@ -20,6 +20,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def tuned_of(who: str, model: nn.Module) -> TunedHyperparameters:
     """The hyperparameters of a converted model. Raises TypeError if it has not been converted."""
     tuned = _own(model)
+    inner = getattr(model, "module", None)
+    if tuned is None and isinstance(inner, nn.Module) and _own(inner) is not None:
+        raise TypeError(f"{who}: the converted model is the attribute module of this {type(model).__name__}: give that")
     if tuned is None:
         raise TypeError(f"{who}: model must be one that stn.convert has converted, got {type(model).__name__}")
     return tuned

@@ -48,6 +48,12 @@ def check_model(who: str, model: nn.Module) -> None:
     if hasattr(model, "_orig_mod"):
         raise ValueError(f"{who}: the model is compiled: convert the plain model, then compile the converted one")
     for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            kind = type(module).__name__
+            raise ValueError(
+                f"{who}: {name or 'the model'} is a {kind}, which would not average the gradients of parameters that "
+                f"conversion adds: convert the module in it, and put {kind} around the result"
+            )
         if isinstance(module, Converted):
             raise ValueError(f"{who}: the model has been converted already: {name or 'the model itself'} is converted")
     if hasattr(model, "tuned_hyperparameters"):

@@ -59,8 +59,16 @@ class ConvertedSelfTuning(SelfTuning):
 
     def _draw_of_pass(self, batch_size: int, step: int) -> dict[str, Any]:
         """As `_draw`, for the examples of this process."""
-        self._examples = batch_size
-        first_example = 0 if self.processes is None else self.processes.rank * batch_size
+        self._examples, first_example = batch_size, 0
+        if self.processes is not None:
+            counts = self.processes.counts(batch_size, self.location.device)
+            if len({*counts}) > 1:
+                raise ValueError(
+                    f"process_group: the processes have {', '.join(map(str, counts))} examples, but in passes, "
+                    "DistributedDataParallel averages gradients as if they had as many: give each an equal share of "
+                    "every batch, by drop_last or a sampler, or call tuner.step"
+                )
+            first_example = self.processes.rank * batch_size
         return dict(batch_size=batch_size, seed=self.seed, step=step, first_example=first_example)
 
     @contextmanager

@@ -55,7 +55,7 @@ def launched(device: str) -> Iterator[Processes | None]:
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=TIMEOUT, store=_store(), rank=rank, world_size=size
     )
-    processes = Processes(torch.distributed.group.WORLD, equal=False)  # type: ignore[arg-type]
+    processes = Processes(torch.distributed.group.WORLD)  # type: ignore[arg-type]
     try:
         yield processes
     finally:  # without references to the group, its threads end: one that frees a tensor while Python ends aborts
@@ -105,15 +105,14 @@ class Processes:
 
     Args:
         group: the processes, all of which must call the methods.
-        equal: whether it is an error if they have shares of different sizes.
 
     Attributes:
         size: how many processes there are.
         rank: the number of this one; its examples of the global batch come after those of all processes before it.
     """
 
-    def __init__(self, group: torch.distributed.ProcessGroup, equal: bool = True) -> None:
-        self.group, self.equal = group, equal
+    def __init__(self, group: torch.distributed.ProcessGroup) -> None:
+        self.group = group
         self.size = torch.distributed.get_world_size(group)
         self.rank = torch.distributed.get_rank(group)
 
@@ -123,22 +122,12 @@ class Processes:
         Args:
             tensors: means over the examples of this process.
             examples: how many they are.
-
-        Raises:
-            ValueError: another process has more or fewer, so that draws would be shared, if that is an error.
         """
         shapes = [tensor.shape for tensor in tensors]
-        counts = torch.tensor([examples, examples**2], dtype=torch.double, device=tensors[0].device)
-        joined = torch.cat([*(tensor.detach().double().flatten() * examples for tensor in tensors), counts])
+        count = torch.ones(1, dtype=torch.double, device=tensors[0].device)
+        joined = torch.cat([*(tensor.detach().double().flatten() for tensor in tensors), count]).mul_(examples)
         torch.distributed.all_reduce(joined, group=self.group)
-        if self.equal:
-            total, squares = joined[-2:].tolist()
-            if squares * self.size != total**2:
-                raise ValueError(
-                    f"process_group: this process has {examples} examples, and the mean over the processes is "
-                    f"{total / self.size:g}: give each an equal share of every batch, by drop_last or a sampler"
-                )
-        parts = (joined[:-2] / joined[-2]).split([shape.numel() for shape in shapes])
+        parts = (joined[:-1] / joined[-1]).split([shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     @torch.no_grad()
@@ -156,6 +145,14 @@ class Processes:
             parts = joined[:-1].split([tensor.numel() for tensor in same])
             for tensor, part in zip(same, parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))
+
+    def counts(self, examples: int, device: torch.device) -> list[int]:
+        """How many examples each process has; the host waits for a CUDA ``device``."""
+        joined = torch.zeros(self.size, dtype=torch.int64, device=device)
+        joined[self.rank] = examples
+        torch.distributed.all_reduce(joined, group=self.group)
+        counts: list[int] = joined.tolist()
+        return counts
 
     @torch.no_grad()
     def align(self, model: nn.Module) -> None:

@@ -78,8 +78,9 @@ class SelfTuner(Passes):
     A loop that calls backward, zero_grad and the optimizer's step itself uses passes instead of steps: `training`,
     `validating` and `hyper_step`.
 
-    With several processes, give `process_group`. Steps average the gradients themselves, so the model is not wrapped.
-    In passes, call the module that DistributedDataParallel, Fabric or Accelerate made of it, which averages them.
+    With several processes, give `process_group`. Steps average the gradients themselves, over the examples of all
+    processes, which may differ in number. In passes, call the module that DistributedDataParallel, Fabric or
+    Accelerate made of the model, which averages them, and give each process as many examples.
 
     The training loss also gets ½·weight_decay·‖W_eff‖² of the converted layers, if the space has `weight_decay`; with
     additions of `stn_fast.WeightDecay`, each layer has its own hyperparameter. An optimizer that decays weights itself
@@ -87,7 +88,8 @@ class SelfTuner(Passes):
     training loss of steps; in passes, smooth the labels by hand.
 
     Args:
-        model: a converted one, as `convert` returns.
+        model: a converted one, as `convert` returns, or DistributedDataParallel around one. The attribute `model` is
+            the converted one, which steps call.
         optimizer: holds the parameters of the model, made after the conversion.
         loss: returns the mean over the examples, without penalties. Not needed in loops that use only passes. With
             label smoothing, steps need `F.cross_entropy` or a `CrossEntropyLoss` with mean reduction; see
@@ -107,10 +109,10 @@ class SelfTuner(Passes):
             again at the next ones, up to 10 times, if rows are the same for all examples, as they are after a layer
             that starts at 0. Compiled code checks nothing in passes. False for a model that can't be called with
             another number of examples, keeps a state between calls, or pads to the longest example of a call.
-        process_group: the processes that share each batch, all with as many examples, such as
-            ``torch.distributed.group.WORLD``, which is None where there is only one. Every process draws for its own
-            examples what one process would draw for them in the whole batch. Gradients and the running statistics of
-            batch norms are averaged, and all begin with the weights of the first process. Delta-stn only takes steps.
+        process_group: the processes that share each batch, such as ``torch.distributed.group.WORLD``, which is None
+            where there is only one; by default that of a DistributedDataParallel. Every process draws for its own
+            examples what one process would draw for them in the whole batch. Steps average gradients and the running
+            statistics of batch norms, and all begin with the weights of the first process. Delta-stn only takes steps.
 
     Raises:
         TypeError: the model has not been converted, `optimizer` is not an optimizer, or `process_group` no group.
@@ -142,6 +144,9 @@ class SelfTuner(Passes):
         check_rows: bool = True,
         process_group: ProcessGroup | None = None,
     ) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            process_group = _group_of(model, process_group)
+            model = model.module
         tuned = self._tuned = tuned_of("SelfTuner", model)
         self.warmup_steps = whole_number("SelfTuner", "warmup_steps", warmup_steps, 0)
         self.check_rows = switch("SelfTuner", "check_rows", check_rows)
@@ -226,7 +231,9 @@ class SelfTuner(Passes):
     def _first_of(self, batch: _Batch) -> int:
         """The place of the first example of this process in the batch of all processes."""
         processes = self.method.processes
-        return 0 if processes is None else processes.rank * batch.examples
+        if processes is None:
+            return 0
+        return sum(processes.counts(batch.examples, self.method.location.device)[: processes.rank])
 
     def _batch(self, batch: Any) -> _Batch:
         if isinstance(batch, Mapping):
@@ -362,6 +369,13 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), inputs
     return inputs if isinstance(inputs, tuple) else (inputs,), {}
+
+
+def _group_of(model: nn.parallel.DistributedDataParallel, given: ProcessGroup | None) -> ProcessGroup:
+    """The group over which the wrapper averages gradients. Raises ValueError if another one is given."""
+    if given is not None and given is not model.process_group:
+        raise ValueError("SelfTuner: process_group must be that of the DistributedDataParallel, or be left out")
+    return model.process_group
 
 
 def _processes(group: ProcessGroup | None) -> Processes | None:

@@ -1,9 +1,9 @@
 """One of the processes of tests/training/test_processes.py: trains a converted network and saves the results.
 
-    python gloo_process.py FILE DDP fabric accelerate stn delta-stn unequal statistics
+    python gloo_process.py FILE DDP fabric accelerate stn delta-stn "unequal stn" "wrapped stn" ... statistics
 
-Trains in passes by each library that is named, or in steps by the method, or with shares of different sizes. The
-environment says which process it is, as torchrun's does.
+Trains in passes by each library that is named, or in steps by the method, with shares of different sizes, or of a model
+in DistributedDataParallel. The environment says which process it is, as torchrun's does.
 """
 
 import os
@@ -68,18 +68,48 @@ def train_in_steps(method="stn", group=None, rank=0, size=1):
     return result(tuner, tuned)
 
 
-def train_in_unequal_shares(group=None, rank=0):
-    """The steps of a method with 5 and 3 of the 8 examples."""
+def train_in_unequal_shares(method="stn", group=None, rank=0):
+    """The same with 5 and 3 of the 8 examples, and in each third step with 2 and 1 of 3."""
     tuned = network()
-    tuner = stn.SelfTuner(tuned, torch.optim.SGD(tuned.parameters(), 0.3), F.cross_entropy, process_group=group)
-    shares = [slice(None)] if group is None else [slice(5), slice(5, None)]
-    if group is not None:
-        tuner.method.processes.equal = False
+    optimizer = torch.optim.SGD(tuned.parameters(), 0.3)
+    tuner = stn.SelfTuner(tuned, optimizer, F.cross_entropy, method=method, process_group=group)
     for step in range(STEPS):
-        own, held_out = ([tensor[shares[rank]] for tensor in tensors] for tensors in batch(step))
-        tuner.method.train_step(own, step, first_example=shares[rank].start or 0)
-        tuner._record(tuner.method.valid_step(held_out, 1000 + step, first_example=shares[rank].start or 0))
+        count, first = (3, 2) if step % 3 == 2 else (EXAMPLES, 5)
+        own = slice(count) if group is None else (slice(first), slice(first, count))[rank]
+        tuner.step(*([tensor[own] for tensor in tensors] for tensors in batch(step)))
     return result(tuner, tuned)
+
+
+def train_wrapped(method="stn", group=None, rank=0, size=1):
+    """A `SelfTuner` of a model inside of DistributedDataParallel, first in steps, then in passes by it."""
+    tuned = network()
+    model = tuned if group is None else nn.parallel.DistributedDataParallel(tuned)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9)
+    tuner = stn.SelfTuner(model, optimizer, F.cross_entropy, method=method)
+    for step in range(STEPS):
+        (x, y), (held_x, held_y) = (share(tensors, rank, size) for tensors in batch(step))
+        if step % 2 or method == "delta-stn":
+            tuner.step((x, y), (held_x, held_y))
+            continue
+        with tuner.training(len(x)):
+            (F.cross_entropy(model(x), y) + tuner.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with tuner.validating(len(held_x)):
+            loss = F.cross_entropy(model(held_x), held_y)
+        tuner.hyper_step(loss)
+    return result(tuner, tuned)
+
+
+def unequal_passes(group, rank):
+    """The error of a pass with 5 and 3 examples."""
+    tuned = network()
+    tuner = stn.SelfTuner(tuned, torch.optim.SGD(tuned.parameters(), 0.3), process_group=group)
+    try:
+        with tuner.training(5 if rank == 0 else 3):
+            raise AssertionError
+    except ValueError as error:
+        return str(error)
 
 
 def running_mean(group=None, rank=0, size=1):
@@ -127,7 +157,11 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     ways = {"DDP": by_ddp, "fabric": by_fabric, "accelerate": by_accelerate}
     ways |= {method: lambda method=method: train_in_steps(method, **here()) for method in ("stn", "delta-stn")}
-    ways["unequal"] = lambda: train_in_unequal_shares(here()["group"], here()["rank"])
+    group = here()["group"], here()["rank"]
+    for method in ("stn", "delta-stn"):
+        ways[f"unequal {method}"] = lambda method=method: train_in_unequal_shares(method, *group)
+        ways[f"wrapped {method}"] = lambda method=method: train_wrapped(method, **here())
+    ways["unequal passes"] = lambda: unequal_passes(*group)
     ways["statistics"] = lambda: running_mean(**here())
     torch.save({library: ways[library]() for library in libraries}, file)
     torch.distributed.destroy_process_group()

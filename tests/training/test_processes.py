@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import two_processes
 from libraries import library
+from torch import nn
 
 import stn_fast as stn
-from stn_fast.training.distributed import Processes
 
 # The network computes in float64. λ, σ and the draws are float32, and the gradients of λ and σ are sums over examples,
 # which two processes add up in another order: that may change the last of 24 bits, at each of 12 steps.
@@ -22,7 +22,10 @@ LIBRARIES = {"DDP": "torch", "fabric": "lightning_fabric", "accelerate": "accele
 IN_STEPS = {
     "stn": gloo_process.train_in_steps,
     "delta-stn": lambda: gloo_process.train_in_steps("delta-stn"),
-    "unequal": gloo_process.train_in_unequal_shares,
+    "unequal stn": gloo_process.train_in_unequal_shares,
+    "unequal delta-stn": lambda: gloo_process.train_in_unequal_shares("delta-stn"),
+    "wrapped stn": gloo_process.train_wrapped,
+    "wrapped delta-stn": lambda: gloo_process.train_wrapped("delta-stn"),
 }
 
 
@@ -36,7 +39,7 @@ def whole():
 def halves(tmp_path_factory):
     """Two processes, each with a half of the batch: {library: result} of each."""
     installed = [library for library, module in LIBRARIES.items() if find_spec(module)]
-    installed += [*IN_STEPS, "statistics"]
+    installed += [*IN_STEPS, "statistics", "unequal passes"]
     folder = tmp_path_factory.mktemp("processes")
     two_processes.finish(two_processes.start([gloo_process.__file__], folder / "{rank}", *installed))
     return [torch.load(folder / str(rank)) for rank in range(2)]
@@ -74,17 +77,37 @@ def assert_equal(one, other, whole):
     assert (one["weights"] - whole["weights"]).norm() < ROUNDING * whole["weights"].norm()
 
 
-@pytest.mark.parametrize(("others", "equal"), [(4, True), (3, False)])
-def test_shares_of_different_sizes_are_refused(two, monkeypatch, others, equal):
-    loss = torch.tensor(2.0)
-    from_the_other = torch.tensor([4.0 * others, others, others**2], dtype=torch.double)
-    monkeypatch.setattr(dist, "all_reduce", lambda joined, group: joined.add_(from_the_other))
-    if equal:
-        (average,) = Processes(two).averages([loss], 4)
-        assert average == 3
-        return
-    with pytest.raises(ValueError, match=r"this process has 4 examples, and the mean over the processes is 3\.5"):
-        Processes(two).averages([loss], 4)
+def test_passes_with_shares_of_different_sizes_are_refused_in_all_processes(halves):
+    one, other = (results["unequal passes"] for results in halves)
+    assert one == other
+    assert "the processes have 5, 3 examples, but in passes" in one
+
+
+def test_another_group_than_that_of_the_wrapper_is_refused_and_a_wrapper_is_named_elsewhere(two):
+    tuned = gloo_process.network()
+    wrapped = nn.parallel.DistributedDataParallel(tuned)
+    optimizer = torch.optim.SGD(tuned.parameters(), 0.1)
+    with pytest.raises(ValueError, match="process_group must be that of the DistributedDataParallel"):
+        stn.SelfTuner(wrapped, optimizer, process_group=dist.new_group([0, 1]))
+    tuner = stn.SelfTuner(wrapped, optimizer)
+    assert tuner.model is tuned
+    assert tuner.method.processes.size == 2
+    with pytest.raises(TypeError, match="the attribute module of this DistributedDataParallel: give that"):
+        stn.fold(wrapped)
+    with pytest.raises(TypeError, match="the attribute module of this DataParallel: give that"):
+        stn.SelfTuner(nn.DataParallel(tuned), optimizer)
+
+
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, nn.DataParallel])
+def test_a_wrapped_model_is_not_converted_because_the_wrapper_knows_nothing_of_the_response(wrap, two):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.2))
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    says = f"the model is a {wrap.__name__}.* convert the module in it, and put {wrap.__name__} around the result"
+    with pytest.raises(ValueError, match=says):
+        stn.convert(wrap(model), quiet=True)
+    with pytest.raises(ValueError, match=f"0 is a {wrap.__name__}"):
+        stn.convert(nn.Sequential(wrap(model)), quiet=True)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
 
 
 def test_fabric_computes_the_gradients_in_mixed_precision():
