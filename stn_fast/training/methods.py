@@ -378,11 +378,11 @@ class Method(ABC):
                 )
             if first:
                 optimizer.zero_grad(set_to_none=True)
-            self._differentiate(loss, step)
+            self._differentiate(loss, step, batch.examples)
         return loss.detach()
 
-    def _differentiate(self, loss: Tensor, step: int | Tensor) -> None:
-        """Computes the ``.grad`` of the parameters."""
+    def _differentiate(self, loss: Tensor, step: int | Tensor, examples: int) -> None:
+        """Computes the ``.grad`` of the parameters, from the mean over ``examples``."""
         loss.backward()
 
     def begin(self, call: str, batch: Any) -> Batch:

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from stn_fast.checks import real_number, whole_number
-from stn_fast.errors import UserError
 from stn_fast.hyperparameter import Hyperparameter
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.modes import evaluating
 from stn_fast.training.batches import Batch
-from stn_fast.training.distributed import Processes
 from stn_fast.training.finite import Attempt, gradient_norms
 from stn_fast.training.methods import FixedHyperparameters
 from stn_fast.training.optimizers import (
@@ -191,16 +189,14 @@ class OnePass(FixedHyperparameters):
             hyper = self._at(**self._draw(batch, step, first_example))
             loss = self._loss("validation", self.validation_objective, self.model, batch, hyper)
             gradient = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        loss = loss.detach().clone()
+        self._average([*gradient, loss], batch.examples)
         norms = gradient_norms(gradient)
         name = partial(parameter_names, self.model, parameters)
         attempt = Attempt("validation", step, loss, norms, torch.linalg.vector_norm(norms), name)
         keep = partial(self._validation_gradients.append, list(gradient))
         self.guard.take(attempt, self.hyper_optimizer, keep, batch.undo)
-        return loss.detach()
-
-    def share(self, processes: Processes) -> None:
-        """Raises UserError."""
-        raise UserError("one-pass tuning can't share batches between processes: second derivatives are not averaged")
+        return loss
 
     def _train(self, batch: Batch, step: int | Tensor, first_example: int) -> Tensor:
         if not (self._validation_gradients and self.location.is_cuda):
@@ -208,10 +204,13 @@ class OnePass(FixedHyperparameters):
         with torch.backends.cudnn.flags(enabled=False):  # its LSTM can't be differentiated twice
             return super()._train(batch, step, first_example)
 
-    def _differentiate(self, loss: Tensor, step: int | Tensor) -> None:
+    def _differentiate(self, loss: Tensor, step: int | Tensor, examples: int) -> None:
         validation, self._validation_gradients = self._validation_gradients, []
-        if not validation or not loss.isfinite():
-            return super()._differentiate(loss, step)
+        of_all = loss.detach().clone()
+        if validation:
+            self._average([of_all], examples)
+        if not validation or not of_all.isfinite():
+            return super()._differentiate(loss, step, examples)
         parameters = self._parameters
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         used: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -221,18 +220,35 @@ class OnePass(FixedHyperparameters):
                 used.append((parameter, gradient, torch.stack(of_batches).mean(0)))
         if not used:
             return
-        hypergradient = self._hypergradient(*(list(column) for column in zip(*used, strict=True)))
+        hypergradient = self._hypergradient(*(list(column) for column in zip(*used, strict=True)), examples=examples)
 
         def update() -> None:
             self.location.grad = hypergradient
             self.hyper_optimizer.step()
 
-        attempt = Attempt("hyperparameter", step, loss, hypergradient, hypergradient.sum(), self._hyperparameter_names)
+        attempt = Attempt(
+            "hyperparameter", step, of_all, hypergradient, hypergradient.sum(), self._hyperparameter_names
+        )
         self.guard.take(attempt, self.hyper_optimizer, update, lambda where: None)
         self._install()
 
-    def _hypergradient(self, weights: list[Tensor], gradients: list[Tensor], validation: list[Tensor]) -> Tensor:
-        """dF/dlocation, from ∇L with its graph and ∇F."""
+    def _average(self, tensors: list[Tensor], examples: int) -> None:
+        """Replaces means over ``examples`` by those over the examples of all processes that share the batch."""
+        if self.processes is not None:
+            self.processes.average_(tensors, examples)
+
+    def _hypergradient(
+        self, weights: list[Tensor], gradients: list[Tensor], validation: list[Tensor], *, examples: int
+    ) -> Tensor:
+        """dF/dlocation, from ∇L with its graph, the mean over ``examples``, and ∇F.
+
+        Of several processes, each has the graph of its own examples. Its gradient gets the value of the whole batch's,
+        so that averages of products with its derivatives are those of the whole batch.
+        """
+        if self.processes is not None:
+            means = [gradient.detach().clone() for gradient in gradients]
+            self._average(means, examples)
+            gradients = [mean + (one - one.detach()) for mean, one in zip(means, gradients, strict=True)]
         clipped = clipping(gradients, self.clip)
         group, states = self.optimizer.param_groups[0], self.optimizer.state
         values = self.space.at(self.location, batch_size=1).values[0]
@@ -243,8 +259,10 @@ class OnePass(FixedHyperparameters):
             for weight, gradient in zip(weights, gradients, strict=True)
         ]
 
-        def product(vector: list[Tensor]) -> Sequence[Tensor]:
-            return torch.autograd.grad(updates, weights, vector, retain_graph=True, materialize_grads=True)
+        def product(vector: list[Tensor]) -> list[Tensor]:
+            found = torch.autograd.grad(updates, weights, vector, retain_graph=True, materialize_grads=True)
+            self._average(list(found), examples)
+            return list(found)
 
         series = neumann_series(validation, product, self.neumann_terms)
         (hypergradient,) = torch.autograd.grad(updates, [self.location], series)

@@ -20,10 +20,13 @@ TEXT = (
     *("schedule.batch_size=7", "schedule.valid_batch_size=3", "schedule.eval_batch_size=60", "schedule.epochs=2"),
     *("text.window=6", "text.width=12", "text.valid_streams=3", "method.warmup_epochs=0", "threads=1"),
 )
+ONE_PASS = ("method.name=one-pass", "schedule.max_steps=14", "method.train_steps=2")
 RUNS = {
     "stn": ("digits", DIGITS),
     "delta-stn": ("digits", (*DIGITS, "method.name=delta-stn", "schedule.max_steps=14")),
     "fixed": ("digits", (*DIGITS, "method.name=fixed", "schedule.max_steps=5")),
+    "one-pass": ("digits", (*DIGITS, *ONE_PASS)),
+    "one-pass of adam": ("digits", (*DIGITS, *ONE_PASS, "optimizer.name=adam", "optimizer.learning_rate=0.002")),
     "text": ("text", TEXT),
     "text in parts": (
         "text",

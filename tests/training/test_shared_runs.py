@@ -171,15 +171,15 @@ def test_one_unit_in_the_last_place_of_one_process_is_an_error_of_both_and_in_no
 
 
 @pytest.mark.parametrize(
-    ("setting", "says"),
+    ("settings", "says"),
     [
-        ("schedule.valid_batch_size=1", r"schedule\.valid_batch_size = 1: must be at least 2, the number of processes"),
-        ("method.name=one-pass", "one-pass tuning can't share batches between processes"),
+        (["schedule.valid_batch_size=1"], r"valid_batch_size = 1: must be at least 2, the number of processes$"),
+        (["schedule.valid_batch_size=5", "schedule.accumulation=3"], "= 5: must be at least 6, .* times 3 parts"),
     ],
 )
-def test_what_can_not_be_shared_is_an_error_before_the_first_step(tmp_path, two, setting, says):
+def test_batches_that_are_too_small_to_share_are_an_error_before_the_first_step(tmp_path, two, settings, says):
     with pytest.raises(UserError, match=says):
-        gloo_runs.run_in(tmp_path, "stn", setting, processes=Processes(two))
+        gloo_runs.run_in(tmp_path, "stn", *settings, processes=Processes(two))
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
