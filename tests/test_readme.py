@@ -1,4 +1,4 @@
-"""Commands and Python of the README and docs/results.md run, or take their arguments; files they point to exist."""
+"""Commands and Python of the pages run, or take their arguments; files that the pages point to exist."""
 
 import importlib
 import os
@@ -17,7 +17,7 @@ from stn_fast import train
 from stn_fast.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "runs.md"]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 
 
