@@ -8,6 +8,7 @@ in DistributedDataParallel. The environment says which process it is, as torchru
 
 import os
 import sys
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +102,29 @@ def train_wrapped(method="stn", group=None, rank=0, size=1):
     return result(tuner, tuned)
 
 
+def accumulate(group=None, rank=0, size=1):
+    """Passes for two parts of each share, before a step of the optimizer, by DistributedDataParallel."""
+    tuned = network()
+    model = tuned if group is None else nn.parallel.DistributedDataParallel(tuned)
+    optimizer = torch.optim.SGD(tuned.parameters(), 0.3, momentum=0.9)
+    tuner = stn.SelfTuner(model, optimizer)
+    ranks = [rank] if size == 2 else range(2)  # one process has the parts of both
+    parts = [torch.cat([torch.arange(EXAMPLES).chunk(2)[one].chunk(2)[part] for one in ranks]) for part in range(2)]
+    for step in range(STEPS):
+        (x, y), held_out = batch(step)
+        for part in parts:
+            last = part is parts[-1]
+            with nullcontext() if group is None or last else model.no_sync(), tuner.training(len(part)):
+                ((F.cross_entropy(model(x[part]), y[part]) + tuner.penalty()) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        held_x, held_y = share(held_out, rank, size)
+        with tuner.validating(len(held_x)):
+            loss = F.cross_entropy(model(held_x), held_y)
+        tuner.hyper_step(loss)
+    return result(tuner, tuned)
+
+
 def unequal_passes(group, rank):
     """The error of a pass with 5 and 3 examples."""
     tuned = network()
@@ -161,6 +185,7 @@ if __name__ == "__main__":
     for method in ("stn", "delta-stn"):
         ways[f"unequal {method}"] = lambda method=method: train_in_unequal_shares(method, *group)
         ways[f"wrapped {method}"] = lambda method=method: train_wrapped(method, **here())
+    ways["accumulated"] = lambda: accumulate(**here())
     ways["unequal passes"] = lambda: unequal_passes(*group)
     ways["statistics"] = lambda: running_mean(**here())
     torch.save({library: ways[library]() for library in libraries}, file)
