@@ -188,6 +188,14 @@ def test_fixed_runs_do_not_depend_on_settings_of_tuning(tmp_path):
     assert digest(configure(config, "fixed", 0, 1.0, tmp_path, None)) == same not in different
 
 
+def test_the_number_of_checkpoints_kept_is_no_setting_of_a_row(tmp_path):
+    config = recipe("digits").config()
+    more, rarer = (
+        replace(config, schedule=replace(config.schedule, **{key: 5})) for key in ("checkpoints_kept", "epochs")
+    )
+    assert digest(more) == digest(config) != digest(rarer)
+
+
 def test_a_row_has_the_settings_that_its_run_used(in_turn, tmp_path):
     given = ["--set", "hyper_optimizer.learning_rate=0.02", "--set", "method.train_steps=3"]
     methods = ["--methods", "stn,one-pass", "--guesses", "low"]

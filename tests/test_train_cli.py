@@ -220,6 +220,22 @@ def test_a_full_disk_is_status_1_and_one_line_and_the_run_goes_on_later(whole, t
     assert rows(directory) == rows(whole)
 
 
+def test_as_many_checkpoints_stay_as_are_asked_for_also_on_resume_and_the_numbers_are_the_same(whole, tmp_path):
+    """Every epoch is the best so far, and saved."""
+    directory = tmp_path / "kept"
+
+    def kept_after(steps, kept):
+        pairs = ("schedule.checkpoint_epochs=1", f"schedule.max_steps={steps}", f"schedule.checkpoints_kept={kept}")
+        flags = [argument for pair in pairs for argument in ("--set", pair)]
+        assert train.main([*SHORT, *flags, "--run-dir", str(directory)]) == 0
+        return checkpoint.steps(directory / "checkpoints")
+
+    assert kept_after(22, 3) == [0, 9, 22]
+    assert kept_after(36, 2) == [22, 36]
+    assert kept_after(49, 4) == [22, 36, 49]
+    assert rows(directory) == rows(whole)
+
+
 def test_a_log_that_cannot_be_written_is_status_1_and_one_line(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").mkdir(parents=True)
     assert train.main([*SHORT, "--run-dir", str(tmp_path), "--no-resume"]) == 1

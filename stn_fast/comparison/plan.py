@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stn_fast.comparison.guesses import Guess, guessed, labels
 from stn_fast.comparison.kept_runs import KeptRuns, Row
 from stn_fast.comparison.processes import Processes, Task
-from stn_fast.comparison.runs import CURVE, configure, digest_of, measure_with_curve, score
+from stn_fast.comparison.runs import CURVE, configure, digest_of, measure_with_curve, numbers_of, score
 from stn_fast.comparison.search import SEARCHES, Range, Study, open_journal, sampled, search_space
 from stn_fast.recipes import RecipeLike
 from stn_fast.training.config import Config
@@ -57,7 +57,7 @@ class Comparison:
 
     def settings(self, config: Config, **others: Any) -> str:
         """A digest of all that a row depends on: ``config``, data, versions, columns of curves, and ``others``."""
-        own = asdict(replace(config, run_dir=None, data_root=None))
+        own = numbers_of(config)
         del own["fit"]  # of runs of stn_fast.fit, which are not compared
         return digest_of({"config": own, "circumstances": self.circumstances, "columns": CURVE, **others})
 

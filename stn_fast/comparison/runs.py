@@ -66,7 +66,14 @@ def configure(defaults: Config, method: str, seed: int, factor: float, run_dir: 
 
 def digest(config: Config) -> str:
     """A hash of everything in ``config`` that a run's numbers depend on."""
-    return digest_of(asdict(replace(config, run_dir=None, data_root=None, threads=None)))
+    return digest_of(numbers_of(replace(config, threads=None)))
+
+
+def numbers_of(config: Config) -> dict[str, Any]:
+    """The entries of ``config`` without those that say where files are, and how many."""
+    own = asdict(replace(config, run_dir=None, data_root=None))
+    del own["schedule"]["checkpoints_kept"]
+    return own
 
 
 def digest_of(value: Any) -> str:

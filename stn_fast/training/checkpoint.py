@@ -26,8 +26,6 @@ from stn_fast.values import from_json, to_json
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 FORMAT = 7  # version of the state's layout; other versions are not read
-KEPT = 2  # number of last checkpoints to keep, besides the best of each
-
 
 _NAME = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced)")
@@ -74,12 +72,12 @@ def recover(root: Path) -> None:
                 shutil.rmtree(entry)
 
 
-def write(root: Path, step: int, state: dict[str, Any], best_step: int) -> Path:
+def write(root: Path, step: int, state: dict[str, Any], best_step: int, kept: int = 2) -> Path:
     """Writes ``state`` atomically and removes the checkpoints that are no longer needed.
 
     Whenever the process or the machine stops, the directory is complete or absent: its contents are on the disk before
     it gets its name. (Replacing an existing checkpoint of ``step`` leaves a moment without one; ``recover`` then
-    restores the old one.) This checkpoint, the one before, and the best one of each are kept.
+    restores the old one.) The last ``kept`` checkpoints, and the best one as of each, are kept.
 
     Raises:
         CannotWrite: the disk is full or cannot be written; earlier checkpoints are intact.
@@ -108,7 +106,7 @@ def write(root: Path, step: int, state: dict[str, Any], best_step: int) -> Path:
         partial.rename(target)
         sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
-    _prune(root, step, best_step)
+    _prune(root, step, best_step, kept)
     return target
 
 
@@ -222,9 +220,9 @@ def _best_step(path: Path) -> int | None:
         return None
 
 
-def _prune(root: Path, step: int, best_step: int) -> None:
+def _prune(root: Path, step: int, best_step: int, kept: int) -> None:
     """Also removes checkpoints after ``step``: they are damaged, and the run went back to an earlier one."""
-    last = [other for other in steps(root) if other <= step][-KEPT:]
+    last = [other for other in steps(root) if other <= step][-kept:]
     wanted = {best_step, *last, *(_best_step(path_of(root, other)) for other in last)}
     for other in steps(root):
         if other not in wanted:

@@ -36,6 +36,7 @@ FREE_ON_RESUME = (
     "schedule.patience",
     "optimizer.min_learning_rate",
     "schedule.checkpoint_epochs",
+    "schedule.checkpoints_kept",
     "capture",
     "data_root",
     "run_dir",
@@ -280,7 +281,8 @@ class ScheduleConfig:
 
     A run ends after ``epochs``, after ``max_steps`` (training and validation steps together, like ``step`` in
     ``metrics.jsonl``), or after ``patience`` epochs in a row without a new best validation loss. A checkpoint is
-    written every ``checkpoint_epochs`` and at every new best validation loss.
+    written every ``checkpoint_epochs`` and at every new best validation loss. The last ``checkpoints_kept`` of them
+    stay on the disk, and the best one as of each.
 
     ``batch_size`` and ``valid_batch_size`` are the examples of a step; for a text, the columns that are read in
     parallel. An evaluation reads about ``eval_batch_size`` examples (for a text, words) at a time; it affects no score.
@@ -298,6 +300,7 @@ class ScheduleConfig:
     eval_batch_size: int = 1000
     checkpoint_epochs: int = 10
     accumulation: int = 1
+    checkpoints_kept: int = 2
 
     def __post_init__(self) -> None:
         _require_at_least(1, epochs=self.epochs, max_steps=self.max_steps, patience=self.patience)
@@ -307,6 +310,7 @@ class ScheduleConfig:
         most = min(self.batch_size, self.valid_batch_size)
         of_one = f"must be at most {most}, the smaller of batch_size and valid_batch_size"
         _require(self.accumulation <= most, "accumulation", self.accumulation, of_one)
+        _require_at_least(2, checkpoints_kept=self.checkpoints_kept)  # one is used if the other is damaged
 
 
 @dataclass(frozen=True)

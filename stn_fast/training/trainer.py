@@ -404,7 +404,8 @@ class Trainer:
         state = self.state_dict()
 
         def write() -> None:
-            checkpoint.write(self.checkpoints, self.step, state, self.best["step"])
+            kept = self.config.schedule.checkpoints_kept
+            checkpoint.write(self.checkpoints, self.step, state, self.best["step"], kept)
 
         in_first(self.processes, write)
         self._saved_at = self.step

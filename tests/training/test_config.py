@@ -15,6 +15,7 @@ from stn_fast.training.spaces import build_space
     [
         ("schedule.epochs=0", r"schedule.epochs \(--epochs\) = 0: must be at least 1"),
         ("schedule.max_steps=-1", "schedule.max_steps"),
+        ("schedule.checkpoints_kept=1", "schedule.checkpoints_kept = 1: must be at least 2"),
         ("schedule.batch_size=1.5", "schedule.batch_size = 1.5: must be a whole number"),
         ("schedule.batch_size=true", "must be a whole number"),
         ("optimizer.learning_rate=0", "optimizer.learning_rate = 0.0: must be a finite number above 0"),
