@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from stn_fast.errors import UserError
@@ -164,10 +165,11 @@ def replace(path: Path, contents: bytes) -> None:
     sync(path.parent)
 
 
-def write_through(path: Path, contents: bytes) -> None:
-    """Writes the file and waits until its contents are on the disk."""
+def write_through(path: Path, *parts: Any) -> None:
+    """Writes the file, whose contents are the parts, and waits until they are on the disk."""
     with path.open("wb") as file:
-        file.write(contents)
+        for part in parts:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
 

@@ -205,10 +205,10 @@ def test_a_full_disk_is_status_1_and_one_line_and_the_run_goes_on_later(whole, t
     directory = tmp_path / "full"
     arguments = [*SHORT, "--run-dir", str(directory)]
 
-    def fail_later(path, contents, write_through=checkpoint.write_through):
+    def fail_later(path, *contents, write_through=checkpoint.write_through):
         if checkpoint.steps(directory / "checkpoints"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_through(path, contents)
+        write_through(path, *contents)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "write_through", fail_later)

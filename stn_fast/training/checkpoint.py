@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stn_fast import files
 from stn_fast.errors import UserError
@@ -73,7 +74,17 @@ def recover(root: Path) -> None:
 
 
 def write(root: Path, step: int, state: dict[str, Any], best_step: int, kept: int = 2) -> Path:
-    """Writes ``state`` atomically and removes the checkpoints that are no longer needed.
+    """Writes ``state`` as ``write_encoded`` does.
+
+    Raises:
+        CannotWrite: as ``write_encoded``.
+        UserError: the state holds an object that a checkpoint can't hold.
+    """
+    return write_encoded(root, step, best_step, kept, *states.encoded(state))
+
+
+def write_encoded(root: Path, step: int, best_step: int, kept: int, text: bytes, tensors: dict[str, Tensor]) -> Path:
+    """Writes a state that is encoded, atomically, and removes the checkpoints that are no longer needed.
 
     Whenever the process or the machine stops, the directory is complete or absent: its contents are on the disk before
     it gets its name. (Replacing an existing checkpoint of ``step`` leaves a moment without one; ``recover`` then
@@ -81,21 +92,19 @@ def write(root: Path, step: int, state: dict[str, Any], best_step: int, kept: in
 
     Raises:
         CannotWrite: the disk is full or cannot be written; earlier checkpoints are intact.
-        UserError: the state holds an object that a checkpoint can't hold.
     """
     target = path_of(root, step)
     partial, replaced = (root / f".{target.name}.{part}" for part in ("partial", "replaced"))
-    text, tensors = states.encoded(state)
-    contents = {TENSORS: states.to_safetensors(tensors), STATE: text}
-    sums = {name: _sha256(content) for name, content in contents.items()}
+    contents = {TENSORS: states.to_safetensors(tensors), STATE: [text]}
+    sums = {name: _sha256(*parts) for name, parts in contents.items()}
     manifest = _signed({"format": FORMAT, "step": step, "best_step": best_step, "files": sums})
     with writing(target):
         make_directory(root)
         recover(root)
         partial.mkdir()
         try:
-            for name, content in contents.items():
-                write_through(partial / name, content)
+            for name, parts in contents.items():
+                write_through(partial / name, *parts)
             write_through(partial / MANIFEST, to_json(manifest).encode())
             sync(partial)
         except OSError:
@@ -157,8 +166,11 @@ def _read_bytes(path: Path) -> bytes:
         raise DamagedCheckpoint(f"{path.parent} cannot be read ({error.strerror}: {error.filename})") from None
 
 
-def _sha256(contents: bytes) -> str:
-    return hashlib.sha256(contents).hexdigest()
+def _sha256(*parts: Any) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
 
 
 def _signed(manifest: dict[str, Any]) -> dict[str, Any]:

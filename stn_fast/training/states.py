@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stn_fast.errors import UserError
 from stn_fast.extras import extra
-from stn_fast.ops.memory import address_to_compare, owns_storage
+from stn_fast.ops.memory import address_to_compare
 from stn_fast.values import from_json
 
 # What JSON lacks is an object with one key of these.
@@ -28,7 +28,7 @@ class Unreadable(ValueError):
 
 
 def encoded(state: Any) -> tuple[bytes, dict[str, Tensor]]:
-    """(text, tensors): the state as JSON, in which tensors are named, and the tensors.
+    """(text, tensors): the state as JSON, in which tensors are named, and the tensors, contiguous and not copied.
 
     A state consists of None, bool, int, float, str, dense tensors, lists, tuples, dicts with any of these as keys,
     OrderedDicts, also those of `nn.Module.state_dict`, and Counters. Equal tensors in one place in memory, such as tied
@@ -54,11 +54,32 @@ def decoded(text: bytes, tensors: dict[str, Tensor]) -> Any:
         raise Unreadable(f"{type(error).__name__}: {error}") from None
 
 
-def to_safetensors(tensors: dict[str, Tensor]) -> bytes:
-    """Contiguous tensors as the contents of a safetensors file."""
-    with extra("safetensors"):
-        from safetensors.torch import save
-    return save(tensors)
+def copied(tensors: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the CPU's memory. Those of ``into`` with its name and shape are overwritten: new memory is slow."""
+    copies = {}
+    for name, tensor in tensors.items():
+        copy = into.get(name)
+        if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copies[name] = copy.copy_(tensor)
+    return copies
+
+
+def to_safetensors(tensors: dict[str, Tensor]) -> list[Any]:
+    """Contiguous tensors as the contents of a safetensors file, in parts: a header, and their memory.
+
+    safetensors itself would copy the memory twice, and keep Python's other threads waiting.
+    """
+    header, memory, begin = {}, [], 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].element_size(), reverse=True):  # to align them
+        numbers = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
+        end = begin + numbers.nbytes
+        header[name] = {"dtype": _stored_as(tensor.dtype), "shape": [*tensor.shape], "data_offsets": [begin, end]}
+        memory.append(numbers)
+        begin = end
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little") + text, *memory]
 
 
 def from_safetensors(contents: bytes, device: torch.device | str) -> dict[str, Tensor]:
@@ -77,12 +98,18 @@ def from_safetensors(contents: bytes, device: torch.device | str) -> dict[str, T
 
 
 @cache
-def _is_stored(dtype: torch.dtype) -> bool:
-    """Whether this version of safetensors writes and reads tensors of the dtype."""
+def _stored_as(dtype: torch.dtype) -> str | None:
+    """The name of the dtype in safetensors files; None if this version of safetensors can't write and read it."""
+    with extra("safetensors"):
+        from safetensors.torch import save
     try:
-        return from_safetensors(to_safetensors({"x": torch.empty(1, dtype=dtype)}), "cpu")["x"].dtype == dtype
+        contents = save({"x": torch.empty(1, dtype=dtype)})
+        if from_safetensors(contents, "cpu")["x"].dtype != dtype:
+            return None
+        header = json.loads(contents[8 : 8 + int.from_bytes(contents[:8], "little")])["x"]
     except (LookupError, TypeError, RuntimeError, Unreadable):
-        return False
+        return None
+    return header["dtype"] if header["shape"] == [1] else None  # some have two numbers in a byte
 
 
 class _Encoder:
@@ -119,7 +146,7 @@ class _Encoder:
     def _tensor(self, tensor: Tensor, place: str) -> dict[str, Any]:
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise UserError(f"a checkpoint can't hold {place}, a tensor that is not dense")
-        if not _is_stored(tensor.dtype):
+        if _stored_as(tensor.dtype) is None:
             raise UserError(f"a checkpoint can't hold {place}, a tensor of {tensor.dtype}")
         tensor = tensor.detach().resolve_conj().resolve_neg()
         strides = tensor.stride()
@@ -134,8 +161,7 @@ class _Encoder:
                 name += "/"
             self._names[where] = name
             self._kept.append(tensor)
-            stored = tensor.permute(order).contiguous().cpu()
-            self.tensors[name] = stored if owns_storage(stored) else stored.clone()
+            self.tensors[name] = tensor.permute(order).contiguous()
         return {TENSOR: name} if order == sorted(order) else {TENSOR: name, "order": order}
 
 

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -27,6 +28,7 @@ from stn_fast.training.metrics import MeanLoss, MetricsLog, NoLog, describe
 from stn_fast.training.optimizers import captures
 from stn_fast.training.plateau import Plateau
 from stn_fast.training.precision import float32_products
+from stn_fast.training.saving import FAILED, Saving
 from stn_fast.training.signals import Interrupted, StopRequest
 from stn_fast.training.step_clock import StepClock
 from stn_fast.training.task import Task
@@ -63,7 +65,8 @@ class Trainer:
         checkpoints: the directory that holds ``step-XXXXXXXX/``.
         report: called with every row as it is written.
         on_step: called after every step with the number of passes over the training set, as a fraction.
-        warn: called with the reason if steps cannot be captured as CUDA graphs.
+        warn: called with the reason if steps cannot be captured as CUDA graphs, and with the error of a checkpoint
+            if another error ends the run.
         scheduler: of the learning rate, besides ``config.optimizer``.
     """
 
@@ -100,7 +103,8 @@ class Trainer:
         self.best: Row = {"valid_loss": math.inf, "step": 0}
         self.plateau = Plateau(config.optimizer, schedule.patience)
         self.rows, self.reported_at = 0, 0.0
-        self.step_clock = StepClock()
+        self._saving = Saving(warn)
+        self.step_clock = StepClock(beside=lambda: self._saving.cpu_seconds)
         self.wall_seconds, self.cpu_seconds = 0.0, 0.0
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
         self._saved_at = -1
@@ -188,11 +192,12 @@ class Trainer:
             Diverged: a loss or a gradient is not finite; no checkpoint holds that state.
             Interrupted: SIGINT, SIGTERM or SIGUSR1 was received; a checkpoint of the last completed step is written.
             ProcessesDiffer: processes that share the batches hold different numbers; no checkpoint holds them.
+            CannotWrite: the disk is full or cannot be written; earlier checkpoints are intact.
         """
         self._started = time.perf_counter() - self.wall_seconds
         self._cpu_started = time.process_time() - self.cpu_seconds
         self.step_clock.resume()
-        with StopRequest() as stop:
+        with StopRequest() as stop, self._saving:
             if self.rows == 0:
                 self._close_epoch(log)
             while not self.finished:
@@ -202,19 +207,31 @@ class Trainer:
                     self._close_epoch(log)
                 if (number := self._stopped_by(stop)) is not None:
                     self._save(log)
+                    self._finish_saving()
                     raise Interrupted(number, self.step)
             # An unfinished epoch is saved before its early report, so that a longer run can continue from it as if it
             # had never stopped.
             self._save(log)
             if not self._epoch_closed:
                 self._report_epoch(log)
+            self._finish_saving()
         self._note_times()
 
     def _stopped_by(self, stop: StopRequest) -> int | None:
-        """The signal that this process has received, or any of those that share the batches."""
-        if self.processes is None:
-            return stop.number
-        return self.processes.most(stop.number or 0) or None
+        """The signal that this process has received, or any of those that share the batches.
+
+        Raises the error of the last checkpoint if it could not be written.
+        """
+        number = FAILED if self._saving.failed else stop.number or 0
+        if self.processes is not None:
+            number = self.processes.most(number)
+        if number == FAILED:
+            self._finish_saving()
+        return number or None
+
+    def _finish_saving(self) -> None:
+        """Returns once the last checkpoint is on the disk; raises the error if it could not be written."""
+        in_first(self.processes, self._saving.wait)
 
     def _advance(self) -> None:
         try:
@@ -313,6 +330,7 @@ class Trainer:
     def _diverge(self, what: str) -> NoReturn:
         self.step_clock.pause()
         self._note_times()
+        self._saving.settle()
         values = self.method.space.values(self.method.location)
         named = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
         rates = [f"optimizer.learning_rate (now {self.method.learning_rate:g})"]
@@ -403,11 +421,9 @@ class Trainer:
         self._note_times()
         state = self.state_dict()
 
-        def write() -> None:
-            kept = self.config.schedule.checkpoints_kept
-            checkpoint.write(self.checkpoints, self.step, state, self.best["step"], kept)
-
-        in_first(self.processes, write)
+        kept = self.config.schedule.checkpoints_kept
+        write = partial(checkpoint.write_encoded, self.checkpoints, self.step, self.best["step"], kept)
+        in_first(self.processes, lambda: self._saving.begin(state, write))
         self._saved_at = self.step
         self.step_clock.resume()
 

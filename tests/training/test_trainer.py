@@ -21,6 +21,7 @@ from stn_fast.training.build import build_method
 from stn_fast.training.methods import Method, SelfTuning
 from stn_fast.training.progress import Progress
 from stn_fast.training.run import run, using_threads
+from stn_fast.training.saving import Saving
 from stn_fast.training.task import classification_loss
 from stn_fast.training.trainer import Diverged, Trainer
 
@@ -488,9 +489,12 @@ class SlowParts:
             (SelfTuning, "train_step", 1.0),
             (SelfTuning, "valid_step", 10.0),
             (Trainer, "evaluate", 1e4),
-            (checkpoint, "write", 1e6),
+            (checkpoint, "write_encoded", 1e6),
         ):
             monkeypatch.setattr(owner, name, self.slowed(getattr(owner, name), seconds))
+        begin = Saving.begin
+        monkeypatch.setattr(Saving, "begin", lambda saving, *given: (begin(saving, *given), saving.settle()))
+        monkeypatch.setattr(Saving, "cpu_seconds", 0.0)  # not the real one
 
     def slowed(self, function, seconds):
         def call(*arguments, **options):
