@@ -11,7 +11,7 @@ OLDEST := build/triton-oldest
 # Run test files in parallel, each on two threads that release their processors while they wait.
 WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help venv train check test lint launched-kernels count-compilations cases bench test-gpu bench-gpu gpu-report clean
+.PHONY: help venv train check test test-faults lint launched-kernels count-compilations cases bench test-gpu bench-gpu gpu-report clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
@@ -56,6 +56,10 @@ test: lint  ## lint, then every test that needs no GPU
 	@$(MAKE) --no-print-directory $(VENV)/.examples || \
 	  echo "tests of timm, transformers, peft, Fabric and Accelerate are skipped" >&2
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -m "not gpu" $(WORKERS) $(ARGS)
+
+test-faults: venv  ## kill runs and break disks and processes for half an hour; prints how many kills were survived
+	OMP_NUM_THREADS=1 $(RUN) tests/faults/kills.py --recipes digits fashion-mnist-small ptb-small --kills 20
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults $(ARGS)
 
 launched-kernels: triton-oldest  ## compile every variant of a kernel that a step of a recipe launches (ARGS="digits" names one)
 	$(RUN) tests/launched_kernels.py --triton $(OLDEST) $(ARGS)

@@ -1,23 +1,15 @@
 """A run of the digits recipe short enough for a test, and the means to compare two runs."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch.distributed
 from random_response import random_response  # noqa: F401 - a fixture
 from run_files import result, rows
+from short_run import short
 
 from stn_fast.recipes import digits
-from stn_fast.training.config import Config
-from stn_fast.training.layering import resolve
 from stn_fast.training.run import run
-
-
-def short(directory: Path, *pairs: str) -> Config:
-    """Two epochs of warm-up, six in all."""
-    pairs = ("schedule.epochs=6", "method.warmup_epochs=2", "schedule.checkpoint_epochs=2", *pairs)
-    return replace(resolve(digits.config(), None, pairs), run_dir=str(directory))
 
 
 @pytest.fixture
