@@ -55,6 +55,7 @@ test: lint  ## lint, then every test that needs no GPU
 	@$(MAKE) --no-print-directory $(VENV)/.exports || echo "tests of ONNX and safetensors are skipped" >&2
 	@$(MAKE) --no-print-directory $(VENV)/.examples || \
 	  echo "tests of timm, transformers, peft, Fabric and Accelerate are skipped" >&2
+	@$(MAKE) --no-print-directory $(VENV)/.loggers || echo "tests of TensorBoard, W&B and MLflow are skipped" >&2
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -m "not gpu" $(WORKERS) $(ARGS)
 
 test-faults: venv  ## kill runs and break disks and processes for half an hour; prints how many kills were survived
@@ -86,6 +87,11 @@ $(VENV)/.exports: | venv
 # The constraints keep the torch that is installed, and pip chooses the torchvision of its release, which timm needs.
 $(VENV)/.examples: | venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt timm transformers peft lightning-fabric accelerate
+	@touch $@
+
+# SQLAlchemy and alembic, with which mlflow-skinny has a local store, come with optuna.
+$(VENV)/.loggers: | venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt tensorboard wandb mlflow-skinny
 	@touch $@
 
 compile-ahead: triton-oldest  ## compile every kernel for sm_80 and sm_90 with both ends of Triton's range; prints a table

@@ -1,4 +1,4 @@
-"""Optional packages, installed by the extras ``train``, ``compare`` and ``examples``."""
+"""Optional packages, installed by the extras ``train``, ``compare``, ``examples`` and of each logger."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from importlib.util import find_spec
 from stn_fast.errors import UserError
 
 # All others are for train, which these include.
-EXTRAS = {"optuna": "compare", "timm": "examples", "transformers": "examples"}
+EXTRAS = {
+    "optuna": "compare",
+    "timm": "examples",
+    "transformers": "examples",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+}
 
 
 @contextmanager

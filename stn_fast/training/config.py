@@ -38,6 +38,7 @@ FREE_ON_RESUME = (
     "schedule.checkpoint_epochs",
     "schedule.checkpoints_kept",
     "capture",
+    "loggers",
     "data_root",
     "run_dir",
 )
@@ -116,6 +117,8 @@ TUNING = tuple(name for name in METHODS if name != "fixed")
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16")
 PrecisionSetting = Literal["auto", "fp32", "tf32", "bf16"]
+
+LOGGERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -352,6 +355,9 @@ class Config:
     it is the default of recipes whose recorded runs in bf16 are as good as in fp32 (``benchmarks/precision.py``).
     ``capture`` turns each kind of step into a CUDA graph, which gives the same numbers faster; it does nothing on the
     CPU.
+
+    ``loggers`` show the rows of ``metrics.jsonl`` elsewhere, too: ``tensorboard``, ``wandb`` (Weights & Biases) or
+    ``mlflow``.
     """
 
     recipe: str
@@ -367,6 +373,7 @@ class Config:
     threads: int | None = None
     precision: PrecisionSetting = "fp32"
     capture: bool = True
+    loggers: tuple[str, ...] = ()
     train_fraction: float = 1.0
     data_root: str | None = None
     run_dir: str | None = None
@@ -391,6 +398,10 @@ class Config:
         _require(self.device in devices, "device", self.device, did_you_mean(self.device, devices))
         precision, settings = self.precision, ("auto", *PRECISIONS)
         _require(precision in settings, "precision", precision, did_you_mean(precision, settings))
+        for name in self.loggers:
+            _require(name in LOGGERS, "loggers", name, did_you_mean(name, LOGGERS))
+        twice = len(set(self.loggers)) < len(self.loggers)
+        _require(not twice, "loggers", list(self.loggers), "must name each logger once")
 
     @property
     def resolved(self) -> "Config":

@@ -39,6 +39,7 @@ from stn_fast.training.fit_description import (
 )
 from stn_fast.training.fit_task import Metric, check_scores, checked_metrics, loaded, task_of
 from stn_fast.training.fit_words import FitProgress, in_words_of_python
+from stn_fast.training.loggers import Logger, check_logger
 from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer, learning_rate
 from stn_fast.training.progress import summary
 from stn_fast.training.run import run
@@ -106,6 +107,7 @@ def fit(
     seed: int = 0,
     resume: bool = True,
     callbacks: Sequence[Callable[[Row], Any]] = (),
+    loggers: Sequence[str | Logger] = (),
     quiet: bool = False,
 ) -> Fit:
     """Trains a converted model, tunes its hyperparameters, and writes a run directory as recipes do.
@@ -161,6 +163,8 @@ def fit(
         resume: whether to continue a run in ``run_dir``; False starts over.
         callbacks: called with each row of ``metrics.jsonl``. Rows after the last checkpoint of a stopped run are
             written again.
+        loggers: names, of ``tensorboard``, ``wandb`` and ``mlflow``, or objects with the methods of
+            `stn_fast.training.loggers.Logger`. They get the rows, too, and one that fails changes nothing in the run.
         quiet: whether to print only warnings.
 
     Raises:
@@ -177,6 +181,7 @@ def fit(
         raise TypeError(f"fit: loss must be a function of outputs and targets, got {name_of(type(loss))}")
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
         raise TypeError(f"fit: callbacks must be a list of functions of a row, got {callbacks!r}")
+    own_loggers = _own(loggers)
     scored = checked_metrics(metrics or {})
     made = _made("optimizer", optimizer, torch.optim.Optimizer, list(model.parameters()))
     settings = settings_of(made)  # a scheduler changes them
@@ -248,6 +253,7 @@ def fit(
             device=tuned.location.device.type,  # type: ignore[arg-type]
             precision=precision,
             capture=False,
+            loggers=tuple(one for one in loggers if isinstance(one, str)),
             run_dir=os.fspath(run_dir),
         )
         if model.training:
@@ -262,6 +268,7 @@ def fit(
             progress=progress,
             make_method=lambda config, task: tuner.method,
             scheduler=None if scheduled is None else _Scheduler(scheduled),
+            loggers=own_loggers,
         )
         directory = Path(config.directory)
         check_scores(result, scored, test is not None, directory)
@@ -280,6 +287,16 @@ def _check(epochs: int, train_steps: int, warmup_epochs: int, patience: int | No
         ("checkpoint_epochs", checkpoint_epochs, 1),
     ):
         whole_number("fit", name, value, least)
+
+
+def _own(loggers: Sequence[str | Logger]) -> list[Logger]:
+    """Those that are objects."""
+    if isinstance(loggers, str) or not isinstance(loggers, Sequence):
+        raise TypeError(f"fit: loggers must be a list of names and objects, got {loggers!r}")
+    own = [one for one in loggers if not isinstance(one, str)]
+    for logger in own:
+        check_logger(logger)
+    return own
 
 
 def _made(name: str, make: Any, kind: type[Any], given: Any) -> Any:

@@ -114,6 +114,10 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(key, value, "must be a section of keys")
         return build(hint, value, f"{key}.")
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ConfigError(key, value, f"must be a list, such as [{value}]")
+        return tuple(convert(arguments[0], item, key) for item in value)
     if origin is not None:
         if not isinstance(value, Mapping):
             raise ConfigError(key, value, "must be a section of keys")

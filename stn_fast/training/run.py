@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from stn_fast.training.build import build_method
 from stn_fast.training.config import FLAGS, Config, ConfigError
 from stn_fast.training.distributed import Processes, first_of, in_first
 from stn_fast.training.finite import is_writable
+from stn_fast.training.loggers import Logger, Loggers, check_logger, named_loggers
 from stn_fast.training.methods import Method
 from stn_fast.training.metrics import MetricsLog, NoLog, size_of
 from stn_fast.training.parameters import check_used
@@ -29,7 +30,7 @@ from stn_fast.training.progress import Progress
 from stn_fast.training.run_directory import RunDirectory
 from stn_fast.training.states import encoded
 from stn_fast.training.task import Task
-from stn_fast.training.trainer import Scheduler, Trainer
+from stn_fast.training.trainer import Row, Scheduler, Trainer
 from stn_fast.values import finite
 
 
@@ -42,12 +43,14 @@ def run(
     make_method: Callable[[Config, Task], Method] = build_method,
     scheduler: Scheduler | None = None,
     processes: Processes | None = None,
+    loggers: Sequence[Logger] = (),
 ) -> dict[str, Any]:
     """Trains as ``config`` says, in ``config.directory``, and returns the contents of ``result.json``.
 
     ``make_method`` may return a `Method` of your own; by default it is the one that ``config.method`` names.
     ``scheduler`` may change the learning rate of its optimizer after every epoch; its state is saved. ``processes``
     share each batch and evaluation; all call this, need the same disk, and get the result, and the first one writes.
+    ``loggers``, and those that ``config.loggers`` names, are told the rows of ``metrics.jsonl``; they change nothing.
 
     With ``resume``, a run in that directory continues from its newest undamaged checkpoint, bit for bit as if it had
     never stopped; if it is finished, its result is returned. Both need the data that the run was trained on, though
@@ -59,6 +62,9 @@ def run(
         Diverged, Interrupted: as ``Trainer.fit``.
     """
     config, progress = config.resolved, progress or Progress(quiet=True)
+    for logger in loggers:
+        check_logger(logger)
+    tracking = Loggers([*named_loggers(config.loggers), *loggers] if first_of(processes) else (), progress.warn)
     require("safetensors")  # not to miss it when the first checkpoint is written
     with ExitStack() as stack:
         stack.enter_context(using_threads(config.threads))
@@ -89,7 +95,7 @@ def run(
         if processes is not None:
             _check_shares(config, processes)
             method.share(processes)
-        return _train(config, method, task, data, directory, resumes, progress, scheduler)
+        return _train(config, method, task, data, directory, resumes, progress, scheduler, tracking)
 
 
 def _check_shares(config: Config, processes: Processes) -> None:
@@ -110,11 +116,15 @@ def _train(
     resume: bool,
     progress: Progress,
     scheduler: Scheduler | None,
+    loggers: Loggers,
 ) -> dict[str, Any]:
     processes = method.processes
-    trainer = Trainer(
-        config, task, method, directory.checkpoints, progress.row, progress.step, progress.warn, scheduler
-    )
+
+    def report(row: Row) -> None:
+        progress.row(row)
+        loggers.row(row)
+
+    trainer = Trainer(config, task, method, directory.checkpoints, report, progress.step, progress.warn, scheduler)
     progress.say(_about(config, task, trainer))
     if resume:
         _continue(trainer, directory, progress)
@@ -131,10 +141,12 @@ def _train(
     in_first(processes, prepare)
     progress.start = trainer.train_steps / trainer.train_batches.per_pass
     log = MetricsLog(directory.metrics, trainer.rows) if first_of(processes) else NoLog(trainer.rows)
-    with progress, log:
-        trainer.fit(log)
-    result = finite(best_result(trainer, task, progress))
-    in_first(processes, lambda: directory.write_result(result))
+    with loggers.started(config, directory.path, directory.metrics, trainer.rows):
+        with progress, log:
+            trainer.fit(log)
+        result = finite(best_result(trainer, task, progress))
+        in_first(processes, lambda: directory.write_result(result))
+        loggers.result(result)
     return result
 
 

@@ -36,6 +36,7 @@ class RunDirectory:
         self.result = self.path / "result.json"
         self.schedule = self.path / "schedule.png"
         self.checkpoints = self.path / "checkpoints"
+        self.logger_records = (self.path / "wandb.json", self.path / "mlflow.json")
         self._made = write and not exists(self.path)
         if write:
             self._make_writable()
@@ -108,7 +109,7 @@ class RunDirectory:
 
     @property
     def _files(self) -> tuple[Path, ...]:
-        return self.metrics, self.result, self.schedule, self.config, self.data
+        return self.metrics, self.result, self.schedule, self.config, self.data, *self.logger_records
 
     @property
     def _holds_a_run(self) -> bool:
