@@ -42,11 +42,12 @@ class Converted(InModel, nn.Module):
         """The HyperBatch in use; None in evaluation mode outside `using`, for the current hyperparameters.
 
         Raises:
-            RuntimeError: none is in use, in training mode.
+            RuntimeError: none is in use, in training mode, or another thread uses one.
         """
-        if self.tuned.current is None and self.training:
+        hyper = self.tuned.in_use()
+        if hyper is None and self.training:
             raise self.no_batch_in_use()
-        return self.tuned.current
+        return hyper
 
     def response(self, like: Tensor) -> Tensor:
         """The response input: (B, n), or (n,) if all examples share it; in the dtype and on the device of `like`."""

@@ -39,7 +39,7 @@ class OutputDropout(InModel):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if not module.training:
             return None
-        hyper, x = self.tuned.current, self.dropped(output)
+        hyper, x = self.tuned.in_use(), self.dropped(output)
         if hyper is None:
             raise self.no_batch_in_use()
         rows, draw = self.split(x, len(hyper)), hyper.draw(self.stream)

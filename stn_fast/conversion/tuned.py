@@ -57,6 +57,13 @@ def _is_captured(location: Tensor) -> bool:
     return location.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _another_thread(caller: str) -> RuntimeError:
+    return RuntimeError(
+        f"{caller}: another thread is using this model with its own hyperparameters; a converted model uses one "
+        "HyperBatch at a time, so give each thread a copy of the model (copy.deepcopy)"
+    )
+
+
 class TunedHyperparameters(nn.Module):
     """λ and ρ of a converted model, the child `tuned_hyperparameters` of its root.
 
@@ -74,7 +81,7 @@ class TunedHyperparameters(nn.Module):
         converted: the names of the modules whose class it has changed.
         untuned: the names of those with a rate of dropout or a deviation of noise that is no hyperparameter.
         frozen: the names of the modules that were in evaluation mode when `stn_fast.fit` last trained the model.
-        current: the HyperBatch that layers use now, set by `using`; None outside. It is not saved.
+        current: the HyperBatch that layers of this thread use now, set by `using`; None outside. It is not saved.
     """
 
     location: Tensor
@@ -118,15 +125,25 @@ class TunedHyperparameters(nn.Module):
         self._check(hyper)
         thread, before = threading.get_ident(), (self.current, self._thread)
         if self._thread not in (None, thread):
-            raise RuntimeError(
-                "using: another thread is using this model with its own hyperparameters; a converted model uses one "
-                "HyperBatch at a time, so give each thread a copy of the model (copy.deepcopy)"
-            )
+            raise _another_thread("using")
         self.current, self._thread = hyper, thread
         try:
             yield
         finally:
             self.current, self._thread = before
+
+    def in_use(self) -> HyperBatch | None:
+        """`current`, for a layer that is called now.
+
+        Raises:
+            RuntimeError: another thread has set it, and no backward pass calls the layer again: those of CUDA devices
+                run in threads of their own. Compiled code does not check it.
+        """
+        if self.current is None or torch.compiler.is_compiling() or self._thread == threading.get_ident():
+            return self.current
+        if torch._C._current_graph_task_id() == -1:
+            raise _another_thread("a converted layer")
+        return self.current
 
     @contextmanager
     def at_location(self) -> Iterator[None]:

@@ -47,6 +47,46 @@ def test_another_thread_is_refused_while_one_is_inside():
     assert len(errors) == 1
 
 
+def in_another_thread(call):
+    """The message of the RuntimeError that it raises there; None without one."""
+    errors = []
+
+    def run():
+        try:
+            call()
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return errors[0] if errors else None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_called_in_another_thread_does_not_use_this_threads_batch(training):
+    tuned = stn.convert(nn.Sequential(nn.Linear(3, 2)), [stn.Dropout("0", init=0.3)], quiet=True).train(training)
+    own, x = tuned.tuned_hyperparameters, torch.ones(4, 3)
+    with own.using(sampled(tuned)):
+        assert "another thread is using this model" in in_another_thread(lambda: tuned[0](x))
+        tuned(x)
+    if not training:
+        assert in_another_thread(lambda: tuned(x)) is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_pass_in_another_thread_recomputes_with_the_batch_of_its_forward_pass(reentrant):
+    tuned = stn.convert(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), quiet=True)
+    x, grads = torch.ones(4, 3, requires_grad=True), []
+    for backward in (lambda call: call(), in_another_thread):
+        with tuned.tuned_hyperparameters.using(sampled(tuned)):
+            loss = checkpoint(tuned, x, use_reentrant=reentrant).square().sum()
+            assert backward(loss.backward) is None
+            grads.append(x.grad)
+            x.grad = None
+    assert torch.equal(*grads)
+
+
 def test_other_batches_are_refused():
     tuned = stn.convert(nn.Sequential(nn.Linear(3, 2)), quiet=True)
     own = tuned.tuned_hyperparameters
