@@ -94,6 +94,10 @@ $(VENV)/.loggers: | venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt tensorboard wandb mlflow-skinny
 	@touch $@
 
+$(VENV)/.ray: | venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[train]'
+	@touch $@
+
 compile-ahead: triton-oldest  ## compile every kernel for sm_80 and sm_90 with both ends of Triton's range; prints a table
 	$(RUN) tests/compile_table.py --triton $(OLDEST) $(ARGS)
 	$(RUN) tests/compile_table.py $(ARGS)

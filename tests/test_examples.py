@@ -80,7 +80,7 @@ def test_stn_in_120_lines_tunes_and_folds(capsys):
     assert accuracy > 0.7
 
 
-@pytest.mark.parametrize("name", [*EXAMPLES, "stn_in_120_lines"])
+@pytest.mark.parametrize("name", [*EXAMPLES, "ray_train", "stn_in_120_lines"])
 def test_example_is_short(name):
     lines = (FOLDER / f"{name}.py").read_text().count("\n")
     assert lines < (121 if name == "stn_in_120_lines" else 60)
