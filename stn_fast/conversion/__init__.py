@@ -106,20 +106,21 @@ def convert(
     ``model.tuned_hyperparameters.using(hyper)``. In evaluation mode outside of it, layers use the current λ and dropout
     is off; in training mode, that is an error.
 
-    Converted are Linear, Conv1d, Conv2d, Conv3d, Embedding, LSTM, MultiheadAttention, LayerNorm, RMSNorm, GroupNorm,
-    BatchNorm1d, BatchNorm2d, BatchNorm3d, Dropout, Dropout1d, Dropout2d and Dropout3d of torch.nn; of timm, DropPath
-    and the norms LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d, GroupNorm, GroupNorm1, GroupNormAct, GroupNorm1Act and
-    BatchNormAct2d; of transformers, Conv1D and the norms with only a weight, such as LlamaRMSNorm, GemmaRMSNorm and
-    T5LayerNorm; `stn_fast.Augment`, `stn_fast.ConvReLU2d`, `stn_fast.DropConnectLSTM`,
+    Converted are Linear, Conv1d, Conv2d, Conv3d, Embedding, LSTM, GRU, MultiheadAttention, LayerNorm, RMSNorm,
+    GroupNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, Dropout, Dropout1d, Dropout2d and Dropout3d of torch.nn; of timm,
+    DropPath and the norms LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d, GroupNorm, GroupNorm1, GroupNormAct,
+    GroupNorm1Act and BatchNormAct2d; of transformers, Conv1D and the norms with only a weight, such as LlamaRMSNorm,
+    GemmaRMSNorm and T5LayerNorm; `stn_fast.Augment`, `stn_fast.ConvReLU2d`, `stn_fast.DropConnectLSTM`,
     `stn_fast.EmbeddingWithDropout`, `stn_fast.GaussianNoise` and `stn_fast.LockedDropout`; and classes with a rule
     added by `stn_fast.converts`.
-    Subclasses are not, but for those of timm's norms that inherit forward. The dropout between the layers of an LSTM
-    and that of attention weights become tuned, too, if there is any. Other modules stay as they are, such as GRU,
+    Subclasses are not, but for those of timm's norms that inherit forward. The dropout between the layers of an LSTM or
+    GRU and that of attention weights become tuned, too, if there is any. Other modules stay as they are, such as RNN,
     parametrized modules and frozen layers. The report lists them.
 
     Attention with a tuned rate computes its weights in full in training mode, without a fused kernel.
     TransformerEncoder and TransformerEncoderLayer call the modules in them also in evaluation mode, without torch's
-    fast path, so their results at padded positions are not 0.
+    fast path, so their results at padded positions are not 0. A GRU has no fused kernel: it is computed in plain torch,
+    one time step after the other.
 
     The first dimension of a layer's input counts examples, or consecutive rows of each: a layer that is called with
     k·B rows for B examples uses the hyperparameters of example i for rows k·i to k·i + k − 1. An Embedding that is
@@ -147,9 +148,9 @@ def convert(
         example_dims: {pattern: dimension that counts examples}, the first that fits, for inputs such as (T, B, D). It
             applies to Linear, Embedding, EmbeddingWithDropout, LayerNorm, RMSNorm, Dropout, LockedDropout,
             GaussianNoise and DropPath, and to outputs that a `stn_fast.Dropout` drops; by default it is the first, or
-            what `batch_first` says in transformers of torch.nn. LSTM, DropConnectLSTM, MultiheadAttention and all in a
-            TransformerEncoderLayer or TransformerDecoderLayer follow `batch_first`, and in the inputs of others it is
-            always the first; another one is an error.
+            what `batch_first` says in transformers of torch.nn. LSTM, GRU, DropConnectLSTM, MultiheadAttention and all
+            in a TransformerEncoderLayer or TransformerDecoderLayer follow `batch_first`, and in the inputs of others it
+            is always the first; another one is an error.
         response_rank: as for `HyperLinear`. Norms always have a full response.
         group: how dropout modules share rates, as for `suggest_space`; not used with `dropouts`.
         strict: whether it is an error if a module with parameters or dropout is left out for another reason than

@@ -18,7 +18,7 @@ from stn_fast.hyperparameters import HyperBatch
 from stn_fast.layers.conv import Halves
 from stn_fast.layers.embedding import GatedTable
 from stn_fast.layers.gated import Gated
-from stn_fast.layers.lstm import GatedLSTM, State, dropped_matrices
+from stn_fast.layers.lstm import GatedLSTM, GatedRecurrent, State, dropped_matrices
 from stn_fast.layers.regularisers import (
     PerExampleDropout,
     PerExampleNoise,
@@ -362,24 +362,27 @@ class DropPath(_Dropout):
         return tuple(dim for dim in range(x.ndim + more) if dim not in of_example)
 
 
-class LSTM(Converted, GatedLSTM, nn.LSTM):
-    """As `HyperLSTM`, but dropout between layers has a mask for every time step, as torch's."""
+class _Recurrent(Converted, GatedRecurrent):
+    """What LSTM and GRU share. Dropout between layers has a mask for every time step, as torch's."""
 
     name: str | None
     streams: tuple[int, ...]
     _tuned_attribute = "dropout"
 
-    def forward(  # type: ignore[override]
-        self, input: Tensor, hx: State | None = None
-    ) -> tuple[Tensor, State]:
+    def _given(self, input: Tensor | PackedSequence) -> HyperBatch | Tensor:
+        """What gated operations take; an input with two dimensions is of one example.
+
+        Raises:
+            TypeError: it is a PackedSequence.
+        """
         if isinstance(input, PackedSequence):
             raise TypeError(
-                f"{self.shown}: a converted LSTM does not support PackedSequence: pad the sequences, or "
-                f"leave it out, convert(model, exclude={self.dotted_name!r})"
+                f"{self.shown}: a converted {self.plain_class.__name__} does not support PackedSequence: pad the "
+                f"sequences, or leave it out, convert(model, exclude={self.dotted_name!r})"
             )
         if input.ndim == 2:
-            return self._run(input, self.gating(self.weight_ih_l0), hx)
-        return self._run(input, self.gating_of_rows(input, self.weight_ih_l0, self.example_dim), hx)
+            return self.gating(self.weight_ih_l0)
+        return self.gating_of_rows(input, self.weight_ih_l0, self.example_dim)
 
     def _between(self, layer: int, y: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
         batch = self.hyper
@@ -397,6 +400,63 @@ class LSTM(Converted, GatedLSTM, nn.LSTM):
             if bias is not None:
                 found[f"bias_{ending}"] = bias
         return found
+
+
+class LSTM(_Recurrent, GatedLSTM, nn.LSTM):
+    """As `HyperLSTM`, but for its dropout between layers."""
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, hx: State | None = None
+    ) -> tuple[Tensor, State]:
+        return self._run(input, self._given(input), hx)
+
+
+class GRU(_Recurrent, nn.GRU):
+    """torch.nn.GRU whose weights respond to hyperparameters, computed one time step after the other.
+
+    r, z = σ(x_t W_r,z + h_{t−1} U_r,z), n = tanh(x_t W_n + r ⊙ h_{t−1} U_n) and h_t = (1 − z) ⊙ n + z ⊙ h_{t−1}, where
+    the products with W and with U, which include biases, are gated linear layers.
+    """
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, hx: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        given, batch_dim = self._given(input), 0 if self.batch_first else 1
+        if input.ndim == 2:
+            y, last = self._run(input.unsqueeze(batch_dim), given, None if hx is None else hx.unsqueeze(1))
+            return y.squeeze(batch_dim), last.squeeze(1)
+        return self._run(input, given, hx)
+
+    def _run(self, x: Tensor, given: HyperBatch | Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        y = x.transpose(0, 1) if self.batch_first else x
+        before = y.new_zeros(self._state_shape(y.shape[1])) if state is None else state
+        self.check_forward_args(x, before, None)
+        after: list[Tensor] = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for suffix in self._suffixes(layer):
+                outputs.append(self._one_way(y, before[len(after)], suffix, given))
+                after.append(outputs[-1][0 if suffix.endswith("reverse") else -1])
+            y = self._between(layer, torch.cat(outputs, dim=-1), given)
+        return y.transpose(0, 1) if self.batch_first else y, torch.stack(after)
+
+    def _one_way(self, x: Tensor, h: Tensor, suffix: str, given: HyperBatch | Tensor) -> Tensor:
+        """(T, B, I) and the state (B, H) before the first step → (T, B, H)."""
+        of_input, of_state = self._weights("ih", suffix), self._weights("hh", suffix)
+        steps = _gated(x, of_input, given, 1)
+        outputs = []
+        for step in reversed(steps) if suffix.endswith("reverse") else steps:
+            x_r, x_z, x_n = step.chunk(3, -1)
+            h_r, h_z, h_n = _gated(h, of_state, given, 0).chunk(3, -1)
+            n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
+            h = n + torch.sigmoid(x_z + h_z) * (h - n)
+            outputs.append(h)
+        return torch.stack(outputs[::-1] if suffix.endswith("reverse") else outputs)
+
+
+def _gated(x: Tensor, parameters: GatedParameters, given: HyperBatch | Tensor, example_dim: int) -> Tensor:
+    projection = parameters.response_projection
+    return functional.gated_linear(x, *parameters[:6], given, example_dim, response_projection=projection)
 
 
 class DropConnectLSTM(LSTM, plain.DropConnectLSTM):

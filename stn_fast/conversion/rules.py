@@ -179,7 +179,8 @@ def rate_of(module: nn.Module) -> float | None:
 
     For noise, it is the standard deviation.
     """
-    if type(module) is nn.LSTM:
+    if type(module) in RECURRENT:
+        assert isinstance(module, nn.RNNBase)
         return module.dropout if module.num_layers > 1 and module.dropout > 0 else None
     if type(module) is nn.MultiheadAttention:
         return module.dropout or None
@@ -194,7 +195,7 @@ def streams_of(module: nn.Module) -> int:
     """How many random streams a module of dropout has, whether or not its rate is tuned."""
     if type(module) is plain.DropConnectLSTM:
         return module.num_layers * (2 if module.bidirectional else 1)
-    return module.num_layers - 1 if isinstance(module, nn.LSTM) else 1
+    return module.num_layers - 1 if isinstance(module, RECURRENT) else 1
 
 
 def has_weights(module: nn.Module) -> bool:
@@ -219,7 +220,7 @@ def check_strength(module: nn.Module, hyperparameter: Hyperparameter) -> None:
 
 def fixed_example_dim(module: nn.Module) -> int | None:
     """The only dimension of its input that can count examples; None if `example_dims` may declare another one."""
-    if isinstance(module, nn.LSTM | nn.MultiheadAttention):
+    if isinstance(module, (*RECURRENT, nn.MultiheadAttention)):
         return 0 if module.batch_first else 1
     if isinstance(module, TRANSFORMERS):
         attentions = (fixed_example_dim(one) for one in module.modules() if isinstance(one, nn.MultiheadAttention))
@@ -259,7 +260,7 @@ def _reason_against_known(module: nn.Module) -> str | None:
         return None
     if isinstance(module, nn.MultiheadAttention):
         return _reason_against_attention(module)
-    weight = module._parameters.get("weight_ih_l0" if isinstance(module, nn.LSTM) else "weight")
+    weight = module._parameters.get("weight_ih_l0" if isinstance(module, RECURRENT) else "weight")
     if weight is None:
         return "it has no parameter 'weight'"
     if not weight.is_floating_point():
@@ -320,9 +321,10 @@ def _table(module: nn.Module, context: Context) -> None:
             module._response_table[module.padding_idx].zero_()
 
 
-def _lstm(module: nn.Module, context: Context) -> None:
-    assert isinstance(module, nn.LSTM)
-    outputs, bound = 4 * module.hidden_size, module.hidden_size**-0.5
+def _recurrent(module: nn.Module, context: Context) -> None:
+    assert isinstance(module, nn.LSTM | nn.GRU)
+    gates = 3 if isinstance(module, nn.GRU) else 4
+    outputs, bound = gates * module.hidden_size, module.hidden_size**-0.5
     for name, weight in list(module.named_parameters(recurse=False)):
         if name.startswith("weight"):
             factors = factors_to_use("convert", context.response_rank, weight.shape)
@@ -332,7 +334,8 @@ def _lstm(module: nn.Module, context: Context) -> None:
             )
     streams = tuple(next(context.streams) for _ in range(streams_of(module)))
     module.__dict__.update(name=context.hyperparameter, streams=streams)
-    context.become(module, layers.DropConnectLSTM if type(module) is plain.DropConnectLSTM else layers.LSTM)
+    kinds = {nn.LSTM: layers.LSTM, nn.GRU: layers.GRU, plain.DropConnectLSTM: layers.DropConnectLSTM}
+    context.become(module, kinds[type(module)])
 
 
 def _attention(module: nn.Module, context: Context) -> None:
@@ -421,8 +424,10 @@ LAYERS = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )  # one batch_first for all in them
-RULES |= {nn.Embedding: _table, nn.LSTM: _lstm, nn.MultiheadAttention: _attention, Augment: _augment}
-RULES |= {plain.EmbeddingWithDropout: _table, plain.DropConnectLSTM: _lstm, plain.GaussianNoise: _noise}
+RECURRENT = (nn.LSTM, nn.GRU)
+RULES |= dict.fromkeys(RECURRENT, _recurrent)
+RULES |= {nn.Embedding: _table, nn.MultiheadAttention: _attention, Augment: _augment}
+RULES |= {plain.EmbeddingWithDropout: _table, plain.DropConnectLSTM: _recurrent, plain.GaussianNoise: _noise}
 RULES |= dict.fromkeys(LINEAR, _linear)
 RULES |= dict.fromkeys(NORMS, _norm) | dict.fromkeys(DROPOUTS, _dropout)
 KNOWN = frozenset(RULES)

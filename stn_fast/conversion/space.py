@@ -18,7 +18,7 @@ HIGHEST_START = 0.9
 SCALE = 1.0  # with 0.5, a rate of .7 that should fall rose in 4 of 12 runs of the example in the README
 START_OF_ZERO = 0.05  # at a rate of 0, the location would be infinite
 # Of the names of rates of modules that are more than dropout.
-_SUFFIX = dict.fromkeys(("LSTM", "MultiheadAttention", "DropConnectLSTM", "EmbeddingWithDropout"), "_dropout")
+_SUFFIX = dict.fromkeys(("LSTM", "GRU", "MultiheadAttention", "DropConnectLSTM", "EmbeddingWithDropout"), "_dropout")
 
 
 def suggest_space(model: nn.Module, group: Group = "type") -> HyperparameterSpace:

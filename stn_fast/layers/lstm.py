@@ -31,8 +31,8 @@ from stn_fast.ops.gates import GatedParameters, check_examples, fold, response_i
 State = tuple[Tensor, Tensor]
 
 
-class GatedLSTM(nn.Module):
-    """The computation of `HyperLSTM`, for modules with the parameters and settings of torch.nn.LSTM."""
+class GatedRecurrent(nn.Module):
+    """The gated parameters of modules with the parameters and settings of torch.nn.LSTM or torch.nn.GRU."""
 
     input_size: int
     hidden_size: int
@@ -50,6 +50,37 @@ class GatedLSTM(nn.Module):
     def _every_suffix(self) -> list[str]:
         """Those of all layers."""
         return [suffix for layer in range(self.num_layers) for suffix in self._suffixes(layer)]
+
+    def _state_shape(self, *batch: int) -> tuple[int, ...]:
+        return (self.num_layers * (2 if self.bidirectional else 1), *batch, self.hidden_size)
+
+    def _weights(self, side: str, suffix: str) -> GatedParameters:
+        return GatedParameters._make(getattr(self, f"{name}_{side}_{suffix}", None) for name in GatedParameters._fields)
+
+    def _sides(self) -> Iterator[tuple[str, GatedParameters]]:
+        """(suffix of their names, parameters) for input-to-hidden and hidden-to-hidden of every layer and direction."""
+        for suffix in self._every_suffix:
+            for side in ("ih", "hh"):
+                yield f"{side}_{suffix}", self._weights(side, suffix)
+
+    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
+        """½ · mean_b decay[b] ‖W + diag(Gw h[b]) R‖², a scalar, summed over all matrices; biases are not decayed."""
+        penalties = [
+            decay_penalty(
+                of_side.weight,
+                of_side.response_weight,
+                of_side.weight_gate,
+                hyper,
+                decay,
+                of_side.response_projection,
+            )
+            for _, of_side in self._sides()
+        ]
+        return torch.stack(penalties).sum()
+
+
+class GatedLSTM(GatedRecurrent):
+    """The computation of `HyperLSTM`, for modules with the parameters and settings of torch.nn.LSTM."""
 
     def _run(self, x: Tensor, hyper: HyperBatch | Tensor, state: State | None) -> tuple[Tensor, State]:
         """The forward pass of `HyperLSTM`."""
@@ -88,9 +119,6 @@ class GatedLSTM(nn.Module):
         h_n, c_n = (torch.stack(one) if len(one) > 1 else one[0].unsqueeze(0) for one in zip(*after, strict=True))
         return y, (h_n, c_n)
 
-    def _state_shape(self, *batch: int) -> tuple[int, ...]:
-        return (self.num_layers * (2 if self.bidirectional else 1), *batch, self.hidden_size)
-
     def _check_state(self, state: State | None, batch: int | None) -> None:
         """Raises ValueError if the state doesn't fit a batch of this size (None: an x without a batch dimension)."""
         if state is None:
@@ -116,9 +144,6 @@ class GatedLSTM(nn.Module):
         zeros = x.new_zeros(self._state_shape(x.shape[1]))
         return zeros, zeros
 
-    def _weights(self, side: str, suffix: str) -> GatedParameters:
-        return GatedParameters._make(getattr(self, f"{name}_{side}_{suffix}", None) for name in GatedParameters._fields)
-
     def _connected(self, suffix: str, hyper: HyperBatch | Tensor) -> GatedParameters:
         """The hidden-to-hidden weights."""
         return self._weights("hh", suffix)
@@ -126,27 +151,6 @@ class GatedLSTM(nn.Module):
     def _between(self, layer: int, y: Tensor, hyper: HyperBatch | Tensor) -> Tensor:
         """What the output y (T, B, H · directions) of a layer becomes before the next one."""
         return y
-
-    def _sides(self) -> Iterator[tuple[str, GatedParameters]]:
-        """(suffix of their names, parameters) for input-to-hidden and hidden-to-hidden of every layer and direction."""
-        for suffix in self._every_suffix:
-            for side in ("ih", "hh"):
-                yield f"{side}_{suffix}", self._weights(side, suffix)
-
-    def weight_decay_penalty(self, hyper: HyperBatch | Tensor, decay: Tensor) -> Tensor:
-        """½ · mean_b decay[b] ‖W + diag(Gw h[b]) R‖², a scalar, summed over all matrices; biases are not decayed."""
-        penalties = [
-            decay_penalty(
-                of_side.weight,
-                of_side.response_weight,
-                of_side.weight_gate,
-                hyper,
-                decay,
-                of_side.response_projection,
-            )
-            for _, of_side in self._sides()
-        ]
-        return torch.stack(penalties).sum()
 
 
 def dropped_matrices(weights: GatedParameters, drop: Callable[[Tensor], Tensor]) -> GatedParameters:

@@ -161,7 +161,7 @@ class Mixed(nn.Module):
         self.own = Own(3, 3)
         self.attention = OwnAttention(4, 2)
         self.encoder = OwnEncoder(4, 2, 8)
-        self.gru = nn.GRU(3, 3)
+        self.rnn = nn.RNN(3, 3)
         self.transposed = nn.ConvTranspose1d(3, 3, 1)
         self.alpha = nn.AlphaDropout(0.1)
         self.lazy = nn.LazyLinear(3)
@@ -187,7 +187,7 @@ def test_modules_that_cannot_be_converted_are_listed_with_the_reason():
         "own": "subclass of Linear",
         "attention": "its children directly",
         "encoder": "its children directly",
-        "gru": "no rule",
+        "rnn": "no rule",
         "transposed": "no rule",
         "alpha": "no rule",
         "lazy": "call the model once",
@@ -233,7 +233,7 @@ def test_layers_with_a_rate_are_counted_with_others_of_their_kind(capsys):
 def test_strict_refuses_what_is_left_out_but_not_what_is_excluded():
     with pytest.raises(ValueError, match=r"strict=True.*\n.*attention \(OwnAttention\)"):
         stn.convert(nn.ModuleDict({"attention": OwnAttention(4, 2), "out": nn.Linear(4, 2)}), strict=True)
-    model = nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 3))
+    model = nn.Sequential(nn.Linear(3, 3), nn.RNN(3, 3))
     stn.convert(model, strict=True, exclude="1", quiet=True)
 
 
@@ -346,6 +346,7 @@ def test_wrong_arguments_are_named_and_change_nothing():
         (stn.ConvReLU2d(2, 2, 1), 1, 0),
         (nn.LSTM(2, 2), 0, 1),
         (nn.LSTM(2, 2, batch_first=True), 1, 0),
+        (nn.GRU(2, 2), 0, 1),
         (stn.DropConnectLSTM(2, 2, p=0.0), 0, 1),
         (stn.DropConnectLSTM(2, 2, p=0.0, batch_first=True), 1, 0),
         (nn.MultiheadAttention(2, 1), 0, 1),
@@ -366,8 +367,8 @@ def test_an_example_dimension_that_a_module_cannot_have_is_refused(layer, dim, r
 def test_models_that_cannot_be_converted_are_refused():
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got int"):
         stn.convert(3)
-    with pytest.raises(ValueError, match=r"no module can be converted\n  0 \(GRU\): there is no rule"):
-        stn.convert(nn.Sequential(nn.GRU(3, 3)))
+    with pytest.raises(ValueError, match=r"no module can be converted\n  0 \(RNN\): there is no rule"):
+        stn.convert(nn.Sequential(nn.RNN(3, 3)))
     with pytest.raises(ValueError, match=r"0\.weight is on the meta device|0\.bias is on the meta device"):
         stn.convert(nn.Sequential(nn.Linear(3, 3, device="meta")))
     tuned = stn.convert(nn.Sequential(nn.Linear(3, 3)), quiet=True)

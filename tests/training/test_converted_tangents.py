@@ -74,6 +74,17 @@ class Encoder(nn.Module):
         return self.head(self.layer(x))
 
 
+class Recurrent(nn.Module):
+    """A GRU."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.head = nn.GRU(6, 5, 2, batch_first=True, dropout=0.4), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.gru(x)[0])
+
+
 def network_and_inputs(kind, rank):
     if kind in NETWORKS:
         return converted(plain(kind, 0.4), response_rank=rank), inputs(kind, EXAMPLES)
@@ -110,7 +121,7 @@ def by_torch_func(model, x, hyper):
 
 
 @pytest.mark.parametrize("rank", [None, 1], ids=["full", "rank 1"])
-@pytest.mark.parametrize("kind", [*NETWORKS, ConvNet, Volumes, Transformer, Encoder])
+@pytest.mark.parametrize("kind", [*NETWORKS, ConvNet, Volumes, Transformer, Encoder, Recurrent])
 def test_outputs_and_response_gradients_are_those_of_torch_func(kind, rank):
     model, x = network_and_inputs(kind, rank)
     hyper = perturbed(model)
