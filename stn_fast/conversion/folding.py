@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from stn_fast.conversion.converted import Converted
 from stn_fast.conversion.output_dropout import remove_output_dropouts
 from stn_fast.conversion.tuned import TunedHyperparameters
+from stn_fast.ops.arguments import is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,8 +49,14 @@ def fold(model: Model) -> Model:
 
     Raises:
         TypeError: the model has not been converted.
+        ValueError: its parameters are sharded over processes.
     """
     tuned_of("fold", model)
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "fold: the parameters are sharded over processes: gather them by torch.distributed.checkpoint.state_dict."
+            "get_model_state_dict with full_state_dict=True, load that into a converted model of your own, and fold it"
+        )
     plain = copy.deepcopy(getattr(model, "_orig_mod", model))  # the model that torch.compile wraps
     tuned = tuned_of("fold", plain)
     response, values = tuned.response(), tuned.values()

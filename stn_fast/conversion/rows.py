@@ -135,7 +135,12 @@ def _calls_of(model: nn.Module, given: Any, examples: int) -> _Calls:
 def _recording(model: nn.Module, calls: _Calls, examples: int) -> Iterator[None]:
     """Records the calls of converted modules, and raises an error if other code computes with their parameters."""
     converted = [module for module in model.modules() if isinstance(module, Converted)]
-    owners = {id(parameter): (one, name) for one in converted for name, parameter in one._parameters.items()}
+    owners: dict[int, tuple[nn.Module, str]] = {}
+
+    def note(*given: Any) -> None:
+        owners.update((id(own), (one, name)) for one in converted for name, own in one._parameters.items())
+
+    note()
     reading = ReadParameters(owners)
     # Besides the converted modules: others with a parameter that is tied to one of theirs.
     readers = [one for one in model.modules() if any(id(own) in owners for own in one._parameters.values())]
@@ -157,6 +162,8 @@ def _recording(model: nn.Module, calls: _Calls, examples: int) -> Iterator[None]
 
     hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in converted]
     hooks += [module.register_forward_pre_hook(enter, prepend=True) for module in readers]
+    # FSDP2 has other parameters in a module while it is called.
+    hooks += [one.register_forward_pre_hook(note) for one in model.modules() if hasattr(one, "unshard")]
     hooks += [module.register_forward_hook(partial(record_output, one)) for module, one in output_dropouts(model)]
     hooks += [module.register_forward_hook(leave, always_call=True) for module in readers]
     try:

@@ -24,6 +24,7 @@ from stn_fast.conversion.rules import (
     rule_of,
 )
 from stn_fast.hyperparameter import Hyperparameter
+from stn_fast.ops.arguments import is_sharded
 
 
 class Named(NamedTuple):
@@ -58,6 +59,8 @@ def check_model(who: str, model: nn.Module) -> None:
             raise ValueError(f"{who}: the model has been converted already: {name or 'the model itself'} is converted")
     if hasattr(model, "tuned_hyperparameters"):
         raise ValueError(f"{who}: the model has an attribute tuned_hyperparameters, the name that conversion uses")
+    if sharded := next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None):
+        raise ValueError(f"{who}: {sharded} is sharded, as by fully_shard: convert the plain model, then shard it")
     devices = {parameter.device: name for name, parameter in model.named_parameters()}
     on_meta = [name for device, name in devices.items() if device.type == "meta"]
     if on_meta:

@@ -17,9 +17,11 @@ from stn_fast.conversion.folding import tuned_of
 from stn_fast.conversion.tuned import TunedHyperparameters
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.modes import evaluating
+from stn_fast.ops.arguments import is_sharded
 from stn_fast.training.delta import DeltaSelfTuning
 from stn_fast.training.methods import SelfTuning
 from stn_fast.training.parameters import check_used, hold_parameters, is_response, listed
+from stn_fast.training.task import with_weight_decay
 
 
 class ConvertedSelfTuning(SelfTuning):
@@ -41,6 +43,18 @@ class ConvertedSelfTuning(SelfTuning):
     def _made_by(self) -> dict[str, Any]:
         return super()._made_by() | {"method": self.name}
 
+    def _check_ready(self, call: str) -> None:
+        if self.sharding is None and any(map(is_sharded, self.model.parameters())):
+            raise RuntimeError(
+                f"{call}: the model has been sharded since the tuner was made: call stn.convert, fully_shard, and then "
+                "make the optimizer and the tuner, in this order"
+            )
+        super()._check_ready(call)
+
+    def with_weight_decay(self, loss: Tensor, hyper: HyperBatch) -> Tensor:
+        """The training loss with the penalty of the model's weights."""
+        return with_weight_decay(loss, self.model, hyper, None if self.sharding is None else self.sharding.penalty)
+
     @contextmanager
     def training_pass(self, batch_size: int, step: int, antithetic: bool) -> Iterator[HyperBatch]:
         """Inside, the model is in training mode and uses the perturbed hyperparameters of a training step.
@@ -49,6 +63,7 @@ class ConvertedSelfTuning(SelfTuning):
         first pass if some hyperparameters were not looked up.
         """
         self._check_ready("training")
+        self._reshard()
         hyper = self._perturbation(batch_size, step, antithetic)
         with self._passing(hyper, statistics=not antithetic):
             yield hyper
@@ -89,6 +104,7 @@ class ConvertedSelfTuning(SelfTuning):
     def validation_pass(self, batch_size: int, step: int) -> Iterator[HyperBatch]:
         """Inside, the model is in evaluation mode, its weights are held, and it uses hyperparameters with gradients."""
         self._check_ready("validating")
+        self._reshard()
         hyper = self._validation_hyper(self._draw_of_pass(batch_size, step))
         with evaluating(self.model), hold_parameters(self.model.parameters()), self._in_use(hyper):
             yield hyper
@@ -178,13 +194,7 @@ def response_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def check_converted(model: nn.Module, tuned: TunedHyperparameters) -> None:
-    """Raises ValueError naming converted layers that plain ones have replaced since, or parameters that are sharded."""
-    # Not isinstance of DTensor, whose module takes long to import.
-    if sharded := [name for name, one in model.named_parameters() if hasattr(one, "device_mesh")]:
-        raise ValueError(
-            f"SelfTuner: {listed(sharded)} of the model are sharded over processes, as fully_shard does, which is not "
-            "supported: use DistributedDataParallel, or steps with process_group"
-        )
+    """Raises ValueError naming converted layers that plain ones have replaced since."""
     now = dict(model.named_modules())
     plain = [(name, now[name]) for name in tuned.converted if name in now and not isinstance(now[name], Converted)]
     if replaced := [f"{name} ({type(one).__name__})" for name, one in plain if list(one.parameters(recurse=False))]:
@@ -208,7 +218,10 @@ def check_optimizers(
     held, of_response = ({id(parameter) for parameter in _parameters(one)} for one in (optimizer, response_optimizer))
     wanted = {name: id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
     if held.isdisjoint(wanted.values()):
-        raise ValueError("SelfTuner: the optimizer holds none of the model's parameters: make it with this model's")
+        order = ", after fully_shard" if any(map(is_sharded, model.parameters())) else ""
+        raise ValueError(
+            f"SelfTuner: the optimizer holds none of the model's parameters: make it with this model's{order}"
+        )
     if not any(parameter in held for name, parameter in wanted.items() if not is_response(name)):
         raise ValueError("SelfTuner: the optimizer holds only parameters of the response: give it the weights, too")
     missing = [name for name, parameter in wanted.items() if is_response(name) and parameter not in of_response]

@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.utils import _pytree as pytree
 
 from stn_fast.errors import UserError
+from stn_fast.ops.arguments import is_sharded
 from stn_fast.ops.gates import wide
 from stn_fast.training.batches import Batch, BatchSequence, as_batch, shares
 from stn_fast.training.disk import CannotWrite
@@ -156,8 +157,10 @@ class Processes:
 
     @torch.no_grad()
     def align(self, model: nn.Module) -> None:
-        """Gives all processes the parameters and buffers of the first one."""
+        """Gives all processes the parameters and buffers of the first one; sharded parameters have no copies."""
         for tensor in (*model.parameters(), *model.buffers()):
+            if is_sharded(tensor):
+                continue
             sent = tensor.detach().contiguous()
             torch.distributed.broadcast(sent, group=self.group, group_src=0)
             tensor.copy_(sent)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from stn_fast.conversion.tuned import TunedHyperparameters
+from stn_fast.ops.arguments import is_sharded
+from stn_fast.training.sharding import norms_of_shards
 
 MAX_COPIED_NUMBERS = 1 << 16  # most numbers that are copied at every step
 
@@ -323,6 +325,8 @@ def _put_back(one: _Kept, now: Tensor | None, where: Tensor | None) -> None:
 
 def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
     """(k,): the Euclidean norm of each gradient, in float32 or wider, as torch.nn.utils.get_total_norm computes it."""
+    if any(map(is_sharded, gradients)):
+        return norms_of_shards(gradients)
     entries = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     device = entries[0].device
     if device.type == "cuda" and all(e.device == device and e.dtype == torch.float32 for e in entries):

@@ -17,6 +17,7 @@ from stn_fast.checks import switch, whole_number
 from stn_fast.conversion.folding import tuned_of
 from stn_fast.errors import UserError
 from stn_fast.modes import in_evaluation, train_without
+from stn_fast.ops.arguments import is_sharded
 from stn_fast.training.config import (
     Config,
     HyperOptimizerConfig,
@@ -175,6 +176,8 @@ def fit(
         stn_fast.training.disk.CannotWrite: the disk is full or cannot be written.
     """
     tuned = tuned_of("fit", model)
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError("fit: the parameters are sharded, as by fully_shard: use stn.SelfTuner in a loop of your own")
     _check(epochs, train_steps, warmup_epochs, patience, checkpoint_epochs)
     switch("fit", "resume", resume)
     if not callable(loss):

@@ -25,6 +25,7 @@ from stn_fast.conversion.folding import tuned_in
 from stn_fast.described_space import described
 from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace, inverse_softplus
 from stn_fast.modes import TrainingModes, evaluating
+from stn_fast.ops.arguments import is_sharded
 from stn_fast.training.accumulation import finish, parts_of, weighted
 from stn_fast.training.batches import Batch, as_batch
 from stn_fast.training.capture import CapturedSteps
@@ -52,6 +53,7 @@ from stn_fast.training.parameters import (
 )
 from stn_fast.training.precision import autocasting, check_precision, float32_products
 from stn_fast.training.response_steps import ResponseSteps
+from stn_fast.training.sharding import Sharding
 from stn_fast.training.task import Objective
 
 
@@ -126,6 +128,7 @@ class Method(ABC):
         self.seed = whole_number(who, "seed", seed, 0)
         self.accumulation = whole_number(who, "accumulation", accumulation, 1)
         self.processes: Processes | None = None
+        self.sharding: Sharding | None = None
         self.precision = check_precision(who, precision)
         self._checks_used = not switch(who, "allow_unused", allow_unused)
         check_streams(model)
@@ -157,7 +160,8 @@ class Method(ABC):
     def check_equal(self, step: int) -> None:
         """Compares the bits of λ, of ρ and of all parameters with those of the processes that share the batches.
 
-        All of them must call it. The host waits for the device. A process by itself does nothing.
+        All of them must call it. Sharded parameters are left out, as each process has others of their rows. The host
+        waits for the device. A process by itself does nothing.
 
         Args:
             step: the number of steps so far, for the message.
@@ -167,7 +171,7 @@ class Method(ABC):
         """
         if self.processes is None:
             return
-        parameters = dict(self.model.named_parameters())
+        parameters = {name: one for name, one in self.model.named_parameters() if not is_sharded(one)}
         state = [f"the {what} of {name!r}" for what in ("location", "scale") for name in self.space.names]
         numbers = [bits(self.location), bits(self.raw_scale), *(checksum(one)[None] for one in parameters.values())]
         names = [*state, *parameters]
@@ -177,6 +181,11 @@ class Method(ABC):
                 f"same in all {self.processes.size} processes, as it should be: something changes the numbers of one "
                 "process only, such as code of your own, or a faulty device"
             )
+
+    def shard(self, sharding: Sharding) -> None:
+        """Makes this the method of a sharded model, whose steps the host decides on."""
+        self.sharding, self.waits, self.guard.waits = sharding, True, True
+        self.uncapturable = "the parameters of the model are sharded"
 
     def _trained(self) -> list[nn.Parameter]:
         """The parameters that training steps update."""
@@ -349,7 +358,8 @@ class Method(ABC):
             if parameter.grad is not None and parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.to_dense()
         loss = loss.clone()
-        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        # Sharded gradients are averages already.
+        gradients = [one.grad for one in trained if one.grad is not None and not is_sharded(one)]
         self.processes.average_([*gradients, *self._buffers.statistics(), loss], examples)
         return loss
 
@@ -388,9 +398,18 @@ class Method(ABC):
     def begin(self, call: str, batch: Any) -> Batch:
         """The host's work before a step: checks earlier steps, converts the batch, and restores training mode."""
         self._check_ready(call)
+        self._reshard()
         if call != "valid_step":
             self._modes.resume()
         return as_batch(batch, self.location.device)
+
+    def in_any_process(self, here: bool) -> bool:
+        """Whether it is true here; of a sharded model, which all processes must call together, in any of them."""
+        return here if self.sharding is None else self.sharding.anywhere(here)
+
+    def _reshard(self) -> None:
+        if self.sharding is not None:
+            self.sharding.reshard()
 
     def _check_ready(self, call: str) -> None:
         """Raises NonFiniteError for an earlier step, or RuntimeError if gradients are switched off."""
@@ -443,6 +462,7 @@ class Method(ABC):
         return self._state()
 
     def _state(self) -> dict[str, Any]:
+        self._reshard()
         return {
             "made_by": self._made_by(),
             "hyperparameters": described(self.space),

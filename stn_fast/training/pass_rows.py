@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,8 +26,8 @@ class PassRows:
         left: how many passes are still to be checked: none after a check that knows all rows.
     """
 
-    def __init__(self, model: nn.Module, check: bool) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, check: bool, in_any_process: Callable[[bool], bool]) -> None:
+        self.model, self._in_any_process = model, in_any_process
         self.left = MOST_CHECKS if check else 0
 
     @contextmanager
@@ -66,5 +66,10 @@ class PassRows:
             )
         self.left -= 1
         # Another dimension may count the examples, which check_rows can't divide.
-        if len(first) == batch_size and not check_rows(self.model, *args, **kwargs):
+        if len(first) != batch_size:
+            return
+        if not self._in_any_process(bool(check_rows(self.model, *args, **kwargs))):
             self.left = 0
+        unshard: Any = getattr(self.model, "unshard", None)
+        if unshard is not None:  # FSDP2, which may have freed the weights after these calls
+            unshard()

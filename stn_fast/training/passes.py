@@ -15,7 +15,6 @@ from stn_fast.hyperparameters import HyperBatch
 from stn_fast.training.converted import ConvertedDeltaSelfTuning, ConvertedSelfTuning
 from stn_fast.training.distributed import CHECK_EVERY
 from stn_fast.training.pass_rows import PassRows
-from stn_fast.training.task import with_weight_decay
 
 
 class Record(NamedTuple):
@@ -37,7 +36,7 @@ class Passes:
 
     def __init__(self, method: ConvertedSelfTuning, check_rows: bool) -> None:
         self.method = method
-        self._rows = PassRows(method.model, check_rows)
+        self._rows = PassRows(method.model, check_rows, method.in_any_process)
         self.draws = self.trained = self.validated = 0
         self._records: list[Record] = []
         self._inside = ""  # the pass that is open
@@ -199,7 +198,7 @@ class Passes:
         """
         if self._in_use is None:
             raise RuntimeError("penalty: it belongs to the training loss: call it inside `with tuner.training(...)`")
-        return with_weight_decay(self._in_use.values.new_zeros(()), self.method.model, self._in_use)
+        return self.method.with_weight_decay(self._in_use.values.new_zeros(()), self._in_use)
 
     def _record(self, loss: Tensor) -> None:
         self.validated += 1

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from stn_fast.layers.embedding import GatedTable
+from stn_fast.ops.arguments import is_sharded
 from stn_fast.training.distributed import Processes
+from stn_fast.training.sharding import full, local, replicated_like
 
 
 class ResponseSteps:
@@ -49,14 +51,22 @@ class ResponseSteps:
         if processes is not None:
             (moments,) = processes.averages([moments], sum(map(len, responses)))
             moments = moments.to(responses[0].dtype)
-        gates = torch.cat([gate.to(moments) for _, gate, _ in parts])  # one product for all layers
+        pairs = [_gradient_and_gate(*part) for part in parts]
+        gates = torch.cat([gate.to(moments) for _, gate in pairs])  # one product for all layers
         squares = ((gates @ moments) * gates).sum(1).clamp(min=1)
-        for (response, _, columns), found in zip(
-            parts, squares.split([len(gate) for _, gate, _ in parts]), strict=True
-        ):
+        founds = squares.split([len(gate) for _, gate in pairs])
+        for (_, _, columns), (gradient, _), found in zip(parts, pairs, founds, strict=True):
             if not columns:  # the scale of a norm may have several dimensions, with a row of the gate for each entry
-                several = found.numel() == response.numel()
-                found = found.view(response.shape if several else (-1, *[1] * (response.ndim - 1)))
-            assert response.grad is not None
-            gradient = response.grad._values() if response.grad.is_sparse else response.grad  # sparse: rows of a table
-            gradient.div_(found)
+                several = found.numel() == gradient.numel()
+                found = found.view(gradient.shape if several else (-1, *[1] * (gradient.ndim - 1)))
+            gradient.div_(replicated_like(gradient, found) if is_sharded(gradient) else found)
+
+
+def _gradient_and_gate(response: Tensor, gate: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
+    """The gradient of R or r, and its gate; of sharded ones, this process's rows of both where these are the same."""
+    gradient = response.grad
+    assert gradient is not None
+    if is_sharded(response):
+        by_row = not columns and len(response) == len(gate)
+        return (local(gradient), local(gate)) if by_row else (gradient, full(gate))
+    return gradient._values() if gradient.is_sparse else gradient, gate  # sparse: rows of a table

@@ -95,7 +95,12 @@ def decayed_classification_loss(model: nn.Module, batch: Split, hyper: HyperBatc
     return with_weight_decay(classification_loss(model, batch, hyper), model, hyper)
 
 
-def with_weight_decay(loss: Tensor, model: nn.Module, hyper: HyperBatch) -> Tensor:
+def with_weight_decay(
+    loss: Tensor,
+    model: nn.Module,
+    hyper: HyperBatch,
+    penalty_of: Callable[[nn.Module, HyperBatch, Tensor], Tensor] | None = None,
+) -> Tensor:
     """``loss`` + ½·weight_decay·‖W_eff‖² averaged over examples, if there is a hyperparameter `weight_decay`.
 
     The matrices and filters of gated layers are decayed; biases and norms are not. Your own layers are decayed if they
@@ -104,6 +109,8 @@ def with_weight_decay(loss: Tensor, model: nn.Module, hyper: HyperBatch) -> Tens
 
     A layer's attribute ``decay_name`` names another hyperparameter to decay it with, or is None for none; `convert`
     sets it if it is given a `stn_fast.WeightDecay`.
+
+    ``penalty_of(layer, hyper, decay)`` computes the penalty of a layer that does not have its own weights.
     """
     penalised = [layer for layer in model.modules() if hasattr(type(layer), "weight_decay_penalty")]
     names = [getattr(layer, "decay_name", "weight_decay") for layer in penalised]
@@ -114,7 +121,7 @@ def with_weight_decay(loss: Tensor, model: nn.Module, hyper: HyperBatch) -> Tens
         weight = getattr(layer, "weight", None)
         if name not in decays or id(weight) in decayed:
             continue
-        loss = loss + penalty(hyper, decays[name])
+        loss = loss + (penalty(hyper, decays[name]) if penalty_of is None else penalty_of(layer, hyper, decays[name]))
         if isinstance(weight, nn.Parameter):
             decayed.add(id(weight))
     return loss

@@ -34,8 +34,8 @@ from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer
 from stn_fast.training.parameters import listed
 from stn_fast.training.pass_rows import MOST_CHECKS
 from stn_fast.training.passes import Passes
+from stn_fast.training.sharding import sharding_of
 from stn_fast.training.smoothing import cross_entropy_settings, is_mean_cross_entropy, smoothed_cross_entropy
-from stn_fast.training.task import with_weight_decay
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,6 +82,13 @@ class SelfTuner(Passes):
     processes, which may differ in number. In passes, call the module that DistributedDataParallel, Fabric or
     Accelerate made of the model, which averages them, and give each process as many examples.
 
+    A model that does not fit on one device is converted, then sharded by `torch.distributed.fsdp.fully_shard`, blocks
+    and root, over a mesh of one dimension; then the optimizer and the tuner are made. λ and σ are in all processes; W
+    and its response are sharded. All processes must begin with the same weights, as after the same seed. The penalty of
+    weights gathers those of one layer at a time, once more in each forward and backward pass. Delta-stn needs
+    ``linearize=False``. On CUDA, the host waits for each step. Not supported are CPU offload, other parallelism beside
+    it, and `fold`, whose error says what to do.
+
     The training loss also gets ½·weight_decay·‖W_eff‖² of the converted layers, if the space has `weight_decay`; with
     additions of `stn_fast.WeightDecay`, each layer has its own hyperparameter. An optimizer that decays weights itself
     decays them and the response as well, which is a warning. An addition of `stn_fast.LabelSmoothing` smooths the
@@ -113,13 +120,15 @@ class SelfTuner(Passes):
             where there is only one; by default that of a DistributedDataParallel. Every process draws for its own
             examples what one process would draw for them in the whole batch. Steps average gradients and the running
             statistics of batch norms, and all begin with the weights of the first process. Delta-stn only takes steps.
+            A model that `fully_shard` has sharded over these processes needs it, too, and equal shares of each batch.
 
     Raises:
         TypeError: the model has not been converted, `optimizer` is not an optimizer, or `process_group` no group.
         ValueError: the optimizer lacks parameters of the response, or is another model's; a setting is out of range; a
             converted layer has been replaced by a plain one, as `nn.SyncBatchNorm.convert_sync_batchnorm` does;
             `loss` can't be smoothed, although the model was converted with label smoothing; the other method has tuned
-            the model's hyperparameters before.
+            the model's hyperparameters before; the model is sharded in a way that is not supported, or over other
+            processes than `process_group`.
     """
 
     def __init__(
@@ -167,29 +176,37 @@ class SelfTuner(Passes):
             precision=precision,
         )
         check_method(method, tuned.space, response_optimizer is not None or linearize is not True)
-        of_response = optimizer if response_optimizer is None else response_optimizer(response_parameters(model))
         check_converted(model, tuned)
+        processes = _processes(process_group)
+        sharding = sharding_of(model, processes)
+        if sharding is not None and method == "delta-stn" and linearize:
+            raise ValueError(
+                "SelfTuner: delta-stn of a sharded model needs linearize=False: fully_shard gathers weights for the "
+                "backward pass when an output gets a gradient, and misses the gradients of tangents"
+            )
+        of_response = optimizer if response_optimizer is None else response_optimizer(response_parameters(model))
         check_optimizers(model, optimizer, of_response)
         if method == "delta-stn":
             options |= dict(response_optimizer=lambda parameters: of_response, linearize=linearize)
         objectives = self._training_objective, self._validation_objective
-        processes = _processes(process_group)
         made = METHODS[method](model, tuned.space, *objectives, **options)
         tuned.centre(method == "delta-stn")
         super().__init__(made, self.check_rows)
+        if sharding is not None:
+            made.shard(sharding)
         if processes is not None:
             made.share(processes)
         self._checks = Counter[Any]()  # how often check_rows has called the model with each structure of batch
 
     def _training_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:
         if self._smoothing is None or self.loss is None:
-            return with_weight_decay(self._of(self.loss, model, batch), model, hyper)
+            return self.method.with_weight_decay(self._of(self.loss, model, batch), hyper)
         settings, smoothing = cross_entropy_settings(self.loss), hyper[self._smoothing]
 
         def smoothed(output: Any, targets: Any) -> Tensor:
             return smoothed_cross_entropy(output, targets, smoothing, **settings)
 
-        return with_weight_decay(self._of(smoothed, model, batch), model, hyper)
+        return self.method.with_weight_decay(self._of(smoothed, model, batch), hyper)
 
     def _validation_objective(self, model: nn.Module, batch: Examples, hyper: HyperBatch) -> Tensor:
         return self._of(self.valid_loss, model, batch)
@@ -260,7 +277,8 @@ class SelfTuner(Passes):
         if self.check_rows and batch.examples and self._checks[made := structure(batch.inputs)] < MOST_CHECKS:
             args, kwargs = _arguments(batch.inputs)
             unknown = check_rows(self.model, *args, **kwargs)
-            self._checks[made] = self._checks[made] + 1 if unknown else MOST_CHECKS
+            again = self.method.in_any_process(bool(unknown))
+            self._checks[made] = self._checks[made] + 1 if again else MOST_CHECKS
         return batch
 
     def values(self) -> dict[str, float]:

@@ -142,13 +142,3 @@ def test_passes_of_delta_stn_and_what_is_no_group_are_refused(two):
     pass_of_weights = tuner.training(4)
     with pytest.raises(ValueError, match="delta-stn can't share a batch between processes in passes"):
         pass_of_weights.__enter__()
-
-
-def test_sharded_parameters_are_refused_by_name(two):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    tuned = gloo_process.network()
-    fully_shard(tuned[0], mesh=init_device_mesh("cpu", (2,)))
-    with pytest.raises(ValueError, match=r"SelfTuner: 0\.weight, 0\.bias.* are sharded over processes, as fully_shard"):
-        stn.SelfTuner(tuned, torch.optim.SGD(tuned.parameters(), 0.1), process_group=two)

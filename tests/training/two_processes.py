@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 
-def start(script, *arguments):
-    """The two processes; `{rank}` in an argument is the number of each."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start(script, *arguments):
+    """The two processes; `{rank}` in an argument is the number of each."""
+    port = free_port()
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     return [

@@ -1,0 +1,178 @@
+"""One of the processes of tests/training/test_sharding.py: trains networks that fully_shard has sharded.
+
+    python fsdp_process.py FOLDER "mlp" "transformer in passes" ...
+
+The environment says which process it is, as torchrun's does.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import stn_fast as stn
+
+STEPS, EXAMPLES, TOKENS, WORDS = 4, 8, 6, 11
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each with a residual connection."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.before, self.attention = nn.LayerNorm(width), nn.MultiheadAttention(width, 2, 0.2, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.GELU(), nn.Dropout(0.3), nn.Linear(3 * width, width)
+        )
+
+    def forward(self, x):
+        y = self.before(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class Transformer(nn.Module):
+    def __init__(self, width=6):
+        super().__init__()
+        self.words = nn.Embedding(WORDS, width)
+        self.blocks = nn.ModuleList([Block(width), Block(width)])
+        self.last, self.head = nn.LayerNorm(width), nn.Linear(width, 3)
+
+    def forward(self, tokens):
+        x = self.words(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.last(x).mean(1))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(TOKENS, 17), nn.Tanh(), nn.Dropout(0.3), nn.Linear(17, 3))
+
+
+def convolutions():
+    """Filters, of which some in groups, and running statistics."""
+    grouped = nn.Conv2d(4, 6, 3, groups=2, padding=1)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Dropout(0.2),
+        grouped, nn.ReLU(), *head,
+    )  # fmt: skip
+
+
+MODELS = {"mlp": mlp, "transformer": Transformer, "convolutions": convolutions}
+
+
+def network(name, response_rank="auto"):
+    """A converted one in float64, whose response is not 0 at the start."""
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    rates = [replace(one, init=0.01) if one.name == "weight_decay" else one for one in stn.suggest_space(model)]
+    tuned = stn.convert(model, stn.HyperparameterSpace(rates), quiet=True, response_rank=response_rank)
+    for key, parameter in tuned.named_parameters():
+        if "gate" in key or "response" in key:
+            nn.init.normal_(parameter, std=0.5 if "gate" in key else 0.1)
+    return tuned
+
+
+def sharded(tuned, mesh, **options):
+    for block in getattr(tuned, "blocks", [one for one in tuned.children() if isinstance(one, nn.Linear)]):
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(tuned, mesh=mesh, **options)
+
+
+def batch(name, step, part=slice(None)):
+    """(inputs, targets), and another pair to tune on: the whole of it, or the part of a process."""
+    generator = torch.Generator().manual_seed(step)
+    pairs = []
+    for _ in range(2):
+        words = torch.randint(WORDS, (EXAMPLES, TOKENS), generator=generator)
+        targets = words.sum(1) % 3
+        pairs.append((words[part] if name == "transformer" else words[part].double() / WORDS, targets[part]))
+    return pairs
+
+
+def part_of(rank, size):
+    return slice(rank * EXAMPLES // size, (rank + 1) * EXAMPLES // size)
+
+
+def in_steps(tuner, name, steps, part=slice(None)):
+    return [tuner.step(*batch(name, step, part)).item() for step in steps]
+
+
+def in_passes(tuner, optimizer, name, steps, part=slice(None)):
+    """The same in a loop that calls backward itself; parts of a batch are accumulated, and gradients clipped."""
+    losses, model = [], tuner.model
+    for step in steps:
+        (x, y), (held_x, held_y) = batch(name, step, part)
+        for antithetic in (False, True):
+            with tuner.training(len(x), antithetic=antithetic):
+                loss = F.cross_entropy(model(x), y) + tuner.penalty()
+                (loss / 2).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with tuner.validating(len(held_x)):
+            loss = F.cross_entropy(model(held_x), held_y)
+        losses.append(tuner.hyper_step(loss).item())
+    return losses
+
+
+OPTIMIZERS = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, 1e-2, weight_decay=0),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, 0.3, momentum=0.9),
+}
+
+
+def train(name, optimizer="sgd", way="steps", response_rank="auto", mesh=None, rank=0, size=1, **options):
+    """The losses, history and last weights of a network; sharded over a mesh, if it is given."""
+    tuned = network(name, response_rank)
+    if mesh is not None:
+        sharded(tuned, mesh)
+    made = OPTIMIZERS[optimizer](tuned.parameters())
+    group = None if mesh is None else mesh.get_group()
+    tuner = stn.SelfTuner(tuned, made, F.cross_entropy, process_group=group, **options)
+    part = part_of(rank, size)
+    if way == "steps":
+        losses = in_steps(tuner, name, range(STEPS), part)
+    else:
+        losses = in_passes(tuner, made, name, range(STEPS), part)
+    return result(tuner, losses)
+
+
+def result(tuner, losses):
+    weights = {name: whole(one.detach()) for name, one in tuner.model.named_parameters()}
+    scales, location = tuner.scales(), tuner.model.tuned_hyperparameters.location.detach().clone()
+    return {"losses": losses, "history": tuner.history, "scales": scales, "location": location, "weights": weights}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+RUNS = {
+    "mlp": dict(name="mlp", optimizer="adamw"),
+    "transformer": dict(name="transformer"),
+    "transformer in passes": dict(name="transformer", way="passes", response_rank=None, optimizer="adamw"),
+    "convolutions": dict(name="convolutions", optimizer="adamw"),
+    "delta-stn": dict(name="mlp", method="delta-stn", linearize=False),
+}
+
+
+def main(folder, *runs):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    mesh = init_device_mesh("cpu", (size,))
+    for run in runs or RUNS:
+        found = train(**RUNS[run], mesh=mesh, rank=rank, size=size)
+        torch.save(found, Path(folder) / f"{run} {rank}")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,214 @@
+"""Two gloo processes tune a model that fully_shard has sharded as one process tunes the whole one."""
+
+import os
+from functools import cache
+
+import fsdp_process
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import two_processes
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+import stn_fast as stn
+
+# The networks compute in float64. λ, σ, the draws and the moments of h are float32, and sums over examples or processes
+# are added up in another order: that may change the last of 24 bits, at each of 4 steps.
+ROUNDING = 1e-6
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """Two processes, each with a half of the batch and of the weights: {run: result} of each."""
+    folder = tmp_path_factory.mktemp("sharded")
+    two_processes.finish(two_processes.start([fsdp_process.__file__], folder))
+    return [{run: torch.load(folder / f"{run} {rank}") for run in fsdp_process.RUNS} for rank in range(2)]
+
+
+@cache
+def whole(run):
+    return fsdp_process.train(**fsdp_process.RUNS[run])
+
+
+@pytest.mark.parametrize("run", fsdp_process.RUNS)
+def test_two_processes_with_shards_tune_as_one_does_with_the_whole_model(run, halves):
+    one, other = (results[run] for results in halves)
+    assert one["history"] == other["history"]
+    assert one["scales"] == other["scales"]
+    assert len(one["history"]) == fsdp_process.STEPS
+    wanted = whole(run)
+    assert one["scales"] == pytest.approx(wanted["scales"], rel=ROUNDING)
+    for found, expected in zip(one["history"], wanted["history"], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=ROUNDING)
+        assert found["values"] == pytest.approx(expected["values"], rel=ROUNDING)
+    for name, weight in wanted["weights"].items():
+        assert torch.equal(one["weights"][name], other["weights"][name])
+        assert (one["weights"][name] - weight).norm() < ROUNDING * weight.norm(), name
+    if "passes" not in run:  # in which the training loss is not averaged
+        assert one["losses"] == pytest.approx(wanted["losses"], rel=ROUNDING)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    """Of this process alone: what a process does with its shards, without another one."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(two_processes.free_port())}
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def tuner_of(tuned, **options):
+    return stn.SelfTuner(tuned, torch.optim.SGD(tuned.parameters(), 0.1), F.cross_entropy, **options)
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("way", ["steps", "passes"])
+def test_weights_may_be_freed_after_the_forward_pass_or_not(way, reshard, mesh):
+    tuned = fsdp_process.sharded(fsdp_process.network("transformer"), mesh, reshard_after_forward=reshard)
+    tuner = tuner_of(tuned)
+    if way == "steps":
+        fsdp_process.in_steps(tuner, "transformer", range(3))
+    else:
+        fsdp_process.in_passes(tuner, tuner.method.optimizer, "transformer", range(3))
+    expected = tuner_of(fsdp_process.network("transformer"))
+    fsdp_process.in_steps(expected, "transformer", range(3))
+    assert tuner.values() == pytest.approx(expected.values(), rel=ROUNDING)
+
+
+def test_the_weights_of_the_root_get_gradients_after_a_validation_pass_without_an_update(mesh):
+    tuned = fsdp_process.sharded(fsdp_process.network("transformer"), mesh)
+    tuner = tuner_of(tuned)
+    x, y = fsdp_process.batch("transformer", 0)[0]
+    with tuner.validating(len(x)):  # its loss is not used
+        tuned(x)
+    tuner.train_step((x, y))
+    assert tuned.words.weight.grad is not None
+
+
+def test_a_policy_of_mixed_precision_computes_in_its_dtype(mesh):
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)
+    tuner = tuner_of(fsdp_process.sharded(fsdp_process.network("transformer"), mesh, mp_policy=policy))
+    dtypes = []
+    tuner.model.blocks[0].register_forward_pre_hook(lambda module, args: dtypes.append(args[0].dtype))
+    losses = fsdp_process.in_steps(tuner, "transformer", range(3))
+    assert set(dtypes) == {torch.float32}
+    expected = tuner_of(fsdp_process.network("transformer"))
+    wanted = fsdp_process.in_steps(expected, "transformer", range(3))
+    assert losses != wanted
+    assert losses == pytest.approx(wanted, rel=ROUNDING)
+    assert tuner.values() == pytest.approx(expected.values(), rel=ROUNDING)
+
+
+def test_a_step_that_is_not_finite_changes_no_shard(mesh):
+    tuned = fsdp_process.sharded(fsdp_process.network("mlp"), mesh)
+    tuner = tuner_of(tuned, skip_nonfinite=1)
+    (x, y), _ = fsdp_process.batch("mlp", 0)
+    before = [one.to_local().clone() for one in tuned.parameters()]
+    with pytest.warns(RuntimeWarning, match="training loss is nan"):
+        tuner.train_step((x * float("nan"), y))
+    assert all(torch.equal(one.to_local(), kept) for one, kept in zip(tuned.parameters(), before, strict=True))
+    tuner.train_step((x, y))
+    assert not torch.equal(tuned[0].weight.to_local(), before[0])
+
+
+def test_a_folded_model_is_made_from_gathered_weights(mesh):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    tuner = tuner_of(fsdp_process.sharded(fsdp_process.network("mlp"), mesh))
+    fsdp_process.in_steps(tuner, "mlp", range(3))
+    with pytest.raises(ValueError, match=r"fold: the parameters are sharded.*full_state_dict=True"):
+        tuner.fold()
+    gathered = get_model_state_dict(tuner.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    own = fsdp_process.network("mlp")
+    own.load_state_dict(gathered)
+    x = fsdp_process.batch("mlp", 0)[0][0]
+    torch.testing.assert_close(stn.fold(own).eval()(x), tuner.model.eval()(x))
+
+
+class Tied(nn.Module):
+    """Reads the weight of its embedding itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.inner = nn.Embedding(fsdp_process.WORDS, 6), nn.Linear(6, 6)
+
+    def forward(self, tokens):
+        return F.linear(self.inner(self.words(tokens)).mean(1), self.words.weight)
+
+
+def test_rows_and_parameters_are_checked_as_in_a_whole_model(mesh):
+    tuned = stn.convert(Tied(), quiet=True)
+    fully_shard(tuned.inner, mesh=mesh)
+    tuner = tuner_of(fully_shard(tuned, mesh=mesh))
+    with pytest.raises(ValueError, match=r"words \(Embedding\) is not called where the model passes its weight"):
+        tuner.train_step(fsdp_process.batch("transformer", 0)[0])
+
+
+def of_blocks_only(mesh):
+    tuned = fsdp_process.network("transformer")
+    fully_shard(tuned.blocks[0], mesh=mesh)
+    return tuner_of(tuned)
+
+
+def of_an_older_optimizer(mesh):
+    tuned = fsdp_process.network("mlp")
+    optimizer = torch.optim.SGD(tuned.parameters(), 0.1)
+    return stn.SelfTuner(fsdp_process.sharded(tuned, mesh), optimizer, F.cross_entropy)
+
+
+def sharded_after_the_tuner(mesh):
+    tuner = tuner_of(fsdp_process.network("mlp"))
+    fsdp_process.sharded(tuner.model, mesh)
+    tuner.step(*fsdp_process.batch("mlp", 0))
+
+
+def linearised(mesh):
+    return tuner_of(fsdp_process.sharded(fsdp_process.network("mlp"), mesh), method="delta-stn")
+
+
+def converted_afterwards(mesh):
+    stn.convert(fsdp_process.sharded(fsdp_process.mlp(), mesh), quiet=True)
+
+
+def fitted(mesh):
+    stn.fit(
+        fsdp_process.sharded(fsdp_process.network("mlp"), mesh),
+        (),
+        (),
+        loss=F.cross_entropy,
+        optimizer=torch.optim.SGD,
+        run_dir="",
+    )
+
+
+def of_two_dimensions(mesh):
+    replicas = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicas", "shards"))
+    return tuner_of(fsdp_process.sharded(fsdp_process.network("mlp"), replicas))
+
+
+REFUSED = {
+    of_blocks_only: "words.weight, .* are not sharded, but others are: call fully_shard on the model itself",
+    of_an_older_optimizer: "the optimizer holds none of the model's parameters: .*, after fully_shard",
+    sharded_after_the_tuner: "step: the model has been sharded since the tuner was made",
+    linearised: "delta-stn of a sharded model needs linearize=False",
+    converted_afterwards: "convert: 0.weight is sharded, as by fully_shard: convert the plain model, then shard it",
+    fitted: "fit: the parameters are sharded",
+    of_two_dimensions: "0.weight has the placements .* on a mesh of 2 dimensions",
+}
+
+
+@pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
+def test_what_is_not_supported_is_refused_by_name(make, mesh):
+    with pytest.raises((ValueError, RuntimeError), match=REFUSED[make]):
+        make(mesh)
+
+
+def test_weights_on_another_device_than_the_mesh_are_refused(mesh):
+    tuned = fsdp_process.sharded(fsdp_process.network("mlp"), mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    tuner_of(tuned)  # they are where they would be without it
+    tuned[0].weight.device_mesh._device_type = "cuda"
+    with pytest.raises(ValueError, match=r"is on cpu, and its mesh on cuda: fully_shard with CPUOffloadPolicy"):
+        tuner_of(tuned)
