@@ -53,7 +53,8 @@ class ConvertedSelfTuning(SelfTuning):
 
     def with_weight_decay(self, loss: Tensor, hyper: HyperBatch) -> Tensor:
         """The training loss with the penalty of the model's weights."""
-        return with_weight_decay(loss, self.model, hyper, None if self.sharding is None else self.sharding.penalty)
+        decayed = with_weight_decay if self.sharding is None else self.sharding.with_weight_decay
+        return decayed(loss, self.model, hyper)
 
     @contextmanager
     def training_pass(self, batch_size: int, step: int, antithetic: bool) -> Iterator[HyperBatch]:

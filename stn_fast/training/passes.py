@@ -41,6 +41,7 @@ class Passes:
         self._records: list[Record] = []
         self._inside = ""  # the pass that is open
         self._of_weights_only = self._responded = False  # whether passes `training` came before any `responding`
+        self._called = False  # whether the model has been called in the open training pass
         self._in_use: HyperBatch | None = None  # the hyperparameters of an open training pass
         self._to_repeat: tuple[int, int] | None = None  # number and batch size of the last draw, until it is repeated
         # Since the last step of the optimizer: whether there was a training pass, and h of the perturbed ones.
@@ -132,8 +133,12 @@ class Passes:
         with opened(batch_size, number, antithetic) as hyper, self._open(call):
             self.draws = max(self.draws, number + 1)
             self._to_repeat = None if antithetic or hyper.centred else (number, batch_size)
-            self._in_use = hyper
-            yield
+            self._in_use, self._called = hyper, False
+            handle = self.method.model.register_forward_pre_hook(self._note_call)
+            try:
+                yield
+            finally:
+                handle.remove()
         if not hyper.centred:
             self._responses.append(hyper.response)
 
@@ -194,10 +199,13 @@ class Passes:
         With additions of `stn_fast.WeightDecay`, each layer has its own hyperparameter. 0 if none decays weights.
 
         Raises:
-            RuntimeError: no training pass is open; the validation loss has no penalty.
+            RuntimeError: no training pass is open; the validation loss has no penalty. Or the model is sharded, and has
+                not been called in the pass: its gradients are added to those of the penalty, in this order.
         """
         if self._in_use is None:
             raise RuntimeError("penalty: it belongs to the training loss: call it inside `with tuner.training(...)`")
+        if self.method.sharding is not None and not self._called:
+            raise RuntimeError("penalty: call the sharded model first, and then penalty in the same pass")
         return self.method.with_weight_decay(self._in_use.values.new_zeros(()), self._in_use)
 
     def _record(self, loss: Tensor) -> None:
@@ -260,6 +268,9 @@ class Passes:
         if batch_size != examples:
             raise ValueError(f"{call}: antithetic=True needs the examples of the pass before, {examples}")
         return number
+
+    def _note_call(self, *_: Any) -> None:
+        self._called = True
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Called by each optimizer; `train_step` leaves nothing to do here.

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stn_fast.conversion.attention import MultiheadAttention
 from stn_fast.hyperparameters import HyperBatch
+from stn_fast.layers.embedding import GatedTable
+from stn_fast.layers.gated import Gated
 from stn_fast.ops.arguments import is_sharded
 from stn_fast.training.distributed import Processes
 from stn_fast.training.parameters import listed
+from stn_fast.training.task import with_weight_decay
 
 
 def local(tensor: Any) -> Tensor:
@@ -52,12 +56,14 @@ class Sharding:
 
     Attributes:
         group: the processes, which all call the methods.
+        parameters: the sharded ones, by name.
     """
 
     def __init__(self, model: nn.Module, processes: Processes | None) -> None:
         self._modules: list[Any] = [one for one in model.modules() if hasattr(type(one), "set_requires_gradient_sync")]
         self.reshard()
-        _check(dict(model.named_parameters()), processes)
+        self.parameters = dict(model.named_parameters())
+        _check(self.parameters, processes)
         self._own = {module: own for module in model.modules() if (own := dict(module.named_parameters(recurse=False)))}
         first: Any = next(model.parameters())
         self.group, self.device = first.device_mesh.get_group(), first.to_local().device
@@ -76,12 +82,54 @@ class Sharding:
         torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX, group=self.group)
         return bool(joined)
 
-    def penalty(self, layer: nn.Module, hyper: HyperBatch, decay: Tensor) -> Tensor:
-        """``layer.weight_decay_penalty(hyper, decay)``, for the examples of this process.
+    def with_weight_decay(self, loss: Tensor, model: nn.Module, hyper: HyperBatch) -> Tensor:
+        """`stn_fast.training.task.with_weight_decay`, without the whole model.
 
-        The weights of a layer are whole only while it is computed; the backward pass gathers them again.
+        The penalty is a sum over the rows of W, so each process computes that of its rows, for the examples of all
+        processes, by the moments of decay and h. The weights of a layer of another kind, such as an LSTM, are gathered
+        while its penalty is computed, and again in the backward pass.
         """
-        found: Tensor = checkpoint(partial(self._of_whole, layer, hyper, decay), use_reentrant=False)
+        moments, of_rows = dict[Tensor, Tensor](), list[Tensor]()
+
+        def penalty(layer: nn.Module, hyper: HyperBatch, decay: Tensor) -> Tensor:
+            matrices = self._matrices(layer)
+            if matrices is None:
+                found: Tensor = checkpoint(partial(self._of_whole, layer, hyper, decay), use_reentrant=False)
+                return found
+            if decay not in moments:
+                moments[decay] = self._moments(hyper, decay)
+            of_rows.extend(matrix.penalty(moments[decay]) for matrix in matrices)
+            return loss.new_zeros(())
+
+        loss = with_weight_decay(loss, model, hyper, penalty)
+        if not of_rows:
+            return loss
+        own = torch.stack(of_rows).sum()
+        whole = own.detach().clone()
+        torch.distributed.all_reduce(whole, group=self.group)
+        return loss + (own + (whole - own.detach()))  # the gradient is that of the own rows
+
+    def _matrices(self, layer: Any) -> list[_Matrix] | None:
+        """What this process has of the matrices that are decayed; None if they are not known."""
+        own, kind = self._own.get(layer, {}), type(layer).weight_decay_penalty
+        if kind is GatedTable.weight_decay_penalty:
+            return [_of_table(**{name: own.get(name) for name in RESPONSE_OF_ROWS})]
+        if kind is MultiheadAttention.weight_decay_penalty:
+            parts = [name for name in ("in_proj", "q_proj", "k_proj", "v_proj") if f"weight_gate_{name}" in own]
+            return [
+                _of_linear(own[f"{part}_weight"], *(own.get(f"{name}_{part}") for name in RESPONSE_OF_ROWS[1:]))
+                for part in parts
+            ]
+        if kind is Gated.weight_decay_penalty and (layer.groups == 1 or layer.response_projection is None):
+            return [_of_linear(*(own.get(name) for name in RESPONSE_OF_ROWS))]
+        return None
+
+    @torch.no_grad()
+    def _moments(self, hyper: HyperBatch, decay: Tensor) -> Tensor:
+        """(1 + n, 1 + n): the mean of decay · (1, h)(1, h)ᵀ over the examples of all processes, in float64."""
+        h = torch.cat([torch.ones_like(decay)[:, None], hyper.response], 1).double()
+        found = (decay.double()[:, None] * h).T @ h / len(h) / torch.distributed.get_world_size(self.group)
+        torch.distributed.all_reduce(found, group=self.group)
         return found
 
     def _of_whole(self, layer: Any, hyper: HyperBatch, decay: Tensor) -> Tensor:
@@ -93,6 +141,59 @@ class Sharding:
         return found
 
 
+RESPONSE_OF_ROWS = ("weight", "response_weight", "weight_gate", "response_projection")
+
+
+class _Matrix(NamedTuple):
+    """W (O, I), R (O, I) or A (O, k), and Gw (O, n); and B (k, I), if R = A B. Of O or of I, a process has a part."""
+
+    weight: Tensor
+    response: Tensor
+    gate: Tensor
+    projection: Tensor | None
+
+    def penalty(self, moments: Tensor) -> Tensor:
+        """½ · mean over examples of decay · ‖W + diag(Gw h) R‖², by the moments of these."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        weight, response, gate = self.weight.to(wide), self.response.to(wide), self.gate.to(wide)
+        moments = moments.to(wide)
+        if self.projection is None:
+            product, square = (weight * response).sum(1), response.square().sum(1)
+        else:  # without R itself
+            narrow = self.projection.to(wide)
+            product = (weight @ narrow.T * response).sum(1)
+            square = (response @ (narrow @ narrow.T) * response).sum(1)
+        first, second = gate @ moments[0, 1:], (gate @ moments[1:, 1:] * gate).sum(1)
+        return 0.5 * (moments[0, 0] * weight.square().sum() + 2 * (first @ product) + second @ square)
+
+
+def _of_linear(weight: Any, response_weight: Any, weight_gate: Any, response_projection: Any) -> _Matrix:
+    """The own rows; all of B, which all rows need."""
+    weight, response, gate = (one.to_local().flatten(1) for one in (weight, response_weight, weight_gate))
+    return _Matrix(weight, response, gate, None if response_projection is None else _of_all(response_projection))
+
+
+def _of_table(weight: Any, response_weight: Any, weight_gate: Any, response_projection: Any) -> _Matrix:
+    """The own rows of a table, whose columns are the outputs."""
+    weight, gate = weight.to_local().T, _of_all(weight_gate)
+    if response_projection is None:
+        return _Matrix(weight, response_weight.to_local().T, gate, None)
+    return _Matrix(weight, _of_all(response_weight), gate, response_projection.to_local().T)
+
+
+def _of_all(sharded: Any) -> Tensor:
+    """The whole of a small parameter. Each process has a part of its gradient, that of its rows."""
+    whole: Tensor = sharded.full_tensor(grad_placements=[_partial("sum")]).flatten(1)
+    return whole
+
+
+def _partial(reduction: str) -> Any:
+    """That each process has a part of a gradient."""
+    from torch.distributed.tensor import Partial
+
+    return Partial(reduction)
+
+
 class _Whole(dict[str, Any]):
     """Sharded parameters of a module, each gathered when it is first read."""
 
@@ -101,11 +202,9 @@ class _Whole(dict[str, Any]):
         self._gathered: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Any:
-        from torch.distributed.tensor import Partial
-
         if name not in self._gathered and (one := super().__getitem__(name)) is not None:
             # Each process has a part of the gradient of the mean, that of its own examples.
-            self._gathered[name] = one.full_tensor(grad_placements=[Partial("avg")])
+            self._gathered[name] = one.full_tensor(grad_placements=[_partial("avg")])
         return self._gathered.get(name)
 
 
