@@ -94,10 +94,10 @@ def write_encoded(root: Path, step: int, best_step: int, kept: int, text: bytes,
         CannotWrite: the disk is full or cannot be written; earlier checkpoints are intact.
     """
     target = path_of(root, step)
-    partial, replaced = (root / f".{target.name}.{part}" for part in ("partial", "replaced"))
+    partial = partial_of(target)
     contents = {TENSORS: states.to_safetensors(tensors), STATE: [text]}
     sums = {name: _sha256(*parts) for name, parts in contents.items()}
-    manifest = _signed({"format": FORMAT, "step": step, "best_step": best_step, "files": sums})
+    manifest = signed({"format": FORMAT, "step": step, "best_step": best_step, "files": sums})
     with writing(target):
         make_directory(root)
         recover(root)
@@ -110,13 +110,24 @@ def write_encoded(root: Path, step: int, best_step: int, kept: int, text: bytes,
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
-        sync(root)
-    shutil.rmtree(replaced, ignore_errors=True)
+        put_in_place(partial, target)
     _prune(root, step, best_step, kept)
     return target
+
+
+def partial_of(target: Path) -> Path:
+    """Where the checkpoint ``target`` is until it is complete."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Gives a complete directory its name, in place of an older one."""
+    replaced = target.with_name(f".{target.name}.replaced")
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -126,16 +137,16 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         DamagedCheckpoint: a file is missing, or its contents differ from what was written.
         UserError: the checkpoint is undamaged, but of another format.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     written_as, sums = manifest.get("format", 0), manifest.get("files")
-    signed = manifest == _signed(manifest)
+    is_signed = manifest == signed(manifest)
     older = "sha256" in manifest and sums is None  # up to format 6, the checksum was that of the state
-    if written_as != FORMAT and (signed or older):
+    if written_as != FORMAT and (is_signed or older):
         raise UserError(
             f"{path} is a checkpoint of format {written_as}, but this stn_fast reads format {FORMAT}: "
             "continue with the version that wrote it, or start over with --no-resume"
         )
-    if not signed or not isinstance(sums, dict):
+    if not is_signed or not isinstance(sums, dict):
         raise DamagedCheckpoint(f"{path / MANIFEST} is damaged (its checksum differs)")
     contents = {name: _read_bytes(path / name) for name in (TENSORS, STATE)}
     for name, content in contents.items():
@@ -148,7 +159,8 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} cannot be loaded ({one_line(error)})") from error
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint; raises DamagedCheckpoint if it is none."""
     contents = _read_bytes(path / MANIFEST)
     try:
         manifest = from_json(contents)
@@ -173,7 +185,7 @@ def _sha256(*parts: Any) -> str:
     return found.hexdigest()
 
 
-def _signed(manifest: dict[str, Any]) -> dict[str, Any]:
+def signed(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest with the checksum of its other entries."""
     others = {key: value for key, value in manifest.items() if key != "sha256"}
     return {**others, "sha256": _sha256(to_json(others).encode())}
@@ -227,7 +239,7 @@ def read_newest(
 
 def _best_step(path: Path) -> int | None:
     try:
-        return int(_read_manifest(path)["best_step"])
+        return int(read_manifest(path)["best_step"])
     except (DamagedCheckpoint, ValueError, KeyError, TypeError, OverflowError):
         return None
 

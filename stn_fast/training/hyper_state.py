@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stn_fast.described_space import differing
 from stn_fast.hyperparameters import HyperparameterSpace
+from stn_fast.training.sharding import local
 
 
 def check_made_by(state: Any, made_by: dict[str, Any]) -> None:
@@ -47,7 +48,8 @@ def reorder(order: Sequence[int], tensors: Iterable[Tensor], optimizers: Iterabl
         kept = [value for optimizer in optimizers for value in optimizer.state.get(tensor, {}).values()]
         for value in (tensor, *kept):
             if isinstance(value, Tensor) and value.shape[-1:] == tensor.shape[-1:]:
-                value.copy_(value[..., order])
+                own = local(value)
+                own.copy_(own[..., order])
 
 
 def without_description(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -473,6 +473,19 @@ class Method(ABC):
             "skipped": {"steps": self.guard.skipped, "in_a_row": dict(self.guard.in_a_row)},
         }
 
+    def sharded_like(self, place: str) -> Tensor | None:
+        """The sharded parameter with whose shards the tensor at a place of a state is kept, if there is one."""
+        if self.sharding is None:
+            return None
+        kind, _, rest = place.removeprefix("method/").partition("/")
+        if kind == "model":
+            return self.sharding.parameters.get(rest)
+        optimizer = self._optimizers_by_name().get(kind)
+        if optimizer is None or optimizer is getattr(self, "hyper_optimizer", None):
+            return None
+        own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return own[int(rest.split("/")[1])]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned: weights, hyperparameters and optimizer states.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stn_fast.errors import UserError
 from stn_fast.extras import extra
+from stn_fast.ops.arguments import is_sharded
 from stn_fast.ops.memory import address_to_compare
 from stn_fast.values import from_json
 
@@ -32,7 +33,7 @@ def encoded(state: Any) -> tuple[bytes, dict[str, Tensor]]:
 
     A state consists of None, bool, int, float, str, dense tensors, lists, tuples, dicts with any of these as keys,
     OrderedDicts, also those of `nn.Module.state_dict`, and Counters. Equal tensors in one place in memory, such as tied
-    parameters, are stored once, and are one tensor when they are read.
+    parameters, are stored once, and are one tensor when they are read; sharded ones are returned as they are.
 
     Raises:
         UserError: another type is in it, or a tensor of a dtype that safetensors lacks; the message says where.
@@ -144,6 +145,9 @@ class _Encoder:
         ]
 
     def _tensor(self, tensor: Tensor, place: str) -> dict[str, Any]:
+        if is_sharded(tensor):  # each process has another part, so where it is tells nothing
+            self.tensors[place] = tensor.detach()
+            return {TENSOR: place}
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise UserError(f"a checkpoint can't hold {place}, a tensor that is not dense")
         if _stored_as(tensor.dtype) is None:

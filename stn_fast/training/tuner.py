@@ -17,7 +17,9 @@ from stn_fast.conversion.additions import LabelSmoothing
 from stn_fast.conversion.folding import fold, tuned_of
 from stn_fast.conversion.rows import check_rows, first_tensor, structure
 from stn_fast.conversion.tuned import TunedHyperparameters
+from stn_fast.files import expanded
 from stn_fast.hyperparameters import HyperBatch
+from stn_fast.training import tuner_checkpoint
 from stn_fast.training.batches import Examples, as_batch
 from stn_fast.training.config import Precision
 from stn_fast.training.converted import (
@@ -84,10 +86,9 @@ class SelfTuner(Passes):
 
     A model that does not fit on one device is converted, then sharded by `torch.distributed.fsdp.fully_shard`, blocks
     and root, over a mesh of one dimension; then the optimizer and the tuner are made. λ and σ are in all processes; W
-    and its response are sharded. All processes must begin with the same weights, as after the same seed. The penalty of
-    weights gathers those of one layer at a time, once more in each forward and backward pass. Delta-stn needs
-    ``linearize=False``. On CUDA, the host waits for each step. Not supported are CPU offload, other parallelism beside
-    it, and `fold`, whose error says what to do.
+    and its response are sharded. All processes must begin with the same weights, as after the same seed. Delta-stn
+    needs ``linearize=False``. On CUDA, the host waits for each step. CPU offload and other parallelism beside it are
+    refused, and so is `fold`, whose error says what to do.
 
     The training loss also gets ½·weight_decay·‖W_eff‖² of the converted layers, if the space has `weight_decay`; with
     additions of `stn_fast.WeightDecay`, each layer has its own hyperparameter. An optimizer that decays weights itself
@@ -365,6 +366,42 @@ class SelfTuner(Passes):
             if (kept := state["generators"].get(kind)) is not None:  # that of another device is not there
                 generator.set_state(kept.cpu())
         self._forget_passes()
+
+    def save(self, directory: str | Path, *, keep: int = 2) -> Path:
+        """Writes a checkpoint of what `state_dict` returns, ``directory/step-XXXXXXXX`` after so many training steps.
+
+        Sharded tensors are written in shards, by torch.distributed.checkpoint; with a process group, all processes must
+        call this, and see the same directory. A checkpoint is safetensors and JSON, with the SHA-256 of every file. It
+        is complete or absent, whenever a process or the machine stops. All but the last ``keep`` are removed, and an
+        older one of this step is replaced. Each run needs its own directory.
+
+        Raises:
+            CannotWrite: the disk is full or cannot be written; earlier checkpoints are intact.
+            UserError: safetensors is missing, or the state of an optimizer can't be written.
+        """
+        keep = whole_number("save", "keep", keep, 1)
+        self._check_closed("save")
+        root = expanded(directory, "directory")
+        return tuner_checkpoint.write(root, self.trained, self.state_dict(), keep, self.method.processes)
+
+    def load(self, directory: str | Path) -> Path | None:
+        """Restores the newest checkpoint that `save` has written; returns its path, or None if there is none.
+
+        Checksums are compared before anything is read, and no code in it is run. Continued on the same batches by as
+        many processes, a run is bit for bit as if it had never stopped, but for random numbers of torch's own layers
+        with a process group. Another number of processes, and a model that is not sharded, load it too, with a warning.
+
+        Raises:
+            UserError: all checkpoints are damaged. For each damaged one, a warning says so, and the one before is used.
+            ValueError: as for `load_state_dict`.
+        """
+        root, method = expanded(directory, "directory"), self.method
+        found = tuner_checkpoint.read(root, method.processes, method.sharded_like)
+        if found is None:
+            return None
+        path, state = found
+        self.load_state_dict(state)
+        return path
 
 
 def _is_packed(value: Any) -> bool:

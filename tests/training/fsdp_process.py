@@ -1,12 +1,15 @@
 """One of the processes of tests/training/test_sharding.py: trains networks that fully_shard has sharded.
 
     python fsdp_process.py FOLDER "mlp" "transformer in passes" ...
+    python fsdp_process.py FOLDER save
+    python fsdp_process.py FOLDER load "load whole"
 
 The environment says which process it is, as torchrun's does.
 """
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,14 +53,25 @@ class Transformer(nn.Module):
         return self.head(self.last(x).mean(1))
 
 
+class LastStep(nn.Module):
+    """The last output of an LSTM."""
+
+    def __init__(self, inputs, width):
+        super().__init__()
+        self.lstm = nn.LSTM(inputs, width, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x)[0][:, -1]
+
+
 def mlp():
     return nn.Sequential(nn.Linear(TOKENS, 17), nn.Tanh(), nn.Dropout(0.3), nn.Linear(17, 3))
 
 
 def convolutions():
-    """Filters, of which some in groups, and running statistics."""
+    """Filters, of which some in groups, and a recurrent layer."""
     grouped = nn.Conv2d(4, 6, 3, groups=2, padding=1)
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    head = nn.Flatten(2), LastStep(6, 5), nn.Linear(5, 3)
     return nn.Sequential(
         nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Dropout(0.2),
         grouped, nn.ReLU(), *head,
@@ -67,9 +81,9 @@ def convolutions():
 MODELS = {"mlp": mlp, "transformer": Transformer, "convolutions": convolutions}
 
 
-def network(name, response_rank="auto"):
+def network(name, response_rank="auto", seed=0):
     """A converted one in float64, whose response is not 0 at the start."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = MODELS[name]().double()
     rates = [replace(one, init=0.01) if one.name == "weight_decay" else one for one in stn.suggest_space(model)]
     tuned = stn.convert(model, stn.HyperparameterSpace(rates), quiet=True, response_rank=response_rank)
@@ -163,14 +177,43 @@ RUNS = {
 }
 
 
+def saved(folder, mesh, rank, size):
+    """Of a run that saves a checkpoint after two of four steps."""
+    tuner = tuner_to_save(mesh)
+    in_steps(tuner, "mlp", range(2), part_of(rank, size))
+    tuner.save(folder / "checkpoints")
+    in_steps(tuner, "mlp", range(2, 4), part_of(rank, size))
+    return result(tuner, [])
+
+
+def loaded(folder, mesh, rank=0, size=1, shard=True):
+    """Of a run that begins with this checkpoint."""
+    tuner = tuner_to_save(mesh, seed=1, shard=shard)
+    assert tuner.load(folder / "checkpoints") == folder / "checkpoints/step-00000002"
+    in_steps(tuner, "mlp", range(2, 4), part_of(rank, size))
+    return result(tuner, [])
+
+
+def tuner_to_save(mesh, seed=0, shard=True):
+    tuned = network("mlp", seed=seed)
+    if shard:
+        sharded(tuned, mesh)
+    group = mesh.get_group() if mesh.size() > 1 else None
+    return stn.SelfTuner(tuned, OPTIMIZERS["adamw"](tuned.parameters()), F.cross_entropy, process_group=group)
+
+
 def main(folder, *runs):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     mesh = init_device_mesh("cpu", (size,))
-    for run in runs or RUNS:
-        found = train(**RUNS[run], mesh=mesh, rank=rank, size=size)
-        torch.save(found, Path(folder) / f"{run} {rank}")
+    folder, here = Path(folder), dict(mesh=mesh, rank=rank, size=size)
+    ways = {run: partial(train, **options, **here) for run, options in RUNS.items()}
+    ways["save"] = partial(saved, folder, **here)
+    ways["load"] = partial(loaded, folder, **here)
+    ways["load whole"] = partial(loaded, folder, shard=False, **here)
+    for run in runs:
+        torch.save(ways[run](), folder / f"{run} {rank}")
     torch.distributed.destroy_process_group()
 
 
