@@ -69,6 +69,17 @@ def test_example_tunes_and_folds(name, data, monkeypatch, capsys):
     assert scores
 
 
+def test_fsdp_loop_tunes_and_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capsys):
+    """As the only process, with its shards; tests/training/test_sharding.py has two."""
+    library("sklearn")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for steps in (10, 12):
+        importlib.import_module("fsdp_loop").main(["--steps", str(steps), "--checkpoints", str(tmp_path)])
+        assert re.search(r"'weight_decay': .*\ntest accuracy 0\.\d+\n", capsys.readouterr().out)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000010"]
+
+
 def test_stn_in_120_lines_tunes_and_folds(capsys):
     importlib.import_module("stn_in_120_lines").main(["--cycles", "60"])
     said = capsys.readouterr().out
