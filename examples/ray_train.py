@@ -34,7 +34,7 @@ class Report(Progress):
 
 def work(settings: dict[str, Any]) -> None:
     config = resolve(digits(), flags=settings)
-    processes = Processes(torch.distributed.group.WORLD, equal=False)  # type: ignore[arg-type]
+    processes = Processes(torch.distributed.group.WORLD)  # type: ignore[arg-type]
     result = run(config, build, progress=Report(quiet=True), processes=processes)
     scores = {key: result[key] for key in ("best_step", "valid_loss", "test_accuracy")} | result["hyperparameters"]
     directory = train.Checkpoint.from_directory(config.directory)  # Ray copies it to its own storage

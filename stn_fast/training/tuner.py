@@ -251,7 +251,13 @@ class SelfTuner(Passes):
         processes = self.method.processes
         if processes is None:
             return 0
-        return sum(processes.counts(batch.examples, self.method.location.device)[: processes.rank])
+        counts = processes.counts(batch.examples, self.method.location.device)
+        if self.method.sharding is not None and len(set(counts)) > 1:
+            raise ValueError(
+                f"SelfTuner: the processes have {listed([str(count) for count in counts])} examples of a batch, but "
+                "fully_shard averages gradients as if all had as many: give each an equal share of every batch"
+            )
+        return sum(counts[: processes.rank])
 
     def _batch(self, batch: Any) -> _Batch:
         if isinstance(batch, Mapping):

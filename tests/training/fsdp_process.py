@@ -194,6 +194,14 @@ def loaded(folder, mesh, rank=0, size=1, shard=True):
     return result(tuner, [])
 
 
+def unequal(mesh, rank, size):
+    """The error of a step with other numbers of examples in each process."""
+    try:
+        in_steps(tuner_to_save(mesh), "mlp", [0], slice(rank, EXAMPLES))
+    except ValueError as error:
+        return str(error)
+
+
 def tuner_to_save(mesh, seed=0, shard=True):
     tuned = network("mlp", seed=seed)
     if shard:
@@ -210,6 +218,7 @@ def main(folder, *runs):
     folder, here = Path(folder), dict(mesh=mesh, rank=rank, size=size)
     ways = {run: partial(train, **options, **here) for run, options in RUNS.items()}
     ways["save"] = partial(saved, folder, **here)
+    ways["unequal"] = partial(unequal, **here)
     ways["load"] = partial(loaded, folder, **here)
     ways["load whole"] = partial(loaded, folder, shard=False, **here)
     for run in runs:

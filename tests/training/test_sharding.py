@@ -24,7 +24,7 @@ ROUNDING = 1e-6
 def folder(tmp_path_factory):
     """Of what two processes have saved, each with a half of the batch and of the weights."""
     folder = tmp_path_factory.mktemp("sharded")
-    run_two(folder, *fsdp_process.RUNS, "save")
+    run_two(folder, *fsdp_process.RUNS, "save", "unequal")
     return folder
 
 
@@ -57,6 +57,11 @@ def test_two_processes_with_shards_tune_as_one_does_with_the_whole_model(run, fo
         assert (one["weights"][name] - weight).norm() < ROUNDING * weight.norm(), name
     if "passes" not in run:  # in which the training loss is not averaged
         assert one["losses"] == pytest.approx(wanted["losses"], rel=ROUNDING)
+
+
+def test_unequal_shares_are_refused_in_all_processes(folder):
+    for error in both(folder, "unequal"):
+        assert "fully_shard averages gradients as if all had as many" in error
 
 
 @pytest.fixture(scope="module")
