@@ -102,13 +102,26 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
-def from_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+def from_json(text: str | bytes, strict: bool = False) -> Any:
+    """The value of a JSON text; unless it is ``strict``, NaN and Infinity are numbers, and a key may be there twice.
 
     Raises:
         ValueError: it is not JSON.
     """
+    strictly: dict[str, Any] = {"parse_constant": _no_number, "object_pairs_hook": _object} if strict else {}
     try:
-        return json.loads(text)
+        return json.loads(text, **strictly)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is not a number of JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found

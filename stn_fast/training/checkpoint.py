@@ -148,6 +148,8 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         )
     if not is_signed or not isinstance(sums, dict):
         raise DamagedCheckpoint(f"{path / MANIFEST} is damaged (its checksum differs)")
+    if (named := _NAME.fullmatch(path.name)) and manifest.get("step") != int(named[1]):
+        raise DamagedCheckpoint(f"{path} is the checkpoint of step {manifest.get('step')}, under another name")
     contents = {name: _read_bytes(path / name) for name in (TENSORS, STATE)}
     for name, content in contents.items():
         if _sha256(content) != sums.get(name):
@@ -163,7 +165,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint; raises DamagedCheckpoint if it is none."""
     contents = _read_bytes(path / MANIFEST)
     try:
-        manifest = from_json(contents)
+        manifest = from_json(contents, strict=True)
     except ValueError:
         manifest = None
     if not isinstance(manifest, dict):

@@ -21,7 +21,7 @@ from stn_fast.errors import UserError
 from stn_fast.files import exists, read_bytes, sync
 from stn_fast.hyperparameters import HyperparameterSpace
 from stn_fast.training.disk import writing
-from stn_fast.values import to_json
+from stn_fast.values import from_json, to_json
 
 # Only these keys may differ between two runs of one seed.
 TIMES = (
@@ -94,7 +94,7 @@ def size_of(path: Path, rows: int) -> int:
     """The size of the first ``rows`` rows of the file in bytes.
 
     Raises:
-        UserError: the file cannot be read, or holds fewer rows.
+        UserError: the file cannot be read, holds fewer rows, or one of them is damaged.
     """
     lines = read_bytes(path).splitlines(keepends=True)[:rows] if rows and exists(path) else []
     if len(lines) < rows or (lines and not lines[-1].endswith(b"\n")):
@@ -102,7 +102,17 @@ def size_of(path: Path, rows: int) -> int:
             f"{path} holds fewer than the {rows} rows written before the checkpoint; "
             "restore it, or start over with --no-resume"
         )
+    for number, line in enumerate(lines, start=1):
+        if not _is_row(line):
+            raise UserError(f"line {number} of {path} is damaged; restore it, or start over with --no-resume")
     return sum(map(len, lines))
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return isinstance(from_json(line), dict)
+    except ValueError:
+        return False
 
 
 class MeanLoss:

@@ -50,7 +50,7 @@ def decoded(text: bytes, tensors: dict[str, Tensor]) -> Any:
         Unreadable: the text is not one of `encoded`, or its tensors are missing.
     """
     try:
-        return _decoded(from_json(text), tensors)
+        return _decoded(from_json(text, strict=True), tensors)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:  # RecursionError is one too
         raise Unreadable(f"{type(error).__name__}: {error}") from None
 
