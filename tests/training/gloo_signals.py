@@ -1,10 +1,12 @@
-"""One of two processes that train digits; in one of them, a signal arrives in the middle of a phase.
+"""One of two processes that train digits; in one of them, a signal arrives in a phase, or the disk is full.
 
     python gloo_signals.py FOLDER PHASE SIGNAL
 
-Without a phase ("none"), or if the run has been signalled before, it is left alone. FOLDER/signalled then has the time.
+Without a phase ("none"), or if it has happened before, the run is left alone. FOLDER/signalled then has the time. In
+the phase "disk", the first process can't write the second checkpoint.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -15,6 +17,7 @@ from gloo_runs import DIGITS
 
 from stn_fast import train
 from stn_fast.training import checkpoint
+from stn_fast.training.disk import writing
 from stn_fast.training.methods import SelfTuning
 from stn_fast.training.trainer import Trainer
 
@@ -45,10 +48,26 @@ def signal_in(phase, number, signalled):
     setattr(owner, name, call)
 
 
+def fill_the_disk(signalled):
+    write = checkpoint.write_encoded
+
+    def full(root, step, *given):
+        if step:
+            signalled.touch()
+            with writing(checkpoint.path_of(root, step)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(root, step, *given)
+
+    checkpoint.write_encoded = full
+
+
 if __name__ == "__main__":
     folder, phase, name = Path(sys.argv[1]), *sys.argv[2:]
     signalled = folder / "signalled"
-    if phase != "none" and not signalled.exists() and os.environ["RANK"] == str(PHASES[phase][3]):
+    if phase == "disk":
+        if not signalled.exists() and os.environ["RANK"] == "0":
+            fill_the_disk(signalled)
+    elif phase != "none" and not signalled.exists() and os.environ["RANK"] == str(PHASES[phase][3]):
         signal_in(phase, getattr(signal, name), signalled)
     pairs = [part for pair in SETTINGS for part in ("--set", pair)]
     raise SystemExit(train.main(["digits", "--run-dir", str(folder / "run"), *pairs]))

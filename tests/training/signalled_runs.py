@@ -11,7 +11,8 @@ SECONDS = 30  # from a signal to the end of both processes; a step takes millise
 
 
 def launch(folder, phase="none", name="SIGTERM", status=0):
-    return two_processes.finish(two_processes.start([gloo_signals.__file__], folder, phase, name), status)
+    running = two_processes.start([gloo_signals.__file__], folder, phase, name)
+    return two_processes.finish(running, status, timeout=400)
 
 
 def check_signal(folder, phase, name, whole):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from kills import leaves
 from run_files import rows
 
 from stn_fast.errors import UserError
@@ -190,6 +191,23 @@ def test_the_cpu_time_of_a_write_is_not_that_of_steps():
     burn(0.1)
     clock.pause()
     assert 0.1 <= clock.cpu_seconds < 0.3 <= saving.cpu_seconds
+
+
+def test_saving_more_often_changes_no_number(train, whole):
+    assert rows(train("schedule.checkpoint_epochs=1", "schedule.checkpoints_kept=5")) == rows(whole)
+
+
+def test_training_does_not_depend_on_evaluations(train, whole, monkeypatch):
+    """Without them, all that the method has learnt is the same, bit for bit."""
+    monkeypatch.setattr(Trainer, "all_scores", lambda trainer: {"valid_loss": 1.0 / (1 + trainer.step)})
+    directory = train()
+    last = checkpoint.path_of(directory / "checkpoints", 72)
+    kept, expected = (
+        checkpoint.read(whole.parent / path)["method"] for path in (last, "whole/checkpoints/step-00000072")
+    )
+    assert dict(leaves(kept, "")) == dict(leaves(expected, ""))
+    trained, others = ([row for row in rows(each) if row["phase"] == "train"] for each in (directory, whole))
+    assert trained == others != []
 
 
 CTRL_C = """

@@ -31,10 +31,10 @@ def start(script, *arguments):
     ]
 
 
-def finish(running, status=0):
+def finish(running, status=0, timeout=120):
     """What both have printed, once both have ended with this exit status."""
     try:
-        said = [process.communicate(timeout=120)[0] for process in running]
+        said = [process.communicate(timeout=timeout)[0] for process in running]
     finally:  # if one has died, the other waits for it
         for process in running:
             process.kill()
