@@ -85,7 +85,12 @@ def write(root: Path, step: int, state: dict[str, Any], keep: int, processes: Pr
         with writing(target):
             _write_tensors(unfinished, tensors, processes)
         names = _everywhere(lambda: _names(unfinished), processes)[0]
-        for part in _everywhere(lambda: _sums(unfinished, names, processes), processes):
+
+        def own_sums() -> dict[str, str]:
+            with writing(target):
+                return _sums(unfinished, names, processes)
+
+        for part in _everywhere(own_sums, processes):
             sums |= part
         in_first(processes, end)
     except Exception:
@@ -156,7 +161,11 @@ def _checked(path: Path, processes: Processes | None) -> dict[str, Any]:
         raise UserError(f"{path} is a checkpoint of format {written_as}, but SelfTuner.load reads format {FORMAT}")
     if _names(path) != sorted([*sums, MANIFEST]):  # also the only names that are opened
         raise DamagedCheckpoint(f"{path} is damaged (its files are not those of its manifest)")
-    for name, found in _sums(path, sorted(sums), processes).items():
+    try:
+        own_sums = _sums(path, sorted(sums), processes)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror}: {error.filename})") from None
+    for name, found in own_sums.items():
         if found != sums[name]:
             raise DamagedCheckpoint(f"{path / name} is damaged (its checksum differs from the manifest's)")
     return manifest

@@ -7,6 +7,7 @@
 The environment says which process it is, as torchrun's does.
 """
 
+import errno
 import sys
 from dataclasses import replace
 from functools import partial
@@ -15,10 +16,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import stn_fast as stn
+from stn_fast.training.disk import CannotWrite
 
 STEPS, EXAMPLES, TOKENS, WORDS = 4, 8, 6, 11
 
@@ -183,7 +186,21 @@ def saved(folder, mesh, rank, size):
     in_steps(tuner, "mlp", range(2), part_of(rank, size))
     tuner.save(folder / "checkpoints")
     in_steps(tuner, "mlp", range(2, 4), part_of(rank, size))
-    return result(tuner, [])
+    return result(tuner, []) | {"error": error_without_space(tuner, folder / "checkpoints", rank)}
+
+
+def error_without_space(tuner, folder, rank):
+    """That of a save while the second process can't write."""
+
+    def fail(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if rank == 1:
+        HuggingFaceStorageWriter.write_data = fail
+    try:
+        tuner.save(folder)
+    except CannotWrite as error:
+        return str(error)
 
 
 def loaded(folder, mesh, rank=0, size=1, shard=True):

@@ -234,6 +234,12 @@ def test_weights_on_another_device_than_the_mesh_are_refused(mesh, monkeypatch):
         tuner_of(tuned)
 
 
+def test_an_error_of_one_process_that_saves_is_one_of_all_and_leaves_the_checkpoint_before(folder):
+    for found in both(folder, "save"):
+        assert "step-00000004 (No space left on device)" in found["error"]
+    assert os.listdir(folder / "checkpoints") == ["step-00000002"]
+
+
 def test_new_processes_go_on_from_a_checkpoint_bit_for_bit(mesh, folder):
     (saved, _) = both(folder, "save")
     run_two(folder, "load", "load whole")
