@@ -61,6 +61,10 @@ class Sharding:
 
     def __init__(self, model: nn.Module, processes: Processes | None) -> None:
         self._modules: list[Any] = [one for one in model.modules() if hasattr(type(one), "set_requires_gradient_sync")]
+        if sparse := [name for name, one in model.named_modules() if getattr(one, "sparse", False) is True]:
+            raise ValueError(
+                f"SelfTuner: {listed(sparse)} has sparse gradients, which fully_shard can't average: use sparse=False"
+            )
         self.reshard()
         self.parameters = dict(model.named_parameters())
         _check(self.parameters, processes)
@@ -223,7 +227,8 @@ def sharding_of(model: nn.Module, processes: Processes | None) -> Sharding | Non
     """The sharding of a model; None if it has no sharded parameters.
 
     Raises:
-        ValueError: only some are sharded, or by something else than `fully_shard` over the same processes.
+        ValueError: only some are sharded, or by something else than `fully_shard` over the same processes; or their
+            gradients are sparse.
     """
     return Sharding(model, processes) if any(map(is_sharded, model.parameters())) else None
 

@@ -172,6 +172,11 @@ def of_an_older_optimizer(mesh):
     return stn.SelfTuner(fsdp_process.sharded(tuned, mesh), optimizer, F.cross_entropy)
 
 
+def sparse(mesh):
+    tuned = stn.convert(nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Flatten(), nn.Linear(8, 2)), quiet=True)
+    return tuner_of(fully_shard(tuned, mesh=mesh))
+
+
 def penalised_before_the_model(mesh):
     tuner = tuner_of(fsdp_process.sharded(fsdp_process.network("mlp"), mesh))
     with tuner.training(4):
@@ -211,6 +216,7 @@ def of_two_dimensions(mesh):
 REFUSED = {
     of_blocks_only: "words.weight, .* are not sharded, but others are: call fully_shard on the model itself",
     of_an_older_optimizer: "the optimizer holds none of the model's parameters: .*, after fully_shard",
+    sparse: "0 has sparse gradients, which fully_shard can't average",
     penalised_before_the_model: "penalty: call the sharded model first",
     sharded_after_the_tuner: "step: the model has been sharded since the tuner was made",
     linearised: "delta-stn of a sharded model needs linearize=False",
