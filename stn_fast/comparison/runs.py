@@ -70,9 +70,14 @@ def digest(config: Config) -> str:
 
 
 def numbers_of(config: Config) -> dict[str, Any]:
-    """The entries of ``config`` without those that say where files are, and how many."""
+    """The entries of ``config`` without those that change no number.
+
+    A setting that has come later is also left out at its default, so that the rows of older versions stay valid.
+    """
     own = asdict(replace(config, run_dir=None, data_root=None))
-    del own["schedule"]["checkpoints_kept"]
+    del own["loggers"], own["schedule"]["checkpoints_kept"]
+    if config.schedule.accumulation == 1:
+        del own["schedule"]["accumulation"]
     return own
 
 

@@ -5,6 +5,7 @@ import io
 import json
 from contextlib import redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from random_response import respond
 
 from benchmarks import hypergradient
 from stn_fast.comparison import processes
+from stn_fast.comparison.guesses import guessed
+from stn_fast.comparison.runs import digest
 from stn_fast.data import digits
 from stn_fast.hyperparameters import Hyperparameter, HyperparameterSpace
 from stn_fast.recipes import recipe
 from stn_fast.training.batches import Batches
+from stn_fast.training.layering import resolve
 from stn_fast.training.parameters import is_response
 from stn_fast.training.run import run
 from stn_fast.training.task import outputs
@@ -30,6 +34,15 @@ QUICK += [part for name in OTHERS for part in ("--set", f"hyperparameters.{name}
 
 def rows_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_kept_rows_of_older_versions_stay_those_of_their_settings():
+    """So settings that come later must not change the digest at their defaults."""
+    row = rows_of(Path(hypergradient.__file__).parent / "results" / "hypergradient-ptb-small.jsonl")[0]
+    config = resolve(recipe(row["recipe"]).config(), pairs=[f"method.name={row['method']}", *row["set"]])
+    assert digest(replace(guessed(config, row["guess"]), seed=row["seed"])) == row["settings"]
+    later = replace(config, schedule=replace(config.schedule, accumulation=2))
+    assert digest(later) != digest(config)
 
 
 @pytest.fixture(scope="module")
