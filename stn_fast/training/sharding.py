@@ -105,7 +105,8 @@ class Sharding:
             of_rows.extend(matrix.penalty(moments[decay]) for matrix in matrices)
             return loss.new_zeros(())
 
-        loss = with_weight_decay(loss, model, hyper, penalty)
+        with torch.autocast(loss.device.type, enabled=False):  # as in the operation that computes other penalties
+            loss = with_weight_decay(loss, model, hyper, penalty)
         if not of_rows:
             return loss
         own = torch.stack(of_rows).sum()

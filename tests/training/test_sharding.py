@@ -115,6 +115,18 @@ def test_a_policy_of_mixed_precision_computes_in_its_dtype(mesh):
     assert tuner.values() == pytest.approx(expected.values(), rel=ROUNDING)
 
 
+def test_autocast_does_not_round_the_penalty(mesh):
+    penalties = []
+    for shard in (False, True):
+        tuned = fsdp_process.network("transformer").float()
+        tuner = tuner_of(fsdp_process.sharded(tuned, mesh) if shard else tuned)
+        x, _ = fsdp_process.batch("transformer", 0)[0]
+        with tuner.training(len(x)), torch.autocast("cpu", torch.bfloat16):
+            tuned(x)
+            penalties.append(tuner.penalty().item())
+    assert penalties[1] == pytest.approx(penalties[0], rel=ROUNDING)
+
+
 def test_a_step_that_is_not_finite_changes_no_shard(mesh):
     tuned = fsdp_process.sharded(fsdp_process.network("mlp"), mesh)
     tuner = tuner_of(tuned, skip_nonfinite=1)
