@@ -19,6 +19,7 @@ Bytes are those of the tensors that are reduced. Latency and bandwidth are those
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -271,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if out is not None:
                 out.write_text(json.dumps([row | about for row in rows], indent=1) + "\n")
         torch.distributed.barrier(group=processes.group)
+        gc.collect()  # a group that is still held when Python ends has threads that abort it
     return 0
 
 

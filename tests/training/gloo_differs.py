@@ -5,6 +5,7 @@
 Prints the errors of two runs of a recipe, which change λ, and of a `SelfTuner`, which changes a weight.
 """
 
+import gc
 import math
 import sys
 from contextlib import contextmanager
@@ -77,3 +78,4 @@ if __name__ == "__main__":
                 call()
             except ProcessesDiffer as error:
                 print(error)
+        gc.collect()  # a group that is still held when Python ends has threads that abort it

@@ -6,6 +6,7 @@ Trains in passes by each library that is named, or in steps by the method, with 
 in DistributedDataParallel. The environment says which process it is, as torchrun's does.
 """
 
+import gc
 import os
 import sys
 from contextlib import nullcontext
@@ -189,4 +190,5 @@ if __name__ == "__main__":
     ways["unequal passes"] = lambda: unequal_passes(*group)
     ways["statistics"] = lambda: running_mean(**here())
     torch.save({library: ways[library]() for library in libraries}, file)
+    gc.collect()  # a group that is still held when Python ends has threads that abort it
     torch.distributed.destroy_process_group()
