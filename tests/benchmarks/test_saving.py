@@ -48,3 +48,6 @@ def test_the_recorded_loop_is_held_up_for_a_fraction_of_the_time():
     assert [row["megabytes"] for row in rows] == [1, 30, 300]
     assert all(row["turns"] >= 5 for row in rows)
     assert all(row["ratio"] < 0.5 for row in rows)
+    page = (Path(saving.__file__).parents[1] / "docs" / "results.md").read_text()
+    for row in rows:
+        assert f"| {row['megabytes']} MB | {row['ratio']:.2f} | {row['cost']:.2f} |" in page
