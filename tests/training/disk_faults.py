@@ -28,6 +28,7 @@ def tiny(directory):
 
 def calls_of(folder):
     """The calls of a run that nothing disturbed, in runs/tiny below the folder; of several writes to a file, two."""
+    folder.mkdir(exist_ok=True)
     disk = FailingDisk(folder)
     with disk.patched():
         tiny(folder / "runs" / "tiny")
