@@ -412,7 +412,7 @@ def test_two_passes_with_the_published_start_on_fashion_mnist_small():
     assert_shown(shown, expected)
 
 
-@pytest.mark.parametrize("step", [244])
+@pytest.mark.parametrize("step", [244, 1221, 1954])
 def test_hypergradients_on_ptb_small_are_those_that_were_recorded(step):
     shown = table(f"hyperparameter, step {step}", HYPERGRADIENTS)
     for row in map(json.loads, (RESULTS / "hypergradient-ptb-small.jsonl").read_text().splitlines()):
