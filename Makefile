@@ -59,6 +59,7 @@ test: lint  ## lint, then every test that needs no GPU
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest -m "not gpu" $(WORKERS) $(ARGS)
 
 test-faults: venv  ## kill runs and break disks and processes for half an hour; prints how many kills were survived
+	@$(MAKE) --no-print-directory $(VENV)/.ray || echo "the test of Ray is skipped" >&2
 	OMP_NUM_THREADS=1 $(RUN) tests/faults/kills.py --recipes digits fashion-mnist-small ptb-small --kills 20
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults $(ARGS)
 

@@ -45,7 +45,7 @@ def configure(defaults: Config, method: str, seed: int, factor: float, run_dir: 
     changed: MethodConfig = replace(defaults.method, **METHODS[method])
     weights, hyper, tuned = defaults.optimizer, defaults.hyper_optimizer, defaults.hyperparameters
     if method == "fixed":
-        changed = MethodConfig(name="fixed", response=changed.response, response_rank=changed.response_rank)
+        changed = MethodConfig(name="fixed", response_rank=changed.response_rank)
         hyper = HyperOptimizerConfig()
         tuned = {name: replace(one, scale=HyperparameterConfig.scale) for name, one in tuned.items()}
     if method == "one-pass":

@@ -133,7 +133,8 @@ class MethodConfig:
     tunes the scales of the perturbations, with ``entropy_weight`` as the weight of their entropy in the validation
     objective. ``antithetic`` makes training steps pass over the batch twice, with opposite perturbations, so that the
     noise of the response's gradients cancels. ``response`` is what the gates see: the shift from the first location
-    (``shifted``), the unconstrained sample (``raw``) or its constrained value (``value``).
+    (``shifted``), the unconstrained sample (``raw``) or its constrained value (``value``). ``delta-stn`` centres it at
+    the current location, so that the first two are the same.
 
     Scales that are not tuned shrink to ``scale_decay`` times their first size over ``schedule.epochs``, by the same
     factor after every epoch. Wide ones find the way from a bad first guess; narrow ones tell better where to stop.
@@ -187,8 +188,8 @@ class MethodConfig:
             _require_positive(response_learning_rate=self.response_learning_rate)
         _require_at_least(0, weight_decay=self.weight_decay)
         _require_at_least(1, neumann_terms=self.neumann_terms)
-        centred = self.name != "delta-stn" or self.response == "shifted"
-        _require(centred, "response", self.response, "must be shifted for --method delta-stn, which centres it")
+        centred = self.name != "delta-stn" or self.response != "value"
+        _require(centred, "response", self.response, "must be shifted or raw for --method delta-stn, which centres it")
         _require_at_least(1, train_steps=self.train_steps, valid_steps=self.valid_steps)
         _require_at_least(0, warmup_epochs=self.warmup_epochs)
         entropy_is_right = isfinite(self.entropy_weight) and self.entropy_weight >= 0

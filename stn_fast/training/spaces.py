@@ -6,4 +6,6 @@ from stn_fast.training.config import Config
 
 def build_space(config: Config) -> HyperparameterSpace:
     """One ``Hyperparameter`` for every enabled entry of ``config.hyperparameters``, in order."""
-    return HyperparameterSpace([entry.named(name, config.method.response) for name, entry in config.enabled.items()])
+    # That of delta-stn is centred whatever it is, and weights of other methods do not respond.
+    response = config.method.response if config.method.name == "stn" else "shifted"
+    return HyperparameterSpace([entry.named(name, response) for name, entry in config.enabled.items()])

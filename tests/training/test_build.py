@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from stn_fast.data import Split
 from stn_fast.recipes import digits
 from stn_fast.training.build import build_method
 from stn_fast.training.layering import resolve
@@ -35,6 +36,20 @@ def test_the_published_start_has_the_gates_of_each_paper(name, deviation):
 def test_other_starts_and_fixed_networks_leave_the_layers_as_they_are():
     assert set(gates_of(built("method.response_start=zero")).tolist()) == {0.0, 1.0}
     assert set(gates_of(built("method.name=fixed")).tolist()) == {0.0, 1.0}
+
+
+def steps_of(method):
+    x, y = torch.rand(8, 64, generator=torch.Generator().manual_seed(0)), torch.arange(8)
+    losses = [method.train_step(Split(x, y), step).item() for step in range(3)]
+    if method.tunes:
+        losses += [method.valid_step(Split(x, y), 3).item()]
+    return losses
+
+
+@pytest.mark.parametrize("name", ["delta-stn", "one-pass", "fixed"])
+def test_a_raw_response_is_a_shifted_one_where_it_is_centred_or_has_no_effect(name):
+    losses = [steps_of(built(f"method.name={name}", f"method.response={one}")) for one in ("raw", "shifted")]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(("name", "key"), [("adam", "betas"), ("rmsprop", "alpha")])

@@ -1,6 +1,6 @@
 """Runs on two machines, which are two agents of torchrun with a process each, that talk over loopback.
 
-    python -m pytest tests/faults/two_nodes.py
+    python -m pytest tests/faults/test_two_nodes.py
 
 Not among the tests of `make test`, because each launches two agents, once or twice, and so takes half a minute.
 """

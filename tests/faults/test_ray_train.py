@@ -8,16 +8,13 @@ import sys
 import threading
 from pathlib import Path
 
-import pytest
 from libraries import library
 from run_files import result, rows
 
 from stn_fast.training import checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = 40
-
-pytestmark = pytest.mark.faults
 
 
 def killed_once(process, directory):
