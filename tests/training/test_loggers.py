@@ -28,14 +28,14 @@ from stn_fast.values import from_yaml
 KILLED = """
 import os, signal, sys, time
 from stn_fast import train
-from stn_fast.training import checkpoint
-write = checkpoint.write
-def write_or_die(directory, step, *rest):
-    if step == int(sys.argv[1]):
+from stn_fast.training.trainer import Trainer
+save = Trainer._save
+def save_or_die(self, log):
+    if self.step == int(sys.argv[1]):
         time.sleep(1)  # in which W&B writes what it has to the disk
         os.kill(os.getpid(), signal.SIGKILL)
-    write(directory, step, *rest)
-checkpoint.write = write_or_die
+    save(self, log)
+Trainer._save = save_or_die
 sys.exit(train.main(sys.argv[2:]))
 """
 SETTINGS = ("schedule.checkpoint_epochs=2", "method.warmup_epochs=1", "schedule.batch_size=300", "threads=1")
