@@ -446,12 +446,17 @@ COMPARED_NAMES = {"stn": "self-tuned", "fixed": "fixed", "frozen": "self-tuning 
 
 
 @pytest.mark.parametrize(
-    ("recipe", "keys"),
-    [("digits-small", LOSSES[:2]), ("fashion-mnist-small", LOSSES[:2]), ("ptb-small", PERPLEXITIES)],
+    ("recipe", "name", "keys"),
+    [
+        ("digits-small", "`digits-small`", LOSSES[:2]),
+        ("digits-even-split", "even split", LOSSES[:2]),
+        ("fashion-mnist-small", "`fashion-mnist-small`", LOSSES[:2]),
+        ("ptb-small", "`ptb-small`", PERPLEXITIES),
+    ],
 )
-def test_the_comparison_with_a_search_is_the_recorded_one(recipe, keys):
+def test_the_comparison_with_a_search_is_the_recorded_one(recipe, name, keys):
     recorded = json.loads((RESULTS / f"compare-{recipe}.json").read_text())
-    shown = table(f"`{recipe}`, 3 seeds | best validation {'loss' if keys == LOSSES[:2] else 'perplexity'} |")
+    shown = table(f"{name}, 3 seeds | best validation {'loss' if keys == LOSSES[:2] else 'perplexity'} |")
     parts = {"all": "TPE, 10 trials", "in CPU s of stn": "TPE, in the CPU time of one self-tuned run"}
     for entry in recorded["scores"]:
         own = f"{COMPARED_NAMES.get(entry['method'])} from {entry['guess']}"
@@ -460,6 +465,58 @@ def test_the_comparison_with_a_search_is_the_recorded_one(recipe, keys):
         compute = [entry["cpu_seconds_of_fixed"], entry["step_cpu_seconds_of_fixed"]]
         assert_shown(shown.pop(name), [*scores, *(value for value in compute if value is not None)])
     assert not shown
+
+
+def test_what_is_said_about_an_even_split():
+    methods = json.loads((RESULTS / "compare-digits-even-split.json").read_text())["methods"]
+    told = README[README.index("Here ten trials of TPE are better") :].split(", and self-tuned")[0]
+    found = {entry["method"]: entry for entry in methods}
+    medians = [found[method]["test_loss"]["median"] for method in ("tpe", "stn")]
+    assert_shown(re.findall(r"\d\.\d+", told), medians)
+    assert (found["stn"]["worse_than_fixed"], found["stn"]["compared_with_fixed"]) == (0, 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("`shifted`, 6 seeds", "compare-digits-small-six-seeds"),
+        ("`raw`, 6 seeds", "compare-digits-small-raw"),
+        ("`value`, 3 seeds", "compare-digits-small-value"),
+    ],
+)
+def test_other_responses_on_digits_small(name, file):
+    scores = json.loads((RESULTS / f"{file}.json").read_text())["scores"]
+    expected = [
+        entry[loss]["median"]
+        for guess in ("low", "middle", "high")
+        for entry in scores
+        if entry["guess"] == guess
+        for loss in LOSSES[:2]
+    ]
+    assert_shown(table("`digits-small`, `method.response`", HYPERGRADIENTS)[name], expected)
+    assert {entry["seeds"] for entry in scores} == {int(name.split()[1])}
+
+
+def test_where_a_raw_response_arrives_on_digits_small():
+    told = HYPERGRADIENTS[HYPERGRADIENTS.index("18 runs end between") :].split("- On `ptb-small`")[0]
+    raw, shifted = (
+        json.loads((RESULTS / f"compare-digits-small-{name}.json").read_text())["methods"][0]
+        for name in ("raw", "six-seeds")
+    )
+    ends = [one["ends"]["input_noise"][of] for one in (raw, shifted) for of in ("smallest", "largest")]
+    spreads = [one["spread_of_test_loss"] for one in (raw, shifted)]
+    medians = [one["test_loss"]["median"] for one in (raw, shifted)]
+    assert (raw["runs"], shifted["runs"]) == (18, 18)
+    assert_shown(re.findall(r"\d\.\d+", told), [*ends, *spreads, *medians])
+
+
+def test_a_raw_response_on_ptb_small():
+    (low,) = json.loads((RESULTS / "compare-ptb-small-raw.json").read_text())["scores"]
+    told = HYPERGRADIENTS[HYPERGRADIENTS.index("seeds 0 and 1 end at") :].split("All recipes keep")[0]
+    raw = [low["valid_perplexity"][of] for of in ("smallest", "largest")]
+    rows = map(json.loads, (RESULTS / "compare-ptb-small" / "runs.jsonl").read_text().splitlines())
+    shifted = {row["seed"]: row["valid_perplexity"] for row in rows if (row["method"], row["guess"]) == ("stn", "low")}
+    assert_shown(re.findall(r"\d+\.\d+", told), [*raw, shifted[0], shifted[1]])
 
 
 @pytest.mark.parametrize("recipe", ["digits-small", "fashion-mnist-small", "ptb-small"])
