@@ -147,12 +147,19 @@ class TunedHyperparameters(nn.Module):
 
     @contextmanager
     def at_location(self) -> Iterator[None]:
-        """Inside, no HyperBatch is in use: the converted layers use the current hyperparameters."""
-        before, self.current = self.current, None
+        """Inside, no HyperBatch is in use: the converted layers use the current hyperparameters.
+
+        Raises:
+            RuntimeError: another thread is inside of `using`, whose layers would get no batch.
+        """
+        before = self.current, self._thread
+        if self._thread not in (None, threading.get_ident()):
+            raise _another_thread("at_location")
+        self.current = self._thread = None
         try:
             yield
         finally:
-            self.current = before
+            self.current, self._thread = before
 
     def _check(self, hyper: HyperBatch) -> None:
         if not isinstance(hyper, HyperBatch):

@@ -73,18 +73,18 @@ def run(
             directory = RunDirectory(config.directory)
             stack.enter_context(directory.locked())
             checkpoint.recover(directory.checkpoints)
-            if resume and directory.resumable:
-                directory.check_same_run(config)
-            elif resume:
+            if resume and not directory.resumable:
                 directory.check_free()
-                if exists(directory.metrics):
-                    progress.warn(f"{directory.path} holds a run without a checkpoint: starting over from step 0")
+            if resume and (directory.resumable or exists(directory.result)):
+                directory.check_same_run(config)
+            if resume and not directory.resumable and directory.finished_result(config) is None:
+                directory.check_not_begun()
             return checked_task(config, build_task)  # which may download the data
 
         task = in_first(processes, begin) or checked_task(config, build_task)
         directory, data = RunDirectory(config.directory, write=False), fingerprint(task.data, task.vocabulary)
         resumes = resume and directory.resumable
-        if resumes:
+        if resumes or (resume and exists(directory.result)):
             directory.check_same_data(data, progress.warn)
             if (result := directory.finished_result(config)) is not None:
                 progress.say(f"{directory.path} is finished; --no-resume would run it again")

@@ -124,6 +124,14 @@ class RunDirectory:
         """Whether there is a checkpoint to continue from."""
         return bool(checkpoint.steps(self.checkpoints))
 
+    def check_not_begun(self) -> None:
+        """Raises UserError if a run without a checkpoint has trained: starting over would lose what it has written."""
+        if exists(self.result) or (exists(self.metrics) and read_bytes(self.metrics).count(b"\n") > 1):
+            raise UserError(
+                f"{self.path} holds a run, but none of its checkpoints: restore {self.checkpoints} from a copy, choose "
+                "another --run-dir, or start over with --no-resume"
+            )
+
     def check_same_run(self, config: Config) -> None:
         """Raises UserError if ``config`` would give different numbers than the run in this directory."""
         if not exists(self.config):

@@ -383,11 +383,13 @@ class SelfTuner(Passes):
 
         Raises:
             CannotWrite: the disk is full or cannot be written; earlier checkpoints are intact.
+            ProcessesDiffer: as `check_equal`; nothing is written.
             UserError: safetensors is missing, or the state of an optimizer can't be written.
         """
         keep = whole_number("save", "keep", keep, 1)
         self._check_closed("save")
         root = expanded(directory, "directory")
+        self.check_equal()
         return tuner_checkpoint.write(root, self.trained, self.state_dict(), keep, self.method.processes)
 
     def load(self, directory: str | Path) -> Path | None:

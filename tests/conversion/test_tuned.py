@@ -70,6 +70,10 @@ def test_a_layer_called_in_another_thread_does_not_use_this_threads_batch(traini
     with own.using(sampled(tuned)):
         assert "another thread is using this model" in in_another_thread(lambda: tuned[0](x))
         tuned(x)
+        assert "another thread is using this model" in in_another_thread(lambda: own.at_location().__enter__())
+        with own.at_location():
+            assert own.in_use() is None
+        assert own.in_use() is not None
     if not training:
         assert in_another_thread(lambda: tuned(x)) is None
 

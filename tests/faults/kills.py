@@ -6,7 +6,8 @@
 Half of the kills come at a random moment of the run, uniform over the time that the undisturbed run takes. The others
 come at a random one of its calls that change the disk: before or after a directory is made or a file renamed or synced,
 or when a file is half written. A run that ends before its kill is compared and another one is begun, until there were
-as many kills as asked for; the last run is then left to end. Compared are, bit for bit: every tensor and number of the
+as many kills as asked for; the last run is then left to end. A run that finds a checkpoint must begin at the newest
+one. Compared are, bit for bit: every tensor and number of the
 last checkpoint and of the best one (weights, hyperparameters, scales, states of optimizers, positions in the data),
 metrics.jsonl and result.json, but for times. Prints the kills that each recipe has survived; the exit status is 1 if
 there is a difference.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -220,6 +222,15 @@ class Failure(Exception):
     """A run that did not survive a kill."""
 
 
+def check_resumed(ended: Ended, saved: int) -> None:
+    """Raises Failure if a run has trained without beginning at its newest checkpoint, that of the step ``saved``."""
+    found = re.search(r"^resuming .* after step (\d+)$", ended.said, re.MULTILINE)
+    trained = ended.status == 0 or re.search(r"^epoch ", ended.said, re.MULTILINE)
+    finished = "is finished; --no-resume would run it again" in ended.said
+    if found and int(found[1]) < saved or trained and not (found or finished):
+        raise Failure(f"a run did not begin at its checkpoint of step {saved}:\n{ended.said}")
+
+
 def survive(
     runs: Runs, recipe: str, methods: Sequence[str], kills: int, chance: random.Random, scratch: Path, *extra: str
 ) -> Counter[str]:
@@ -228,6 +239,8 @@ def survive(
     Raises:
         Failure: a run did not end well, or not like the one that nothing disturbed.
     """
+    from stn_fast.training import checkpoint
+
     counts: Counter[str] = Counter()
     undisturbed = {}
     for method in methods:
@@ -247,16 +260,19 @@ def survive(
             how = chance.choice(("moment", "write")) if counts["kills"] < kills else "none"
             delay = chance.uniform(0, seconds) if how == "moment" else None
             call = chance.randrange(1, changes + 1) if how == "write" else None
+            saved = checkpoint.steps(folder / "checkpoints")
             ended = runs.run(arguments, delay, call)
+            if saved:
+                check_resumed(ended, saved[-1])
             if ended.status == 0:
                 break
             if ended.status != -signal.SIGKILL:
                 raise Failure(f"{recipe}, {method}, after {', '.join(killed)}: status {ended.status}:\n{ended.said}")
             counts["kills"] += 1
             counts[how] += 1
+            counts["saved"] += bool(checkpoint.steps(folder / "checkpoints"))
             killed.append(f"a kill after {delay:.2f} s" if how == "moment" else f"a kill at change {call} of the disk")
         counts["runs"] += 1
-        counts["resumed"] += "resuming " in ended.said
         if found := differences(expected, final(folder)):
             raise Failure(f"{recipe}, {method}, after {', '.join(killed)}: differs at {', '.join(found[:9])}")
         shutil.rmtree(folder)
@@ -285,8 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 1
             print(
                 f"{recipe} ({', '.join(flags.methods)}): {counts['kills']} kills survived, {counts['moment']} at a "
-                f"random moment and {counts['write']} while writing, of {counts['runs']} runs, whose final states "
-                f"equal the undisturbed one's bit for bit; {time.monotonic() - began:.0f} s",
+                f"random moment and {counts['write']} while writing, {counts['saved']} with a checkpoint, in "
+                f"{counts['runs']} runs, whose ends equal those of undisturbed runs bit for bit; "
+                f"{time.monotonic() - began:.0f} s",
                 flush=True,
             )
     return 0

@@ -52,6 +52,8 @@ def test_starting_over_keeps_files_that_are_not_checkpoints(train, tmp_path):
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(train, same_run, whole):
     died = train("schedule.epochs=1", name="died")
     checkpoint.clear(died / "checkpoints")
+    (died / "result.json").unlink()
+    (died / "metrics.jsonl").write_text((died / "metrics.jsonl").read_text().partition("\n")[0] + "\n")
     same_run(whole, train(name="died"))
 
 
@@ -160,11 +162,20 @@ def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     assert json.loads(directory.result.read_text()) == {"a": 1}
 
 
-def test_a_run_whose_checkpoints_are_gone_says_that_it_starts_over(train, capsys):
+def test_a_run_whose_checkpoints_are_gone_loses_nothing(train, make_config):
     directory = train()
+    found = json.loads((directory / "result.json").read_text())
     checkpoint.clear(directory / "checkpoints")
-    train("schedule.epochs=7")
-    assert "holds a run without a checkpoint: starting over from step 0" in capsys.readouterr().err
+    kept = {file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()}
+    assert run(make_config(), digits.build) == found
+    with pytest.raises(UserError, match="none of its checkpoints: restore .*checkpoints from a copy"):
+        run(make_config("schedule.epochs=7"), digits.build)
+    (directory / "result.json").unlink()
+    with pytest.raises(UserError, match="none of its checkpoints"):
+        run(make_config(), digits.build)
+    assert kept == {file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()} | {
+        "result.json": kept["result.json"]
+    }
 
 
 def test_a_run_that_never_began_leaves_no_directory_that_was_not_there(make_config):
