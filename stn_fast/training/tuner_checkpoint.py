@@ -175,12 +175,16 @@ def _state(path: Path, processes: Processes | None, like: Callable[[str], Tensor
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
     from torch.distributed.checkpoint.api import CheckpointException
 
-    reader, tensors = HuggingFaceStorageReader(str(path)), dict[str, Tensor]()
+    reader, tensors, state = HuggingFaceStorageReader(str(path)), dict[str, Tensor](), dict[str, Any]()
 
     def make_room() -> None:
         with _loading(path):
             for name, stored in reader.read_metadata().state_dict_metadata.items():
                 tensors[name] = _room(name, stored, like(name))
+
+    def decode() -> None:
+        with _loading(path):
+            state.update(states.decoded((path / STATE).read_bytes(), tensors))
 
     _everywhere(make_room, processes)
     with _loading(path), _without_warning():
@@ -188,7 +192,7 @@ def _state(path: Path, processes: Processes | None, like: Callable[[str], Tensor
             load(tensors, storage_reader=reader, **_among(processes))
         except CheckpointException as error:  # in all processes, and not an Exception
             raise _cause(error) from error
-        state: dict[str, Any] = states.decoded((path / STATE).read_bytes(), tensors)
+    _everywhere(decode, processes)
     return state
 
 

@@ -9,9 +9,11 @@ The environment says which process it is, as torchrun's does.
 
 import errno
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -195,12 +197,11 @@ def error_without_space(tuner, folder, rank):
     def fail(*given):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    if rank == 1:
-        HuggingFaceStorageWriter.write_data = fail
-    try:
-        tuner.save(folder)
-    except CannotWrite as error:
-        return str(error)
+    with mock.patch.object(HuggingFaceStorageWriter, "write_data", fail) if rank == 1 else nullcontext():
+        try:
+            tuner.save(folder)
+        except CannotWrite as error:
+            return str(error)
 
 
 def loaded(folder, mesh, rank=0, size=1, shard=True):
@@ -209,6 +210,25 @@ def loaded(folder, mesh, rank=0, size=1, shard=True):
     assert tuner.load(folder / "checkpoints") == folder / "checkpoints/step-00000002"
     in_steps(tuner, "mlp", range(2, 4), part_of(rank, size))
     return result(tuner, [])
+
+
+def past_an_error(folder, mesh, rank, size):
+    """How many steps a tuner has taken that loads, when the second process can't read the last of two checkpoints."""
+    folder, tuner = folder / "two", tuner_to_save(mesh)
+    for step in range(2):
+        in_steps(tuner, "mlp", [step], part_of(rank, size))
+        tuner.save(folder)
+    read = Path.read_bytes
+
+    def fail(path):
+        if path == folder / "step-00000002/state.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    with mock.patch.object(Path, "read_bytes", fail) if rank == 1 else nullcontext():
+        tuner.load(folder)
+    in_steps(tuner, "mlp", [1], part_of(rank, size))
+    return tuner.trained
 
 
 def unequal(mesh, rank, size):
@@ -235,6 +255,7 @@ def main(folder, *runs):
     folder, here = Path(folder), dict(mesh=mesh, rank=rank, size=size)
     ways = {run: partial(train, **options, **here) for run, options in RUNS.items()}
     ways["save"] = partial(saved, folder, **here)
+    ways["past an error"] = partial(past_an_error, folder, **here)
     ways["unequal"] = partial(unequal, **here)
     ways["load"] = partial(loaded, folder, **here)
     ways["load whole"] = partial(loaded, folder, shard=False, **here)

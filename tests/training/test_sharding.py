@@ -24,7 +24,7 @@ ROUNDING = 1e-6
 def folder(tmp_path_factory):
     """Of what two processes have saved, each with a half of the batch and of the weights."""
     folder = tmp_path_factory.mktemp("sharded")
-    run_two(folder, *fsdp_process.RUNS, "save", "unequal")
+    run_two(folder, *fsdp_process.RUNS, "save", "unequal", "past an error")
     return folder
 
 
@@ -256,6 +256,10 @@ def test_an_error_of_one_process_that_saves_is_one_of_all_and_leaves_the_checkpo
     for found in both(folder, "save"):
         assert "step-00000004 (No space left on device)" in found["error"]
     assert os.listdir(folder / "checkpoints") == ["step-00000002"]
+
+
+def test_an_error_of_one_process_that_loads_sends_all_to_the_checkpoint_before(folder):
+    assert both(folder, "past an error") == [2, 2]
 
 
 def test_new_processes_go_on_from_a_checkpoint_bit_for_bit(mesh, folder):
