@@ -64,13 +64,20 @@ def clear(root: Path) -> None:
 
 def recover(root: Path) -> None:
     """Cleans up after an interrupted ``write``; a checkpoint that was being replaced is restored."""
+    restore(root)
+    with writing(root):
+        for entry in files.entries(root):
+            if _LEFTOVER.fullmatch(entry.name):
+                shutil.rmtree(entry)
+
+
+def restore(root: Path) -> None:
+    """Restores a checkpoint that an interrupted ``write`` was replacing; if there is none, nothing is written."""
     with writing(root):
         for entry in files.entries(root):
             match = _LEFTOVER.fullmatch(entry.name)
             if match and match[2] == "replaced" and not (root / match[1]).exists():
                 entry.rename(root / match[1])
-            elif match:
-                shutil.rmtree(entry)
 
 
 def write(root: Path, step: int, state: dict[str, Any], best_step: int, kept: int = 2) -> Path:

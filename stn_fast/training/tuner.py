@@ -400,6 +400,7 @@ class SelfTuner(Passes):
         with a process group. Another number of processes, and a model that is not sharded, load it too, with a warning.
 
         Raises:
+            CannotWrite: `save` was killed while it replaced a checkpoint, and the disk can't be written to restore it.
             UserError: all checkpoints are damaged. For each damaged one, a warning says so, and the one before is used.
             ValueError: as for `load_state_dict`.
         """

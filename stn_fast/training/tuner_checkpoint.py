@@ -35,6 +35,7 @@ from stn_fast.training.checkpoint import (
     put_in_place,
     read_manifest,
     recover,
+    restore,
     signed,
     steps,
 )
@@ -111,8 +112,10 @@ def read(
         like: for the place of a tensor in the state, a sharded tensor whose shards it gets; None for a whole one.
 
     Raises:
+        CannotWrite: the process that saved was killed while it replaced a checkpoint, which can't be restored.
         UserError: all are damaged, or the newest one is of another format.
     """
+    in_first(processes, partial(restore, root))
     size, damage = 1 if processes is None else processes.size, ""
     for step in reversed(_everywhere(lambda: steps(root), processes)[0]):
         path = path_of(root, step)

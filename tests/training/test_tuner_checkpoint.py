@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,6 +204,48 @@ def test_an_unfinished_checkpoint_is_not_read(folder, monkeypatch):
     assert loaded(folder).trained == 3
     one.save(folder)
     assert sorted(os.listdir(folder)) == ["step-00000003", "step-00000004"]
+
+
+@pytest.fixture
+def killed_between_renames(tmp_path, monkeypatch):
+    """The directory of a run that was killed while it replaced its only checkpoint."""
+    one, renamed, rename = steps(tuner(), range(2)), [], Path.rename
+    one.save(tmp_path)
+
+    def rename_once(path, target):
+        renamed.append(target)
+        if len(renamed) == 2:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", rename_once)
+        with pytest.raises(KeyboardInterrupt):
+            one.save(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".step-00000002.partial", ".step-00000002.replaced"]
+    return tmp_path
+
+
+def test_a_checkpoint_that_was_being_replaced_is_loaded(killed_between_renames):
+    assert loaded(killed_between_renames).trained == 2
+
+
+def refuse(*args, **kwargs):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_a_checkpoint_that_can_not_be_restored_is_an_error(killed_between_renames, monkeypatch):
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(CannotWrite, match="Read-only file system"):
+        tuner().load(killed_between_renames)
+
+
+def test_loading_writes_nothing_but_a_restored_checkpoint(folder, monkeypatch):
+    (folder / ".step-00000004.partial").mkdir()  # of another process that may still write it
+    (folder / ".step-00000003.replaced").mkdir()
+    for call in ("rename", "rmdir", "unlink", "mkdir"):
+        monkeypatch.setattr(os, call, refuse)
+    assert loaded(folder).trained == 3
 
 
 def test_a_checkpoint_of_a_run_directory_is_refused_by_name(folder):
