@@ -228,6 +228,12 @@ def _room(name: str, kept: Any, like: Tensor | None) -> Tensor:
     stored = sum(math.prod(chunk.sizes) for chunk in kept.chunks)
     if stored != math.prod(kept.size):  # a shape that is only declared could fill the memory
         raise states.Unreadable(f"{name} has {stored} numbers, but its shape is {tuple(kept.size)}")
+    starts, sizes = (torch.tensor([[*getattr(one, key)] for one in kept.chunks]) for key in ("offsets", "sizes"))
+    ends = starts + sizes
+    common = torch.minimum(ends[:, None], ends) - torch.maximum(starts[:, None], starts)  # of each chunk and another
+    overlap = (common > 0).all(-1).fill_diagonal_(False)
+    if (starts < 0).any() or overlap.any():  # then some numbers are in no chunk: as many are stored as the shape has
+        raise states.Unreadable(f"{name} has parts that overlap or are outside of its shape {tuple(kept.size)}")
     if like is not None and like.shape == kept.size:
         return torch.empty_like(like, dtype=kept.properties.dtype)
     return torch.empty(kept.size, dtype=kept.properties.dtype)

@@ -4,13 +4,14 @@ import errno
 import json
 import os
 import pickle
-import struct
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import stn_fast as stn
@@ -127,26 +128,45 @@ def with_path_outside(path):
     return {"../state.json": sha256((path / "state.json").read_bytes()).hexdigest()}
 
 
-LOCATION = "method/model/tuned_hyperparameters.location"
+LOCATION, WEIGHT = "method/model/tuned_hyperparameters.location", "method/model/0.weight"
 
 
 def with_huge_shape(path):
     """The only shard of a tensor says that it is the last of 2**60 numbers."""
-    file = path / FILES[2]
-    contents = file.read_bytes()
-    (size,) = struct.unpack("<Q", contents[:8])
-    header = json.loads(contents[8 : 8 + size])
-    sharding = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
-    sharding[LOCATION]["saved_offsets"] = [2**60]
-    header["__metadata__"]["DCP_SHARDING_INFO"] = json.dumps(sharding)
-    text = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text + contents[8 + size :])
-    return {FILES[2]: sha256(file.read_bytes()).hexdigest()}
+    return in_parts(path, LOCATION, [([2**60], slice(None))])
+
+
+def with_a_hole(path):
+    """Rows 4 and 5 are missing, and others are there twice."""
+    return in_parts(path, WEIGHT, [([0, 0], slice(4)), ([2, 0], slice(2, 4)), ([6, 0], slice(6, 8))])
+
+
+def with_rows_before_the_first(path):
+    return in_parts(path, WEIGHT, [([-2, 0], slice(2)), ([2, 0], slice(2, 8))])
+
+
+def in_parts(path, name, parts):
+    """Writes parts of a tensor, [(offsets, index)], in a file each, which says that its part begins at the offsets."""
+    with safe_open(path / FILES[2], "pt") as file:
+        metadata = file.metadata()
+    tensors, sums = load_file(path / FILES[2]), {}
+    whole = tensors.pop(name)
+    sharding = json.loads(metadata["DCP_SHARDING_INFO"])
+    for number, (offsets, index) in enumerate(parts, 1):
+        file = path / f"shard-{number:05}-model-00001-of-00001.safetensors"
+        sharding[name] = {"saved_offsets": offsets}
+        metadata["DCP_SHARDING_INFO"] = json.dumps(sharding)
+        save_file({**tensors, name: whole[index].clone()}, file, metadata)
+        sums[file.name] = sha256(file.read_bytes()).hexdigest()
+        tensors = {}
+    return sums
 
 
 HOSTILE = {
     with_path_outside: "its files are not those of its manifest",
     with_huge_shape: f"{LOCATION} has 2 numbers, but its shape is",
+    with_a_hole: f"{WEIGHT} has parts that overlap or are outside",
+    with_rows_before_the_first: f"{WEIGHT} has parts that overlap or are outside",
 }
 
 
@@ -163,6 +183,16 @@ def changed(change, folder):
 def test_a_pickle_in_a_checkpoint_is_not_opened(tmp_path):
     path = changed(with_pickle, tmp_path)
     assert tuner().load(tmp_path) == path
+
+
+ROWS = [([0, 0], slice(4)), ([4, 0], slice(4, 8)), ([8, 0], slice(8, 8))]  # none in the last
+BLOCKS = [([i, j], (slice(i, i + 4), slice(j, j + 3))) for i in (4, 0) for j in (0, 3)]
+
+
+@pytest.mark.parametrize("parts", [ROWS, BLOCKS], ids=["rows", "blocks"])
+def test_a_tensor_may_be_stored_in_any_parts(parts, tmp_path):
+    changed(lambda path: in_parts(path, WEIGHT, parts), tmp_path)
+    assert same(loaded(tmp_path), steps(tuner(), range(2)))
 
 
 @pytest.mark.parametrize("change", HOSTILE, ids=lambda change: change.__name__)
