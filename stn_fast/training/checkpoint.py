@@ -118,7 +118,7 @@ def write_encoded(root: Path, step: int, best_step: int, kept: int, text: bytes,
             shutil.rmtree(partial, ignore_errors=True)
             raise
         put_in_place(partial, target)
-    _prune(root, step, best_step, kept)
+    prune(root, step, best_step, kept)
     return target
 
 
@@ -144,19 +144,8 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         DamagedCheckpoint: a file is missing, or its contents differ from what was written.
         UserError: the checkpoint is undamaged, but of another format.
     """
-    manifest = read_manifest(path)
-    written_as, sums = manifest.get("format", 0), manifest.get("files")
-    is_signed = manifest == signed(manifest)
-    older = "sha256" in manifest and sums is None  # up to format 6, the checksum was that of the state
-    if written_as != FORMAT and (is_signed or older):
-        raise UserError(
-            f"{path} is a checkpoint of format {written_as}, but this stn_fast reads format {FORMAT}: "
-            "continue with the version that wrote it, or start over with --no-resume"
-        )
-    if not is_signed or not isinstance(sums, dict):
-        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged (its checksum differs)")
-    if (named := _NAME.fullmatch(path.name)) and manifest.get("step") != int(named[1]):
-        raise DamagedCheckpoint(f"{path} is the checkpoint of step {manifest.get('step')}, under another name")
+    advice = ": continue with the version that wrote it, or start over with --no-resume"
+    sums = checked_manifest(path, FORMAT, "this stn_fast", advice)["files"]
     contents = {name: _read_bytes(path / name) for name in (TENSORS, STATE)}
     for name, content in contents.items():
         if _sha256(content) != sums.get(name):
@@ -166,6 +155,26 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         return states.decoded(contents[STATE], tensors)
     except states.Unreadable as error:
         raise DamagedCheckpoint(f"{path} cannot be loaded ({one_line(error)})") from error
+
+
+def checked_manifest(path: Path, wanted: int | str, reader: str, advice: str = "") -> dict[str, Any]:
+    """The manifest, undamaged, of the format ``wanted`` and of the step that the directory is named for.
+
+    Raises:
+        DamagedCheckpoint: it is not.
+        UserError: it is undamaged, but of another format, which ``reader`` does not read.
+    """
+    manifest = read_manifest(path)
+    written_as, sums = manifest.get("format", 0), manifest.get("files")
+    is_signed = manifest == signed(manifest)
+    older = "sha256" in manifest and sums is None  # up to format 6, the checksum was that of the state
+    if written_as != wanted and (is_signed or older):
+        raise UserError(f"{path} is a checkpoint of format {written_as}, but {reader} reads format {wanted}{advice}")
+    if not is_signed or not isinstance(sums, dict):
+        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged (its checksum differs)")
+    if (named := _NAME.fullmatch(path.name)) and manifest.get("step") != int(named[1]):
+        raise DamagedCheckpoint(f"{path} is the checkpoint of step {manifest.get('step')}, under another name")
+    return manifest
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -253,8 +262,11 @@ def _best_step(path: Path) -> int | None:
         return None
 
 
-def _prune(root: Path, step: int, best_step: int, kept: int) -> None:
-    """Also removes checkpoints after ``step``: they are damaged, and the run went back to an earlier one."""
+def prune(root: Path, step: int, best_step: int | None, kept: int) -> None:
+    """Removes all checkpoints but the last ``kept`` up to ``step``, and the best one as of each.
+
+    Those after ``step`` are damaged: the run went back to an earlier one.
+    """
     last = [other for other in steps(root) if other <= step][-kept:]
     wanted = {best_step, *last, *(_best_step(path_of(root, other)) for other in last)}
     for other in steps(root):

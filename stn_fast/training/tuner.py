@@ -378,8 +378,8 @@ class SelfTuner(Passes):
 
         Sharded tensors are written in shards, by torch.distributed.checkpoint; with a process group, all processes must
         call this, and see the same directory. A checkpoint is safetensors and JSON, with the SHA-256 of every file. It
-        is complete or absent, whenever a process or the machine stops. All but the last ``keep`` are removed, and an
-        older one of this step is replaced. Each run needs its own directory.
+        is complete or absent, whenever a process or the machine stops. All but the last ``keep`` are removed, as are
+        those of later steps, and an older one of this step is replaced. Each run needs its own directory.
 
         Raises:
             CannotWrite: the disk is full or cannot be written; earlier checkpoints are intact.

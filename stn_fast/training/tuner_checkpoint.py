@@ -29,11 +29,12 @@ from stn_fast.training.checkpoint import (
     MANIFEST,
     STATE,
     DamagedCheckpoint,
+    checked_manifest,
     one_line,
     partial_of,
     path_of,
+    prune,
     put_in_place,
-    read_manifest,
     recover,
     restore,
     signed,
@@ -52,7 +53,8 @@ BLOCK = 1 << 20  # bytes that are hashed at a time
 def write(root: Path, step: int, state: dict[str, Any], keep: int, processes: Processes | None) -> Path:
     """Writes a state atomically, and then removes all checkpoints but the last ``keep``; all processes must call it.
 
-    Whenever a process or the machine stops, the directory is complete or absent, and earlier ones are intact.
+    Those after ``step`` are removed, too: they are damaged, or the run went back to an earlier one. Whenever a process
+    or the machine stops, the directory is complete or absent, and earlier ones are intact.
 
     Raises:
         CannotWrite: the disk is full or cannot be written; earlier checkpoints are intact.
@@ -78,8 +80,7 @@ def write(root: Path, step: int, state: dict[str, Any], keep: int, processes: Pr
             write_through(unfinished / MANIFEST, to_json(manifest).encode())
             sync(unfinished)
             put_in_place(unfinished, target)
-        for other in [one for one in steps(root) if one <= step][:-keep]:
-            shutil.rmtree(path_of(root, other), ignore_errors=True)
+        prune(root, step, None, keep)
 
     in_first(processes, begin)
     try:
@@ -156,12 +157,8 @@ def _write_tensors(directory: Path, tensors: dict[str, Tensor], processes: Proce
 
 def _checked(path: Path, processes: Processes | None) -> dict[str, Any]:
     """The manifest, if all files are there and as it says; every process checks some."""
-    manifest = read_manifest(path)
-    sums, written_as = manifest.get("files"), manifest.get("format")
-    if manifest != signed(manifest) or not isinstance(sums, dict):
-        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged (its checksum differs)")
-    if written_as != FORMAT:
-        raise UserError(f"{path} is a checkpoint of format {written_as}, but SelfTuner.load reads format {FORMAT}")
+    manifest = checked_manifest(path, FORMAT, "SelfTuner.load")
+    sums = manifest["files"]
     if _names(path) != sorted([*sums, MANIFEST]):  # also the only names that are opened
         raise DamagedCheckpoint(f"{path} is damaged (its files are not those of its manifest)")
     try:

@@ -74,6 +74,22 @@ def test_the_last_checkpoints_are_kept(folder):
     assert same(loaded(folder), one)
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_not_used(folder):
+    (folder / "step-00000003").rename(folder / "step-00000009")
+    with pytest.warns(RuntimeWarning, match=r"step-00000009 is the checkpoint of step 3, under another name; trying"):
+        assert loaded(folder).trained == 2
+
+
+def test_damaged_checkpoints_after_the_one_that_was_loaded_are_removed(folder):
+    shorten(folder / "step-00000003/state.json")
+    (folder / "step-00000003").rename(folder / "step-00000009")
+    with pytest.warns(RuntimeWarning, match="step-00000009"):
+        one = loaded(folder)
+    steps(one, [2]).save(folder)
+    assert sorted(os.listdir(folder)) == ["step-00000002", "step-00000003"]
+    assert same(loaded(folder), one)
+
+
 def loaded(folder):
     one = tuner(seed=1)
     assert one.load(folder)
