@@ -227,7 +227,7 @@ def check_resumed(ended: Ended, saved: int) -> None:
     found = re.search(r"^resuming .* after step (\d+)$", ended.said, re.MULTILINE)
     trained = ended.status == 0 or re.search(r"^epoch ", ended.said, re.MULTILINE)
     finished = "is finished; --no-resume would run it again" in ended.said
-    if found and int(found[1]) < saved or trained and not (found or finished):
+    if (found and int(found[1]) < saved) or (trained and not (found or finished)):
         raise Failure(f"a run did not begin at its checkpoint of step {saved}:\n{ended.said}")
 
 

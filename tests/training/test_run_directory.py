@@ -168,7 +168,7 @@ def test_a_run_whose_checkpoints_are_gone_loses_nothing(train, make_config):
     checkpoint.clear(directory / "checkpoints")
     kept = {file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()}
     assert run(make_config(), digits.build) == found
-    with pytest.raises(UserError, match="none of its checkpoints: restore .*checkpoints from a copy"):
+    with pytest.raises(UserError, match=r"none of its checkpoints: restore .*checkpoints from a copy"):
         run(make_config("schedule.epochs=7"), digits.build)
     (directory / "result.json").unlink()
     with pytest.raises(UserError, match="none of its checkpoints"):
