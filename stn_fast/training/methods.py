@@ -332,11 +332,12 @@ class Method(ABC):
         for statistic, *found in zip(self._buffers.statistics(), *statistics, strict=True) if statistics else ():
             statistic.copy_(weighted(found, parts))
         loss = sum(losses[1:], losses[0])
-        trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self.processes is not None:
+            loss = self._averaged_step(loss, parameters, batch.examples)
+        trained = [parameter for parameter in parameters if parameter.grad is not None]
         if not trained:
             raise RuntimeError("the training loss depends on none of the parameters that the optimizer trains")
-        if self.processes is not None:
-            loss = self._averaged_step(loss, trained, batch.examples)
         norms = gradient_norms([parameter.grad for parameter in trained])
         norm = torch.linalg.vector_norm(norms)
 
@@ -351,16 +352,29 @@ class Method(ABC):
         self.took_step = self.guard.take(Attempt(kind, step, loss, norms, norm, name), optimizer, update, undo)
         return loss
 
-    def _averaged_step(self, loss: Tensor, trained: Sequence[Tensor], examples: int) -> Tensor:
-        """Averages the gradients and running statistics over the processes; returns the loss of the whole batch."""
+    def _averaged_step(self, loss: Tensor, parameters: Sequence[Tensor], examples: int) -> Tensor:
+        """Averages the gradients and running statistics over the processes; returns the loss of the whole batch.
+
+        Where the loss of only some processes depends on a parameter, its gradient is 0 in the others. It stays None
+        where that of no process does. The host waits for a CUDA device only if it is None in this process.
+        """
         assert self.processes is not None
-        for parameter in trained:
+        # The same in all processes, whatever their losses depend on. Sharded gradients are averages already.
+        shared = [parameter for parameter in parameters if parameter.requires_grad and not is_sharded(parameter)]
+        loss, used = loss.clone(), loss.new_ones(len(shared))
+        unused = [k for k, parameter in enumerate(shared) if parameter.grad is None]
+        for k in unused:
+            shared[k].grad, used[k] = torch.zeros_like(shared[k]), 0
+        for parameter in shared:
             if parameter.grad is not None and parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.to_dense()
-        loss = loss.clone()
-        # Sharded gradients are averages already.
-        gradients = [one.grad for one in trained if one.grad is not None and not is_sharded(one)]
-        self.processes.average_([*gradients, *self._buffers.statistics(), loss], examples)
+        gradients = [parameter.grad for parameter in shared if parameter.grad is not None]
+        self.processes.average_([*gradients, *self._buffers.statistics(), loss, used], examples)
+        if unused:
+            used_anywhere = used.tolist()
+            for k in unused:
+                if used_anywhere[k] == 0:
+                    shared[k].grad = None
         return loss
 
     def _pass(

@@ -82,6 +82,35 @@ def train_in_unequal_shares(method="stn", group=None, rank=0):
     return result(tuner, tuned)
 
 
+class Experts(nn.Module):
+    """Calls those of three layers that its examples need, which are those of its first two."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.dropout = nn.Linear(5, 16), nn.Dropout(0.3)
+        self.experts = nn.ModuleList([nn.Linear(16, 2) for _ in range(3)])
+
+    def forward(self, x):
+        y, expert = self.dropout(self.before(x).tanh()), (x[:, 2] > 0).long()
+        return sum(self.experts[k](y) * (expert == k)[:, None] for k in expert.unique().tolist())
+
+
+def train_experts(method="stn", group=None, rank=0, size=1):
+    """The same with `Experts`: in even steps, the first half of a batch needs one layer and the second half another."""
+    torch.manual_seed(0)
+    model = Experts().double()
+    rates = [one for one in stn.suggest_space(model) if one.name != "weight_decay"]  # which would use all layers
+    tuned = stn.convert(model, stn.HyperparameterSpace(rates), quiet=True)
+    optimizer = torch.optim.SGD(tuned.parameters(), 0.3, momentum=0.9)  # which moves by gradients of 0, not by None
+    tuner = stn.SelfTuner(tuned, optimizer, F.cross_entropy, method=method, process_group=group, check_rows=False)
+    for step in range(STEPS):
+        pairs = batch(step)
+        for x, _ in pairs:
+            x[:, 2] = x[:, 2].abs() * torch.tensor([1, -1 if step % 2 == 0 else 1]).repeat_interleave(EXAMPLES // 2)
+        tuner.step(*(share(tensors, rank, size) for tensors in pairs))
+    return result(tuner, tuned)
+
+
 def train_wrapped(method="stn", group=None, rank=0, size=1):
     """A `SelfTuner` of a model inside of DistributedDataParallel, first in steps, then in passes by it."""
     tuned = network()
@@ -185,6 +214,7 @@ if __name__ == "__main__":
     group = here()["group"], here()["rank"]
     for method in ("stn", "delta-stn"):
         ways[f"unequal {method}"] = lambda method=method: train_in_unequal_shares(method, *group)
+        ways[f"experts {method}"] = lambda method=method: train_experts(method, **here())
         ways[f"wrapped {method}"] = lambda method=method: train_wrapped(method, **here())
     ways["accumulated"] = lambda: accumulate(**here())
     ways["unequal passes"] = lambda: unequal_passes(*group)

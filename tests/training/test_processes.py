@@ -24,6 +24,8 @@ IN_STEPS = {
     "delta-stn": lambda: gloo_process.train_in_steps("delta-stn"),
     "unequal stn": gloo_process.train_in_unequal_shares,
     "unequal delta-stn": lambda: gloo_process.train_in_unequal_shares("delta-stn"),
+    "experts stn": gloo_process.train_experts,
+    "experts delta-stn": lambda: gloo_process.train_experts("delta-stn"),
     "accumulated": gloo_process.accumulate,
     "wrapped stn": gloo_process.train_wrapped,
     "wrapped delta-stn": lambda: gloo_process.train_wrapped("delta-stn"),
