@@ -19,6 +19,7 @@ from stn_fast.hyperparameters import HyperBatch, HyperparameterSpace
 from stn_fast.modes import evaluating
 from stn_fast.ops.arguments import is_sharded
 from stn_fast.training.delta import DeltaSelfTuning
+from stn_fast.training.distributed import StepKind
 from stn_fast.training.methods import SelfTuning
 from stn_fast.training.parameters import check_used, hold_parameters, is_response, listed
 from stn_fast.training.task import with_weight_decay
@@ -65,19 +66,19 @@ class ConvertedSelfTuning(SelfTuning):
         """
         self._check_ready("training")
         self._reshard()
-        hyper = self._perturbation(batch_size, step, antithetic)
+        hyper = self._perturbation(batch_size, "training pass", step, antithetic)
         with self._passing(hyper, statistics=not antithetic):
             yield hyper
 
     @torch.no_grad()
-    def _perturbation(self, batch_size: int, step: int, antithetic: bool) -> HyperBatch:
-        return self._perturbed(self._draw_of_pass(batch_size, step), antithetic)
+    def _perturbation(self, batch_size: int, kind: StepKind, step: int, antithetic: bool) -> HyperBatch:
+        return self._perturbed(self._draw_of_pass(batch_size, kind, step), antithetic)
 
-    def _draw_of_pass(self, batch_size: int, step: int) -> dict[str, Any]:
+    def _draw_of_pass(self, batch_size: int, kind: StepKind, step: int) -> dict[str, Any]:
         """As `_draw`, for the examples of this process."""
         self._examples, first_example = batch_size, 0
         if self.processes is not None:
-            counts = self.processes.counts(batch_size, self.location.device)
+            counts = self.processes.counts(batch_size, kind, step, self.location.device)
             if len({*counts}) > 1:
                 raise ValueError(
                     f"process_group: the processes have {', '.join(map(str, counts))} examples, but in passes, "
@@ -106,7 +107,7 @@ class ConvertedSelfTuning(SelfTuning):
         """Inside, the model is in evaluation mode, its weights are held, and it uses hyperparameters with gradients."""
         self._check_ready("validating")
         self._reshard()
-        hyper = self._validation_hyper(self._draw_of_pass(batch_size, step))
+        hyper = self._validation_hyper(self._draw_of_pass(batch_size, "validation pass", step))
         with evaluating(self.model), hold_parameters(self.model.parameters()), self._in_use(hyper):
             yield hyper
 
@@ -150,7 +151,7 @@ class ConvertedDeltaSelfTuning(ConvertedSelfTuning, DeltaSelfTuning):
                 "does not call the model that DistributedDataParallel returns: call tuner.step, or use method='stn'"
             )
         self._check_ready("training")
-        hyper = self._general_hyper(self._draw_of_pass(batch_size, step))
+        hyper = self._general_hyper(self._draw_of_pass(batch_size, "training pass", step))
         with hold_parameters(self._response), self._passing(hyper, statistics=True):
             yield hyper
         self._note_reach()
@@ -159,7 +160,7 @@ class ConvertedDeltaSelfTuning(ConvertedSelfTuning, DeltaSelfTuning):
     def response_pass(self, batch_size: int, step: int, antithetic: bool) -> Iterator[HyperBatch]:
         """The pass of a response step: the weights are held, and running statistics don't change."""
         self._check_ready("responding")
-        hyper = self._perturbation(batch_size, step, antithetic)
+        hyper = self._perturbation(batch_size, "response pass", step, antithetic)
         with hold_parameters(self._general), self._passing(hyper, statistics=False):
             yield hyper
         if self.response_has_gradients:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 from uuid import uuid4
 
 import torch
@@ -22,10 +22,13 @@ from stn_fast.ops.arguments import is_sharded
 from stn_fast.ops.gates import wide
 from stn_fast.training.batches import Batch, BatchSequence, as_batch, shares
 from stn_fast.training.disk import CannotWrite
+from stn_fast.training.parameters import listed
 
 Result = TypeVar("Result")
 
 TIMEOUT = timedelta(minutes=10)  # after which a process that waits for another one that hangs is an error
+StepKind = Literal["training step", "validation step", "training pass", "response pass", "validation pass"]
+STEP_KINDS: tuple[StepKind, ...] = get_args(StepKind)
 CHECK_EVERY = 100  # steps after which the processes compare what they have learnt
 
 
@@ -116,6 +119,7 @@ class Processes:
         self.group = group
         self.size = torch.distributed.get_world_size(group)
         self.rank = torch.distributed.get_rank(group)
+        self._has_cpu_backend = "cpu:" in torch.distributed.get_backend_config(group)
 
     def averages(self, tensors: Sequence[Tensor], examples: int) -> list[Tensor]:
         """The mean over the examples of all processes of each tensor, in float64.
@@ -147,13 +151,35 @@ class Processes:
             for tensor, part in zip(same, parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
-    def counts(self, examples: int, device: torch.device) -> list[int]:
-        """How many examples each process has; the host waits for a CUDA ``device``."""
-        joined = torch.zeros(self.size, dtype=torch.int64, device=device)
-        joined[self.rank] = examples
+    def counts(self, examples: int, kind: StepKind, step: int, device: torch.device) -> list[int]:
+        """How many examples each process has, and whether all of them take the same step.
+
+        One reduction, by a backend for the CPU if the group has one; else the host waits for a CUDA ``device``.
+
+        Args:
+            examples: those of this process.
+            kind: what this process does.
+            step: the number of its draw.
+
+        Raises:
+            ValueError: in all processes, that they take steps of different kinds, or with different numbers.
+        """
+        joined = torch.zeros(self.size, 3, dtype=torch.int64)
+        joined[self.rank] = torch.tensor([examples, STEP_KINDS.index(kind), step])
+        if not self._has_cpu_backend:
+            joined = joined.to(device)
         torch.distributed.all_reduce(joined, group=self.group)
-        counts: list[int] = joined.tolist()
-        return counts
+        counts, *steps = zip(*joined.tolist(), strict=True)
+        if any(len(set(one)) > 1 for one in steps):
+            told = [
+                f"process {rank} takes a {STEP_KINDS[kind]} with draw {number}"
+                for rank, (kind, number) in enumerate(zip(*steps, strict=True))
+            ]
+            raise ValueError(
+                f"process_group: {listed(told, 8)}, but they share every batch: all must take the same steps in the "
+                "same order, with as many training and validation batches in each"
+            )
+        return list(counts)
 
     @torch.no_grad()
     def align(self, model: nn.Module) -> None:

@@ -30,7 +30,7 @@ from stn_fast.training.converted import (
     check_optimizers,
     response_parameters,
 )
-from stn_fast.training.distributed import Processes
+from stn_fast.training.distributed import Processes, StepKind
 from stn_fast.training.generators import default_generators
 from stn_fast.training.optimizers import MakeOptimizer, default_hyper_optimizer
 from stn_fast.training.parameters import listed
@@ -220,7 +220,8 @@ class SelfTuner(Passes):
     def step(self, batch: Any, held_out: Any = None) -> Tensor:
         """A training step, and after the warm-up a validation step on `held_out`, if it is given.
 
-        Returns the training loss, a detached scalar on the device. Errors are those of `SelfTuning`.
+        Returns the training loss, a detached scalar on the device. Errors are those of `SelfTuning`; with a process
+        group, processes that take different steps are a ValueError in all of them.
         """
         loss = self.train_step(batch)
         if held_out is not None and self.trained > self.warmup_steps:
@@ -231,8 +232,8 @@ class SelfTuner(Passes):
         """Updates the weights and the response on a training batch; returns the loss."""
         self._check_closed("train_step")
         self._forget_passes()  # their gradients are not used
-        batch = self._batch(batch)
-        loss = self.method.train_step(batch, self.draws, first_example=self._first_of(batch))
+        batch, first_example = self._shared(batch, "training step")
+        loss = self.method.train_step(batch, self.draws, first_example=first_example)
         self.draws, self.trained = self.draws + 1, self.trained + 1
         self._compare()
         return loss
@@ -240,18 +241,24 @@ class SelfTuner(Passes):
     def valid_step(self, held_out: Any) -> Tensor:
         """Updates the hyperparameters on a validation batch; returns the loss, without the entropy."""
         self._check_closed("valid_step")
-        batch = self._batch(held_out)
-        loss = self.method.valid_step(batch, self.draws, first_example=self._first_of(batch))
+        batch, first_example = self._shared(held_out, "validation step")
+        loss = self.method.valid_step(batch, self.draws, first_example=first_example)
         self.draws += 1
         self._record(loss)
         return loss
 
-    def _first_of(self, batch: _Batch) -> int:
-        """The place of the first example of this process in the batch of all processes."""
+    def _shared(self, batch: Any, kind: StepKind) -> tuple[_Batch, int]:
+        """The batch of a step, and the place of its first example in the batch of all processes."""
+        converted = self._converted(batch)
+        first_example = self._first_of(converted, kind)
+        return self._with_known_rows(converted), first_example
+
+    def _first_of(self, batch: _Batch, kind: StepKind) -> int:
+        """The place of the first example of this process in the batch of all processes, if all take such a step."""
         processes = self.method.processes
         if processes is None:
             return 0
-        counts = processes.counts(batch.examples, self.method.location.device)
+        counts = processes.counts(batch.examples, kind, self.draws, self.method.location.device)
         if self.method.sharding is not None and len(set(counts)) > 1:
             raise ValueError(
                 f"SelfTuner: the processes have {listed([str(count) for count in counts])} examples of a batch, but "
@@ -260,16 +267,20 @@ class SelfTuner(Passes):
         return sum(counts[: processes.rank])
 
     def _batch(self, batch: Any) -> _Batch:
+        """The batch as steps take it, with known rows."""
+        return self._with_known_rows(self._converted(batch))
+
+    def _converted(self, batch: Any) -> _Batch:
         if isinstance(batch, Mapping):
             entries: Any = dict(batch)
-            return self._with_known_rows(_Batch(entries, entries))
+            return _Batch(entries, entries)
         converted = as_batch(batch, self.method.location.device)
         if not isinstance(converted, Examples):
             raise TypeError(f"SelfTuner: a batch must have independent examples, got {type(batch).__name__}")
         inputs: Any = converted.inputs
         if isinstance(inputs, tuple) and not _has_several_inputs(batch):
             inputs = (inputs,)  # the only argument
-        return self._with_known_rows(_Batch(inputs, converted.targets))
+        return _Batch(inputs, converted.targets)
 
     def _with_known_rows(self, batch: _Batch) -> _Batch:
         """The batch, after a check of the rows of layers if it is the first of its structure.

@@ -166,6 +166,33 @@ def unequal_passes(group, rank):
         return str(error)
 
 
+def other_steps(group, rank):
+    """The errors where the processes take other steps: without a batch to tune on, in a pass, and after another one."""
+
+    def tune(tuner):
+        tuner.step(*(batch(0) if rank == 0 else batch(0)[:1]))
+        tuner.train_step(batch(1)[0])
+
+    def train(tuner):
+        if rank == 0:
+            return tuner.train_step(batch(0)[0])
+        with tuner.training(EXAMPLES):
+            raise AssertionError
+
+    def train_after_one_more(tuner):
+        tuner.draws += rank
+        tuner.train_step(batch(0)[0])
+
+    errors = []
+    for steps in (tune, train, train_after_one_more):
+        tuned = network()
+        try:
+            steps(stn.SelfTuner(tuned, torch.optim.SGD(tuned.parameters(), 0.3), F.cross_entropy, process_group=group))
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
 def running_mean(group=None, rank=0, size=1):
     """That of a batch norm of the inputs after a step."""
     tuned = stn.convert(nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.3), nn.Linear(5, 2)).double(), quiet=True)
@@ -218,6 +245,7 @@ if __name__ == "__main__":
         ways[f"wrapped {method}"] = lambda method=method: train_wrapped(method, **here())
     ways["accumulated"] = lambda: accumulate(**here())
     ways["unequal passes"] = lambda: unequal_passes(*group)
+    ways["other steps"] = lambda: other_steps(*group)
     ways["statistics"] = lambda: running_mean(**here())
     torch.save({library: ways[library]() for library in libraries}, file)
     gc.collect()  # a group that is still held when Python ends has threads that abort it

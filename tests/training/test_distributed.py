@@ -49,3 +49,13 @@ def test_a_process_that_does_not_come_is_an_error(monkeypatch):
     store.set("name_of_1", "dead")
     with pytest.raises(RuntimeError, match="of 2 processes, not all have started"):
         agreed(store, 0, 2)
+
+
+def test_examples_are_counted_on_the_cpu_where_the_group_can(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        processes = distributed.Processes(torch.distributed.group.WORLD)
+        assert processes.counts(3, "training step", 0, torch.device("meta")) == [3]
+    finally:
+        torch.distributed.destroy_process_group()

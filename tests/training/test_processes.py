@@ -42,7 +42,7 @@ def whole():
 def halves(tmp_path_factory):
     """Two processes, each with a half of the batch: {library: result} of each."""
     installed = [library for library, module in LIBRARIES.items() if find_spec(module)]
-    installed += [*IN_STEPS, "statistics", "unequal passes"]
+    installed += [*IN_STEPS, "statistics", "unequal passes", "other steps"]
     folder = tmp_path_factory.mktemp("processes")
     two_processes.finish(two_processes.start([gloo_process.__file__], folder / "{rank}", *installed))
     return [torch.load(folder / str(rank)) for rank in range(2)]
@@ -84,6 +84,20 @@ def test_passes_with_shares_of_different_sizes_are_refused_in_all_processes(halv
     one, other = (results["unequal passes"] for results in halves)
     assert one == other
     assert "the processes have 5, 3 examples, but in passes" in one
+
+
+def test_processes_that_take_different_steps_are_an_error_in_all_of_them(halves):
+    one, other = (results["other steps"] for results in halves)
+    assert one == other
+    for error, (first, second) in zip(one, OTHER_STEPS, strict=True):
+        assert f"process 0 takes a {first}, process 1 takes a {second}, but they share every batch" in error
+
+
+OTHER_STEPS = (
+    ("validation step with draw 1", "training step with draw 1"),
+    ("training step with draw 0", "training pass with draw 0"),
+    ("training step with draw 0", "training step with draw 1"),
+)
 
 
 def test_another_group_than_that_of_the_wrapper_is_refused_and_a_wrapper_is_named_elsewhere(two):
