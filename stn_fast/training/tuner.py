@@ -292,11 +292,14 @@ class SelfTuner(Passes):
                 "SelfTuner: a batch has a PackedSequence, whose rows are not examples, and which a converted LSTM does "
                 "not take: give padded sequences, and their lengths as another input if the model needs them"
             )
-        if self.check_rows and batch.examples and self._checks[made := structure(batch.inputs)] < MOST_CHECKS:
-            args, kwargs = _arguments(batch.inputs)
-            unknown = check_rows(self.model, *args, **kwargs)
-            again = self.method.in_any_process(bool(unknown))
-            self._checks[made] = self._checks[made] + 1 if again else MOST_CHECKS
+        if self.check_rows:
+            made = structure(batch.inputs)
+            unchecked = batch.examples > 0 and self._checks[made] < MOST_CHECKS
+            if self.method.in_any_process(unchecked):  # a sharded model is only called in all processes together
+                args, kwargs = _arguments(batch.inputs)
+                unknown = check_rows(self.model, *args, **kwargs)
+                again = self.method.in_any_process(bool(unknown))
+                self._checks[made] = self._checks[made] + 1 if again else MOST_CHECKS
         return batch
 
     def values(self) -> dict[str, float]:

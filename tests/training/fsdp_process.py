@@ -8,6 +8,7 @@ The environment says which process it is, as torchrun's does.
 """
 
 import errno
+import gc
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -239,6 +240,38 @@ def unequal(mesh, rank, size):
         return str(error)
 
 
+class WithOption(nn.Module):
+    """Takes a second input, or none; targets come with the inputs, in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.dropout, self.last = nn.Linear(TOKENS, 5), nn.Dropout(0.3), nn.Linear(5, 3)
+
+    def forward(self, x, targets, shift=None):
+        y = self.first(x)
+        return self.last(self.dropout((y if shift is None else y + shift).tanh()))
+
+
+def with_option(mesh, rank, size):
+    """Losses and checks of rows of steps; in the second, only the second process has the second input."""
+    torch.manual_seed(0)
+    tuned = stn.convert(WithOption().double(), quiet=True)
+    fully_shard(tuned, mesh=mesh)
+    optimizer = torch.optim.SGD(tuned.parameters(), 0.1)
+    tuner = stn.SelfTuner(
+        tuned, optimizer, lambda y, entries: F.cross_entropy(y, entries["targets"]), process_group=mesh.get_group()
+    )
+    losses, checks, evaluated = [], [], []
+    tuned.register_forward_pre_hook(lambda module, _: evaluated.append(not module.training))
+    for step in range(3):
+        x, targets = batch("mlp", step, part_of(rank, size))[0]
+        shift = {"shift": torch.zeros(len(x), 5)} if rank == step == 1 else {}
+        losses.append(tuner.train_step({"x": x, "targets": targets} | shift).item())
+        checks.append(sum(evaluated))
+        evaluated.clear()
+    return {"losses": losses, "checks": checks}
+
+
 def tuner_to_save(mesh, seed=0, shard=True):
     tuned = network("mlp", seed=seed)
     if shard:
@@ -257,10 +290,12 @@ def main(folder, *runs):
     ways["save"] = partial(saved, folder, **here)
     ways["past an error"] = partial(past_an_error, folder, **here)
     ways["unequal"] = partial(unequal, **here)
+    ways["option"] = partial(with_option, **here)
     ways["load"] = partial(loaded, folder, **here)
     ways["load whole"] = partial(loaded, folder, shard=False, **here)
     for run in runs:
         torch.save(ways[run](), folder / f"{run} {rank}")
+    gc.collect()  # a group that is still held when Python ends has threads that abort it
     torch.distributed.destroy_process_group()
 
 

@@ -24,7 +24,7 @@ ROUNDING = 1e-6
 def folder(tmp_path_factory):
     """Of what two processes have saved, each with a half of the batch and of the weights."""
     folder = tmp_path_factory.mktemp("sharded")
-    run_two(folder, *fsdp_process.RUNS, "save", "unequal", "past an error")
+    run_two(folder, *fsdp_process.RUNS, "save", "unequal", "past an error", "option")
     return folder
 
 
@@ -62,6 +62,12 @@ def test_two_processes_with_shards_tune_as_one_does_with_the_whole_model(run, fo
 def test_unequal_shares_are_refused_in_all_processes(folder):
     for error in both(folder, "unequal"):
         assert "fully_shard averages gradients as if all had as many" in error
+
+
+def test_rows_are_checked_together_though_only_one_process_has_a_new_structure_of_batch(folder):
+    one, other = both(folder, "option")
+    assert one["losses"] == other["losses"]
+    assert one["checks"] == other["checks"] == [3, 3, 0]  # calls of the model by `check_rows` in each step
 
 
 @pytest.fixture(scope="module")
