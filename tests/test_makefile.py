@@ -21,6 +21,7 @@ TARGETS = {
     "compile-ahead",
     "cases",
     "bench",
+    "test-faults",
     "test-gpu",
     "bench-gpu",
     "gpu-report",
