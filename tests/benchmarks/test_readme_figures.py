@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import conversion, five_lines, precision
 from benchmarks.hypergradient import mean_and_error
+from benchmarks.short_runs import TASKS
 
 ROOT = Path(__file__).parent.parent.parent
 README = "\n".join((ROOT / page).read_text() for page in ("README.md", "docs/results.md"))
@@ -465,6 +466,14 @@ def test_the_comparison_with_a_search_is_the_recorded_one(recipe, name, keys):
         compute = [entry["cpu_seconds_of_fixed"], entry["step_cpu_seconds_of_fixed"]]
         assert_shown(shown.pop(name), [*scores, *(value for value in compute if value is not None)])
     assert not shown
+
+
+def test_no_short_run_became_non_finite():
+    rows = [json.loads(line) for line in (RESULTS / "short-runs.jsonl").read_text().splitlines()]
+    assert {(row["task"], row["seed"]) for row in rows} == {(task, seed) for task in TASKS for seed in range(100)}
+    assert {(row["method"], row["cycles"], row["as_published"], row["diverged"]) for row in rows} == {
+        ("stn", 100, False, None)
+    }
 
 
 def test_what_is_said_about_an_even_split():
