@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,7 +91,7 @@ def train(config: Any, module: Any, resume: bool) -> int:
     """Runs ``config``, prints the result and plots the schedules; returns the exit status."""
     require("matplotlib")  # fail before the run rather than after it
     from stn_fast.plot import save_schedule
-    from stn_fast.training.distributed import ProcessesDiffer, first_of, launched
+    from stn_fast.training.distributed import ProcessesDiffer, first_of, launched, lost
     from stn_fast.training.progress import Progress, summary
     from stn_fast.training.run import run
     from stn_fast.training.signals import Interrupted
@@ -109,6 +110,11 @@ def train(config: Any, module: Any, resume: bool) -> int:
             return complain(str(error), 1) if first else 1
         except ProcessesDiffer as error:
             return complain(str(error), 1)
+        except RuntimeError as error:
+            if processes is None or not lost(error):
+                raise
+            said = f"another process has ended or does not answer ({textwrap.shorten(str(error), 200)})"
+            return complain(f"{said}; the same command continues from the last checkpoint in {config.directory}", 1)
     if not first:
         return 0
     print(summary(result))

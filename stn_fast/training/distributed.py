@@ -36,6 +36,11 @@ class ProcessesDiffer(RuntimeError):
     """Processes that share batches hold different weights or hyperparameters; all of them raise it."""
 
 
+def lost(error: RuntimeError) -> bool:
+    """Whether torch.distributed has raised it because another process has ended or does not answer."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
 @contextmanager
 def launched(device: str) -> Iterator[Processes | None]:
     """The processes that torchrun has launched, with shares of any size; None if it has not, or only one.

@@ -95,4 +95,5 @@ def test_a_process_that_dies_without_restarts_ends_both_nodes_and_its_error_is_s
     assert took < ENDS_WITHIN
     shown = "".join(said)
     assert "exitcode: -9" in shown  # that of the process that died
-    assert "Connection reset by peer" in shown or "Connection closed by peer" in shown  # the error of the other one
+    assert "another process has ended or does not answer" in shown  # the error of the other one
+    assert "Connection reset by peer" in shown or "Connection closed by peer" in shown

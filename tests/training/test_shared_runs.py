@@ -143,6 +143,8 @@ def test_the_death_of_a_process_is_an_error_of_the_other_one_and_a_signal_stops_
     second.kill()
     said, _ = first.communicate(timeout=60)
     assert first.returncode == 1, said
+    assert "error: another process has ended or does not answer" in said
+    assert "Traceback" not in said
     running = running_until(log.stat().st_size + 4000)
     running[1].send_signal(signal.SIGTERM)
     first, second = two_processes.finish(running, 128 + signal.SIGTERM)
