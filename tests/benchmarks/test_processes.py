@@ -33,7 +33,7 @@ def test_the_command_counts_bytes_and_compares_the_ways_to_average(tmp_path):
     parameters = [one.numel() for one in mlp(space).parameters()]
     assert row["parameters"] == sum(parameters)
     # All gradients, the loss and the number of examples in float32; and the moments of the response in float64.
-    assert row["train_bytes"] == 4 * (sum(parameters) + 2) + 8 * (len(space) ** 2 + 1)
+    assert row["train_bytes"] == 4 * (sum(parameters) + len(parameters) + 2) + 8 * (len(space) ** 2 + 1)
     assert row["train_reductions"] == 2
     # The loss, the gradients of λ and ρ, and the number of examples, in float64.
     assert row["valid_bytes"] == 8 * (2 * len(space) + 2)
