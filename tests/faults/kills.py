@@ -114,7 +114,9 @@ def warm_up() -> None:
     """Imports what a run needs, and computes nothing: threads do not survive a fork."""
     from importlib import import_module
 
-    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # which start threads when they are imported
+    # Of libraries that start threads when they are imported: OpenMP, OpenBLAS, and pyarrow, if pandas finds it.
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     modules = ("plot", "recipes.digits", "recipes.images", "recipes.texts", "training.run", "training.progress")
     for name in ("train", *modules):
         import_module(f"stn_fast.{name}")
