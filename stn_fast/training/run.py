@@ -78,7 +78,9 @@ def run(
             if resume and (directory.resumable or exists(directory.result)):
                 directory.check_same_run(config)
             if resume and not directory.resumable and directory.finished_result(config) is None:
-                directory.check_not_begun()
+                directory.check_unfinished()
+                if exists(directory.metrics):  # the first checkpoint may not be complete yet when there are more rows
+                    progress.warn(f"{directory.path} holds a run without a checkpoint: starting over from step 0")
             return checked_task(config, build_task)  # which may download the data
 
         task = in_first(processes, begin) or checked_task(config, build_task)

@@ -124,12 +124,12 @@ class RunDirectory:
         """Whether there is a checkpoint to continue from."""
         return bool(checkpoint.steps(self.checkpoints))
 
-    def check_not_begun(self) -> None:
-        """Raises UserError if a run without a checkpoint has trained: starting over would lose what it has written."""
-        if exists(self.result) or (exists(self.metrics) and read_bytes(self.metrics).count(b"\n") > 1):
+    def check_unfinished(self) -> None:
+        """Raises UserError if there is a result: starting over, for want of a checkpoint, would lose it."""
+        if exists(self.result):
             raise UserError(
-                f"{self.path} holds a run, but none of its checkpoints: restore {self.checkpoints} from a copy, choose "
-                "another --run-dir, or start over with --no-resume"
+                f"{self.path} holds a finished run, but none of its checkpoints: restore {self.checkpoints} from a "
+                "copy, choose another --run-dir, or start over with --no-resume"
             )
 
     def check_same_run(self, config: Config) -> None:

@@ -53,7 +53,6 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(train, same_ru
     died = train("schedule.epochs=1", name="died")
     checkpoint.clear(died / "checkpoints")
     (died / "result.json").unlink()
-    (died / "metrics.jsonl").write_text((died / "metrics.jsonl").read_text().partition("\n")[0] + "\n")
     same_run(whole, train(name="died"))
 
 
@@ -170,12 +169,15 @@ def test_a_run_whose_checkpoints_are_gone_loses_nothing(train, make_config):
     assert run(make_config(), digits.build) == found
     with pytest.raises(UserError, match=r"none of its checkpoints: restore .*checkpoints from a copy"):
         run(make_config("schedule.epochs=7"), digits.build)
+    assert kept == {file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()}
+
+
+def test_an_unfinished_run_without_a_checkpoint_starts_over_and_says_so(train, capsys):
+    directory = train()
+    checkpoint.clear(directory / "checkpoints")
     (directory / "result.json").unlink()
-    with pytest.raises(UserError, match="none of its checkpoints"):
-        run(make_config(), digits.build)
-    assert kept == {file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()} | {
-        "result.json": kept["result.json"]
-    }
+    train()
+    assert "holds a run without a checkpoint: starting over from step 0" in capsys.readouterr().err
 
 
 def test_a_run_that_never_began_leaves_no_directory_that_was_not_there(make_config):
