@@ -73,13 +73,13 @@ def run(
             directory = RunDirectory(config.directory)
             stack.enter_context(directory.locked())
             checkpoint.recover(directory.checkpoints)
-            if resume and not directory.resumable:
-                directory.check_free()
-            if resume and (directory.resumable or exists(directory.result)):
+            if resume and directory.resumable:
                 directory.check_same_run(config)
-            if resume and not directory.resumable and directory.finished_result(config) is None:
-                directory.check_unfinished()
-                if exists(directory.metrics):  # the first checkpoint may not be complete yet when there are more rows
+            elif resume:
+                directory.check_free()
+                if exists(directory.result):
+                    directory.check_finished(config)
+                elif exists(directory.metrics):  # there may be many rows before the first checkpoint is complete
                     progress.warn(f"{directory.path} holds a run without a checkpoint: starting over from step 0")
             return checked_task(config, build_task)  # which may download the data
 

@@ -124,9 +124,10 @@ class RunDirectory:
         """Whether there is a checkpoint to continue from."""
         return bool(checkpoint.steps(self.checkpoints))
 
-    def check_unfinished(self) -> None:
-        """Raises UserError if there is a result: starting over, for want of a checkpoint, would lose it."""
-        if exists(self.result):
+    def check_finished(self, config: Config) -> None:
+        """Raises UserError if the run, which has a result but no checkpoint, is not the finished one of ``config``."""
+        self.check_same_run(config)
+        if self.finished_result(config) is None:
             raise UserError(
                 f"{self.path} holds a finished run, but none of its checkpoints: restore {self.checkpoints} from a "
                 "copy, choose another --run-dir, or start over with --no-resume"

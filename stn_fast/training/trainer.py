@@ -330,7 +330,6 @@ class Trainer:
     def _diverge(self, what: str) -> NoReturn:
         self.step_clock.pause()
         self._note_times()
-        self._saving.settle()
         values = self.method.space.values(self.method.location)
         named = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
         rates = [f"optimizer.learning_rate (now {self.method.learning_rate:g})"]
@@ -346,6 +345,7 @@ class Trainer:
         )
 
     def _last_checkpoint(self) -> Path | str:
+        self._saving.settle()
         found = checkpoint.steps(self.checkpoints)
         return self._path(found[-1]) if found else "none: nothing was saved yet"
 

@@ -485,6 +485,12 @@ def test_what_is_said_about_an_even_split():
     assert (found["stn"]["worse_than_fixed"], found["stn"]["compared_with_fixed"]) == (0, 9)
 
 
+def medians_of_stn(scores):
+    """Of its validation and test losses, from each guess in turn."""
+    found = {entry["guess"]: entry for entry in scores if entry["method"] == "stn"}
+    return [found[guess][loss]["median"] for guess in ("low", "middle", "high") for loss in LOSSES[:2]]
+
+
 @pytest.mark.parametrize(
     ("name", "file"),
     [
@@ -495,13 +501,7 @@ def test_what_is_said_about_an_even_split():
 )
 def test_other_responses_on_digits_small(name, file):
     scores = json.loads((RESULTS / f"{file}.json").read_text())["scores"]
-    expected = [
-        entry[loss]["median"]
-        for guess in ("low", "middle", "high")
-        for entry in scores
-        if entry["guess"] == guess
-        for loss in LOSSES[:2]
-    ]
+    expected = medians_of_stn(scores)
     assert_shown(table("`digits-small`, `method.response`", HYPERGRADIENTS)[name], expected)
     assert {entry["seeds"] for entry in scores} == {int(name.split()[1])}
 
@@ -557,13 +557,7 @@ def test_the_summary_of_three_tasks_is_that_of_the_recorded_runs(recipe):
 )
 def test_wide_perturbations_on_digits_small(name, file):
     scores = json.loads((RESULTS / f"{file}.json").read_text())["scores"]
-    own = [
-        entry
-        for guess in ("low", "middle", "high")
-        for entry in scores
-        if (entry["method"], entry["guess"]) == ("stn", guess)
-    ]
-    expected = [entry[loss]["median"] for entry in own for loss in LOSSES[:2]]
+    expected = medians_of_stn(scores)
     assert_shown(table("`digits-small`, self-tuned", HYPERGRADIENTS)[name], expected)
 
 

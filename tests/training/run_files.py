@@ -1,9 +1,21 @@
-"""What a run leaves, without what may differ between two runs of one seed."""
+"""What a run leaves, without what may differ between two runs of one seed, and what it has warned of."""
 
 import json
 from pathlib import Path
 
 from stn_fast.training.metrics import TIMES
+from stn_fast.training.progress import Progress
+
+
+class Warnings(Progress):
+    """Keeps the warnings of a run."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.warnings = []
+
+    def warn(self, text):
+        self.warnings.append(text)
 
 
 def rows(directory: Path, timeless: bool = True) -> list[dict]:

@@ -10,7 +10,7 @@ import logged
 import pytest
 import torch
 import torch.nn.functional as F
-from run_files import result, rows
+from run_files import Warnings, result, rows
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,7 +21,6 @@ from stn_fast.recipes import digits
 from stn_fast.training.config import LOGGERS, Config, ConfigError
 from stn_fast.training.layering import build, resolve, to_yaml
 from stn_fast.training.loggers import Loggers, read_record
-from stn_fast.training.progress import Progress
 from stn_fast.training.run import run
 from stn_fast.values import from_yaml
 
@@ -69,15 +68,6 @@ class Recorder:
 
     def close(self):
         self._note("close")
-
-
-class Warnings(Progress):
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.warnings = []
-
-    def warn(self, text):
-        self.warnings.append(text)
 
 
 def config_of(directory, *pairs):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_files import result, rows
+from run_files import Warnings, result, rows
 from torch.utils.data import TensorDataset
 
 import stn_fast as stn
@@ -17,7 +17,6 @@ from stn_fast.errors import UserError
 from stn_fast.models import mlp
 from stn_fast.recipes import digits
 from stn_fast.training import checkpoint, task
-from stn_fast.training.progress import Progress
 from stn_fast.training.run import run
 
 CURE = r"choose another --run-dir, name the run's data with --data-root, or start over with --no-resume"
@@ -107,27 +106,16 @@ def test_a_run_of_one_s_own_data_set_is_refused_another(make_config, tmp_path):
         run(config, build_with(darker))
 
 
-class Warnings(Progress):
-    """What a run has warned of."""
-
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.warned = []
-
-    def warn(self, text):
-        self.warned.append(text)
-
-
 def test_a_run_from_before_fingerprints_goes_on_with_a_warning_and_has_one_from_then_on(make_config, train, same_run):
     whole = train(name="whole")
     directory = train("schedule.max_steps=20")
     (directory / "data.json").unlink()
     first, second = Warnings(), Warnings()
     run(make_config(), digits.build, progress=first)
-    assert first.warned == [f"{directory} has no data.json: cannot check whether it was trained on these data"]
+    assert first.warnings == [f"{directory} has no data.json: cannot check whether it was trained on these data"]
     same_run(whole, directory)
     run(make_config(), digits.build, progress=second)
-    assert second.warned == []
+    assert second.warnings == []
     with pytest.raises(UserError, match="different: training split"):
         run(make_config(), digits_with(other_images))
 
@@ -137,7 +125,7 @@ def test_a_finished_run_from_before_fingerprints_says_that_its_data_are_unknown(
     (directory / "data.json").unlink()
     progress = Warnings()
     run(make_config(), digits_with(other_images), progress=progress)
-    assert "cannot check" in progress.warned[0]
+    assert "cannot check" in progress.warnings[0]
     assert not (directory / "data.json").exists()  # a guess is not recorded
 
 

@@ -9,13 +9,12 @@ import time
 import pytest
 import torch
 from kills import leaves
-from run_files import rows
+from run_files import Warnings, rows
 
 from stn_fast.errors import UserError
 from stn_fast.recipes import digits
 from stn_fast.training import checkpoint
 from stn_fast.training.disk import CannotWrite
-from stn_fast.training.progress import Progress
 from stn_fast.training.run import run
 from stn_fast.training.saving import Saving
 from stn_fast.training.step_clock import StepClock
@@ -119,15 +118,6 @@ def test_an_error_that_no_step_follows_is_raised_at_the_end(train, monkeypatch):
         train("schedule.max_steps=5")
 
 
-class Listening(Progress):
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.warnings = []
-
-    def warn(self, text):
-        self.warnings.append(text)
-
-
 def test_divergence_waits_for_the_checkpoint_that_its_message_names(make_config, monkeypatch):
     slow, diverge = Slow(monkeypatch), Trainer._diverge
 
@@ -144,7 +134,7 @@ def test_divergence_waits_for_the_checkpoint_that_its_message_names(make_config,
 
 def test_another_error_does_not_hide_that_a_checkpoint_could_not_be_written(make_config, monkeypatch):
     Slow(monkeypatch, fails=True).go.set()
-    advance, progress = Trainer._advance, Listening()
+    advance, progress = Trainer._advance, Warnings()
 
     def fail(trainer):
         advance(trainer)

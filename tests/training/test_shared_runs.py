@@ -11,14 +11,13 @@ import gloo_runs
 import pytest
 import torch
 import two_processes
-from run_files import result, rows
+from run_files import Warnings, result, rows
 
 from stn_fast.errors import UserError
 from stn_fast.training import checkpoint
 from stn_fast.training.config import ConfigError
 from stn_fast.training.disk import CannotWrite
 from stn_fast.training.distributed import Processes, launched
-from stn_fast.training.progress import Progress
 
 PART = "text,schedule.max_steps=7"
 
@@ -66,19 +65,8 @@ def test_a_run_in_parts_is_that_in_one_bit_for_bit(shared):
     assert [row for row in rows(parts) if row["step"] != 7] == rows(whole)
 
 
-class Listening(Progress):
-    """Keeps the warnings."""
-
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.warnings = []
-
-    def warn(self, text):
-        self.warnings.append(text)
-
-
 def test_another_number_of_processes_goes_on_and_says_that_it_differs(shared):
-    progress = Listening()
+    progress = Warnings()
     found = gloo_runs.run_in(shared / "part", "text", progress=progress)
     assert found["processes"] == 1
     (warning,) = progress.warnings
